@@ -1,0 +1,29 @@
+"""Turn any decoder-only language model into a text encoder (LLM2Vec, arXiv 2404.05961).
+
+The public names are imported when first used: ``import unmasked`` loads neither torch nor
+transformers, which take seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unmasked.config import Recipe
+    from unmasked.model import LLM2Vec
+
+__version__ = "0.1.0"
+__all__ = ["LLM2Vec", "Recipe", "__version__"]
+
+_HOMES = {"LLM2Vec": "unmasked.model", "Recipe": "unmasked.config"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unmasked' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

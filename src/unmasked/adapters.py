@@ -1,0 +1,173 @@
+"""LoRA on the trunk: attach, save, load, merge.
+
+Adapters sit on the bare transformer, so their keys are those of published LLM2Vec checkpoints
+(``base_model.model.layers.N...``) and the language-model head is never trained. Merging is done in
+float32 and cast back, because merging in bfloat16 moves weights by up to 4e-3.
+
+An adapter whose keys do not fit loads nothing, silently, in PEFT; here that is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unmasked.errors import ModelError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def attach(
+    model: nn.Module,
+    rank: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.05,
+    targets: list[str] | None = None,
+) -> PeftModel:
+    """Freeze a trunk and put a trainable LoRA on it (LLM2Vec, arXiv 2404.05961, appendix D).
+
+    Args:
+        model: a bare transformer.
+        rank, alpha, dropout: of the LoRA.
+        targets: names of the linear layers; None for every linear layer of the trunk.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets or "all-linear",
+        bias="none",
+    )
+    try:
+        return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+    except ValueError as error:
+        linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if _is_linear(m)})
+        raise ModelError(
+            f"LoRA targets {targets} fit no layer. Allowed: {', '.join(linear)}."
+        ) from error
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's own weights, on the CPU."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(adapter_state(model), str(Path(folder) / WEIGHTS_NAME), metadata={"format": "pt"})
+    model.peft_config["default"].save_pretrained(str(folder))
+
+
+def load_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Read the weights of a saved adapter into the one that is attached."""
+    _load_state(model, load_file(str(Path(folder) / WEIGHTS_NAME)), str(folder))
+
+
+def merge(model: nn.Module, adapter: str | Path, **hub: Any) -> nn.Module:
+    """Add a saved adapter to the weights of a trunk, in float32.
+
+    Args:
+        model: a bare transformer; changed and returned.
+        adapter: folder or hub name of the adapter.
+        hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+    Raises:
+        ModelError: no adapter there, not safetensors, or made for another base.
+    """
+    config = read_config(adapter, **hub)
+    weights = _fetch(adapter, WEIGHTS_NAME, **hub)
+    if weights is None:
+        raise ModelError(
+            f"{adapter} has no {WEIGHTS_NAME}. Pickled adapters are not loaded: they can run code. "
+            "Fix: convert the adapter to safetensors with the PEFT version that wrote it."
+        )
+    config.inference_mode = True
+    dtype = next(model.parameters()).dtype
+    peft_model = PeftModel(model.float(), config)  # type: ignore[arg-type]
+    _load_state(peft_model, load_file(weights), str(adapter))
+    merged: nn.Module = peft_model.merge_and_unload()  # type: ignore[operator]
+    return merged.to(dtype)
+
+
+def merge_attached(model: PeftModel) -> nn.Module:
+    """Add the attached adapter to the weights below it, in float32, and take it off."""
+    dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
+    merged: nn.Module = model.float().merge_and_unload()  # type: ignore[operator]
+    return merged.to(dtype)
+
+
+def is_adapter(name: str | Path, **hub: Any) -> bool:
+    """Whether a folder or hub repository holds an adapter."""
+    return _fetch(name, CONFIG_NAME, **hub) is not None
+
+
+def read_config(name: str | Path, **hub: Any) -> PeftConfig:
+    """The `adapter_config.json` of a folder or hub repository."""
+    path = _fetch(name, CONFIG_NAME, **hub)
+    if path is None:
+        raise ModelError(
+            f"{name} holds no adapter ({CONFIG_NAME} is missing). "
+            "Fix: give the folder that has it, or leave the adapter out."
+        )
+    config = PeftConfig.from_pretrained(str(Path(path).parent))
+    if not config.base_model_name_or_path:
+        config.base_model_name_or_path = json.loads(Path(path).read_text(encoding="utf-8")).get(
+            "base_model_name_or_path"
+        )
+    return config
+
+
+def _load_state(model: PeftModel, state: dict[str, torch.Tensor], source: str) -> None:
+    try:
+        result = set_peft_model_state_dict(model, state)
+    except RuntimeError as error:
+        base = model.peft_config["default"].base_model_name_or_path
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        raise ModelError(
+            f"the adapter {source} was made for another base ({base}): {lines[0] if lines else error}"
+            f" ({len(lines)} weights differ in shape). Fix: load it on that base."
+        ) from error
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    unexpected = list(result.unexpected_keys)
+    if missing or unexpected:
+        base = model.peft_config["default"].base_model_name_or_path
+        raise ModelError(
+            f"the adapter {source} does not fit this model: {len(missing)} weights missing "
+            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected "
+            f"({', '.join(unexpected[:3])}). It was made for {base}. Fix: load it on that base."
+        )
+
+
+def _fetch(name: str | Path, filename: str, **hub: Any) -> str | None:
+    """Path of one file of a folder or hub repository; None if it has no such file."""
+    if Path(name).is_dir():
+        path = Path(name) / filename
+        return str(path) if path.is_file() else None
+    if Path(name).is_absolute() or str(name).count("/") != 1:
+        return None
+    try:
+        return hf_hub_download(str(name), filename, **hub)
+    except (EntryNotFoundError, OSError):
+        return None

@@ -1,0 +1,144 @@
+"""Real text that is on every machine: the docstrings of the installed Python packages.
+
+The demo and the bundled decoder need prose in a field of its own without a download. Every
+Python installation carries tens of thousands of docstrings, each already a retrieval pair:
+the first sentence says what the rest explains.
+
+Files are only parsed (`ast`), never imported. Parsing costs about a second per 2 MB of source,
+so files are visited in a fixed shuffled order and reading stops once enough has been found.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import re
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+HELD_OUT_SHARE = 5  # one module in five is never trained on
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
+_SKIPPED_FOLDERS = {"tests", "test", "testing", "__pycache__", "idlelib", "lib2to3"}
+
+
+@dataclass(frozen=True, slots=True)
+class Docstring:
+    """One docstring: `summary` is its first sentence, `body` all that follows."""
+
+    module: str
+    name: str
+    summary: str
+    body: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.summary}\n{self.body}" if self.body else self.summary
+
+    @property
+    def held_out(self) -> bool:
+        return is_held_out(self.module)
+
+
+def is_held_out(module: str) -> bool:
+    """True for the fixed fifth of all modules that training never reads."""
+    return hashlib.sha256(module.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
+def installed_roots() -> list[Path]:
+    """The folders of the running interpreter that hold importable source."""
+    paths = sysconfig.get_paths()
+    return [Path(p) for p in dict.fromkeys((paths["stdlib"], paths["purelib"], paths["platlib"]))]
+
+
+def collect(
+    roots: list[Path] | None = None, limit: int | None = None, workers: int = 2
+) -> list[Docstring]:
+    """Docstrings with distinct summaries and distinct bodies, in an order fixed by their names.
+
+    Args:
+        roots: folders to search; the running interpreter's own packages when None.
+        limit: stop once this many were found.
+        workers: processes that parse.
+    """
+    files = sorted(_source_files(roots or installed_roots()), key=lambda item: _digest(item[1]))
+    seen: set[str] = set()
+    found = (doc for doc in _parse_all(files, workers) if _is_new(doc, seen))
+    return list(islice(found, limit))
+
+
+def pairs(docstrings: list[Docstring], min_body_words: int = 12) -> list[Docstring]:
+    """Those whose summary is a question worth asking and whose body can answer it."""
+    return [
+        d
+        for d in docstrings
+        if 4 <= len(d.summary.split()) <= 40
+        and len(d.body.split()) >= min_body_words
+        and d.summary.lower() not in d.body.lower()
+    ]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+
+
+def _is_new(doc: Docstring, seen: set[str]) -> bool:
+    keys = {"s" + doc.summary.casefold()} | ({"b" + doc.body.casefold()} if doc.body else set())
+    if keys & seen:
+        return False
+    seen |= keys
+    return True
+
+
+def _source_files(roots: list[Path]) -> Iterator[tuple[Path, str]]:
+    """(file, dotted module name) of every source file below the roots, once."""
+    for root in roots:
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            if "site-packages" in parts or _SKIPPED_FOLDERS & set(parts):
+                continue
+            yield path, ".".join(parts)
+
+
+def _parse_all(files: list[tuple[Path, str]], workers: int) -> Iterator[Docstring]:
+    if workers <= 1:
+        for item in files:
+            yield from _parse(item)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        try:
+            for start in range(0, len(files), 512):  # bounded look-ahead, so a limit ends early
+                for docs in pool.map(_parse, files[start : start + 512], chunksize=16):
+                    yield from docs
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _parse(item: tuple[Path, str]) -> list[Docstring]:
+    path, module = item
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        return []  # a template or a file for another Python: not ours to mend
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [n for n in ast.walk(tree) if isinstance(n, kinds)]
+    docs = []
+    for node in nodes:
+        raw = ast.get_docstring(node, clean=False)
+        if raw and (doc := _split(module, getattr(node, "name", ""), raw)):
+            docs.append(doc)
+    return docs
+
+
+def _split(module: str, name: str, raw: str) -> Docstring | None:
+    text = inspect.cleandoc(raw).strip()
+    if len(text) < 20:
+        return None
+    parts = _SENTENCE_END.split(text, maxsplit=1)
+    summary = " ".join(parts[0].split())
+    body = parts[1].strip() if len(parts) > 1 else ""
+    return Docstring(module, name, summary, body[:4000])

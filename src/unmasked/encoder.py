@@ -1,0 +1,157 @@
+"""The one way from texts to hidden states: tokenise, batch, run the backbone, drop the padding.
+
+Encoding, training and evaluating all come through `Backbone`; it is the first module of `LLM2Vec`
+and the only place that calls the transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor, nn
+
+from unmasked.errors import DataError
+from unmasked.tokens import TextTokenizer, TokenRow
+
+Pair = tuple[str, str]
+"""(instruction, text)"""
+
+
+def join_instruction(instruction: str) -> str:
+    """The prompt of an instruction: itself, and a newline unless it ends in white space.
+
+    A newline keeps the border between instruction and text in every tokenizer; a space does not
+    (it merges into the first word), so that the stock loader would lose the text's first token.
+    """
+    if not instruction or instruction[-1].isspace():
+        return instruction
+    return instruction + "\n"
+
+
+def split_pairs(inputs: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """(texts, prompts) of inputs that are all strings, or all ``[instruction, text]`` pairs.
+
+    Raises:
+        DataError: an input is neither, or strings and pairs are mixed; names the index.
+    """
+    pairs = bool(inputs) and isinstance(inputs[0], list | tuple)
+    texts, prompts = [], []
+    for index, item in enumerate(inputs):
+        if isinstance(item, str) and not pairs:
+            texts.append(item)
+            prompts.append("")
+        elif pairs and isinstance(item, list | tuple) and _is_pair(item):
+            texts.append(item[1])
+            prompts.append(join_instruction(item[0]))
+        else:
+            expected = "an [instruction, text] pair like the first" if pairs else "a string"
+            raise DataError(
+                f"input {index} is {_describe(item)}, expected {expected}. "
+                "Allowed: all strings, or all [instruction, text] pairs. "
+                "Fix: give texts without an instruction as ['', text]."
+            )
+    return texts, prompts
+
+
+def _is_pair(item: Sequence[Any]) -> bool:
+    # The original package also passed [instruction, text, 0]; its third item has no meaning.
+    return len(item) in (2, 3) and isinstance(item[0], str) and isinstance(item[1], str)
+
+
+def _describe(item: Any) -> str:
+    return f"{type(item).__name__} of {len(item)}" if isinstance(item, list | tuple) else (
+        type(item).__name__
+    )
+
+
+def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
+    """Right-padded batch of token rows.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``text_mask``, each (B, T) int64.
+    """
+    width = max(len(row.ids) for row in rows)
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)  # (B, T)
+    attention = np.zeros_like(ids)
+    text = np.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = row.ids
+        attention[index, : len(row.ids)] = 1
+        text[index, row.start : row.stop] = 1
+    arrays = {"input_ids": ids, "attention_mask": attention, "text_mask": text}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class Backbone(InputModule):
+    """A bidirectional transformer behind the preprocessing that decides what is pooled.
+
+    Args:
+        model: a bare transformer (`AutoModel`), perhaps wrapped by PEFT.
+        tokens: how texts become ids.
+    """
+
+    def __init__(self, model: nn.Module, tokens: TextTokenizer) -> None:
+        super().__init__()
+        self.auto_model = model
+        self.tokens = tokens
+
+    @property
+    def tokenizer(self) -> Any:  # type: ignore[override]
+        return self.tokens.tokenizer
+
+    @property
+    def max_seq_length(self) -> int:
+        return self.tokens.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.tokens.max_length = value
+
+    def get_embedding_dimension(self) -> int:
+        config: Any = self.auto_model.config
+        return int(config.get_text_config().hidden_size)
+
+    def tokenize_inputs(
+        self, inputs: Sequence[Any], prompt: str | None = None, max_length: int | None = None
+    ) -> list[TokenRow]:
+        """Rows of ids for strings or pairs; `prompt` stands before every one that has no own."""
+        texts, prompts = split_pairs(inputs)
+        return self.tokens(texts, [p or prompt or "" for p in prompts], max_length)
+
+    def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+        return collate(rows, int(self.tokenizer.pad_token_id))
+
+    def preprocess(  # type: ignore[override]
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        *,
+        max_length: int | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        return self.collate(self.tokenize_inputs(inputs, prompt, max_length))
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Add ``token_embeddings`` (B, T, D) and the packed form that pooling reads."""
+        attention = features["attention_mask"]
+        states = self.auto_model(
+            input_ids=features["input_ids"], attention_mask=attention, use_cache=False
+        ).last_hidden_state  # (B, T, D)
+        rows, positions = attention.nonzero(as_tuple=True)  # (N,), (N,)
+        return {
+            **features,
+            "token_embeddings": states,
+            "packed_states": states[rows, positions],
+            "packed_rows": rows,
+            "packed_positions": positions,
+            "packed_is_text": features["text_mask"][rows, positions].bool(),
+        }
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Write weights, config and tokenizer; the rest of the folder is `export`'s."""
+        self.auto_model.save_pretrained(output_path)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(output_path)

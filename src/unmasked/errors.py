@@ -1,0 +1,71 @@
+"""Every error a user can meet, each with the fix in its message.
+
+    UnmaskedError
+    ├── RecipeError            a recipe key or value
+    ├── DataError              a file of texts, pairs or scores; names file and line
+    ├── ModelError             a model folder, its tokenizer, its adapter
+    │   └── NotBidirectionalError    the proof failed; carries the report
+    ├── OutputError            where to write
+    └── MissingExtraError      an optional dependency
+
+The command line prints the message without a traceback and exits with status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unmasked.bidirectional import Report
+
+
+class UnmaskedError(Exception):
+    """Base of every error that the user, and not the program, can mend."""
+
+
+class RecipeError(UnmaskedError, ValueError):
+    """A recipe has an unknown key or a value that cannot be used."""
+
+
+class DataError(UnmaskedError, ValueError):
+    """A data file cannot be read as what it was given as."""
+
+
+class ModelError(UnmaskedError, ValueError):
+    """A model folder, tokenizer or adapter cannot be used."""
+
+
+class NotBidirectionalError(ModelError):
+    """The forward pass shows that some layer still hides the tokens to the right."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class OutputError(UnmaskedError, OSError):
+    """The place to write to exists already or belongs to something else."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class MissingExtraError(UnmaskedError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed. Fix: pip install 'unmasked[{extra}]'")
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """``, did you mean 'x'?`` for the nearest allowed word, or an empty string."""
+    matches = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
+    return f", did you mean '{matches[0]}'?" if matches else ""
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
+    """A message for a word that is not one of the allowed ones."""
+    allowed = list(allowed)
+    return f"unknown {what} '{given}'{nearest(given, allowed)} Allowed: {', '.join(allowed)}."

@@ -1,0 +1,223 @@
+"""From texts to token ids, and the exact answer to "which of them are the text?".
+
+Context (BOS, the instruction) steers the model but is not pooled. Earlier implementations looked
+for the border with a separator string or by counting tokens of the text alone, and were wrong
+whenever a token spans the border. Here instruction and text are tokenised together and the border
+is read from the character offsets. Truncation shortens the text only.
+
+The same tokenizer is used in the process and written into the saved folder, where stock
+sentence-transformers has to reach the same result. It excludes "the prompt" from pooling and
+measures it by tokenising it alone, so with a prompt BOS is left out, and without one it is pooled.
+`prepare_tokenizer` closes that gap with `MARK`: one leading noncharacter that the normalizer
+removes. A prompt made of it alone is no text at all, yet it is a prompt: BOS is left out. BOS is
+also no longer *named* (it keeps its id and is still added), because the stock loader does not count
+a named special token at a prompt's end.
+
+Cost: one tokenisation a text. Rows with an instruction need offsets, about half as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Regex, Tokenizer, normalizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from unmasked.errors import DataError, ModelError
+
+MARK = "\ufdd0"
+"""A Unicode noncharacter, never part of a text; only a leading one is removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """The ids of one input; those in ``[start, stop)`` are pooled."""
+
+    ids: list[int]
+    start: int
+    stop: int
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, append_eos: bool = False
+) -> PreTrainedTokenizerFast:
+    """A copy of a tokenizer that yields the same ids in ours and in the stock loader.
+
+    For every text it gives exactly the ids of the original: the tokens the original puts before a
+    text, then the text. What it would put behind is left out, and EOS is appended once if asked.
+
+    Args:
+        tokenizer: any fast tokenizer; it is not changed.
+        append_eos: end every input with EOS (for ``eos_token`` pooling).
+
+    Raises:
+        ModelError: the tokenizer is slow, or EOS is wanted and there is none.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            f"{type(tokenizer).__name__} has no fast implementation (tokenizer.json). "
+            "Fix: load it with AutoTokenizer from a folder that has a tokenizer.json."
+        )
+    prefix = leading_ids(tokenizer)
+    suffix = [_eos_id(tokenizer)] if append_eos else []
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    strip_mark = normalizers.Replace(Regex("^" + MARK), "")
+    if not _strips_mark(copy):
+        rest = [copy.normalizer] if copy.normalizer else []
+        copy.normalizer = normalizers.Sequence([strip_mark, *rest])
+    copy.post_processor = _template(copy, prefix, suffix)
+    names = _token_names(tokenizer, hidden=prefix[-1] if prefix else None)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=copy,
+        padding_side="right",
+        truncation_side="right",
+        chat_template=getattr(tokenizer, "chat_template", None),
+        **names,
+    )
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special ids a tokenizer puts before every text (BOS, mostly; none for some)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return list(full[:start])
+    return []
+
+
+def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "pooling 'eos_token' needs an EOS token and this tokenizer names none. "
+            "Fix: use pooling 'last_token', or set tokenizer.eos_token."
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def _strips_mark(backend: Tokenizer) -> bool:
+    return backend.normalizer is not None and MARK not in backend.normalizer.normalize_str(MARK)
+
+
+def _template(
+    backend: Tokenizer, prefix: list[int], suffix: list[int]
+) -> processors.TemplateProcessing:
+    tokens = {backend.id_to_token(i): i for i in [*prefix, *suffix]}
+    before = [backend.id_to_token(i) for i in prefix]
+    after = [backend.id_to_token(i) for i in suffix]
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", "$B", *after],
+        special_tokens=list(tokens.items()),
+    )
+
+
+def _token_names(tokenizer: PreTrainedTokenizerBase, hidden: int | None) -> dict[str, str]:
+    """Names of special tokens to keep; padding needs one, and `hidden` must have none."""
+    names = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = getattr(tokenizer, name, None)
+        if token is not None and tokenizer.convert_tokens_to_ids(token) != hidden:
+            names[name] = str(token)
+    if "pad_token" not in names:
+        # Any token does: padding is masked everywhere. Prefer EOS, as the original package does.
+        fallback = names.get("eos_token") or names.get("unk_token")
+        names["pad_token"] = fallback or tokenizer.convert_ids_to_tokens(0 if hidden != 0 else 1)
+    return names
+
+
+class TextTokenizer:
+    """Turns (prompt, text) into ids and the span of the text.
+
+    Args:
+        tokenizer: as made by `prepare_tokenizer`.
+        max_length: most tokens of an input, context included.
+        doc_max_length: most tokens of the text itself; None for whatever `max_length` leaves.
+        skip_instruction: pool the text only; if False, everything (BOS and instruction too).
+        append_eos: whether the prepared tokenizer ends inputs with EOS.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_length: int = 512,
+        doc_max_length: int | None = None,
+        skip_instruction: bool = True,
+        append_eos: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.doc_max_length = doc_max_length
+        self.skip_instruction = skip_instruction
+        self.prefix = leading_ids(tokenizer)
+        self.suffix = [_eos_id(tokenizer)] if append_eos else []
+
+    def check_mode(self, pooling_mode: str) -> None:
+        """Refuse a pooling mode that needs a token this tokenizer does not add."""
+        if pooling_mode == "bos_token" and not self.prefix:
+            raise ModelError(
+                "pooling 'bos_token' needs a tokenizer that puts BOS before every text; this one "
+                "does not. Fix: use pooling 'mean' or 'last_token'."
+            )
+
+    def __call__(
+        self, texts: Sequence[str], prompts: str | Sequence[str] = "", max_length: int | None = None
+    ) -> list[TokenRow]:
+        """Tokenise texts, each behind its prompt.
+
+        Args:
+            texts: N texts, taken verbatim.
+            prompts: one for all, or one a text; put directly before the text, verbatim.
+            max_length: overrides the tokenizer's own limit for this call.
+
+        Returns:
+            N rows, in order.
+
+        Raises:
+            DataError: a prompt leaves no room for any token of its text.
+        """
+        limit = max_length or self.max_length
+        if isinstance(prompts, str):
+            prompts = [prompts] * len(texts)
+        contexts = [prompt.removeprefix(MARK) for prompt in prompts]
+        joined = [MARK + c + t for c, t in zip(contexts, texts, strict=True)]
+        backend = self.tokenizer.backend_tokenizer
+        if not any(contexts):
+            encodings = backend.encode_batch_fast(joined, add_special_tokens=False)
+            return [self._row(e.ids, 0, limit) for e in encodings]
+        encodings = backend.encode_batch(joined, add_special_tokens=False)
+        return [
+            self._row(e.ids, _border(e.offsets, len(MARK) + len(c)) if c else 0, limit)
+            for e, c in zip(encodings, contexts, strict=True)
+        ]
+
+    def _row(self, ids: list[int], border: int, limit: int) -> TokenRow:
+        """Add the fixed tokens, cut the text (`ids[border:]`), and mark what is pooled."""
+        fixed = len(self.prefix) + border + len(self.suffix)
+        room = limit - fixed
+        if room < 1 and len(ids) > border:
+            raise DataError(
+                f"the instruction takes {fixed} of the {limit} tokens of max_length, which leaves "
+                "no room for the text. Fix: a shorter instruction, or a larger max_length."
+            )
+        if self.doc_max_length is not None:
+            room = min(room, self.doc_max_length)
+        kept = [*self.prefix, *ids[: border + max(room, 0)], *self.suffix]
+        start = len(self.prefix) + border
+        if not kept:
+            kept = [self.tokenizer.pad_token_id]  # "" without BOS: one token to look at
+        if start == len(kept) or not self.skip_instruction:
+            start = 0  # an empty text has the vector of its context
+        return TokenRow(kept, start, len(kept))
+
+
+def _border(offsets: Sequence[tuple[int, int]], character: int) -> int:
+    """Index of the first token that reaches beyond a character position."""
+    for index, (_, end) in enumerate(offsets):
+        if end > character:
+            return index
+    return len(offsets)

@@ -1,0 +1,198 @@
+"""Masked next-token prediction: teaching a decoder to use the tokens to its right.
+
+Some tokens are masked; the one at position i is predicted from the state at i - 1, where the model
+is used to predicting it (LLM2Vec, arXiv 2404.05961, section 2.2). Only the LoRA on the trunk
+trains. The family's own head turns states into logits, so soft caps and scales are kept, but only
+the states that are scored reach it: at 20 % masking that is a fifth of the logits and of their
+memory, to the same loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from unmasked.errors import ModelError
+from unmasked.train.trainer import AdapterCheckpoints
+
+IGNORED = -100
+LOGITS_AT_ONCE = 1 << 27
+"""Rows times vocabulary of one chunk of logits: 0.5 GB in float32."""
+
+
+class GivenStates(nn.Module):
+    """Stands in for the trunk inside a causal LM, so that its own forward applies its head."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+class MaskedNextTokenModel(nn.Module):
+    """A trunk and the frozen head of its language model; the forward is the MNTP loss.
+
+    Args:
+        trunk: the bare transformer, with an adapter on it.
+        language_model: the causal LM the trunk belongs to. Its trunk is taken out, only its head
+            is used.
+    """
+
+    def __init__(self, trunk: nn.Module, language_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.trunk = trunk
+        setattr(language_model, language_model.base_model_prefix, GivenStates())
+        self.head = language_model.requires_grad_(False)
+        self.config = language_model.config
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """MNTP loss of a batch.
+
+        Args:
+            input_ids: (B, T) with masked tokens replaced.
+            labels: (B, T) the original id where a token is scored, else -100.
+            attention_mask: (B, T); None without padding.
+
+        Returns:
+            ``loss``: mean over the scored tokens; ``totals``: (B, 3) summed loss, correct
+            predictions and scored tokens of each row.
+        """
+        states = self.trunk(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state  # (B, T, D)
+        rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # (N,), (N,)
+        targets = labels[rows, places + 1]  # (N,)
+        losses, correct = self._score(states[rows, places], targets)
+        totals = losses.new_zeros(len(labels), 3).index_add(
+            0, rows, torch.stack([losses, correct, torch.ones_like(losses)], dim=1)
+        )
+        return {"loss": losses.sum() / max(len(losses), 1), "totals": totals.detach()}
+
+    def _score(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) losses and hits of (N, D) states, a chunk of logits at a time."""
+        rows = max(1, LOGITS_AT_ONCE // self.config.get_text_config().vocab_size)
+        chunks = list(zip(states.split(rows), targets.split(rows), strict=True))
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            parts = [self._score_chunk(*chunk) for chunk in chunks]
+        else:  # recompute the logits of a chunk in the backward pass instead of keeping them
+            parts = [checkpoint(self._score_chunk, *c, use_reentrant=False) for c in chunks]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _score_chunk(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(inputs_embeds=states[None], use_cache=False).logits[0].float()  # (n, V)
+        losses = cross_entropy(logits, targets, reduction="none")
+        return losses, (logits.detach().argmax(-1) == targets).float()
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which tokens are masked, and by what (LLM2Vec, section 3.1 and appendix D).
+
+    Attributes:
+        mask_id: id that replaces a masked token.
+        vocabulary: ids below this may replace a token at random.
+        special_ids: never masked.
+        probability: share of the other tokens that is scored.
+        style: ``bert`` masks 80 %, replaces 10 % at random and keeps 10 %; ``all`` masks them all.
+    """
+
+    mask_id: int
+    vocabulary: int
+    special_ids: tuple[int, ...]
+    probability: float = 0.2
+    style: str = "bert"
+
+    def __call__(self, ids: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Masked ``input_ids`` and ``labels``, each (B, T), for (B, T) ids."""
+        scored = torch.rand(ids.shape, generator=generator) < self.probability
+        scored &= ~torch.isin(ids, torch.tensor(self.special_ids, dtype=ids.dtype))
+        scored[:, 0] = False  # nothing stands before it to predict it from
+        labels = torch.where(scored, ids, IGNORED)
+        if self.style == "all":
+            return {"input_ids": torch.where(scored, self.mask_id, ids), "labels": labels}
+        draw = torch.rand(ids.shape, generator=generator)
+        noise = torch.randint(self.vocabulary, ids.shape, generator=generator)
+        masked = torch.where(scored & (draw < 0.8), self.mask_id, ids)
+        masked = torch.where(scored & (draw >= 0.8) & (draw < 0.9), noise, masked)
+        return {"input_ids": masked, "labels": labels}
+
+
+def find_mask_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int | None:
+    """The id that masks: the tokenizer's own mask token, else ``_`` (blank) or EOS.
+
+    Returns:
+        None for kind ``mask``: a new embedding is needed. The tokenizer is never changed.
+
+    Raises:
+        ModelError: the tokenizer has no such token.
+    """
+    if getattr(tokenizer, "mask_token_id", None) is not None:
+        return int(tokenizer.mask_token_id)
+    if kind == "mask":
+        return None
+    if kind == "eos":
+        if tokenizer.eos_token_id is None:
+            raise ModelError("mask_token eos: the tokenizer names no EOS. Fix: mask_token: blank")
+        return int(tokenizer.eos_token_id)
+    found = tokenizer.convert_tokens_to_ids("_")
+    if found is None or found == tokenizer.unk_token_id:
+        raise ModelError("mask_token blank: '_' is no single token here. Fix: mask_token: mask")
+    return int(found)
+
+
+class BlockData(Dataset[dict[str, Any]]):
+    """Blocks of ids; masked anew at each visit, or once and for all for evaluation."""
+
+    def __init__(self, ids: np.ndarray, fixed: Masking | None = None) -> None:
+        self.ids = torch.from_numpy(ids.astype(np.int64))  # (N, T)
+        self.fixed: dict[str, Tensor] | None = None
+        if fixed is not None:
+            self.fixed = fixed(self.ids, torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.fixed is None:
+            return {"ids": self.ids[index]}
+        return {name: value[index] for name, value in self.fixed.items()}
+
+
+@dataclass(frozen=True)
+class MaskingCollator:
+    """Stacks blocks and masks those that are not masked yet."""
+
+    masking: Masking
+
+    def __call__(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        if "labels" in rows[0]:
+            return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return self.masking(torch.stack([row["ids"] for row in rows]))
+
+
+def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Loss, perplexity and accuracy over all scored tokens (not means of batch means)."""
+    loss, correct, count = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    if count == 0:
+        return {}
+    mean = loss / count
+    return {
+        "token_loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "accuracy": correct / count,
+    }
+
+
+class MaskedNextTokenTrainer(AdapterCheckpoints, Trainer):
+    """The transformers `Trainer`; its checkpoints hold the adapter, not the whole model."""

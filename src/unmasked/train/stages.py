@@ -1,0 +1,319 @@
+"""The recipe, stage by stage: baselines, MNTP, SimCSE, each scored, the result saved.
+
+Everything lives in a run folder, and the same command continues it: a stage that has its adapter is
+not trained again, a score that is written is not computed again, a stage that was cut off resumes
+from its last checkpoint.
+
+    recipe.yaml      as resolved         results.json     scores of every stage
+    mntp/ simcse/    adapter, checkpoints, metrics.jsonl, TensorBoard events
+    scores/          per-item scores, for intervals        model/    the merged encoder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.data_collator import (
+    SentenceTransformerDataCollator,
+)
+from sentence_transformers.util import get_device_name
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from unmasked import adapters, folder, loading
+from unmasked.config import MNTP, Recipe, SimCSE, dump_recipe, load_recipe, recipe_differences
+from unmasked.errors import OutputError
+from unmasked.model import LLM2Vec
+from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
+from unmasked.train.data import make_blocks, read_texts, split_held_out
+from unmasked.train.mntp import (
+    BlockData,
+    MaskedNextTokenModel,
+    MaskedNextTokenTrainer,
+    Masking,
+    MaskingCollator,
+    find_mask_id,
+    token_metrics,
+)
+from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
+
+BASELINES = ("mean", "weighted_mean", "last_token")
+
+
+class Scored(Protocol):
+    """What a task says of an encoder: `evaluate.tasks.TaskResult` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def scores(self) -> dict[str, float]: ...
+    @property
+    def items(self) -> dict[str, np.ndarray]: ...
+
+
+Score = Callable[[LLM2Vec], Sequence[Scored]]
+
+
+@dataclass
+class Listener:
+    """What the caller wants to hear; every part may be left out."""
+
+    stage: Callable[[str], None] = lambda name: None
+    step: Report = lambda step, steps, measured: None
+    scored: Callable[[str, dict[str, float]], None] = lambda stage, scores: None
+
+
+class Run:
+    """A recipe and the folder it runs in.
+
+    Args:
+        recipe: what to do.
+        path: the run folder; made, or continued if it was made with the same recipe.
+        score: how an encoder is scored; none of the stages is if None.
+        listener: told what happens.
+
+    Raises:
+        OutputError: the folder belongs to another recipe, or holds something else.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        path: str | Path,
+        score: Score | None = None,
+        listener: Listener | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.path = Path(path)
+        self.score = score
+        self.listener = listener or Listener()
+        self.device = torch.device(get_device_name())
+        self.dtype = loading.pick_dtype(recipe.model.dtype, self.device)
+        self._claim_folder()
+
+    def run(self) -> LLM2Vec:
+        """All stages that are not done yet; returns the finished encoder."""
+        set_seed(self.recipe.seed)
+        self.listener.stage("checking the texts")
+        self._check_data()
+        if self.score is not None:
+            for mode in BASELINES:
+                self._score(f"causal_{mode}", lambda mode=mode: self._causal(mode))
+            self._score("bidirectional", lambda: self._encoder([]))
+        done: list[str | Path] = []
+        for name, stage, train in (
+            ("mntp", self.recipe.mntp, self._train_mntp),
+            ("simcse", self.recipe.simcse, self._train_simcse),
+        ):
+            if stage is None:
+                continue
+            if not (self.path / name / adapters.CONFIG_NAME).is_file():
+                self.listener.stage(name)
+                train(stage, done)
+            done.append(self.path / name)
+            self._score(name, lambda: self._encoder(done))
+        encoder = self._encoder(done)
+        if not (self.path / "model" / "config.json").is_file():
+            self.listener.stage("saving")
+            encoder.save(self.path / "model", card=self._card(encoder))
+        return encoder
+
+    def results(self) -> list[dict[str, Any]]:
+        """Stages in order, each ``{"name": ..., "scores": {"TASK.METRIC": fraction}}``."""
+        file = self.path / "results.json"
+        if not file.is_file():
+            return []
+        stages: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["stages"]
+        return stages
+
+    def _claim_folder(self) -> None:
+        mine = self.path / "recipe.yaml"
+        if mine.is_file():
+            changed = recipe_differences(load_recipe(mine), self.recipe)
+            if changed:
+                raise OutputError(
+                    f"{self.path} was made with a different recipe:\n  "
+                    + "\n  ".join(changed)
+                    + "\nFix: the same settings to continue it, or another output folder."
+                )
+            return
+        if self.path.exists() and any(self.path.iterdir()):
+            raise OutputError(
+                f"{self.path} exists and is no run folder (it has no recipe.yaml). "
+                "Fix: another output folder."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        aside = mine.with_suffix(".tmp")
+        dump_recipe(self.recipe, aside)
+        os.replace(aside, mine)
+
+    def _check_data(self) -> None:
+        """Read every training text once before any hour is spent."""
+        for stage in (self.recipe.mntp, self.recipe.simcse):
+            if stage is not None:
+                read_texts(stage.data, stage.max_texts)
+
+    # Encoders
+
+    def _encoder(self, chain: Sequence[str | Path], **overrides: Any) -> LLM2Vec:
+        model = self.recipe.model
+        options: dict[str, Any] = {
+            "pooling_mode": model.pooling,
+            "max_length": model.max_length,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attn_implementation": model.attention,
+            "allow_partial": model.allow_partial,
+            "revision": model.revision,
+            **overrides,
+        }
+        return LLM2Vec.from_pretrained(model.base, list(chain), **options)
+
+    def _causal(self, mode: str) -> LLM2Vec:
+        return self._encoder([], pooling_mode=mode, enable_bidirectional=False)
+
+    def _card(self, encoder: LLM2Vec) -> folder.Card:
+        recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")
+        sections = {"Recipe": f"```yaml\n{recipe}```"}
+        if stages := self.results():
+            names = list(stages[0]["scores"])
+            lines = ["| stage | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+            for stage in stages:
+                cells = [f"{stage['scores'][name]:.4f}" for name in names]
+                lines.append(f"| {stage['name']} | " + " | ".join(cells) + " |")
+            sections["Scores"] = "\n".join(lines)
+        base = str(self.recipe.model.base)
+        return folder.Card(base, encoder.report.summary(), sections)
+
+    # Scores
+
+    def _score(self, name: str, make: Callable[[], LLM2Vec]) -> None:
+        stages = self.results()
+        if self.score is None or any(stage["name"] == name for stage in stages):
+            return
+        self.listener.stage(f"scoring {name}")
+        results = self.score(make())
+        items = {f"{r.name}.{key}": value for r in results for key, value in r.items.items()}
+        (self.path / "scores").mkdir(exist_ok=True)
+        np.savez(self.path / "scores" / f"{name}.npz", **items)  # type: ignore[arg-type]
+        scores = {f"{r.name}.{key}": float(v) for r in results for key, v in r.scores.items()}
+        stages.append({"name": name, "scores": scores})
+        aside = self.path / "results.tmp"
+        aside.write_text(json.dumps({"stages": stages}, indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, self.path / "results.json")
+        self.listener.scored(name, scores)
+
+    # Training
+
+    def _train_mntp(self, stage: MNTP, done: list[str | Path]) -> None:
+        encoder = self._encoder(done)
+        tokens = encoder.backbone.tokens
+        train, held_out = self._texts(stage)
+        model = self.recipe.model
+        language_model = loading.load_causal_lm(
+            model.base, self.dtype, encoder.report.attention, revision=model.revision
+        ).to(self.device)
+        mask_id = find_mask_id(tokens.tokenizer, stage.mask_token)
+        vocabulary = language_model.config.get_text_config().vocab_size
+        trunk: Any = encoder.backbone.auto_model
+        if mask_id is None:
+            mask_id = vocabulary
+            trunk.resize_token_embeddings(vocabulary + 1)
+            language_model.resize_token_embeddings(vocabulary + 1)
+        peft_model = self._attach(trunk, stage)
+        masking = Masking(
+            mask_id,
+            min(vocabulary, len(tokens.tokenizer)),
+            tuple({*tokens.prefix, *tokens.tokenizer.all_special_ids}),
+            stage.mask_probability,
+            stage.mask_style,
+        )
+        blocks = make_blocks(train, tokens, stage.block_length)
+        evaluation = None
+        if held_out and stage.eval_steps:
+            evaluation = BlockData(make_blocks(held_out, tokens, stage.block_length).ids, masking)
+        work = self.path / "mntp"
+        arguments = stage_arguments(stage, work, self.recipe.seed)
+        callback = self._callback("mntp", stage, stage.batch_size * stage.block_length)
+        trainer = MaskedNextTokenTrainer(
+            model=MaskedNextTokenModel(peft_model, language_model),
+            args=TrainingArguments(
+                **arguments,
+                remove_unused_columns=False,
+                label_names=["labels"],
+                eval_strategy="steps" if evaluation else "no",
+                eval_steps=stage.eval_steps or None,
+                eval_on_start=evaluation is not None,
+                per_device_eval_batch_size=stage.batch_size,
+            ),
+            data_collator=MaskingCollator(masking),
+            train_dataset=BlockData(blocks.ids),
+            eval_dataset=evaluation,
+            compute_metrics=token_metrics,
+            callbacks=[callback, TensorBoardCallback(SummaryWriter(str(work)))],
+        )
+        self._fit(trainer, callback, peft_model, work)
+
+    def _train_simcse(self, stage: SimCSE, done: list[str | Path]) -> None:
+        encoder = self._encoder(done)
+        peft_model = self._attach(encoder.backbone.auto_model, stage)
+        encoder.backbone.auto_model = peft_model
+        texts, _ = self._texts(stage)
+        work = self.path / "simcse"
+        callback = self._callback("simcse", stage, None)
+        with attention_dropout(peft_model, stage.attention_dropout):
+            trainer = ContrastiveTrainer(
+                model=encoder,
+                args=SentenceTransformerTrainingArguments(
+                    **stage_arguments(stage, work, self.recipe.seed), dataloader_drop_last=True
+                ),
+                data_collator=SentenceTransformerDataCollator(
+                    encoder.preprocess, max_length=stage.max_length
+                ),
+                train_dataset=Dataset.from_dict({"text": texts}),
+                loss=TwoViewsLoss(encoder, stage.temperature),
+                callbacks=[callback, TensorBoardCallback(SummaryWriter(str(work)))],
+            )
+            self._fit(trainer, callback, peft_model, work)
+
+    def _texts(self, stage: MNTP | SimCSE) -> tuple[list[str], list[str]]:
+        texts = read_texts(stage.data, stage.max_texts)
+        return split_held_out(texts, stage.held_out, self.recipe.seed)
+
+    def _attach(self, trunk: Any, stage: MNTP | SimCSE) -> PeftModel:
+        lora = stage.lora
+        set_seed(self.recipe.seed)
+        model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets)
+        if stage.gradient_checkpointing:
+            trunk.activation_checkpointing_enable({"use_reentrant": False})
+            trunk.enable_input_require_grads()
+        return model
+
+    def _callback(self, name: str, stage: MNTP | SimCSE, tokens: int | None) -> RunCallback:
+        per_step = tokens and tokens * stage.gradient_accumulation
+        metrics = self.path / name / "metrics.jsonl"
+        return RunCallback(stage.steps, metrics, per_step, self.listener.step)
+
+    def _fit(self, trainer: Any, callback: RunCallback, model: PeftModel, work: Path) -> None:
+        trainer.remove_callback(PrinterCallback)  # the listener speaks
+        trainer.train(resume_from_checkpoint=last_checkpoint(work))
+        if callback.interrupted:
+            raise KeyboardInterrupt
+        aside = work / "adapter.tmp"
+        adapters.save_adapter(model, aside)
+        os.replace(aside / adapters.WEIGHTS_NAME, work / adapters.WEIGHTS_NAME)
+        os.replace(aside / adapters.CONFIG_NAME, work / adapters.CONFIG_NAME)
+        aside.rmdir()
+        for checkpoint in work.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
