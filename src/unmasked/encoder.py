@@ -15,6 +15,7 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
 from unmasked.errors import DataError
+from unmasked.packing import pack, run_packed
 from unmasked.tokens import TextTokenizer, TokenRow
 
 Pair = tuple[str, str]
@@ -92,12 +93,16 @@ class Backbone(InputModule):
     Args:
         model: a bare transformer (`AutoModel`), perhaps wrapped by PEFT.
         tokens: how texts become ids.
+        unpackable: why batches are padded; None if `packing.enable_packing` accepted the model.
     """
 
-    def __init__(self, model: nn.Module, tokens: TextTokenizer) -> None:
+    def __init__(
+        self, model: nn.Module, tokens: TextTokenizer, unpackable: str | None = None
+    ) -> None:
         super().__init__()
         self.auto_model = model
         self.tokens = tokens
+        self.unpackable = unpackable
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]
@@ -136,19 +141,40 @@ class Backbone(InputModule):
         return self.collate(self.tokenize_inputs(inputs, prompt, max_length))
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """Add ``token_embeddings`` (B, T, D) and the packed form that pooling reads."""
-        attention = features["attention_mask"]
-        states = self.auto_model(
-            input_ids=features["input_ids"], attention_mask=attention, use_cache=False
-        ).last_hidden_state  # (B, T, D)
-        rows, positions = attention.nonzero(as_tuple=True)  # (N,), (N,)
+        """Run the transformer over the real tokens.
+
+        Args:
+            features: as `preprocess` makes them. With ``repad: False`` among them the padded
+                ``token_embeddings`` are not made.
+
+        Returns:
+            The features, ``token_embeddings`` (B, T, D), and what pooling reads: states (N, D),
+            row, position and "is text" of the N real tokens.
+        """
+        ids, attention = features["input_ids"], features["attention_mask"]
+        packed = pack(attention) if self.unpackable is None else None
+        if packed is not None:
+            rows, columns, positions = packed.rows, packed.columns, packed.positions
+            states = run_packed(self.auto_model, ids, packed)  # (N, D)
+            padded = None
+        else:
+            padded = self.auto_model(
+                input_ids=ids, attention_mask=attention, use_cache=False
+            ).last_hidden_state  # (B, T, D)
+            rows, columns = attention.nonzero(as_tuple=True)
+            positions = columns - attention.argmax(dim=1)[rows]
+            states = padded[rows, columns]
+        if features.get("repad", True):
+            if padded is None:
+                padded = states.new_zeros(*ids.shape, states.shape[1])
+                padded = padded.index_put((rows, columns), states)
+            features = {**features, "token_embeddings": padded}
         return {
             **features,
-            "token_embeddings": states,
-            "packed_states": states[rows, positions],
+            "packed_states": states,
             "packed_rows": rows,
             "packed_positions": positions,
-            "packed_is_text": features["text_mask"][rows, positions].bool(),
+            "packed_is_text": features["text_mask"][rows, columns].bool(),
         }
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:

@@ -29,6 +29,7 @@ from unmasked import adapters, folder, loading
 from unmasked.batches import plan_batches, token_budget
 from unmasked.bidirectional import Report, prove, stock_needs_eager
 from unmasked.encoder import Backbone, split_pairs
+from unmasked.packing import enable_packing
 from unmasked.pooling import TextPooling, check_mode
 from unmasked.tokens import TextTokenizer, prepare_tokenizer
 
@@ -79,7 +80,7 @@ class LLM2Vec(SentenceTransformer):
             model, tokenizer, report = loaded.model, loaded.tokenizer, loaded.report
         if tokenizer is None:
             raise TypeError("LLM2Vec needs the tokenizer of the model: LLM2Vec(model, tokenizer)")
-        self.settings = folder.Settings(
+        settings = folder.Settings(
             check_mode(pooling_mode), max_length, doc_max_length, skip_instruction
         )
         append_eos = pooling_mode == "eos_token"
@@ -91,11 +92,12 @@ class LLM2Vec(SentenceTransformer):
             append_eos,
         )
         tokens.check_mode(pooling_mode)
-        backbone = Backbone(model, tokens)
+        self.report = report or prove(model)
+        backbone = Backbone(model, tokens, self._pack(model))
         pooling = TextPooling(backbone.get_embedding_dimension(), pooling_mode, skip_instruction)
         super().__init__(modules=[backbone, pooling], device=device, prompts=prompts)
+        self.settings = settings
         self.base = base or str(getattr(model.config, "_name_or_path", "") or "a decoder")
-        self.report = report or prove(model)
         if report is None and self.report.verdict != "full":
             logger.warning(
                 "This model is not bidirectional: %s Fix: load it with "
@@ -168,6 +170,15 @@ class LLM2Vec(SentenceTransformer):
             report=loaded.report or prove(loaded.model),
             base=str(base_model_name_or_path),
         )
+
+    def _pack(self, model: nn.Module) -> str | None:
+        """Switch on packed attention; returns why not, if not."""
+        if self.report.verdict != "full":
+            return f"the model is not bidirectional throughout ({self.report.verdict})"
+        reason = enable_packing(model.get_base_model() if isinstance(model, PeftModel) else model)
+        if reason is not None:
+            logger.warning("Batches are padded, which is slower: %s.", reason)
+        return reason
 
     @property
     def backbone(self) -> Backbone:
@@ -242,7 +253,8 @@ class LLM2Vec(SentenceTransformer):
         try:
             with tqdm(total=len(rows), unit="text", disable=not show_progress_bar) as bar:
                 for batch in batches:
-                    features = self.backbone.collate([rows[i] for i in batch])
+                    features: dict[str, Any] = self.backbone.collate([rows[i] for i in batch])
+                    features["repad"] = output_value != "sentence_embedding"
                     outputs = self(batch_to_device(features, target))
                     if output_value == "sentence_embedding":
                         values = outputs["sentence_embedding"].float()

@@ -40,8 +40,8 @@ def pool(
     """Pool packed token states into one vector a row (LLM2Vec, arXiv 2404.05961, section 2).
 
     Args:
-        states: (N, D) last hidden states of the real tokens, row after row.
-        rows: (N,) the row of each token, ascending.
+        states: (N, D) last hidden states of the real tokens.
+        rows: (N,) the row of each token, in any order.
         positions: (N,) the position of each token in its row, from 0.
         is_text: (N,) which tokens are pooled; at least one in each row.
         batch: B, the number of rows.
@@ -58,13 +58,13 @@ def pool(
         sums = sums.index_add(0, rows, states.float() * weights[:, None])
         totals = weights.new_zeros(batch).index_add(0, rows, weights)
         return (sums / totals[:, None]).to(states.dtype)
-    lengths = torch.bincount(rows, minlength=batch)
-    ends = lengths.cumsum(0)  # (B,)
-    if mode == "bos_token":
-        return states[ends - lengths]
     order = torch.where(is_text, positions, -1)
-    last = torch.full_like(ends, -1).scatter_reduce(0, rows, order, "amax")
-    return states[ends - lengths + last]
+    if mode == "bos_token":
+        chosen = positions == 0
+    else:
+        last = order.new_full((batch,), -1).scatter_reduce(0, rows, order, "amax")
+        chosen = is_text & (order == last[rows])
+    return torch.empty_like(states[:batch]).index_copy(0, rows[chosen], states[chosen])
 
 
 class TextPooling(Pooling):

@@ -94,7 +94,7 @@ class TwoViewsLoss(nn.Module):
         """Scalar loss of (B, T) features."""
         (features,) = sentence_features
         twice = {name: torch.cat([value, value]) for name, value in features.items()}
-        vectors = self.model(twice)["sentence_embedding"]  # (2B, D)
+        vectors = self.model({**twice, "repad": False})["sentence_embedding"]  # (2B, D)
         first, second = vectors.chunk(2)
         return self.ranking.compute_loss_from_embeddings([first, second], labels)
 

@@ -36,6 +36,7 @@ from unmasked import adapters, folder, loading
 from unmasked.config import MNTP, Recipe, SimCSE, dump_recipe, load_recipe, recipe_differences
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
+from unmasked.packing import checkpoint_contexts
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
 from unmasked.train.data import make_blocks, read_texts, split_held_out
 from unmasked.train.mntp import (
@@ -296,7 +297,9 @@ class Run:
         set_seed(self.recipe.seed)
         model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets)
         if stage.gradient_checkpointing:
-            trunk.activation_checkpointing_enable({"use_reentrant": False})
+            trunk.activation_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": checkpoint_contexts}
+            )
             trunk.enable_input_require_grads()
         return model
 

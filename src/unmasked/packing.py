@@ -1,0 +1,282 @@
+"""Attention over texts laid end to end, so that padding never reaches the network.
+
+With the causal mask off, transformers separates packed texts in no backend but flash attention:
+resetting position ids silently lets texts attend to each other. So this module registers an
+attention function of its own, which transformers calls in place of its own ones. While a batch is
+packed it attends text by text: texts of equal length as one batch of plain SDPA, or all at once
+with `torch.nn.attention.varlen` on GPU. Otherwise it is SDPA with the mask it is given.
+
+A sliding window is drawn by the family's own mask code, once for the longest text of the batch;
+windows look the same from every token, so shorter texts take the corner of it.
+
+Whether a family may be packed is not listed anywhere: `packing_drift` compares packed with single
+forwards on the loaded model. Measured on CPU: `benchmarks/encode.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "unmasked"
+"""The attention implementation registered here."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+"""Largest relative difference between packed and single; 5e-2 in half precision."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the texts of a packed batch lie, shortest first.
+
+    Attributes:
+        groups: (first token, texts, length) of each run of texts of equal length.
+        tokens: N, the tokens of all texts.
+        ends: (B + 1,) int32 token offsets, from 0 to N.
+    """
+
+    groups: tuple[tuple[int, int, int], ...]
+    tokens: int
+    ends: Tensor
+
+    @property
+    def longest(self) -> int:
+        return self.groups[-1][2]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How the real tokens of a padded (B, T) batch are laid end to end.
+
+    Attributes:
+        rows, columns: (N,) where each packed token stands in the padded batch.
+        positions: (N,) its position in its text, from 0.
+        layout: where the texts lie.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    positions: Tensor
+    layout: Layout
+
+
+_LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextmanager
+def packed_attention(layout: Layout | None) -> Iterator[None]:
+    """Attention inside the block separates the texts of a layout."""
+    token = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint`: the recomputed forward sees the layout of the first one."""
+    return nullcontext(), packed_attention(_LAYOUT.get())
+
+
+def pack(attention_mask: Tensor) -> Packed | None:
+    """Plan the packing of a padded batch; None if it has no padding.
+
+    Args:
+        attention_mask: (B, T), 1 for real tokens; padding on either side.
+    """
+    lengths = attention_mask.sum(dim=1)  # (B,)
+    order = lengths.argsort(stable=True)
+    ordered = lengths[order].tolist()
+    if ordered[0] == attention_mask.shape[1]:
+        return None
+    groups, start = [], 0
+    for length, same in groupby(ordered):
+        texts = len(list(same))
+        groups.append((start, texts, length))
+        start += texts * length
+    ends = torch.zeros(len(ordered) + 1, dtype=torch.int32, device=attention_mask.device)
+    ends[1:] = lengths[order].cumsum(0)
+    sorted_rows, columns = attention_mask[order].nonzero(as_tuple=True)
+    positions = torch.arange(start, device=ends.device) - ends[sorted_rows]
+    return Packed(order[sorted_rows], columns, positions, Layout(tuple(groups), start, ends))
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Bidirectional attention, packed or not, as transformers calls it.
+
+    Args:
+        module: the attention layer (unused).
+        query: (B, H, T, d); B is 1 and T is N while a batch is packed.
+        key, value: (B, G, T, d), G key-value heads for H query heads.
+        attention_mask: bool, True where a query may look; (1, 1, longest, longest) while packed.
+        scaling, dropout, softcap, s_aux: as in transformers.
+
+    Returns:
+        (B, T, H, d) and no weights.
+    """
+    del module
+    extras = (scaling, dropout, softcap, s_aux)
+    layout = _LAYOUT.get()
+    if layout is None:
+        return _attend(query, key, value, attention_mask, *extras).transpose(1, 2), None
+    if attention_mask is None and softcap is None and s_aux is None and dropout == 0:
+        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+            return _attend_varlen(query, key, value, layout, scaling), None
+    parts = []
+    for start, texts, length in layout.groups:
+        q, k, v = (
+            x[0, :, start : start + texts * length].unflatten(1, (texts, length)).transpose(0, 1)
+            for x in (query, key, value)
+        )  # (texts, heads, length, d)
+        mask = None if attention_mask is None else attention_mask[..., :length, :length]
+        parts.append(_attend(q, k, v, mask, *extras).transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[None], None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """(B, H, T, d) attention; SDPA, or written out where it has no word for what is asked."""
+    if softcap is None and sinks is None:
+        grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(
+            query, key, value, mask, dropout, scale=scaling, enable_gqa=grouped
+        )
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)  # (B, H, T, T)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        sink = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return nn.functional.dropout(weights, dropout) @ value
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (N, heads, d)
+    out: Any = varlen_attn(
+        q,
+        k,
+        v,
+        layout.ends,
+        layout.ends,
+        layout.longest,
+        layout.longest,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[None]  # type: ignore[no-any-return]
+
+
+def _mask(*args: Any, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
+    """The family's mask; while a batch is packed, for one text as long as the longest."""
+    layout = _LAYOUT.get()
+    if layout is not None:
+        q_length = kv_length = layout.longest
+        kwargs |= {"q_offset": 0, "kv_offset": 0, "attention_mask": None}
+    mask: Tensor | None = sdpa_mask(*args, q_length=q_length, kv_length=kv_length, **kwargs)
+    return mask
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def run_packed(model: nn.Module, input_ids: Tensor, packed: Packed) -> Tensor:
+    """Last hidden states (N, D) of the real tokens of (B, T) ids."""
+    with packed_attention(packed.layout):
+        states: Tensor = model(
+            input_ids=input_ids[packed.rows, packed.columns][None],
+            position_ids=packed.positions[None],
+            use_cache=False,
+        ).last_hidden_state
+    return states[0]
+
+
+@torch.no_grad()
+def packing_drift(model: nn.Module) -> float:
+    """Largest relative difference between packed and single forwards of a few texts."""
+    config: Any = model.config
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device = embeddings.weight.device
+    generator = torch.Generator().manual_seed(0)
+    highest = min(config.get_text_config().vocab_size, len(embeddings.weight))
+    lengths = (9, 5, 9, 13)
+    ids = torch.randint(highest, (len(lengths), max(lengths)), generator=generator).to(device)
+    mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    packed = pack(mask.long())
+    assert packed is not None
+    was_training = model.training
+    model.eval()
+    try:
+        together = run_packed(model, ids, packed).float()
+        worst = 0.0
+        for row, length in enumerate(lengths):
+            alone = model(input_ids=ids[row : row + 1, :length], use_cache=False)
+            single = alone.last_hidden_state[0].float()
+            apart = (together[packed.rows == row] - single).norm() / single.norm()
+            worst = max(worst, float(apart))
+    finally:
+        model.train(was_training)
+    return worst if worst == worst else float("inf")
+
+
+def enable_packing(model: Any) -> str | None:
+    """Switch a bidirectional transformer to packed attention, if it gives the same states.
+
+    Args:
+        model: a bare transformer. Left as it was if it cannot be packed.
+
+    Returns:
+        None, or why it is not packed.
+    """
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(NAME)
+        drift = packing_drift(model)
+        tolerance = TOLERANCE.get(next(model.parameters()).dtype, 5e-2)
+        if drift <= tolerance:
+            return None
+        reason = f"packed and single forwards differ by {drift:.1e}"
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        reason = f"the packed forward fails ({type(error).__name__}: {str(error)[:100]})"
+    model.set_attn_implementation(before)
+    return reason

@@ -1,0 +1,210 @@
+"""What the commands show: results on stdout, progress on stderr, one honest line while it works.
+
+On a terminal the progress line is live; elsewhere a plain line is written every few seconds.
+``NO_COLOR`` and ``COLUMNS`` are honoured by rich. Cost: importing rich (0.1 s).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_EVERY = 5.0
+"""Seconds between two progress lines where there is no terminal."""
+_PLAIN_WIDTH = 120
+
+
+def _console(stderr: bool) -> Console:
+    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _PLAIN_WIDTH
+    return made
+
+
+def say(text: str, style: str | None = None) -> None:
+    """A line of progress or advice, on stderr."""
+    _console(stderr=True).print(Text(text, style=style or ""), soft_wrap=True)
+
+
+def show(text: str) -> None:
+    """A line of the result, on stdout, never wrapped."""
+    _console(stderr=False).print(Text(text), soft_wrap=True)
+
+
+def facts(rows: Sequence[tuple[str, str]], *, stderr: bool = False) -> None:
+    """Two columns: what, and what it is."""
+    console = _console(stderr)
+    width = max((len(label) for label, _ in rows), default=0)
+    for label, value in rows:
+        line = Text.assemble((label.ljust(width), "dim"), "  ", value)
+        console.print(line, soft_wrap=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int] = ()) -> None:
+    """A table on stdout, the first column to the left and the others to the right.
+
+    Args:
+        columns: their titles.
+        rows: as many cells each.
+        marked: rows shown in bold.
+    """
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, title in enumerate(columns):
+        made.add_column(Text(title), justify="right" if index else "left", overflow="fold")
+    for index, row in enumerate(rows):
+        cells = [Text(cell) for cell in row]
+        made.add_row(*cells, style="bold" if index in marked else None)
+    _console(stderr=False).print(made)
+
+
+def closing(saved: Path, following: Sequence[str]) -> None:
+    """The last box: where the result is, and the next command (shown for a shell to paste)."""
+    lines = [f"saved  {shlex.quote(str(saved))}", f"next   {shlex.join(following)}"]
+    console = _console(stderr=False)
+    if console.is_terminal and max(map(len, lines)) + 4 <= console.width:
+        console.print(Panel.fit(Text("\n".join(lines)), border_style="green"))
+    else:
+        for line in lines:
+            console.print(Text(line), soft_wrap=True)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A spinner on a terminal, one line elsewhere, while something without steps goes on."""
+    console = _console(stderr=True)
+    if console.is_terminal:
+        with console.status(Text(text)):
+            yield
+    else:
+        say(text)
+        yield
+
+
+def quiet_libraries() -> None:
+    """Silence the bars and notes of the libraries below; downloads from the hub still show."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def duration(seconds: float) -> str:
+    """``1:05``, ``2:03:04``."""
+    whole = int(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+class Line:
+    """The progress line: a name, how far it is, and what was measured.
+
+    Use as a context manager. Everything is written to stderr.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._console = _console(stderr=True)
+        self._live = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._name = ""
+        self._last = -PLAIN_EVERY
+        self._first: tuple[float, int] | None = None
+
+    def __enter__(self) -> Line:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def begin(self, name: str) -> None:
+        """A new piece of work, whose length is not known yet."""
+        self._name, self._first, self._last = name, None, -PLAIN_EVERY
+        if self._task is not None:
+            self._live.remove_task(self._task)
+        self._task = self._live.add_task("", total=None, text=name)
+        if self._live.disable:
+            self.note(name)
+
+    def note(self, text: str) -> None:
+        """A line that stays, above the progress line."""
+        self._console.print(Text(text, style="dim"), soft_wrap=True)
+
+    def advance(self, done: int, total: int | None, *notes: str) -> None:
+        """Show how much is done, notes behind it, and the time left if it can be told."""
+        now = self._clock()
+        begun, first = self._first = self._first or (now, done)
+        count = f"{done:,}/{total:,}" if total else f"{done:,}"
+        parts = [f"{self._name} {count}", *notes]
+        if total and done > first:
+            left = (total - done) * (now - begun) / (done - first)
+            parts.append(f"ETA {duration(left)}")
+        text = "  ".join(parts)
+        if self._task is not None:
+            self._live.update(self._task, total=total, completed=done, text=text)
+        if self._live.disable and (now - self._last >= PLAIN_EVERY or done == total):
+            self._last = now
+            self.note(text)
+
+
+class RunView:
+    """What a `train.stages.Listener` tells, as progress; its methods are the listener's parts."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._known: dict[str, float] = {}
+
+    def stage(self, name: str) -> None:
+        self._known = {}
+        self._line.begin(name)
+
+    def step(self, step: int, steps: int, measured: dict[str, float]) -> None:
+        self._known |= measured
+        if "train_runtime" in measured:
+            return  # the trainer's last word, whose loss is a mean over the whole stage
+        texts = {
+            "loss": "loss {:.4f}",
+            "eval_token_loss": "held-out {:.4f}",
+            "tokens_per_second": "{:,.0f} tokens/s",
+        }
+        notes = [text.format(self._known[k]) for k, text in texts.items() if k in self._known]
+        self._line.advance(step, steps, *notes)
+
+    def scored(self, stage: str, scores: dict[str, float]) -> None:
+        first = next(iter(scores.items()), None)
+        if first is not None:
+            self._line.note(f"{stage}: {first[0]} {100 * first[1]:.2f}")
+
+
+def without_prints() -> AbstractContextManager[Any]:
+    """Keeps stdout for results: what libraries print meanwhile is dropped."""
+    return contextlib.redirect_stdout(_Nowhere())
+
+
+class _Nowhere(io.TextIOBase):
+    def write(self, text: str) -> int:
+        return len(text)
