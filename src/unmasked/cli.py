@@ -9,55 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from unmasked import __version__
-from unmasked.errors import DataError, OutputError, UnmaskedError, unknown
-
-if TYPE_CHECKING:
-    from unmasked.config import Recipe
-
-RESUMABLE = ("demo", "run", "train")
-MISUSED, INTERRUPTED = 2, 130
-
-
-class Verbs(TyperGroup):
-    """Turns what the user can mend into one paragraph and an exit code."""
-
-    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        try:
-            return super().invoke(ctx)
-        except (UnmaskedError, KeyboardInterrupt, OSError, RuntimeError) as error:
-            code, message = _explain(error, str(ctx.invoked_subcommand))
-            if not message or ctx.params.get("debug"):
-                raise
-            typer.echo(message, err=True)
-            raise typer.Exit(code) from error
-
-
-def _explain(error: BaseException, verb: str) -> tuple[int, str]:
-    """Exit code and message; an empty message for what is no fault of the user's."""
-    if isinstance(error, KeyboardInterrupt):
-        saved = "saved; run the same command to continue" if verb in RESUMABLE else "interrupted"
-        return INTERRUPTED, saved
-    if isinstance(error, UnmaskedError):
-        return MISUSED, f"error: {error}"
-    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.filename:
-        return MISUSED, f"error: {error.filename}: {error.strerror}"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would take seconds
-        return MISUSED, (
-            "error: the device is out of memory. Fix: encode with a smaller --batch-size (same "
-            "vectors); train with mntp.batch_size halved and mntp.gradient_accumulation doubled "
-            "(same result), or with mntp.gradient_checkpointing=true (same result, slower)."
-        )
-    return 1, ""
-
+from unmasked.errors import OutputError, RecipeError, unknown
+from unmasked.failures import MISUSED, Verbs, quiet_on_closed_pipe
 
 app = typer.Typer(
     cls=Verbs,
@@ -104,8 +64,10 @@ class Rival(str, Enum):
     causal = "causal"
 
 
-MODEL = typer.Argument(help="Hub name, folder, or 'nano', the bundled decoder.", show_default=False)
-MODEL_METAVAR = Annotated[str, MODEL]
+MODEL = Annotated[
+    str,
+    typer.Argument(help="Hub name, folder, or 'nano', the bundled decoder.", show_default=False),
+]
 DTYPE = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that has it, else float32.")]
 OVERRIDES = Annotated[
     list[str] | None,
@@ -124,7 +86,7 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Options of every verb; `Verbs` reads ``debug``."""
 
@@ -135,21 +97,22 @@ def demo(
     quick: Annotated[bool, typer.Option(help="Fewer steps: shows the way, not the gain.")] = False,
 ) -> None:
     """Everything, on the bundled decoder and this machine's own documentation, in minutes."""
-    from unmasked import terminal
+    from unmasked import running, terminal, views
 
     with terminal.waiting("loading the libraries"):
         from unmasked.demo import run_demo
-        from unmasked.train.stages import Listener
-    terminal.quiet_libraries()
-    with terminal.Line() as line, terminal.without_prints():
-        view = terminal.RunView(line)
-        run_demo(output, quick=quick, listener=Listener(view.stage, view.step, view.scored))
-    _show_run(output)
+
+        terminal.quiet_libraries()
+    with terminal.Line() as line:
+        searches = run_demo(output, quick=quick, listener=running.listener(line))
+    views.stage_table(output)
+    views.show_searches(searches)
+    running.close(output / "model")
 
 
 @app.command()
 def convert(
-    model: MODEL_METAVAR,
+    model: MODEL,
     output: Annotated[Path, typer.Option("-o", "--output", help="New folder.")],
     peft: Annotated[
         list[str] | None, typer.Option(help="Adapter to merge; repeat for more, in order.")
@@ -172,7 +135,7 @@ def convert(
 
     Stock sentence-transformers loads the folder to the same vectors.
     """
-    from unmasked import terminal
+    from unmasked import running, terminal
 
     _check_new(output)
     with terminal.waiting(f"loading {model}"):
@@ -191,7 +154,7 @@ def convert(
     terminal.show(encoder.report.summary())
     with terminal.waiting("saving"):
         encoder.save(output)
-    _close(output)
+    running.close(output)
 
 
 @app.command()
@@ -207,9 +170,10 @@ def run(
 ) -> None:
     """All stages of a recipe, scored before and after each. The same command continues."""
     from unmasked.config import load_recipe
+    from unmasked.running import run_recipe
 
     resolved = load_recipe(recipe, overrides or [])
-    _run(resolved, output or Path("runs") / resolved.name)
+    run_recipe(resolved, output or Path("runs") / resolved.name)
 
 
 @app.command()
@@ -221,14 +185,14 @@ def train(
     overrides: OVERRIDES = None,
 ) -> None:
     """One stage: mntp on a decoder, simcse on any model or on the adapter mntp left."""
-    from unmasked.config import stage_recipe
+    from unmasked.running import run_recipe, stage_recipe
 
-    _run(stage_recipe(stage.value, base, data, output.resolve().name, overrides or []), output)
+    run_recipe(stage_recipe(stage.value, base, data, output, overrides or []), output)
 
 
 @app.command()
 def encode(
-    model: MODEL_METAVAR,
+    model: MODEL,
     texts: Annotated[
         str,
         typer.Argument(metavar="INPUT", help=".txt, .jsonl or .csv, perhaps .gz; - is stdin."),
@@ -275,7 +239,7 @@ def encode(
 
 @app.command()
 def evaluate(
-    model: MODEL_METAVAR,
+    model: MODEL,
     tasks: Annotated[
         list[str], typer.Option(help="A .tsv of scored pairs or a BEIR folder; repeat for more.")
     ],
@@ -290,25 +254,26 @@ def evaluate(
     ] = None,
 ) -> None:
     """Scores on local tasks, each with its 95 % interval."""
-    from unmasked import terminal
-    from unmasked.evaluate.compare import compare_encoders, make_scorer, rows_json
+    from unmasked import terminal, views
+    from unmasked.evaluate.compare import compare_encoders, make_scorer
 
     score = make_scorer(tasks)
     with terminal.waiting("loading the libraries"):
-        from unmasked.baselines import causal_baselines, find_base
+        from unmasked.evaluate.baselines import causal_baselines, find_base
         from unmasked.model import LLM2Vec
-    terminal.quiet_libraries()
-    decoder = find_base(model, base) if against else None
-    results = {}
-    with terminal.waiting(f"scoring {model}"):
-        results[model] = score(LLM2Vec.from_pretrained(model, allow_partial=True))
-    for name, make in causal_baselines(decoder) if decoder else ():
+
+        terminal.quiet_libraries()
+    baselines = {}
+    for name, make in causal_baselines(base or find_base(model)) if against else ():
         with terminal.waiting(f"scoring {name}"):
-            results[name] = score(make())
-    rows = compare_encoders(results)
-    terminal.score_table(rows)
+            baselines[name] = score(make())
+    with terminal.waiting(f"scoring {model}"):
+        ours = score(LLM2Vec.from_pretrained(model, allow_partial=True))
+    rows = compare_encoders({model: ours, **baselines})
+    views.score_table(rows)
     if json_file:
-        json_file.write_text(json.dumps(rows_json(rows), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps([row.as_dict() for row in rows], indent=2)
+        json_file.write_text(text + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -359,3 +324,27 @@ def recipes_copy(
         raise OutputError(f"{target} exists. Fix: another name.")
     target.write_bytes(source.read_bytes())
     terminal.closing(target, ["unmasked", "run", f"./{target}"])
+
+
+def _shipped(name: str) -> Path:
+    from unmasked.config import shipped_recipes
+
+    recipes = shipped_recipes()
+    if name not in recipes:
+        raise RecipeError(unknown("recipe", name, recipes))
+    return recipes[name]
+
+
+def _check_new(folder: Path) -> None:
+    """Refuse to write into a folder that has something in it, before any work is done."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file. Fix: name a new folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(f"{folder} exists and is not empty. Fix: name a new folder.")
+
+
+def main() -> None:
+    """The ``unmasked`` command."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would cut through our line
+    with quiet_on_closed_pipe():
+        app()

@@ -144,16 +144,17 @@ def _check_finite(source: Source, batch: list[Record], vectors: np.ndarray) -> N
 def _written_aside(path: Path) -> Iterator[IO[bytes]]:
     """A new file beside `path` that takes its place when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    aside = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
         umask = os.umask(0)
         os.umask(umask)
-        Path(aside).chmod(0o666 & ~umask)
-        os.replace(aside, path)
+        aside.chmod(0o666 & ~umask)  # mkstemp makes it private
+        aside.replace(path)
     finally:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
 
 
 class _Writer(Protocol):

@@ -35,7 +35,7 @@ def environment() -> Facts:
     found |= {name: _version(name) or "not installed" for name in LIBRARIES}
     found["platform"] = platform.platform(terse=True)
     found["devices"] = _devices()
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     bfloat16 = [n for n in ("amx_bf16", "avx512_bf16", "bf16") if capabilities.get(n)]
     found["cpu_bfloat16"] = ", ".join(bfloat16) or "no (slow: emulated; use float32)"
     for extra, packages in _extras().items():
@@ -83,7 +83,7 @@ def _shown(value: object) -> str:
     if value is None or value == []:
         return "none"
     if isinstance(value, bool):
-        return "yes" if value else "NO"
+        return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
@@ -195,6 +195,4 @@ def _judge(tokenizer: Any, prompt: str) -> str:
     merged = [p for p in PROBES if tokenizer(prompt + p)["input_ids"][: len(alone)] != alone]
     if not merged:
         return f"stable in stock loaders: {prompt!r}"
-    return (
-        f"UNSTABLE in stock loaders: {prompt!r} merges with {merged[0]!r}; end it in a newline"
-    )
+    return f"UNSTABLE in stock loaders: {prompt!r} merges with {merged[0]!r}; end it in a newline"

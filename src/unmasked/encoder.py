@@ -64,8 +64,10 @@ def _is_pair(item: Sequence[Any]) -> bool:
 
 
 def _describe(item: Any) -> str:
-    return f"{type(item).__name__} of {len(item)}" if isinstance(item, list | tuple) else (
-        type(item).__name__
+    return (
+        f"{type(item).__name__} of {len(item)}"
+        if isinstance(item, list | tuple)
+        else (type(item).__name__)
     )
 
 

@@ -322,9 +322,7 @@ def _per_row(outputs: dict[str, Any], lengths: list[int], name: str | None) -> l
     """Token states (T, D) of each row without padding, or every output of each row."""
     if name == "token_embeddings":
         return [
-            states[:length].float()
-            for states, length in zip(outputs[name], lengths, strict=True)
+            states[:length].float() for states, length in zip(outputs[name], lengths, strict=True)
         ]
     per_row = {k: v for k, v in outputs.items() if not k.startswith("packed_")}
     return [{k: v[i] for k, v in per_row.items()} for i in range(len(lengths))]
-

@@ -37,7 +37,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the texts of a packed batch lie, shortest first.
+    """Where the texts of a packed batch lie, longest first.
+
+    The order matters: some families cut their mask where positions restart, and `_mask` draws
+    it over the first tokens, which are then one text.
 
     Attributes:
         groups: (first token, texts, length) of each run of texts of equal length.
@@ -51,7 +54,7 @@ class Layout:
 
     @property
     def longest(self) -> int:
-        return self.groups[-1][2]
+        return self.groups[0][2]
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,9 @@ def pack(attention_mask: Tensor) -> Packed | None:
         attention_mask: (B, T), 1 for real tokens; padding on either side.
     """
     lengths = attention_mask.sum(dim=1)  # (B,)
-    order = lengths.argsort(stable=True)
+    order = lengths.argsort(descending=True, stable=True)
     ordered = lengths[order].tolist()
-    if ordered[0] == attention_mask.shape[1]:
+    if ordered[-1] == attention_mask.shape[1]:
         return None
     groups, start = [], 0
     for length, same in groupby(ordered):

@@ -11,10 +11,9 @@ import gzip
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from unmasked.errors import DataError, nearest
 
@@ -58,11 +57,12 @@ class Source:
         read = {".jsonl": self._json_records, ".csv": self._csv_records}.get(
             self._kind(), self._text_records
         )
-        count = 0
+        empty = True
         with self._open() as file:
-            for count, record in enumerate(read(self._lines(file)), start=1):
+            for record in read(self._lines(file)):
+                empty = False
                 yield record
-        if not count:
+        if empty:
             raise DataError(f"{self.name}: there is no text in it.")
 
     def count(self) -> int:
@@ -80,22 +80,16 @@ class Source:
             )
         return kind
 
-    @contextmanager
-    def _open(self) -> Iterator[IO[bytes]]:
+    def _open(self) -> AbstractContextManager[Iterable[bytes]]:
         path = Path(self.path)
         if self.path == "-":
-            yield sys.stdin.buffer
-        elif not path.is_file():
+            return nullcontext(sys.stdin.buffer)
+        if not path.is_file():
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise DataError(f"{path} is not a file{nearest(path.name, siblings)}")
-        elif path.suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield file
-        else:
-            with path.open("rb") as file:
-                yield file
+        return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
-    def _lines(self, file: IO[bytes]) -> Iterator[str]:
+    def _lines(self, file: Iterable[bytes]) -> Iterator[str]:
         number = 0
         try:
             for number, raw in enumerate(file, start=1):

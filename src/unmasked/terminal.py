@@ -6,38 +6,36 @@ On a terminal the progress line is live; elsewhere a plain line is written every
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 PLAIN_EVERY = 5.0
 """Seconds between two progress lines where there is no terminal."""
-_PLAIN_WIDTH = 120
+_UNBOUNDED = 10_000  # a file has no right edge
 
 
 def _console(stderr: bool) -> Console:
     made = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
-        made.width = _PLAIN_WIDTH
+        made.width = _UNBOUNDED
     return made
 
 
-def say(text: str, style: str | None = None) -> None:
+def say(text: str) -> None:
     """A line of progress or advice, on stderr."""
-    _console(stderr=True).print(Text(text, style=style or ""), soft_wrap=True)
+    _console(stderr=True).print(Text(text), soft_wrap=True)
 
 
 def show(text: str) -> None:
@@ -54,7 +52,9 @@ def facts(rows: Sequence[tuple[str, str]], *, stderr: bool = False) -> None:
         console.print(line, soft_wrap=True)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int] = ()) -> None:
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int] = ()
+) -> None:
     """A table on stdout, the first column to the left and the others to the right.
 
     Args:
@@ -62,7 +62,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequenc
         rows: as many cells each.
         marked: rows shown in bold.
     """
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, title in enumerate(columns):
         made.add_column(Text(title), justify="right" if index else "left", overflow="fold")
     for index, row in enumerate(rows):
@@ -96,12 +96,13 @@ def waiting(text: str) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Silence the bars and notes of the libraries below; downloads from the hub still show."""
+    # Deprecations between the libraries are for their authors.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging
 
     disable_progress_bar()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def duration(seconds: float) -> str:
@@ -123,7 +124,6 @@ class Line:
         self._live = Progress(
             SpinnerColumn(),
             TextColumn("{task.fields[text]}", markup=False),
-            BarColumn(bar_width=20),
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
@@ -150,6 +150,18 @@ class Line:
         if self._live.disable:
             self.note(name)
 
+    def counter(self, name: str, unit: str, total: int | None) -> Callable[[int], None]:
+        """Begin to count; call the result with how many are done."""
+        self.begin(name)
+        begun = self._clock()
+        self._first = (begun, 0)
+
+        def count(done: int) -> None:
+            seconds = max(self._clock() - begun, 1e-9)
+            self.advance(done, total, f"{done / seconds:,.0f} {unit}/s")
+
+        return count
+
     def note(self, text: str) -> None:
         """A line that stays, above the progress line."""
         self._console.print(Text(text, style="dim"), soft_wrap=True)
@@ -160,7 +172,7 @@ class Line:
         begun, first = self._first = self._first or (now, done)
         count = f"{done:,}/{total:,}" if total else f"{done:,}"
         parts = [f"{self._name} {count}", *notes]
-        if total and done > first:
+        if total and first < done < total:
             left = (total - done) * (now - begun) / (done - first)
             parts.append(f"ETA {duration(left)}")
         text = "  ".join(parts)
@@ -169,42 +181,3 @@ class Line:
         if self._live.disable and (now - self._last >= PLAIN_EVERY or done == total):
             self._last = now
             self.note(text)
-
-
-class RunView:
-    """What a `train.stages.Listener` tells, as progress; its methods are the listener's parts."""
-
-    def __init__(self, line: Line) -> None:
-        self._line = line
-        self._known: dict[str, float] = {}
-
-    def stage(self, name: str) -> None:
-        self._known = {}
-        self._line.begin(name)
-
-    def step(self, step: int, steps: int, measured: dict[str, float]) -> None:
-        self._known |= measured
-        if "train_runtime" in measured:
-            return  # the trainer's last word, whose loss is a mean over the whole stage
-        texts = {
-            "loss": "loss {:.4f}",
-            "eval_token_loss": "held-out {:.4f}",
-            "tokens_per_second": "{:,.0f} tokens/s",
-        }
-        notes = [text.format(self._known[k]) for k, text in texts.items() if k in self._known]
-        self._line.advance(step, steps, *notes)
-
-    def scored(self, stage: str, scores: dict[str, float]) -> None:
-        first = next(iter(scores.items()), None)
-        if first is not None:
-            self._line.note(f"{stage}: {first[0]} {100 * first[1]:.2f}")
-
-
-def without_prints() -> AbstractContextManager[Any]:
-    """Keeps stdout for results: what libraries print meanwhile is dropped."""
-    return contextlib.redirect_stdout(_Nowhere())
-
-
-class _Nowhere(io.TextIOBase):
-    def write(self, text: str) -> int:
-        return len(text)

@@ -10,8 +10,8 @@ Cost: reading the scores, and one paired bootstrap a metric (0.2 s for 1500 item
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,13 @@ class Row:
     score: Interval
     gain: Interval | None
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the score a number with ``low`` and ``high`` beside it."""
+        point = {"score": self.score.difference, "low": self.score.low, "high": self.score.high}
+        gain = asdict(self.gain) if self.gain else None
+        names = {"task": self.task, "metric": self.metric, "encoder": self.encoder}
+        return {**names, **point, "gain": gain}
+
 
 def encode_by_role(model: Any) -> Encode:
     """A `SentenceTransformer` as tasks call it: unit vectors, each role behind its own prompt."""
@@ -91,13 +98,18 @@ def make_scorer(paths: Sequence[str | Path]) -> Callable[[Any], list[TaskResult]
     return lambda model: evaluate(tasks, encode_by_role(model))
 
 
+def headlines(metrics: Iterable[str]) -> list[str]:
+    """Of ``TASK.METRIC`` names, the one to report of each task: its first."""
+    first: dict[str, str] = {}
+    for metric in metrics:
+        first.setdefault(metric.rpartition(".")[0], metric)
+    return list(first.values())
+
+
 def headline_metrics(run_folder: str | Path) -> list[str]:
-    """The metric to report of each task of a run (its first): ``TASK.METRIC``."""
+    """The metric to report of each task that a run was scored on."""
     stages = _read_stages(Path(run_folder))
-    metrics: dict[str, str] = {}
-    for metric in stages[0]["scores"] if stages else ():
-        metrics.setdefault(metric.rpartition(".")[0], metric)
-    return list(metrics.values())
+    return headlines(stages[0]["scores"]) if stages else []
 
 
 def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> Comparison:
@@ -130,9 +142,7 @@ def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> 
     return Comparison(metric, column, best, last, gain)
 
 
-def compare_encoders(
-    results: Mapping[str, Sequence[TaskResult]], samples: int = 1000
-) -> list[Row]:
+def compare_encoders(results: Mapping[str, Sequence[TaskResult]], samples: int = 1000) -> list[Row]:
     """Every encoder on every metric, each compared with the first encoder.
 
     Args:

@@ -64,9 +64,7 @@ def _prove_noise(model: nn.Module, found: int) -> None:
     config: Any = model.config
     ids = torch.arange(2, 10, device=device)[None] % config.get_text_config().vocab_size
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        views = [
-            model.train()(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2)
-        ]
+        views = [model.train()(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2)]
     model.train(was_training)
     if torch.equal(views[0], views[1]):
         raise ModelError(

@@ -10,7 +10,6 @@ memory, to the same loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +30,20 @@ LOGITS_AT_ONCE = 1 << 27
 """Rows times vocabulary of one chunk of logits: 0.5 GB in float32."""
 
 
+@dataclass
+class StatesOnly(BaseModelOutputWithPast):
+    """A trunk's output of which only the states are there; families ask for more (router logits)."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class GivenStates(nn.Module):
     """Stands in for the trunk inside a causal LM, so that its own forward applies its head."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> StatesOnly:
+        return StatesOnly(last_hidden_state=inputs_embeds)
 
 
 class MaskedNextTokenModel(nn.Module):
@@ -151,34 +159,36 @@ def find_mask_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int | None:
     return int(found)
 
 
-class BlockData(Dataset[dict[str, Any]]):
-    """Blocks of ids; masked anew at each visit, or once and for all for evaluation."""
+class BlockData(Dataset[dict[str, Tensor]]):
+    """Blocks of ids, masked anew in each epoch.
 
-    def __init__(self, ids: np.ndarray, fixed: Masking | None = None) -> None:
-        self.ids = torch.from_numpy(ids.astype(np.int64))  # (N, T)
-        self.fixed: dict[str, Tensor] | None = None
-        if fixed is not None:
-            self.fixed = fixed(self.ids, torch.Generator().manual_seed(0))
+    What is masked depends on seed, epoch and index alone, not on the order of reading, so an
+    interrupted run continues with the very masks it would have had. Without `set_epoch`, which
+    the trainer calls for training data, masks stay as they are: that is what evaluation needs.
+
+    Args:
+        ids: (N, T).
+        masking: what to mask.
+        seed: of the masks.
+    """
+
+    def __init__(self, ids: np.ndarray, masking: Masking, seed: int) -> None:
+        self.ids = torch.from_numpy(ids.astype(np.int64))
+        self.masking = masking
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if self.fixed is None:
-            return {"ids": self.ids[index]}
-        return {name: value[index] for name, value in self.fixed.items()}
-
-
-@dataclass(frozen=True)
-class MaskingCollator:
-    """Stacks blocks and masks those that are not masked yet."""
-
-    masking: Masking
-
-    def __call__(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        if "labels" in rows[0]:
-            return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return self.masking(torch.stack([row["ids"] for row in rows]))
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        (state,) = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state))
+        batch = self.masking(self.ids[index][None], generator)
+        return {name: row[0] for name, row in batch.items()}
 
 
 def token_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -12,7 +12,6 @@ from its last checkpoint.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,12 @@ from sentence_transformers.sentence_transformer.data_collator import (
 )
 from sentence_transformers.util import get_device_name
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 
 from unmasked import adapters, folder, loading
@@ -37,6 +41,7 @@ from unmasked.config import MNTP, Recipe, SimCSE, dump_recipe, load_recipe, reci
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
+from unmasked.tokens import TextTokenizer
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
 from unmasked.train.data import make_blocks, read_texts, split_held_out
 from unmasked.train.mntp import (
@@ -44,7 +49,6 @@ from unmasked.train.mntp import (
     MaskedNextTokenModel,
     MaskedNextTokenTrainer,
     Masking,
-    MaskingCollator,
     find_mask_id,
     token_metrics,
 )
@@ -81,7 +85,8 @@ class Run:
 
     Args:
         recipe: what to do.
-        path: the run folder; made, or continued if it was made with the same recipe.
+        path: the run folder; made, or continued if it was made with the same recipe. Only a
+            folder ``data`` may be there before.
         score: how an encoder is scored; none of the stages is if None.
         listener: told what happens.
 
@@ -102,13 +107,14 @@ class Run:
         self.listener = listener or Listener()
         self.device = torch.device(get_device_name())
         self.dtype = loading.pick_dtype(recipe.model.dtype, self.device)
-        self._claim_folder()
+        self._check_folder()
 
     def run(self) -> LLM2Vec:
         """All stages that are not done yet; returns the finished encoder."""
         set_seed(self.recipe.seed)
-        self.listener.stage("checking the texts")
-        self._check_data()
+        self.listener.stage("checking texts and model")
+        self._check_inputs()
+        self._write_recipe()
         if self.score is not None:
             for mode in BASELINES:
                 self._score(f"causal_{mode}", lambda mode=mode: self._causal(mode))
@@ -139,7 +145,7 @@ class Run:
         stages: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["stages"]
         return stages
 
-    def _claim_folder(self) -> None:
+    def _check_folder(self) -> None:
         mine = self.path / "recipe.yaml"
         if mine.is_file():
             changed = recipe_differences(load_recipe(mine), self.recipe)
@@ -149,22 +155,24 @@ class Run:
                     + "\n  ".join(changed)
                     + "\nFix: the same settings to continue it, or another output folder."
                 )
-            return
-        if self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and {item.name for item in self.path.iterdir()} - {"data"}:
             raise OutputError(
                 f"{self.path} exists and is no run folder (it has no recipe.yaml). "
                 "Fix: another output folder."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        aside = mine.with_suffix(".tmp")
-        dump_recipe(self.recipe, aside)
-        os.replace(aside, mine)
 
-    def _check_data(self) -> None:
-        """Read every training text once before any hour is spent."""
+    def _check_inputs(self) -> None:
+        """Read every training text and prove the model before anything is written."""
         for stage in (self.recipe.mntp, self.recipe.simcse):
             if stage is not None:
                 read_texts(stage.data, stage.max_texts)
+        self._encoder([])
+
+    def _write_recipe(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        aside = self.path / "recipe.tmp"
+        dump_recipe(self.recipe, aside)
+        aside.replace(self.path / "recipe.yaml")
 
     # Encoders
 
@@ -212,7 +220,7 @@ class Run:
         stages.append({"name": name, "scores": scores})
         aside = self.path / "results.tmp"
         aside.write_text(json.dumps({"stages": stages}, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, self.path / "results.json")
+        aside.replace(self.path / "results.json")
         self.listener.scored(name, scores)
 
     # Training
@@ -240,10 +248,9 @@ class Run:
             stage.mask_probability,
             stage.mask_style,
         )
-        blocks = make_blocks(train, tokens, stage.block_length)
         evaluation = None
         if held_out and stage.eval_steps:
-            evaluation = BlockData(make_blocks(held_out, tokens, stage.block_length).ids, masking)
+            evaluation = self._blocks(held_out, tokens, stage, masking)
         work = self.path / "mntp"
         arguments = stage_arguments(stage, work, self.recipe.seed)
         callback = self._callback("mntp", stage, stage.batch_size * stage.block_length)
@@ -258,8 +265,8 @@ class Run:
                 eval_on_start=evaluation is not None,
                 per_device_eval_batch_size=stage.batch_size,
             ),
-            data_collator=MaskingCollator(masking),
-            train_dataset=BlockData(blocks.ids),
+            data_collator=default_data_collator,
+            train_dataset=self._blocks(train, tokens, stage, masking),
             eval_dataset=evaluation,
             compute_metrics=token_metrics,
             callbacks=[callback, TensorBoardCallback(SummaryWriter(str(work)))],
@@ -288,6 +295,12 @@ class Run:
             )
             self._fit(trainer, callback, peft_model, work)
 
+    def _blocks(
+        self, texts: list[str], tokens: TextTokenizer, stage: MNTP, masking: Masking
+    ) -> BlockData:
+        blocks = make_blocks(texts, tokens, stage.block_length)
+        return BlockData(blocks.ids, masking, self.recipe.seed)
+
     def _texts(self, stage: MNTP | SimCSE) -> tuple[list[str], list[str]]:
         texts = read_texts(stage.data, stage.max_texts)
         return split_held_out(texts, stage.held_out, self.recipe.seed)
@@ -309,14 +322,21 @@ class Run:
         return RunCallback(stage.steps, metrics, per_step, self.listener.step)
 
     def _fit(self, trainer: Any, callback: RunCallback, model: PeftModel, work: Path) -> None:
+        """Train, or continue, until the stage's last step; then keep the adapter alone."""
         trainer.remove_callback(PrinterCallback)  # the listener speaks
-        trainer.train(resume_from_checkpoint=last_checkpoint(work))
-        if callback.interrupted:
-            raise KeyboardInterrupt
+        checkpoint = last_checkpoint(work)
+        if checkpoint is not None and checkpoint.step >= callback.steps:
+            adapters.load_adapter(model, checkpoint.path)  # cut off after its last step
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
+            if callback.interrupted and trainer.state.global_step < callback.steps:
+                raise KeyboardInterrupt
         aside = work / "adapter.tmp"
         adapters.save_adapter(model, aside)
-        os.replace(aside / adapters.WEIGHTS_NAME, work / adapters.WEIGHTS_NAME)
-        os.replace(aside / adapters.CONFIG_NAME, work / adapters.CONFIG_NAME)
+        for name in (adapters.WEIGHTS_NAME, adapters.CONFIG_NAME):  # the config says it is whole
+            (aside / name).replace(work / name)
         aside.rmdir()
-        for checkpoint in work.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for finished in work.glob("checkpoint-*"):
+            shutil.rmtree(finished)
+        if callback.interrupted:
+            raise KeyboardInterrupt

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -125,13 +125,21 @@ def _step_of(line: str) -> int:
         return 1 << 62  # half a line of a killed run
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of an interrupted run."""
-    found = sorted(
-        (p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()),
-        key=lambda p: int(p.name.rsplit("-", 1)[1]),
-    )
-    return str(found[-1]) if found else None
+class Checkpoint(NamedTuple):
+    """A saved state of a stage, and the step it was saved after."""
+
+    step: int
+    path: Path
+
+
+def last_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of an interrupted stage."""
+    found = [
+        Checkpoint(int(path.name.rsplit("-", 1)[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (path / "trainer_state.json").is_file()  # written last
+    ]
+    return max(found, default=None)
 
 
 def stage_arguments(settings: Any, folder: Path, seed: int) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""The decoder as it was, mask and all: what a bidirectional encoder has to beat.
+
+Cost: one load of the decoder for each pooling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from unmasked import adapters, loading
+from unmasked.config import load_recipe
+from unmasked.errors import ModelError
+from unmasked.model import LLM2Vec
+
+POOLINGS = ("mean", "weighted_mean", "last_token")
+"""The poolings of the paper's causal baselines (arXiv 2404.05961, section 3)."""
+
+
+def find_base(model: str) -> str:
+    """The decoder a model was made from, as far back as can be told.
+
+    That is what an adapter names; for the ``model`` of a run folder, what its recipe names; else
+    the model itself.
+    """
+    folder, name = Path(model), loading.resolve_base(model)
+    recipe = folder.parent / "recipe.yaml"
+    if folder.is_dir() and recipe.is_file():
+        return find_base(load_recipe(recipe).model.base)
+    if adapters.is_adapter(name):
+        return find_base(adapters.read_config(name).base_model_name_or_path or model)
+    return model
+
+
+def causal_baselines(base: str) -> Iterator[tuple[str, Callable[[], LLM2Vec]]]:
+    """Name and maker of a causal encoder for each of `POOLINGS`.
+
+    Raises:
+        ModelError: (by a maker) the decoder has no causal mask any more.
+    """
+
+    def make(pooling: str) -> LLM2Vec:
+        encoder = LLM2Vec.from_pretrained(base, enable_bidirectional=False, pooling_mode=pooling)
+        if encoder.report.verdict != "impossible":
+            raise ModelError(
+                f"{base} has no causal mask any more, so it is no causal baseline. "
+                "Fix: name the decoder it was made from with --base."
+            )
+        return encoder
+
+    for pooling in POOLINGS:
+        yield f"causal_{pooling}", lambda pooling=pooling: make(pooling)  # type: ignore[misc]

@@ -1,0 +1,63 @@
+"""How a command ends: what the user can mend is one paragraph and an exit code, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from unmasked.errors import UnmaskedError
+
+MISUSED, INTERRUPTED = 2, 130
+RESUMABLE = ("demo", "run", "train")
+"""Verbs that keep what they have done when they are interrupted."""
+
+
+class Verbs(TyperGroup):
+    """Turns what the user can mend into one paragraph and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except (UnmaskedError, KeyboardInterrupt, OSError, RuntimeError) as error:
+            code, message = _explain(error, str(ctx.invoked_subcommand))
+            if not message or ctx.params.get("debug"):
+                raise
+            typer.echo(message, err=True)
+            raise typer.Exit(code) from error
+
+
+def _explain(error: BaseException, verb: str) -> tuple[int, str]:
+    """Exit code and message; an empty message for what is no fault of the user's."""
+    if isinstance(error, KeyboardInterrupt):
+        if verb in RESUMABLE:
+            return INTERRUPTED, "interrupted: saved; run the same command to continue"
+        return INTERRUPTED, "interrupted: nothing was written"
+    if isinstance(error, UnmaskedError):
+        return MISUSED, f"error: {error}"
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.filename:
+        return MISUSED, f"error: {error.filename}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would take seconds
+        return MISUSED, (
+            "error: the device is out of memory. Fix: encode with a smaller --batch-size (same "
+            "vectors); train with mntp.batch_size halved and mntp.gradient_accumulation doubled "
+            "(same result), or with mntp.gradient_checkpointing=true (same result, slower)."
+        )
+    return 1, ""
+
+
+@contextmanager
+def quiet_on_closed_pipe() -> Iterator[None]:
+    """Ends quietly when whoever reads our output has gone (``unmasked recipes list | head``)."""
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # or the interpreter would complain when it flushes at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,135 @@
+"""What ``run`` and ``train`` have in common at the terminal: facts first, progress, then the table.
+
+Training itself is `train.stages.Run`; its listener and its scores are put in here.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from unmasked import terminal, views
+from unmasked.config import Recipe, load_recipe
+from unmasked.evaluate.compare import CAUSAL, headlines, make_scorer
+
+if TYPE_CHECKING:
+    from unmasked.train.stages import Listener, Run
+
+
+def stage_recipe(
+    stage: str, base: str, data: Sequence[str], output: Path, overrides: Sequence[str]
+) -> Recipe:
+    """A recipe of one stage, everything else at its default.
+
+    Raises:
+        RecipeError: an override has an unknown key or a value that cannot be used.
+    """
+    name = re.sub(r"[^\w.-]", "-", output.resolve().name).lstrip("-.") or stage
+    start = {"name": name, "model": {"base": base}, stage: {"data": list(data)}}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{stage}.yaml"
+        path.write_text(yaml.safe_dump(start, allow_unicode=True), encoding="utf-8")
+        return load_recipe(path, overrides)
+
+
+def run_recipe(recipe: Recipe, path: Path) -> None:
+    """Run, or continue, a recipe in a folder, and show it: facts, progress, table, next command.
+
+    Raises:
+        UnmaskedError: see `train.stages.Run`.
+    """
+    score = make_scorer(recipe.evaluate.tasks) if recipe.evaluate.tasks else None
+    with terminal.waiting("loading the libraries"):
+        from unmasked.train.stages import Run
+
+        terminal.quiet_libraries()
+    with terminal.Line() as line:
+        work = Run(recipe, path, score and _with_proof(score, line), listener(line))
+        terminal.facts(_header(work), stderr=True)
+        encoder = work.run()
+    terminal.show(encoder.report.summary())
+    views.stage_table(path, recipe.evaluate.bootstrap)
+    close(path / "model")
+
+
+def close(model: Path) -> None:
+    """Where an encoder was saved, and a command that uses it."""
+    following = ["unmasked", "encode", str(model), "texts.txt", "-o", "vectors.npy"]
+    terminal.closing(model, following)
+
+
+class _RunView:
+    """Shows what a `train.stages.Listener` is told; its methods are the listener's parts."""
+
+    def __init__(self, line: terminal.Line) -> None:
+        self._line = line
+        self._known: dict[str, float] = {}
+
+    def stage(self, name: str) -> None:
+        self._known = {}
+        self._line.begin(name)
+
+    def step(self, step: int, steps: int, measured: dict[str, float]) -> None:
+        self._known |= measured
+        if "train_runtime" in measured:
+            return  # the trainer's last word, whose loss is a mean over the whole stage
+        texts = {
+            "loss": "loss {:.4f}",
+            "eval_token_loss": "held-out {:.4f}",
+            "tokens_per_second": "{:,.0f} tokens/s",
+        }
+        notes = [text.format(self._known[k]) for k, text in texts.items() if k in self._known]
+        self._line.advance(step, steps, *notes)
+
+    def scored(self, stage: str, scores: dict[str, float]) -> None:
+        told = [f"{metric} {100 * scores[metric]:.2f}" for metric in headlines(scores)]
+        self._line.note(f"{stage}: {', '.join(told)}")
+
+
+def listener(line: terminal.Line) -> Listener:
+    """A listener for `train.stages.Run` that shows everything on a progress line."""
+    from unmasked.train.stages import Listener
+
+    view = _RunView(line)
+    return Listener(view.stage, view.step, view.scored)
+
+
+def _with_proof(score: Callable[[Any], Any], line: terminal.Line) -> Callable[[Any], Any]:
+    """Tells the proof of the first encoder without its causal mask."""
+    told = False
+
+    def scored(encoder: Any) -> Any:
+        nonlocal told
+        if not told and encoder.report.verdict != "impossible":
+            told = True
+            line.note(encoder.report.summary())
+        return score(encoder)
+
+    return scored
+
+
+def _header(work: Run) -> list[tuple[str, str]]:
+    recipe = work.recipe
+    dtype = str(work.dtype).removeprefix("torch.")
+    auto = recipe.model.dtype == "auto"
+    stages = [
+        f"{name} {stage.steps:,} steps of {stage.batch_size * stage.gradient_accumulation}"
+        for name, stage in (("mntp", recipe.mntp), ("simcse", recipe.simcse))
+        if stage is not None
+    ]
+    done = [s["name"] for s in work.results() if not s["name"].startswith(CAUSAL)]
+    rows = [
+        ("base", recipe.model.base),
+        ("device", work.device.type),
+        ("dtype", f"{dtype} (auto: bfloat16 on a GPU that has it)" if auto else dtype),
+        ("attention", recipe.model.attention or "as transformers chooses"),
+        ("stages", ", ".join(stages) or "none: converted only"),
+        ("tasks", ", ".join(recipe.evaluate.tasks) or "none: nothing is scored"),
+        ("output", str(work.path)),
+    ]
+    return [*rows, ("scored", ", ".join(done))] if done else rows

@@ -1,0 +1,98 @@
+"""Tables of scores on stdout: the stages of a run, and encoders side by side.
+
+Scores are shown times 100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unmasked import terminal
+from unmasked.evaluate.bootstrap import Interval
+from unmasked.evaluate.compare import Comparison, Row, compare_stages, headline_metrics, headlines
+
+if TYPE_CHECKING:
+    from unmasked.demo import Search
+
+
+def stage_table(run_folder: Path, samples: int = 1000) -> None:
+    """One row a stage, the best causal baseline marked; below, what the last stage gained."""
+    metrics = headline_metrics(run_folder)
+    if not metrics:
+        return
+    columns = [compare_stages(run_folder, metric, samples) for metric in metrics]
+    rows, marked = [], []
+    for index, stage in enumerate(columns[0].scores):
+        best = [column.best_causal == stage for column in columns]
+        cells = [
+            f"{100 * column.scores[stage]:.2f}{' *' if is_best else '  '}"
+            for column, is_best in zip(columns, best, strict=True)
+        ]
+        rows.append([stage, *cells])
+        if any(best):
+            marked.append(index)
+    terminal.table(["stage", *metrics], rows, marked)
+    terminal.show("* best causal baseline")
+    for column in columns:
+        if text := _gain(column):
+            terminal.show(text)
+
+
+def score_table(rows: Sequence[Row]) -> None:
+    """One row a task and metric, or, of several encoders, a task and encoder.
+
+    Several encoders are shown by the metric to report alone, with what the first gains on each.
+    """
+    first = rows[0].encoder
+    if all(row.encoder == first for row in rows):
+        cells = [[r.task, r.metric, _percent(r.score), _range(r.score)] for r in rows]
+        terminal.table(["task", "metric", "score", "95 % interval"], cells)
+        return
+    shown = headlines(f"{row.task}.{row.metric}" for row in rows)
+    rows = [row for row in rows if f"{row.task}.{row.metric}" in shown]
+    cells = [
+        [f"{r.task}.{r.metric}", r.encoder, _percent(r.score), _range(r.score), *_gained(r.gain)]
+        for r in rows
+    ]
+    columns = ["metric", "encoder", "score", "95 % interval", "gain on it", "95 % interval", ""]
+    terminal.table(columns, cells, [i for i, row in enumerate(rows) if row.encoder == first])
+
+
+def show_searches(searches: Sequence[Search]) -> None:
+    """What single searches of the demo found before and after."""
+    for search in searches:
+        (rank_before, first_before), (rank_after, first_after) = search.before, search.after
+        terminal.show(f"search: {search.query}")
+        terminal.show(f"  before  rank {rank_before:,} of {search.wanted}; first {first_before}")
+        terminal.show(f"  after   rank {rank_after:,} of {search.wanted}; first {first_after}")
+
+
+def _gained(gain: Interval | None) -> list[str]:
+    return [_signed(gain), _range(gain), _clear(gain)] if gain else ["", "", ""]
+
+
+def _gain(column: Comparison) -> str:
+    if column.gain is None:
+        return ""
+    return (
+        f"{column.metric}: {column.last} {_signed(column.gain)} over {column.best_causal}, "
+        f"95 % interval {_range(column.gain)}: {_clear(column.gain)}"
+    )
+
+
+def _percent(score: Interval) -> str:
+    return f"{100 * score.difference:.2f}"
+
+
+def _signed(gain: Interval) -> str:
+    return f"{100 * gain.difference:+.2f}"
+
+
+def _range(value: Interval) -> str:
+    return f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
+
+
+def _clear(gain: Interval) -> str:
+    return ("worse, " if gain.high < 0 else "") + ("clear of zero" if gain.clear else "not clear")

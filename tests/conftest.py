@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SENTENCES = [
+    "The cat sat on the warm mat in the morning sun.",
+    "A small dog ran across the wet street and barked.",
+    "Masks hide the words to the right of the current one.",
+    "한국어 문장도 문제없이 벡터가 됩니다.",
+    "The quick brown fox jumps over the lazy dog again.",
+    "She sells sea shells on the sea shore in summer.",
+    "Reading a book in the library is a quiet pleasure.",
+    "오늘은 날씨가 맑고 바람이 붑니다.",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE with BOS, EOS and no padding token, as many decoders have."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def save_random(folder: Path, config, tokenizer=None) -> Path:
+    """A random causal language model of a config, in a folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A random Llama of two layers with its tokenizer. Large weights, so that inputs matter."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+    )
+    return save_random(tmp_path_factory.mktemp("models") / "tiny", config, tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_mamba(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A random Mamba: no attention, so nothing to open."""
+    from transformers import MambaConfig
+
+    config = MambaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, state_size=4, num_hidden_layers=2
+    )
+    return save_random(tmp_path_factory.mktemp("models") / "mamba", config, tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    return list(SENTENCES)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer():
+    """A BPE in SentencePiece's manner: a space becomes part of the word, unknown bytes fall back."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -1,0 +1,438 @@
+"""MNTP and SimCSE: the losses are the textbook's, only adapters train, a run continues."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+)
+
+from unmasked import adapters
+from unmasked.bidirectional import open_config
+from unmasked.config import Recipe
+from unmasked.errors import DataError, ModelError, OutputError
+from unmasked.model import LLM2Vec
+from unmasked.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.train import contrastive, mntp
+from unmasked.train.contrastive import TwoViewsLoss, attention_dropout
+from unmasked.train.data import make_blocks, read_texts, split_held_out
+from unmasked.train.stages import Listener, Run
+
+SMALL = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+HEADS = {
+    "llama": LlamaConfig(**SMALL),
+    "llama_tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SMALL, head_dim=8),
+    "gemma2_soft_cap": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0),
+    "cohere_scale": CohereConfig(**SMALL, logit_scale=0.5),
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1),
+    "gpt2": GPT2Config(vocab_size=120, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2),
+}
+
+
+# --- data -------------------------------------------------------------------------------------
+
+
+def test_texts_of_every_kind_of_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n  \ntwo  \r\n", encoding="utf-8")
+    with gzip.open(tmp_path / "b.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("세 번째\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "four\\nlines"}\n\n', encoding="utf-8")
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt.gz", tmp_path / "c.jsonl"]
+    assert read_texts(paths) == ["one", "two  ", "세 번째", "four\nlines"]
+    assert read_texts(paths, 2) == ["one", "two  "]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", b"fine\n\xff\xfe bad\n", "line 2: not UTF-8"),
+        ("a.txt", b"\n \n", "only empty lines"),
+        ("a.jsonl", b'{"text": "x"}\nnot json\n', "line 2: not JSON"),
+        ("a.jsonl", b'{"txt": "x"}\n', "line 1: expected an object with a string 'text', got txt"),
+        ("a.txt.gz", b"no gzip", "not a whole gzip file"),
+        ("a.pdf", b"x", "unknown kind of file"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=says):
+        read_texts([tmp_path / name])
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "corpus.txt").write_text("x")
+    with pytest.raises(DataError, match=r"did you mean 'corpus\.txt'"):
+        read_texts([tmp_path / "corpsu.txt"])
+
+
+def test_held_out_texts_are_never_trained_on():
+    texts = [f"text {i % 150}" for i in range(300)]
+    train, held_out = split_held_out(texts, 12, seed=3)
+    assert len(held_out) == 12
+    assert not set(train) & set(held_out)
+    assert sorted([*train, *held_out]) == sorted(set(texts))
+    assert split_held_out(texts, 12, seed=3) == (train, held_out)
+    assert len(split_held_out(texts, 100, seed=3)[1]) == 15  # at most a tenth
+
+
+def test_b32_b47_blocks_lose_only_the_last_incomplete_one(tiny_tokenizer):
+    tokens = TextTokenizer(prepare_tokenizer(tiny_tokenizer))
+    texts = ["The cat sat.", "안녕하세요", "x" * 100]
+    stream = [i for text in texts for i in tiny_tokenizer(text)["input_ids"]]
+    blocks = make_blocks(texts, tokens, 16)
+    assert blocks.ids.flatten().tolist() == stream[: len(stream) // 16 * 16]
+    assert blocks.dropped == len(stream) % 16
+    with pytest.raises(DataError, match="less than one block of 1000"):
+        make_blocks(texts, tokens, 1000)
+
+
+# --- masking ----------------------------------------------------------------------------------
+
+
+def masked(style="bert", probability=0.2, ids=None):
+    masking = mntp.Masking(5, 1000, (0, 1), probability, style)
+    ids = torch.randint(10, 1000, (64, 256)) if ids is None else ids
+    return ids, masking(ids)
+
+
+def test_bert_masking_is_80_10_10():
+    torch.manual_seed(0)
+    ids, batch = masked()
+    scored = batch["labels"] != mntp.IGNORED
+    assert scored[:, 1:].float().mean().item() == pytest.approx(0.2, abs=0.01)
+    assert torch.equal(batch["labels"][scored], ids[scored])
+    assert torch.equal(batch["input_ids"][~scored], ids[~scored])
+    inputs = batch["input_ids"][scored]
+    assert (inputs == 5).float().mean().item() == pytest.approx(0.8, abs=0.03)
+    kept = (inputs == ids[scored]).float().mean().item()
+    assert kept == pytest.approx(0.1, abs=0.02)
+
+
+def test_all_mask_masks_every_chosen_token():
+    _, batch = masked("all", 0.8)
+    scored = batch["labels"] != mntp.IGNORED
+    assert (batch["input_ids"][scored] == 5).all()
+    assert scored[:, 1:].float().mean().item() == pytest.approx(0.8, abs=0.02)
+
+
+def test_special_tokens_and_the_first_are_never_masked():
+    ids = torch.randint(0, 3, (64, 64))
+    _, batch = masked("all", 1.0, ids)
+    scored = batch["labels"] != mntp.IGNORED
+    assert not scored[:, 0].any()
+    assert torch.equal(scored[:, 1:], ids[:, 1:] > 1)
+
+
+def test_the_mask_token_leaves_the_tokenizer_alone(tiny_tokenizer):
+    before = tiny_tokenizer.backend_tokenizer.to_str()
+    assert mntp.find_mask_id(tiny_tokenizer, "blank") == tiny_tokenizer.convert_tokens_to_ids("_")
+    assert mntp.find_mask_id(tiny_tokenizer, "eos") == tiny_tokenizer.eos_token_id
+    assert mntp.find_mask_id(tiny_tokenizer, "mask") is None
+    assert tiny_tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_masks_change_with_the_epoch_and_with_nothing_else():
+    ids = np.random.default_rng(0).integers(10, 1000, (8, 64))
+    masking = mntp.Masking(5, 1000, (0, 1))
+    data, again = (mntp.BlockData(ids, masking, seed=1) for _ in range(2))
+    forwards = [data[i]["labels"] for i in range(8)]
+    backwards = [again[i]["labels"] for i in reversed(range(8))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
+    again.set_epoch(1)
+    assert not torch.equal(forwards[0], again[0]["labels"])
+
+
+# --- the MNTP loss ----------------------------------------------------------------------------
+
+
+def mntp_model(config):
+    torch.manual_seed(0)
+    language_model = AutoModelForCausalLM.from_config(open_config(config)).eval()
+    return language_model, language_model.base_model
+
+
+@pytest.mark.parametrize("chunk", [None, 7], ids=["at_once", "in_chunks"])
+@pytest.mark.parametrize("name", HEADS)
+def test_scored_logits_give_the_loss_of_the_full_ones(name, chunk, monkeypatch):
+    """Against the family's own forward with labels, which computes all logits."""
+    language_model, trunk = mntp_model(HEADS[name])
+    torch.manual_seed(1)
+    ids = torch.randint(3, 120, (3, 24))
+    batch = mntp.Masking(5, 120, (0, 1, 2), 0.3)(ids)
+    logits = language_model(input_ids=batch["input_ids"]).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    hits = (logits.argmax(-1) == targets).sum()
+    if chunk:
+        monkeypatch.setattr(mntp, "LOGITS_AT_ONCE", chunk * 120)
+    model = mntp.MaskedNextTokenModel(trunk, language_model)
+    outputs = model(**batch)
+    torch.testing.assert_close(outputs["loss"], expected)
+    assert outputs["totals"].sum(0)[1] == hits
+    assert outputs["totals"].sum(0)[2] == (targets != mntp.IGNORED).sum()
+    metrics = mntp.token_metrics(type("P", (), {"predictions": outputs["totals"].numpy()}))
+    assert metrics["token_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(np.exp(expected.item()), rel=1e-5)
+
+
+def test_only_the_scored_rows_reach_the_head():
+    language_model, trunk = mntp_model(HEADS["llama"])
+    batch = mntp.Masking(5, 120, (0, 1, 2), 0.2)(torch.randint(3, 120, (3, 24)))
+    model = mntp.MaskedNextTokenModel(trunk, language_model)
+    seen = []
+    model.head.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.shape[-2]))
+    model(**batch)
+    assert seen == [(batch["labels"] != mntp.IGNORED).sum().item()]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_b27_only_the_adapter_trains(name):
+    language_model, trunk = mntp_model(HEADS[name])
+    peft_model = adapters.attach(trunk, rank=4)
+    model = mntp.MaskedNextTokenModel(peft_model, language_model)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in n for n in trained)
+    model(**mntp.Masking(5, 120, (0,), 0.3)(torch.randint(3, 120, (2, 16))))["loss"].backward()
+    assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
+
+
+def test_b30_a_batch_without_masked_tokens_has_loss_zero_and_no_metrics():
+    language_model, trunk = mntp_model(HEADS["llama"])
+    ids = torch.randint(3, 120, (2, 8))
+    model = mntp.MaskedNextTokenModel(trunk, language_model)
+    outputs = model(input_ids=ids, labels=torch.full_like(ids, mntp.IGNORED))
+    assert outputs["loss"] == 0
+    assert mntp.token_metrics(type("P", (), {"predictions": outputs["totals"].numpy()})) == {}
+
+
+# --- SimCSE -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoder(tiny_decoder):
+    return LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+
+
+TEXTS = ["one sentence here", "another", "a third one, which is longer than the others"]
+
+
+def test_b36_two_views_differ_in_train_mode_and_agree_in_eval_mode(encoder):
+    features = encoder.preprocess(TEXTS)
+
+    def view():
+        return encoder(dict(features))["sentence_embedding"]
+
+    with attention_dropout(encoder.backbone.auto_model, 0.3), torch.no_grad():
+        encoder.train()
+        assert (view() - view()).abs().max() > 1e-3
+        encoder.eval()
+        torch.testing.assert_close(view(), view())
+    encoder.train()
+    torch.testing.assert_close(view(), view())  # switched off again
+
+
+def test_b36_dropout_without_effect_is_an_error(encoder, monkeypatch):
+    monkeypatch.setattr(contrastive, "ATTENTION_DROPOUT", ("a_name_no_module_has",))
+    with pytest.raises(ModelError, match="two views would be one"):
+        with attention_dropout(encoder.backbone.auto_model, 0.3):
+            pass
+
+
+def test_the_two_views_loss_is_infonce(encoder):
+    """Against the formula, with the vectors of both views captured from one forward."""
+    features = encoder.preprocess(TEXTS)
+    captured = []
+    encoder[1].register_forward_hook(lambda _, a, out: captured.append(out["sentence_embedding"]))
+    with attention_dropout(encoder.backbone.auto_model, 0.3):
+        encoder.train()
+        loss = TwoViewsLoss(encoder, 0.05)([features], None)
+    (vectors,) = captured  # one forward for both views
+    first, second = torch.nn.functional.normalize(vectors, dim=1).chunk(2)
+    expected = torch.nn.functional.cross_entropy(first @ second.T / 0.05, torch.arange(3))
+    torch.testing.assert_close(loss, expected)
+
+
+# --- runs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tiny_decoder, tmp_path):
+    words = "the cat sat on a mat and looked at another dog near some tree while rain fell".split()
+    picks = np.random.default_rng(0)
+    lines = [" ".join(picks.choice(words, 9)) + f" {i}" for i in range(200)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
+    stage = {"data": str(tmp_path / "texts.txt"), "held_out": 10, "learning_rate": 1e-3}
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "model": {"base": str(tiny_decoder), "max_length": 64},
+            "mntp": {
+                **stage, "steps": 6, "batch_size": 4, "block_length": 16,
+                "log_steps": 1, "eval_steps": 3, "save_steps": 2, "lora": {"rank": 4},
+            },
+            "simcse": {
+                **stage, "steps": 6, "batch_size": 8, "max_length": 16,
+                "log_steps": 1, "save_steps": 2, "lora": {"rank": 4},
+            },
+        }
+    )  # fmt: skip
+
+
+class Result:
+    name = "probe"
+
+    def __init__(self, model):
+        self.items = {"norm": np.linalg.norm(model.encode(TEXTS), axis=1)}
+        self.scores = {"norm": float(self.items["norm"].mean())}
+
+
+def test_a_whole_run(recipe, tmp_path):
+    path = tmp_path / "run"
+    encoder = Run(recipe, path, lambda model: [Result(model)]).run()
+    stages = json.loads((path / "results.json").read_text())["stages"]
+    assert [stage["name"] for stage in stages] == [
+        "causal_mean", "causal_weighted_mean", "causal_last_token", "bidirectional",
+        "mntp", "simcse",
+    ]  # fmt: skip
+    assert all(list(stage["scores"]) == ["probe.norm"] for stage in stages)
+    assert len({stage["scores"]["probe.norm"] for stage in stages}) == 6  # each does something
+    for name in ("mntp", "simcse"):
+        assert (path / name / "adapter_model.safetensors").is_file()
+        assert list((path / name).glob("events.out.tfevents*"))
+        assert not list((path / name).glob("checkpoint-*"))
+    saved = LLM2Vec.from_pretrained(path / "model", device="cpu")
+    np.testing.assert_allclose(saved.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
+    logged = [json.loads(line) for line in (path / "mntp" / "metrics.jsonl").open()]
+    losses = {row["step"]: row["loss"] for row in logged if "loss" in row}
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in logged if "eval_perplexity" in row] == [0, 3, 6]
+    assert (path / "recipe.yaml").is_file()
+
+
+def test_the_same_command_continues_and_repeats_nothing(recipe, tmp_path):
+    path = tmp_path / "run"
+    Run(recipe, path, lambda model: [Result(model)]).run()
+    told = []
+    listener = Listener(stage=told.append)
+    Run(recipe, path, lambda model: pytest.fail("scored twice"), listener).run()
+    assert told == ["checking texts and model"]
+
+
+@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+def test_b29_an_interrupted_stage_ends_with_the_same_weights(recipe, tmp_path, stage):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    Run(recipe, whole).run()
+    seen = []
+
+    def interrupt(step, steps, measured):
+        seen.append(step)
+        if steps == getattr(recipe, stage).steps and step == 3 and len(seen) < 20:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(recipe, broken, None, Listener(step=interrupt)).run()
+    assert not (broken / stage / "adapter_model.safetensors").exists()
+    Run(recipe, broken).run()
+    from safetensors.torch import load_file
+
+    for name in ("mntp", "simcse"):
+        a, b = (load_file(f / name / "adapter_model.safetensors") for f in (whole, broken))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+    def losses(folder):
+        rows = [json.loads(line) for line in (folder / stage / "metrics.jsonl").open()]
+        return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+    assert losses(whole) == losses(broken)
+
+
+def test_another_recipe_in_the_same_folder_shows_the_difference(recipe, tmp_path):
+    Run(recipe, tmp_path / "run").run()
+    other = recipe.model_copy(update={"seed": 7})
+    with pytest.raises(OutputError, match="seed: 42 -> 7"):
+        Run(other, tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run_is_left_alone(recipe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(OutputError, match="is no run folder"):
+        Run(recipe, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+def test_nothing_is_written_before_all_inputs_are_read(recipe, tmp_path, stage):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\xff\n")
+    section = getattr(recipe, stage).model_copy(update={"data": [str(bad)]})
+    with pytest.raises(DataError, match=r"bad\.txt, line 1"):
+        Run(recipe.model_copy(update={stage: section}), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpointing_changes_nothing_but_memory(recipe, tmp_path):
+    from safetensors.torch import load_file
+
+    plain = recipe.model_copy(update={"mntp": None})
+    section = plain.simcse.model_copy(update={"gradient_checkpointing": True})
+    Run(plain, tmp_path / "a").run()
+    Run(plain.model_copy(update={"simcse": section}), tmp_path / "b").run()
+    a, b = (load_file(tmp_path / f / "simcse" / "adapter_model.safetensors") for f in "ab")
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=1e-4)
+
+
+def test_a_new_mask_token_is_gone_from_the_result(recipe, tmp_path, tiny_tokenizer):
+    section = recipe.mntp.model_copy(update={"mask_token": "mask", "steps": 2})
+    run = Run(recipe.model_copy(update={"mntp": section, "simcse": None}), tmp_path / "run")
+    model = run.run()
+    weights = model.backbone.auto_model.get_input_embeddings().weight
+    assert len(weights) == len(tiny_tokenizer)
+
+
+# --- adapters ---------------------------------------------------------------------------------
+
+
+def test_an_adapter_for_another_base_names_the_keys(tiny_decoder, tmp_path):
+    _, trunk = mntp_model(HEADS["llama"])
+    adapters.save_adapter(adapters.attach(trunk, rank=4), tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"missing|unexpected|differ in shape"):
+        LLM2Vec.from_pretrained(HEADS and tiny_decoder, tmp_path / "adapter", device="cpu")
+
+
+def test_an_attached_adapter_is_merged_into_what_is_saved(encoder, tmp_path):
+    peft_model = adapters.attach(encoder.backbone.auto_model, rank=4, dropout=0.0)
+    for name, weight in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    encoder.backbone.auto_model = peft_model.eval()
+    encoder.save(tmp_path / "saved")
+    saved = LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+    np.testing.assert_allclose(saved.encode(TEXTS), encoder.encode(TEXTS), atol=1e-4)
+    assert encoder.backbone.auto_model is peft_model  # still training
