@@ -89,7 +89,7 @@ def sentences() -> list[str]:
 
 @pytest.fixture(scope="session")
 def sentencepiece_tokenizer():
-    """A BPE in SentencePiece's manner: a space becomes part of the word, unknown bytes fall back."""
+    """A BPE in SentencePiece's manner: spaces become part of words, unknown bytes fall back."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -152,9 +152,10 @@ def test_errors_of_the_user_show_no_traceback_unless_asked(cli, monkeypatch, tmp
     assert (
         err == "error: mntp.stepz: unknown key, did you mean 'steps'? (override 'mntp.stepz=3')\n"
     )
-    monkeypatch.setattr(sys, "argv", ["unmasked", "--debug", "run", "nano", "mntp.stepz=3"])
-    with pytest.raises(ValueError, match="mntp.stepz"):
-        main()
+    for arguments in (["--debug", "run", "nano"], ["run", "nano", "--debug"]):
+        monkeypatch.setattr(sys, "argv", ["unmasked", *arguments, "mntp.stepz=3"])
+        with pytest.raises(ValueError, match=r"mntp\.stepz"):
+            main()
     code, _, err = cli("run", "nanoo")
     assert code == 2
     assert "did you mean 'nano'?" in err

@@ -14,7 +14,6 @@ from transformers import (
     Lfm2Config,
     LlamaConfig,
     MistralConfig,
-    OPTConfig,
     Qwen3Config,
 )
 

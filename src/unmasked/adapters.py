@@ -55,7 +55,7 @@ def attach(
         bias="none",
     )
     try:
-        return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+        return get_peft_model(model, config)
     except ValueError as error:
         linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if _is_linear(m)})
         raise ModelError(
@@ -105,16 +105,16 @@ def merge(model: nn.Module, adapter: str | Path, **hub: Any) -> nn.Module:
         )
     config.inference_mode = True
     dtype = next(model.parameters()).dtype
-    peft_model = PeftModel(model.float(), config)  # type: ignore[arg-type]
+    peft_model = PeftModel(model.float(), config)
     _load_state(peft_model, load_file(weights), str(adapter))
-    merged: nn.Module = peft_model.merge_and_unload()  # type: ignore[operator]
+    merged: nn.Module = peft_model.merge_and_unload()
     return merged.to(dtype)
 
 
 def merge_attached(model: PeftModel) -> nn.Module:
     """Add the attached adapter to the weights below it, in float32, and take it off."""
     dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
-    merged: nn.Module = model.float().merge_and_unload()  # type: ignore[operator]
+    merged: nn.Module = model.float().merge_and_unload()
     return merged.to(dtype)
 
 
@@ -131,7 +131,7 @@ def read_config(name: str | Path, **hub: Any) -> PeftConfig:
             f"{name} holds no adapter ({CONFIG_NAME} is missing). "
             "Fix: give the folder that has it, or leave the adapter out."
         )
-    config = PeftConfig.from_pretrained(str(Path(path).parent))
+    config: PeftConfig = PeftConfig.from_pretrained(str(Path(path).parent))
     if not config.base_model_name_or_path:
         config.base_model_name_or_path = json.loads(Path(path).read_text(encoding="utf-8")).get(
             "base_model_name_or_path"
@@ -141,13 +141,13 @@ def read_config(name: str | Path, **hub: Any) -> PeftConfig:
 
 def _load_state(model: PeftModel, state: dict[str, torch.Tensor], source: str) -> None:
     try:
-        result = set_peft_model_state_dict(model, state)
+        result: Any = set_peft_model_state_dict(model, state)
     except RuntimeError as error:
         base = model.peft_config["default"].base_model_name_or_path
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise ModelError(
-            f"the adapter {source} was made for another base ({base}): {lines[0] if lines else error}"
-            f" ({len(lines)} weights differ in shape). Fix: load it on that base."
+            f"the adapter {source} was made for another base ({base}): {len(lines)} weights differ "
+            f"in shape, first {lines[0] if lines else error} Fix: load it on that base."
         ) from error
     missing = [key for key in result.missing_keys if "lora_" in key]
     unexpected = list(result.unexpected_keys)
@@ -168,6 +168,6 @@ def _fetch(name: str | Path, filename: str, **hub: Any) -> str | None:
     if Path(name).is_absolute() or str(name).count("/") != 1:
         return None
     try:
-        return hf_hub_download(str(name), filename, **hub)
+        return str(hf_hub_download(str(name), filename, **hub))
     except (EntryNotFoundError, OSError):
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ import typer
 
 from unmasked import __version__
 from unmasked.errors import OutputError, RecipeError, unknown
-from unmasked.failures import MISUSED, Verbs, quiet_on_closed_pipe
+from unmasked.failures import MISUSED, Verbs
 
 app = typer.Typer(
     cls=Verbs,
@@ -64,10 +65,7 @@ class Rival(str, Enum):
     causal = "causal"
 
 
-MODEL = Annotated[
-    str,
-    typer.Argument(help="Hub name, folder, or 'nano', the bundled decoder.", show_default=False),
-]
+MODEL = Annotated[str, typer.Argument(help="Hub name, folder, or 'nano', the bundled decoder.")]
 DTYPE = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that has it, else float32.")]
 OVERRIDES = Annotated[
     list[str] | None,
@@ -94,7 +92,9 @@ def options(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option(help="Fewer steps: shows the way, not the gain.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few steps: shows the way, not the gain.")
+    ] = False,
 ) -> None:
     """Everything, on the bundled decoder and this machine's own documentation, in minutes."""
     from unmasked import running, terminal, views
@@ -159,9 +159,7 @@ def convert(
 
 @app.command()
 def run(
-    recipe: Annotated[
-        str, typer.Argument(help="A YAML file, or a shipped recipe.", show_default=False)
-    ],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe.")],
     overrides: OVERRIDES = None,
     output: Annotated[
         Path | None,
@@ -178,7 +176,7 @@ def run(
 
 @app.command()
 def train(
-    stage: Annotated[Stage, typer.Argument(show_default=False)],
+    stage: Annotated[Stage, typer.Argument()],
     base: Annotated[str, typer.Option(help="Model to start from: hub name, folder or adapter.")],
     data: Annotated[list[str], typer.Option(help="File of texts; repeat for more.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")],
@@ -284,9 +282,12 @@ def doctor(
     """This machine, or a model: is it really bidirectional? Exit code 2 if not."""
     from unmasked import doctor, terminal
 
-    with terminal.waiting(f"examining {model}" if model else "loading the libraries"):
-        terminal.quiet_libraries()
-        found = doctor.examine(model) if model else doctor.environment()
+    if model:
+        with terminal.waiting(f"examining {model}"):
+            terminal.quiet_libraries()
+            found = doctor.examine(model)
+    else:
+        found = doctor.environment()
     if as_json:
         terminal.show(json.dumps(found, indent=2, ensure_ascii=False))
     else:
@@ -306,14 +307,14 @@ def recipes_list() -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(show_default=False)]) -> None:
+def recipes_show(name: Annotated[str, typer.Argument()]) -> None:
     """The recipe, as it is written."""
     typer.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
 
 
 @recipes_app.command("copy")
 def recipes_copy(
-    name: Annotated[str, typer.Argument(show_default=False)],
+    name: Annotated[str, typer.Argument()],
     to: Annotated[Path | None, typer.Argument(help="New file.", show_default="NAME.yaml")] = None,
 ) -> None:
     """A copy to change and run."""
@@ -346,5 +347,6 @@ def _check_new(folder: Path) -> None:
 def main() -> None:
     """The ``unmasked`` command."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would cut through our line
-    with quiet_on_closed_pipe():
-        app()
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = ["--debug"] if len(arguments) < len(sys.argv[1:]) else []  # also behind the verb
+    app([*debug, *arguments])

@@ -101,7 +101,7 @@ class Backbone(InputModule):
     def __init__(
         self, model: nn.Module, tokens: TextTokenizer, unpackable: str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.auto_model = model
         self.tokens = tokens
         self.unpackable = unpackable
@@ -132,7 +132,7 @@ class Backbone(InputModule):
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         return collate(rows, int(self.tokenizer.pad_token_id))
 
-    def preprocess(  # type: ignore[override]
+    def preprocess(
         self,
         inputs: Sequence[Any],
         prompt: str | None = None,

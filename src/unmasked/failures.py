@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -49,15 +45,3 @@ def _explain(error: BaseException, verb: str) -> tuple[int, str]:
             "(same result), or with mntp.gradient_checkpointing=true (same result, slower)."
         )
     return 1, ""
-
-
-@contextmanager
-def quiet_on_closed_pipe() -> Iterator[None]:
-    """Ends quietly when whoever reads our output has gone (``unmasked recipes list | head``)."""
-    try:
-        yield
-    finally:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # or the interpreter would complain when it flushes at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,7 +17,6 @@ A folder is written aside and moved into place, so an interrupted save leaves th
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -123,7 +122,7 @@ def _written_aside(path: Path) -> Iterator[Path]:
         if path.exists():
             _replace_files(aside, path)
         else:
-            os.replace(aside, path)
+            aside.replace(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -134,7 +133,7 @@ def _replace_files(source: Path, target: Path) -> None:
         if item.is_dir():
             place.mkdir(exist_ok=True)
         else:
-            os.replace(item, place)
+            item.replace(place)
 
 
 def _write_json(path: Path, content: Any) -> None:

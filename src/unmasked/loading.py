@@ -134,9 +134,10 @@ def _load_config(name: str, **hub: Any) -> PretrainedConfig:
             "Fix: give the folder that save_pretrained wrote."
         )
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_why(name, error)) from error
+    return config
 
 
 def _load_model(

@@ -187,7 +187,7 @@ class LLM2Vec(SentenceTransformer):
         assert isinstance(module, Backbone)
         return module
 
-    def preprocess(  # type: ignore[override]
+    def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Padded features of texts or ``[instruction, text]`` pairs, as `forward` takes them.
@@ -197,15 +197,24 @@ class LLM2Vec(SentenceTransformer):
         """
         return self.backbone.preprocess(inputs, prompt, **kwargs)
 
-    def encode(self, inputs: Any, *args: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
+    def encode(  # type: ignore[override]
+        self,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Vectors of texts; every option of `SentenceTransformer.encode` works.
 
         Args:
             inputs: a string, a list of strings, or a list of ``[instruction, text]`` pairs.
+            prompt_name: which of the model's prompts stands before every input.
+            prompt: that text itself.
             batch_size: most rows of a forward; by default a forward is filled by tokens.
-            args, kwargs: as in `SentenceTransformer.encode` (``prompt_name``, ``prompt``,
-                ``show_progress_bar``, ``output_value``, ``precision``, ``convert_to_tensor``,
-                ``device``, ``normalize_embeddings``, ``truncate_dim``).
+            kwargs: as in `SentenceTransformer.encode` (``show_progress_bar``, ``output_value``,
+                ``precision``, ``convert_to_tensor``, ``device``, ``normalize_embeddings``,
+                ``truncate_dim``).
 
         Returns:
             (N, D) float32 array; (D,) for a single string; (0, D) for an empty list.
@@ -217,14 +226,15 @@ class LLM2Vec(SentenceTransformer):
             inputs = list(inputs)
             split_pairs(inputs)  # names the faulty index before any work is done
         rows = _BY_TOKENS if batch_size is None else batch_size
-        vectors = super().encode(inputs, *args, batch_size=rows, **kwargs)
+        stock: Any = super().encode
+        vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, batch_size=rows, **kwargs)
         if isinstance(inputs, list) and not inputs and not isinstance(vectors, list):
             width = kwargs.get("truncate_dim") or self.get_embedding_dimension()
             return vectors.reshape(0, width)
         return vectors
 
     @torch.inference_mode()
-    def _inference(
+    def _inference(  # type: ignore[override]
         self,
         inputs: list[Any],
         *,
@@ -281,7 +291,7 @@ class LLM2Vec(SentenceTransformer):
             return adapters.merge_attached(copy.deepcopy(model))
         return model
 
-    def save(self, path: str | Path, *_: Any, card: folder.Card | None = None, **__: Any) -> None:  # type: ignore[override]
+    def save(self, path: str | Path, *_: Any, card: folder.Card | None = None, **__: Any) -> None:
         """Write a folder that stock sentence-transformers and transformers load (see `folder`).
 
         An attached adapter is merged into the copy that is written. An existing folder is
@@ -305,7 +315,7 @@ class LLM2Vec(SentenceTransformer):
             card=card or folder.Card(self.base, self.report.summary()),
         )
 
-    def save_pretrained(self, path: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """The same as `save`."""
         self.save(path, *args, **kwargs)
 

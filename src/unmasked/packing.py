@@ -143,9 +143,9 @@ def attention(
     layout = _LAYOUT.get()
     if layout is None:
         return _attend(query, key, value, attention_mask, *extras).transpose(1, 2), None
-    if attention_mask is None and softcap is None and s_aux is None and dropout == 0:
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-            return _attend_varlen(query, key, value, layout, scaling), None
+    plain = attention_mask is None and softcap is None and s_aux is None and dropout == 0
+    if plain and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _attend_varlen(query, key, value, layout, scaling), None
     parts = []
     for start, texts, length in layout.groups:
         q, k, v = (
@@ -209,14 +209,13 @@ def _attend_varlen(
     return out[None]  # type: ignore[no-any-return]
 
 
-def _mask(*args: Any, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
+def _mask(q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     """The family's mask; while a batch is packed, for one text as long as the longest."""
     layout = _LAYOUT.get()
     if layout is not None:
         q_length = kv_length = layout.longest
         kwargs |= {"q_offset": 0, "kv_offset": 0, "attention_mask": None}
-    mask: Tensor | None = sdpa_mask(*args, q_length=q_length, kv_length=kv_length, **kwargs)
-    return mask
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, **kwargs)
 
 
 AttentionInterface.register(NAME, attention)

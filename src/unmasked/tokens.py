@@ -118,7 +118,7 @@ def _template(
 
 def _token_names(tokenizer: PreTrainedTokenizerBase, hidden: int | None) -> dict[str, str]:
     """Names of special tokens to keep; padding needs one, and `hidden` must have none."""
-    names = {}
+    names: dict[str, str] = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = getattr(tokenizer, name, None)
         if token is not None and tokenizer.convert_tokens_to_ids(token) != hidden:
@@ -126,7 +126,7 @@ def _token_names(tokenizer: PreTrainedTokenizerBase, hidden: int | None) -> dict
     if "pad_token" not in names:
         # Any token does: padding is masked everywhere. Prefer EOS, as the original package does.
         fallback = names.get("eos_token") or names.get("unk_token")
-        names["pad_token"] = fallback or tokenizer.convert_ids_to_tokens(0 if hidden != 0 else 1)
+        names["pad_token"] = fallback or str(tokenizer.convert_ids_to_tokens(int(hidden == 0)))
     return names
 
 

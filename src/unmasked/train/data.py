@@ -9,10 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -103,7 +102,7 @@ def _read_file(path: Path) -> Iterator[str]:
                 yield text
 
 
-def _decoded(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
+def _decoded(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]]:
     try:
         for number, raw in enumerate(file, start=1):
             try:

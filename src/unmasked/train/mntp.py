@@ -32,7 +32,7 @@ LOGITS_AT_ONCE = 1 << 27
 
 @dataclass
 class StatesOnly(BaseModelOutputWithPast):
-    """A trunk's output of which only the states are there; families ask for more (router logits)."""
+    """A trunk's output with the states only; whatever else a family asks for is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -145,15 +145,16 @@ def find_mask_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int | None:
     Raises:
         ModelError: the tokenizer has no such token.
     """
-    if getattr(tokenizer, "mask_token_id", None) is not None:
-        return int(tokenizer.mask_token_id)
+    own: Any = getattr(tokenizer, "mask_token_id", None)
+    if own is not None:
+        return int(own)
     if kind == "mask":
         return None
     if kind == "eos":
         if tokenizer.eos_token_id is None:
             raise ModelError("mask_token eos: the tokenizer names no EOS. Fix: mask_token: blank")
         return int(tokenizer.eos_token_id)
-    found = tokenizer.convert_tokens_to_ids("_")
+    found: Any = tokenizer.convert_tokens_to_ids("_")
     if found is None or found == tokenizer.unk_token_id:
         raise ModelError("mask_token blank: '_' is no single token here. Fix: mask_token: mask")
     return int(found)

@@ -15,6 +15,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +35,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from unmasked import adapters, folder, loading
 from unmasked.config import MNTP, Recipe, SimCSE, dump_recipe, load_recipe, recipe_differences
@@ -117,25 +118,29 @@ class Run:
         self._write_recipe()
         if self.score is not None:
             for mode in BASELINES:
-                self._score(f"causal_{mode}", lambda mode=mode: self._causal(mode))
-            self._score("bidirectional", lambda: self._encoder([]))
+                self._score(f"causal_{mode}", partial(self._causal, mode))
+            self._score("bidirectional", partial(self._encoder, []))
         done: list[str | Path] = []
-        for name, stage, train in (
-            ("mntp", self.recipe.mntp, self._train_mntp),
-            ("simcse", self.recipe.simcse, self._train_simcse),
-        ):
-            if stage is None:
-                continue
+        for name, train in self._stages().items():
             if not (self.path / name / adapters.CONFIG_NAME).is_file():
                 self.listener.stage(name)
-                train(stage, done)
+                train(done)
             done.append(self.path / name)
-            self._score(name, lambda: self._encoder(done))
+            self._score(name, partial(self._encoder, done))
         encoder = self._encoder(done)
         if not (self.path / "model" / "config.json").is_file():
             self.listener.stage("saving")
             encoder.save(self.path / "model", card=self._card(encoder))
         return encoder
+
+    def _stages(self) -> dict[str, Callable[[Sequence[str | Path]], None]]:
+        """The recipe's stages in order; each trains on the merged adapters before it."""
+        stages: dict[str, Callable[[Sequence[str | Path]], None]] = {}
+        if self.recipe.mntp is not None:
+            stages["mntp"] = partial(self._train_mntp, self.recipe.mntp)
+        if self.recipe.simcse is not None:
+            stages["simcse"] = partial(self._train_simcse, self.recipe.simcse)
+        return stages
 
     def results(self) -> list[dict[str, Any]]:
         """Stages in order, each ``{"name": ..., "scores": {"TASK.METRIC": fraction}}``."""
@@ -225,14 +230,15 @@ class Run:
 
     # Training
 
-    def _train_mntp(self, stage: MNTP, done: list[str | Path]) -> None:
+    def _train_mntp(self, stage: MNTP, done: Sequence[str | Path]) -> None:
         encoder = self._encoder(done)
         tokens = encoder.backbone.tokens
         train, held_out = self._texts(stage)
         model = self.recipe.model
-        language_model = loading.load_causal_lm(
+        language_model: Any = loading.load_causal_lm(
             model.base, self.dtype, encoder.report.attention, revision=model.revision
-        ).to(self.device)
+        )
+        language_model.to(self.device)
         mask_id = find_mask_id(tokens.tokenizer, stage.mask_token)
         vocabulary = language_model.config.get_text_config().vocab_size
         trunk: Any = encoder.backbone.auto_model
@@ -273,7 +279,7 @@ class Run:
         )
         self._fit(trainer, callback, peft_model, work)
 
-    def _train_simcse(self, stage: SimCSE, done: list[str | Path]) -> None:
+    def _train_simcse(self, stage: SimCSE, done: Sequence[str | Path]) -> None:
         encoder = self._encoder(done)
         peft_model = self._attach(encoder.backbone.auto_model, stage)
         encoder.backbone.auto_model = peft_model

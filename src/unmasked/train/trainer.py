@@ -27,13 +27,10 @@ Report = Callable[[int, int, dict[str, float]], None]
 class AdapterCheckpoints:
     """Mixin for a `Trainer`: saves and restores only the adapter of its model."""
 
-    model: nn.Module
-    args: Any
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         adapters.save_adapter(attached(self.model), output_dir or self.args.output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         adapters.load_adapter(attached(self.model), resume_from_checkpoint)
 
 
