@@ -233,12 +233,10 @@ def test_run_from_end_to_end_and_again(cli, recipe, tmp_path):
     )
     assert "clear of zero" in out or "not clear" in out
     assert "saved  out/model" in out
-    facts = dict(line.split(None, 1) for line in err.splitlines() if line.count(" ") > 1)
-    assert facts["stages"] == "mntp 3 steps of 2, simcse 2 steps of 2"
-    assert facts["dtype"].startswith("float32")
+    assert re.search(r"^stages +mntp 3 steps of 2, simcse 2 steps of 2$", err, re.M)
+    assert re.search(r"^dtype +float32 \(auto", err, re.M)
     assert re.search(r"^mntp 3/3  loss [\d.]+  held-out [\d.]+  [\d,]+ tokens/s", err, re.M)
     assert re.search(r"^simcse 2/2  loss [\d.]+", err, re.M)
-    assert "Computing widget examples" not in err
 
     before = listing(tmp_path / "out")
     code, again, err = cli("run", recipe, "mntp.learning_rate=1e-3", "-o", "out")

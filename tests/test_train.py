@@ -67,9 +67,9 @@ def test_texts_of_every_kind_of_file(tmp_path):
     ("name", "content", "says"),
     [
         ("a.txt", b"fine\n\xff\xfe bad\n", "line 2: not UTF-8"),
-        ("a.txt", b"\n \n", "only empty lines"),
+        ("a.txt", b"\n \n", "there is no text in it"),
         ("a.jsonl", b'{"text": "x"}\nnot json\n', "line 2: not JSON"),
-        ("a.jsonl", b'{"txt": "x"}\n', "line 1: expected an object with a string 'text', got txt"),
+        ("a.jsonl", b'{"txt": "x"}\n', "line 1: no column 'text' among txt"),
         ("a.txt.gz", b"no gzip", "not a whole gzip file"),
         ("a.pdf", b"x", "unknown kind of file"),
     ],

@@ -100,12 +100,12 @@ def demo(
     from unmasked import running, terminal, views
 
     with terminal.waiting("loading the libraries"):
-        from unmasked.demo import run_demo
+        from unmasked.demo import METRICS, run_demo
 
         terminal.quiet_libraries()
     with terminal.Line() as line:
         searches = run_demo(output, quick=quick, listener=running.listener(line))
-    views.stage_table(output)
+    views.stage_table(output, metrics=METRICS)
     views.show_searches(searches)
     running.close(output / "model")
 
@@ -270,8 +270,7 @@ def evaluate(
     rows = compare_encoders({model: ours, **baselines})
     views.score_table(rows)
     if json_file:
-        text = json.dumps([row.as_dict() for row in rows], indent=2)
-        json_file.write_text(text + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
 
 
 @app.command()
@@ -282,12 +281,10 @@ def doctor(
     """This machine, or a model: is it really bidirectional? Exit code 2 if not."""
     from unmasked import doctor, terminal
 
-    if model:
-        with terminal.waiting(f"examining {model}"):
+    with terminal.waiting(f"examining {model or 'this machine'}"):
+        if model:
             terminal.quiet_libraries()
-            found = doctor.examine(model)
-    else:
-        found = doctor.environment()
+        found = doctor.examine(model) if model else doctor.environment()
     if as_json:
         terminal.show(json.dumps(found, indent=2, ensure_ascii=False))
     else:

@@ -1,7 +1,7 @@
 """Texts, one after the other, from a file or standard input, each checked as it is read.
 
 Every fault is told with its line. Blank lines are no rows in .jsonl and .csv; in .txt a line is a
-row, so that a blank one is an error and never shifts the rows behind it.
+row, so that, in a corpus to encode, a blank one is an error and never shifts the rows behind it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ class Source:
         path: a .txt (a text a line), .jsonl or .csv file, perhaps .gz; ``-`` is standard input,
             a text a line.
         column: which column or key holds the text; .txt has none.
+        skip_blank: pass over texts of white space instead of refusing them (for training, where
+            no row of a result has to line up).
     """
 
     path: str
     column: str = "text"
+    skip_blank: bool = False
 
     @property
     def name(self) -> str:
@@ -60,6 +63,8 @@ class Source:
         empty = True
         with self._open() as file:
             for record in read(self._lines(file)):
+                if self.skip_blank and not record[1].strip():
+                    continue
                 empty = False
                 yield record
         if empty:
@@ -150,7 +155,7 @@ class Source:
         if not isinstance(text, str):
             given = "null" if text is None else f"a {type(text).__name__}"
             raise self._fault(number, f"'{self.column}' is {given}", "give a string")
-        if not text.strip():
+        if not text.strip() and not self.skip_blank:
             raise self._fault(number, "an empty text, which has no vector", "remove the row")
         try:
             text.encode()

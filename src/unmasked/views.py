@@ -17,9 +17,17 @@ if TYPE_CHECKING:
     from unmasked.demo import Search
 
 
-def stage_table(run_folder: Path, samples: int = 1000) -> None:
-    """One row a stage, the best causal baseline marked; below, what the last stage gained."""
-    metrics = headline_metrics(run_folder)
+def stage_table(
+    run_folder: Path, samples: int = 1000, metrics: Sequence[str] | None = None
+) -> None:
+    """One row a stage, the best causal baseline marked; below, what the last stage gained.
+
+    Args:
+        run_folder: with scores.
+        samples: redrawn test sets behind each interval.
+        metrics: ``TASK.METRIC`` of each column; by default the one to report of each task.
+    """
+    metrics = metrics or headline_metrics(run_folder)
     if not metrics:
         return
     columns = [compare_stages(run_folder, metric, samples) for metric in metrics]
@@ -61,12 +69,13 @@ def score_table(rows: Sequence[Row]) -> None:
 
 
 def show_searches(searches: Sequence[Search]) -> None:
-    """What single searches of the demo found before and after."""
+    """A few searches: where the wanted document was found, and what was found instead."""
     for search in searches:
-        (rank_before, first_before), (rank_after, first_after) = search.before, search.after
-        terminal.show(f"search: {search.query}")
-        terminal.show(f"  before  rank {rank_before:,} of {search.wanted}; first {first_before}")
-        terminal.show(f"  after   rank {rank_after:,} of {search.wanted}; first {first_after}")
+        terminal.show(f'\nsearch: "{search.query}"')
+        terminal.show(f"  wanted         {search.wanted}")
+        for when, (rank, hit) in (("before", search.before), ("after", search.after)):
+            found = "found first" if rank == 1 else f"rank {rank}; first: {hit}"
+            terminal.show(f"  {when:<6}         {found}")
 
 
 def _gained(gain: Interval | None) -> list[str]:

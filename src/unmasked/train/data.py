@@ -1,47 +1,40 @@
-"""Plain text in: files of lines or JSON lines, then blocks of token ids for MNTP.
+"""Texts to train on: read, split, and cut into blocks of token ids for MNTP.
 
-Blank lines are skipped, everything else is taken verbatim. A file that is not what it was given as
-is refused with its line number before any training begins.
+Blank lines are skipped, everything else is taken verbatim. All texts are held in memory.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from unmasked.errors import DataError, nearest
+from unmasked.errors import DataError
+from unmasked.source import Source
 from unmasked.tokens import TextTokenizer
-
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 
 
 def read_texts(paths: Sequence[str | Path], limit: int | None = None) -> list[str]:
     """The texts of files, in order.
 
     Args:
-        paths: ``.txt`` (a text a line) or ``.jsonl`` (an object with a ``text`` a line), perhaps
-            ``.gz``.
+        paths: ``.txt`` (a text a line), ``.jsonl`` or ``.csv`` (``text``), perhaps ``.gz``.
         limit: read no more than this many.
 
     Raises:
-        DataError: a file is missing, of another kind, not UTF-8, or there is no text at all.
+        DataError: a file is missing, of another kind, not UTF-8, or has no text in it.
     """
     if not paths:
         raise DataError("no training text was given. Fix: data=FILE (or [FILE, ...]).")
     texts: list[str] = []
     for path in paths:
-        for text in _read_file(Path(path)):
+        for _, text, _ in Source(str(path), skip_blank=True).records():
             if limit is not None and len(texts) >= limit:
                 return texts
             texts.append(text)
-    if not texts:
-        raise DataError(f"no text in {', '.join(map(str, paths))}: only empty lines.")
     return texts
 
 
@@ -85,47 +78,3 @@ def make_blocks(texts: Sequence[str], tokens: TextTokenizer, length: int) -> Blo
         )
     used = count * length
     return Blocks(stream[:used].reshape(count, length), len(stream) - used)
-
-
-def _read_file(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{path} is not a file{nearest(path.name, siblings)}")
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{path}: unknown kind of file. Allowed: {', '.join(SUFFIXES)}.")
-    as_json = ".jsonl" in path.suffixes
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        for number, line in _decoded(file, path):
-            text = _json_text(line, path, number) if as_json else line
-            if text.strip():
-                yield text
-
-
-def _decoded(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        for number, raw in enumerate(file, start=1):
-            try:
-                yield number, raw.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not UTF-8 (byte {error.object[error.start]:#x} at "
-                    f"position {error.start}). Fix: convert it, as with iconv -f latin1 -t utf-8."
-                ) from error
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}).") from error
-
-
-def _json_text(line: str, path: Path, number: int) -> str:
-    if not line.strip():
-        return ""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(
-            f"{path}, line {number}: expected an object with a string 'text', got {keys}."
-        )
-    return str(row["text"])
