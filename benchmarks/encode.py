@@ -47,7 +47,7 @@ SMOLLM_135M = {
 }
 QUICK = {"short": 96, "passages": 32, "mixed": 160, "korean": 48}
 FULL = {"short": 512, "passages": 128, "mixed": 640, "korean": 256}
-"""Texts a mix. A fifth of `mixed` is documents, a multiple of the 32 rows that the rival batches."""
+"""Texts of each mix. The fifth of `mixed` that is documents fills whole batches of the rival, 32."""
 
 OURS, STOCK, DEFAULT = "unmasked", "sentence-transformers", "sentence-transformers, default"
 LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99}
@@ -230,6 +230,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table."""
     options = parse(arguments)
+    transformers.utils.logging.disable_progress_bar()
     sentences = read_sentences(options.data)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "encoder"

@@ -6,9 +6,9 @@ byte-level BPE, then trains a Llama-shaped model with Muon on the matrices and A
 and writes the folder with a model card that states the held-out perplexity it measured.
 
     python scripts/pretrain_nano.py --text enwiki.txt.gz=0.5 --text kowiki.txt.gz=0.12 \
-        --docstrings 0.38 --tokens 24000000 -o src/unmasked/nano
+        --docstrings 0.38 --tokens 11000000 -o src/unmasked/nano
 
-About 4,000 tokens a second on two cores with hardware bf16; 24 M tokens take under two hours.
+About 3,000 tokens a second on two cores with hardware bf16: 11 M tokens take about an hour.
 Run again with the same arguments to continue from the last checkpoint in ``--work``.
 """
 
@@ -237,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", action="append", default=[], metavar="FILE=SHARE")
     parser.add_argument("--docstrings", type=float, default=0.0, metavar="SHARE")
-    parser.add_argument("--tokens", type=int, default=24_000_000)
+    parser.add_argument("--tokens", type=int, default=11_000_000)
     parser.add_argument("--batch", type=int, default=16, help="blocks a step")
     parser.add_argument("--micro", type=int, default=2048, help="tokens a forward")
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's; AdamW gets a fifth")
