@@ -47,7 +47,7 @@ SMOLLM_135M = {
 }
 QUICK = {"short": 96, "passages": 32, "mixed": 160, "korean": 48}
 FULL = {"short": 512, "passages": 128, "mixed": 640, "korean": 256}
-"""Texts of each mix. The fifth of `mixed` that is documents fills whole batches of the rival, 32."""
+"""Texts a mix. The documents, a fifth of `mixed`, fill whole batches of 32, as the rival cuts."""
 
 OURS, STOCK, DEFAULT = "unmasked", "sentence-transformers", "sentence-transformers, default"
 LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99}

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from unmasked import adapters
+from unmasked import adapters, loading
 from unmasked.bidirectional import open_config
 from unmasked.config import Recipe
 from unmasked.errors import DataError, ModelError, OutputError
@@ -414,6 +414,14 @@ def test_a_new_mask_token_is_gone_from_the_result(recipe, tmp_path, tiny_tokeniz
     model = run.run()
     weights = model.backbone.auto_model.get_input_embeddings().weight
     assert len(weights) == len(tiny_tokenizer)
+
+
+def test_mntp_on_a_folder_without_a_head_is_refused(recipe, tmp_path):
+    config = open_config(HEADS["llama"])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).base_model.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ModelError, match="has no language-model head"):
+        loading.load_causal_lm(tmp_path / "encoder", torch.float32)
 
 
 # --- adapters ---------------------------------------------------------------------------------

@@ -67,8 +67,10 @@ def demo_recipe(folder: Path, size: Size) -> Recipe:
             "name=demo",
             f"mntp.data={data / 'train.jsonl'}",
             f"mntp.steps={size.mntp_steps}",
+            f"mntp.warmup_steps={size.mntp_steps // 10}",
             f"simcse.data={data / 'passages.jsonl'}",
             f"simcse.steps={size.simcse_steps}",
+            f"simcse.warmup_steps={size.simcse_steps // 10}",
             f"evaluate.tasks={data / TASK}",
         ],
     )

@@ -87,8 +87,8 @@ def load(
     if adapters.is_adapter(name, **hub):
         chain = [name, *chain]
         name = _adapter_base(name, **hub)
-    tokenizer = _load_tokenizer(name, **hub)
     config = _load_config(name, **hub)
+    tokenizer = _load_tokenizer(name, **hub)
     attempts = [attention] if attention else [None, "eager"]
     for number, implementation in enumerate(attempts, start=1):
         live = open_config(config) if enable_bidirectional else config
@@ -109,12 +109,24 @@ def load(
 def load_causal_lm(
     base: str | Path, dtype: torch.dtype, attention: str | None = None, **hub: Any
 ) -> PreTrainedModel:
-    """The base with its language-model head, mask open (for MNTP). The trunk must be proved."""
+    """The base with its language-model head, mask open (for MNTP). The trunk must be proved.
+
+    Raises:
+        ModelError: the folder has no head, as one that was saved as an encoder.
+    """
     from transformers import AutoModelForCausalLM
 
     name = resolve_base(base)
     config = open_config(_load_config(name, **hub))
-    return _load_model(name, config, dtype, attention, AutoModelForCausalLM, **hub)
+    model, info = _load_model(
+        name, config, dtype, attention, AutoModelForCausalLM, output_loading_info=True, **hub
+    )
+    if info["missing_keys"]:
+        raise ModelError(
+            f"{name} has no language-model head ({', '.join(sorted(info['missing_keys'])[:3])} "
+            "missing), and MNTP predicts tokens. Fix: start MNTP from the decoder itself."
+        )
+    return model  # type: ignore[no-any-return]
 
 
 def _adapter_base(name: str, **hub: Any) -> str:
@@ -146,22 +158,21 @@ def _load_model(
     dtype: torch.dtype,
     attention: str | None,
     auto: Any = AutoModel,
-    **hub: Any,
-) -> PreTrainedModel:
+    **options: Any,
+) -> Any:
     extra = {"attn_implementation": attention} if attention else {}
     try:
-        model: PreTrainedModel = auto.from_pretrained(
+        return auto.from_pretrained(
             name,
             config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             **extra,
-            **hub,
+            **options,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(_why(name, error)) from error
-    return model
 
 
 def _load_tokenizer(name: str, **hub: Any) -> PreTrainedTokenizerBase:

@@ -283,6 +283,7 @@ class Run:
         encoder = self._encoder(done)
         peft_model = self._attach(encoder.backbone.auto_model, stage)
         encoder.backbone.auto_model = peft_model
+        encoder.model_card_data.generate_widget_examples = False
         texts, _ = self._texts(stage)
         work = self.path / "simcse"
         callback = self._callback("simcse", stage, None)
