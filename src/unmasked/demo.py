@@ -33,8 +33,8 @@ class Size:
     """How much the demo reads and trains."""
 
     docstrings: int = 24_000
-    documents: int = 1500
-    mntp_steps: int = 300
+    documents: int = 1000
+    mntp_steps: int = 250
     simcse_steps: int = 120
 
 
