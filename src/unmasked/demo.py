@@ -34,8 +34,8 @@ class Size:
 
     docstrings: int = 24_000
     documents: int = 1000
-    mntp_steps: int = 250
-    simcse_steps: int = 120
+    mntp_steps: int = 200
+    simcse_steps: int = 100
 
 
 FULL = Size()

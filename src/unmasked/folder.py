@@ -82,6 +82,8 @@ def write_folder(
     """
     with _written_aside(Path(path)) as folder:
         model.save_pretrained(folder)  # type: ignore[operator]
+        for weights in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", weights)  # safetensors makes them private
         native = hasattr(model.config, NATIVE_KEY)
         _complete_config(folder / "config.json", native, needs_eager)
         limit = settings.max_length
