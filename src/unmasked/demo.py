@@ -39,7 +39,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(docstrings=4000, documents=300, mntp_steps=20, simcse_steps=10)
+QUICK = Size(docstrings=2500, documents=60, mntp_steps=8, simcse_steps=4)
 
 
 @dataclass(frozen=True)
