@@ -173,6 +173,11 @@ def test_an_unknown_pooling_mode_names_the_nearest(tiny_decoder):
         LLM2Vec.from_pretrained(tiny_decoder, device="cpu", pooling_mode="weigted_mean")
 
 
+def test_b17_several_processes_give_the_vectors_of_one(model):
+    pairs = [["Retrieve:", text] for text in TEXTS]
+    close(model.encode(pairs, device=["cpu", "cpu"], chunk_size=2), model.encode(pairs))
+
+
 # --- loading ----------------------------------------------------------------------------------
 
 

@@ -155,6 +155,7 @@ def _shape(model: LLM2Vec) -> Facts:
         "memory": f"{size / 2**20:,.1f} MiB of weights",
         "width": config.hidden_size,
         "layers": config.num_hidden_layers,
+        "packed": model.backbone.unpackable or "yes: packed and single forwards agree",
         "device": str(model.device),
         "dtype": dtype,
         "dtype_why": f"auto on {model.device.type}: bfloat16 on a GPU that has it, else float32",

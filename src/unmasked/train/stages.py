@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +38,7 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from unmasked import adapters, folder, loading
+from unmasked import __version__, adapters, folder, loading
 from unmasked.config import MNTP, Recipe, SimCSE, dump_recipe, load_recipe, recipe_differences
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
@@ -55,6 +56,7 @@ from unmasked.train.mntp import (
 )
 from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
 
+LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft")
 BASELINES = ("mean", "weighted_mean", "last_token")
 
 
@@ -118,7 +120,8 @@ class Run:
         self._write_recipe()
         if self.score is not None:
             for mode in BASELINES:
-                self._score(f"causal_{mode}", partial(self._causal, mode))
+                causal = partial(self._encoder, pooling_mode=mode, enable_bidirectional=False)
+                self._score(f"causal_{mode}", partial(causal, []))
             self._score("bidirectional", partial(self._encoder, []))
         done: list[str | Path] = []
         for name, train in self._stages().items():
@@ -177,6 +180,9 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         aside = self.path / "recipe.tmp"
         dump_recipe(self.recipe, aside)
+        ran = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+        text = aside.read_text(encoding="utf-8")
+        aside.write_text(f"# unmasked {__version__}, {ran}\n{text}", encoding="utf-8")
         aside.replace(self.path / "recipe.yaml")
 
     # Encoders
@@ -193,9 +199,6 @@ class Run:
             **overrides,
         }
         return LLM2Vec.from_pretrained(model.base, list(chain), **options)
-
-    def _causal(self, mode: str) -> LLM2Vec:
-        return self._encoder([], pooling_mode=mode, enable_bidirectional=False)
 
     def _card(self, encoder: LLM2Vec) -> folder.Card:
         recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")
