@@ -98,8 +98,9 @@ def test_tasks_of_one_name_are_refused_before_any_model_is_scored(tmp_path):
 
 
 def test_the_base_is_found_through_adapters_and_run_folders(tmp_path, tiny_decoder):
-    from unmasked.config import Model, Recipe, dump_recipe
+    from unmasked.config import Model, Recipe
     from unmasked.evaluate.baselines import causal_baselines, find_base
+    from unmasked.recipe import dump_recipe
 
     adapter = tmp_path / "adapter"
     adapter.mkdir()

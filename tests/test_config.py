@@ -4,19 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from unmasked.config import (
-    MNTP,
-    Evaluate,
-    Lora,
-    Model,
-    Recipe,
-    SimCSE,
-    dump_recipe,
-    load_recipe,
-    recipe_differences,
-    shipped_recipes,
-)
+from unmasked.config import MNTP, Evaluate, Lora, Model, Recipe, SimCSE
 from unmasked.errors import RecipeError
+from unmasked.recipe import dump_recipe, load_recipe, recipe_differences, shipped_recipes
 
 SMALL = "name: small\nmodel:\n  base: nano\nmntp:\n  steps: 100\n"
 

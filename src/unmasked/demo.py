@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmasked.config import Recipe, load_recipe
+from unmasked.config import Recipe
 from unmasked.docstrings import Docstring, collect, pairs
 from unmasked.errors import DataError
 from unmasked.evaluate.compare import make_scorer
 from unmasked.model import LLM2Vec
+from unmasked.recipe import load_recipe
 
 if TYPE_CHECKING:
     from unmasked.train.stages import Listener

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from unmasked import adapters, loading
-from unmasked.config import load_recipe
 from unmasked.errors import ModelError
 from unmasked.model import LLM2Vec
+from unmasked.recipe import load_recipe
 
 POOLINGS = ("mean", "weighted_mean", "last_token")
 """The poolings of the paper's causal baselines (arXiv 2404.05961, section 3)."""

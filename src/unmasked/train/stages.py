@@ -39,10 +39,11 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from unmasked import __version__, adapters, folder, loading
-from unmasked.config import MNTP, Recipe, SimCSE, dump_recipe, load_recipe, recipe_differences
+from unmasked.config import MNTP, Recipe, SimCSE
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
+from unmasked.recipe import dump_recipe, load_recipe, recipe_differences
 from unmasked.tokens import TextTokenizer
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
 from unmasked.train.data import make_blocks, read_texts, split_held_out

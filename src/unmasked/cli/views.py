@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unmasked import terminal
+from unmasked.cli import terminal
 from unmasked.evaluate.bootstrap import Interval
 from unmasked.evaluate.compare import Comparison, Row, compare_stages, headline_metrics, headlines
 

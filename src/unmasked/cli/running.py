@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from unmasked import terminal, views
-from unmasked.config import Recipe, load_recipe
+from unmasked.cli import terminal, views
+from unmasked.config import Recipe
 from unmasked.evaluate.compare import CAUSAL, headlines, make_scorer
+from unmasked.recipe import load_recipe
 
 if TYPE_CHECKING:
     from unmasked.train.stages import Listener, Run
