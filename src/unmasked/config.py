@@ -189,3 +189,8 @@ class Recipe(_Section):
     """Second stage; None leaves it out."""
     evaluate: Evaluate = Evaluate()
     """What is scored."""
+
+    def stages(self) -> list[tuple[str, MNTP | SimCSE]]:
+        """Name and settings of the stages that are not left out, in the order they run."""
+        named = {"mntp": self.mntp, "simcse": self.simcse}
+        return [(name, stage) for name, stage in named.items() if stage is not None]

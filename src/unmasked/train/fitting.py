@@ -1,0 +1,199 @@
+"""What each stage trains and how: its data, its loss, its trainer; and the loop they all share.
+
+A stage is one function here that builds a trainer and hands it to `_fit`, which trains, or
+continues from the last checkpoint, and leaves the adapter in the stage's folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.data_collator import (
+    SentenceTransformerDataCollator,
+)
+from torch.utils.tensorboard import SummaryWriter
+from transformers import (
+    PrinterCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from unmasked import adapters, config, loading
+from unmasked.config import MNTP, SimCSE
+from unmasked.model import LLM2Vec
+from unmasked.packing import checkpoint_contexts
+from unmasked.tokens import TextTokenizer
+from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
+from unmasked.train.data import make_blocks, read_texts, split_held_out
+from unmasked.train.mntp import (
+    BlockData,
+    MaskedNextTokenModel,
+    MaskedNextTokenTrainer,
+    Masking,
+    find_mask_id,
+    token_metrics,
+)
+from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where and on what a stage is trained.
+
+    Attributes:
+        folder: the stage's own, for the adapter, checkpoints and metrics.
+        encoder: the base with the adapters of the stages before merged; trained in place.
+        model: the recipe's settings of the base.
+        seed: of data order, masks, dropout and the adapter.
+        report: told about each log.
+    """
+
+    folder: Path
+    encoder: LLM2Vec
+    model: config.Model
+    seed: int
+    report: Report
+
+
+def fit(job: Job, stage: MNTP | SimCSE) -> None:
+    """Train a stage, or continue it; its folder then holds the adapter.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
+    """
+    if isinstance(stage, MNTP):
+        _fit_mntp(job, stage)
+    else:
+        _fit_simcse(job, stage)
+
+
+def _fit_mntp(job: Job, stage: MNTP) -> None:
+    tokens = job.encoder.backbone.tokens
+    train, held_out = _texts(job, stage)
+    trunk: Any = job.encoder.backbone.auto_model
+    dtype = next(trunk.parameters()).dtype
+    language_model: Any = loading.load_causal_lm(
+        job.model.base, dtype, job.encoder.report.attention, revision=job.model.revision
+    )
+    language_model.to(job.encoder.device)
+    mask_id = find_mask_id(tokens.tokenizer, stage.mask_token)
+    vocabulary = language_model.config.get_text_config().vocab_size
+    if mask_id is None:
+        mask_id = vocabulary
+        trunk.resize_token_embeddings(vocabulary + 1)
+        language_model.resize_token_embeddings(vocabulary + 1)
+    peft_model = _attach(job, stage)
+    masking = Masking(
+        mask_id,
+        min(vocabulary, len(tokens.tokenizer)),
+        tuple({*tokens.prefix, *tokens.tokenizer.all_special_ids}),
+        stage.mask_probability,
+        stage.mask_style,
+    )
+    evaluation = None
+    if held_out and stage.eval_steps:
+        evaluation = _blocks(job, stage, held_out, tokens, masking)
+    callback = _callback(job, stage, stage.batch_size * stage.block_length)
+    trainer = MaskedNextTokenTrainer(
+        model=MaskedNextTokenModel(peft_model, language_model),
+        args=TrainingArguments(
+            **stage_arguments(stage, job.folder, job.seed),
+            remove_unused_columns=False,
+            label_names=["labels"],
+            eval_strategy="steps" if evaluation else "no",
+            eval_steps=stage.eval_steps or None,
+            eval_on_start=evaluation is not None,
+            per_device_eval_batch_size=stage.batch_size,
+        ),
+        data_collator=default_data_collator,
+        train_dataset=_blocks(job, stage, train, tokens, masking),
+        eval_dataset=evaluation,
+        compute_metrics=token_metrics,
+        callbacks=_callbacks(job, callback),
+    )
+    _fit(job, trainer, callback, peft_model)
+
+
+def _fit_simcse(job: Job, stage: SimCSE) -> None:
+    encoder = job.encoder
+    peft_model = _attach(job, stage)
+    encoder.backbone.auto_model = peft_model
+    encoder.model_card_data.generate_widget_examples = False
+    texts, _ = _texts(job, stage)
+    callback = _callback(job, stage, None)
+    with attention_dropout(peft_model, stage.attention_dropout):
+        trainer = ContrastiveTrainer(
+            model=encoder,
+            args=SentenceTransformerTrainingArguments(
+                **stage_arguments(stage, job.folder, job.seed), dataloader_drop_last=True
+            ),
+            data_collator=SentenceTransformerDataCollator(
+                encoder.preprocess, max_length=stage.max_length
+            ),
+            train_dataset=Dataset.from_dict({"text": texts}),
+            loss=TwoViewsLoss(encoder, stage.temperature),
+            callbacks=_callbacks(job, callback),
+        )
+        _fit(job, trainer, callback, peft_model)
+
+
+def _blocks(
+    job: Job, stage: MNTP, texts: list[str], tokens: TextTokenizer, masking: Masking
+) -> BlockData:
+    return BlockData(make_blocks(texts, tokens, stage.block_length).ids, masking, job.seed)
+
+
+def _texts(job: Job, stage: MNTP | SimCSE) -> tuple[list[str], list[str]]:
+    texts = read_texts(stage.data, stage.max_texts)
+    return split_held_out(texts, stage.held_out, job.seed)
+
+
+def _attach(job: Job, stage: MNTP | SimCSE) -> PeftModel:
+    trunk: Any = job.encoder.backbone.auto_model
+    lora = stage.lora
+    set_seed(job.seed)
+    model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets)
+    if stage.gradient_checkpointing:
+        trunk.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        )
+        trunk.enable_input_require_grads()
+    return model
+
+
+def _callback(job: Job, stage: MNTP | SimCSE, tokens: int | None) -> RunCallback:
+    per_step = tokens and tokens * stage.gradient_accumulation
+    return RunCallback(stage.steps, job.folder / "metrics.jsonl", per_step, job.report)
+
+
+def _callbacks(job: Job, callback: RunCallback) -> list[Any]:
+    return [callback, TensorBoardCallback(SummaryWriter(str(job.folder)))]
+
+
+def _fit(job: Job, trainer: Any, callback: RunCallback, model: PeftModel) -> None:
+    """Train, or continue, until the stage's last step; then keep the adapter alone."""
+    trainer.remove_callback(PrinterCallback)  # the report speaks
+    checkpoint = last_checkpoint(job.folder)
+    if checkpoint is not None and checkpoint.step >= callback.steps:
+        adapters.load_adapter(model, checkpoint.path)  # cut off after its last step
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
+        if callback.interrupted and trainer.state.global_step < callback.steps:
+            raise KeyboardInterrupt
+    aside = job.folder / "adapter.tmp"
+    adapters.save_adapter(model, aside)
+    for name in (adapters.WEIGHTS_NAME, adapters.CONFIG_NAME):  # the config says it is whole
+        (aside / name).replace(job.folder / name)
+    aside.rmdir()
+    for finished in job.folder.glob("checkpoint-*"):
+        shutil.rmtree(finished)
+    if callback.interrupted:
+        raise KeyboardInterrupt
