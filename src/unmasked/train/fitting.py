@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -27,12 +28,13 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from unmasked import adapters, config, loading
-from unmasked.config import MNTP, SimCSE
+from unmasked.config import MNTP, SimCSE, Supervised, Training
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
 from unmasked.tokens import TextTokenizer
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
 from unmasked.train.data import make_blocks, read_texts, split_held_out
+from unmasked.train.mixing import OneSourceBatches, PairCollator
 from unmasked.train.mntp import (
     BlockData,
     MaskedNextTokenModel,
@@ -41,6 +43,8 @@ from unmasked.train.mntp import (
     find_mask_id,
     token_metrics,
 )
+from unmasked.train.pairs import split_rows, store_rows
+from unmasked.train.supervised import RankingLoss
 from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
 
 
@@ -63,7 +67,7 @@ class Job:
     report: Report
 
 
-def fit(job: Job, stage: MNTP | SimCSE) -> None:
+def fit(job: Job, stage: MNTP | SimCSE | Supervised) -> None:
     """Train a stage, or continue it; its folder then holds the adapter.
 
     Raises:
@@ -71,8 +75,10 @@ def fit(job: Job, stage: MNTP | SimCSE) -> None:
     """
     if isinstance(stage, MNTP):
         _fit_mntp(job, stage)
-    else:
+    elif isinstance(stage, SimCSE):
         _fit_simcse(job, stage)
+    else:
+        _fit_supervised(job, stage)
 
 
 def _fit_mntp(job: Job, stage: MNTP) -> None:
@@ -145,6 +151,44 @@ def _fit_simcse(job: Job, stage: SimCSE) -> None:
         _fit(job, trainer, callback, peft_model)
 
 
+def _fit_supervised(job: Job, stage: Supervised) -> None:
+    encoder = job.encoder
+    peft_model = _attach(job, stage)
+    encoder.backbone.auto_model = peft_model
+    encoder.model_card_data.generate_widget_examples = False
+    rows = store_rows(stage.data, job.folder / "rows.arrow")
+    train, held_out = split_rows(rows, stage.held_out, job.seed)
+    weights = [pairs.weight for pairs in stage.data]
+
+    def batches(rows: Dataset, batch_size: int, **_: Any) -> Any:
+        sources = np.asarray(rows["source"])
+        return OneSourceBatches(sources, batch_size, weights, arguments.world_size, job.seed)
+
+    arguments = SentenceTransformerTrainingArguments(
+        **stage_arguments(stage, job.folder, job.seed), batch_sampler=batches
+    )
+    callback = _callback(job, stage, None)
+    collator: Any = PairCollator(
+        encoder.preprocess, stage.data, stage.hard_negatives, stage.max_length
+    )
+    trainer = ContrastiveTrainer(
+        model=encoder,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=train,
+        loss=RankingLoss(
+            encoder,
+            stage.temperature,
+            stage.mini_batch_tokens,
+            stage.false_negative_margin,
+            stage.matryoshka,
+        ),
+        callbacks=_callbacks(job, callback),
+    )
+    _fit(job, trainer, callback, peft_model)
+    (job.folder / "rows.arrow").unlink()
+
+
 def _blocks(
     job: Job, stage: MNTP, texts: list[str], tokens: TextTokenizer, masking: Masking
 ) -> BlockData:
@@ -156,7 +200,7 @@ def _texts(job: Job, stage: MNTP | SimCSE) -> tuple[list[str], list[str]]:
     return split_held_out(texts, stage.held_out, job.seed)
 
 
-def _attach(job: Job, stage: MNTP | SimCSE) -> PeftModel:
+def _attach(job: Job, stage: Training) -> PeftModel:
     trunk: Any = job.encoder.backbone.auto_model
     lora = stage.lora
     set_seed(job.seed)
@@ -169,7 +213,7 @@ def _attach(job: Job, stage: MNTP | SimCSE) -> PeftModel:
     return model
 
 
-def _callback(job: Job, stage: MNTP | SimCSE, tokens: int | None) -> RunCallback:
+def _callback(job: Job, stage: Training, tokens: int | None) -> RunCallback:
     per_step = tokens and tokens * stage.gradient_accumulation
     return RunCallback(stage.steps, job.folder / "metrics.jsonl", per_step, job.report)
 
