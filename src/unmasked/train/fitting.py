@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -27,13 +28,14 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from unmasked import adapters, config, loading
-from unmasked.config import MNTP, SimCSE
+from unmasked.config import MNTP, SimCSE, Supervised, Training
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
 from unmasked.tokens import TextTokenizer
 from unmasked.train import devices
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
 from unmasked.train.data import make_blocks, read_texts, split_held_out
+from unmasked.train.mixing import OneSourceBatches, PairCollator
 from unmasked.train.mntp import (
     BlockData,
     MaskedNextTokenModel,
@@ -42,6 +44,8 @@ from unmasked.train.mntp import (
     find_mask_id,
     token_metrics,
 )
+from unmasked.train.pairs import split_rows, store_rows
+from unmasked.train.supervised import RankingLoss
 from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
 
 
@@ -64,7 +68,7 @@ class Job:
     report: Report
 
 
-def fit(job: Job, stage: MNTP | SimCSE) -> None:
+def fit(job: Job, stage: MNTP | SimCSE | Supervised) -> None:
     """Train a stage, or continue it; its folder then holds the adapter.
 
     Raises:
@@ -72,8 +76,10 @@ def fit(job: Job, stage: MNTP | SimCSE) -> None:
     """
     if isinstance(stage, MNTP):
         _fit_mntp(job, stage)
-    else:
+    elif isinstance(stage, SimCSE):
         _fit_simcse(job, stage)
+    else:
+        _fit_supervised(job, stage)
 
 
 def _fit_mntp(job: Job, stage: MNTP) -> None:
@@ -146,6 +152,48 @@ def _fit_simcse(job: Job, stage: SimCSE) -> None:
         _fit(job, trainer, callback, peft_model)
 
 
+def _fit_supervised(job: Job, stage: Supervised) -> None:
+    encoder = job.encoder
+    peft_model = _attach(job, stage)
+    encoder.backbone.auto_model = peft_model
+    encoder.model_card_data.generate_widget_examples = False
+    if devices.is_first():
+        store_rows(stage.data, job.folder / "rows.arrow")
+    devices.wait()
+    rows = Dataset.from_file(str(job.folder / "rows.arrow"))
+    train, held_out = split_rows(rows, stage.held_out, job.seed)
+    weights = [pairs.weight for pairs in stage.data]
+
+    def batches(rows: Dataset, batch_size: int, **_: Any) -> Any:
+        sources = np.asarray(rows["source"])
+        return OneSourceBatches(sources, batch_size, weights, arguments.world_size, job.seed)
+
+    arguments = SentenceTransformerTrainingArguments(
+        **stage_arguments(stage, job.folder, job.seed), batch_sampler=batches
+    )
+    callback = _callback(job, stage)
+    collator: Any = PairCollator(
+        encoder.preprocess, stage.data, stage.hard_negatives, stage.max_length
+    )
+    trainer = ContrastiveTrainer(
+        model=encoder,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=train,
+        loss=RankingLoss(
+            encoder,
+            stage.temperature,
+            stage.mini_batch_tokens,
+            stage.false_negative_margin,
+            stage.matryoshka,
+        ),
+        callbacks=_callbacks(job, callback),
+    )
+    _fit(job, trainer, callback, peft_model)
+    if devices.is_first():
+        (job.folder / "rows.arrow").unlink()
+
+
 def _blocks(
     job: Job, stage: MNTP, texts: list[str], tokens: TextTokenizer, masking: Masking
 ) -> BlockData:
@@ -157,7 +205,7 @@ def _texts(job: Job, stage: MNTP | SimCSE) -> tuple[list[str], list[str]]:
     return split_held_out(texts, stage.held_out, job.seed)
 
 
-def _attach(job: Job, stage: MNTP | SimCSE) -> PeftModel:
+def _attach(job: Job, stage: Training) -> PeftModel:
     trunk: Any = job.encoder.backbone.auto_model
     lora = stage.lora
     set_seed(job.seed)
@@ -170,7 +218,7 @@ def _attach(job: Job, stage: MNTP | SimCSE) -> PeftModel:
     return model
 
 
-def _callback(job: Job, stage: MNTP | SimCSE) -> RunCallback:
+def _callback(job: Job, stage: Training) -> RunCallback:
     return RunCallback(stage.steps, job.folder / "metrics.jsonl", job.report)
 
 

@@ -25,13 +25,14 @@ from sentence_transformers.util import get_device_name
 from transformers import set_seed
 
 from unmasked import __version__, adapters, folder, loading
-from unmasked.config import Recipe
+from unmasked.config import Recipe, Supervised
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
 from unmasked.recipe import dump_recipe, load_recipe, recipe_differences
 from unmasked.train import devices
 from unmasked.train.data import read_texts
 from unmasked.train.fitting import Job, fit
+from unmasked.train.pairs import check_rows
 from unmasked.train.trainer import Report
 
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft")
@@ -145,7 +146,10 @@ class Run:
     def _check_inputs(self) -> None:
         """Read every training text and prove the model before anything is written."""
         for _, stage in self.recipe.stages():
-            read_texts(stage.data, stage.max_texts)
+            if isinstance(stage, Supervised):
+                check_rows(stage.data)
+            else:
+                read_texts(stage.data, stage.max_texts)
         self._encoder([])
 
     def _write_recipe(self) -> None:
