@@ -151,6 +151,10 @@ class MNTP(TextTraining):
     """Blocks per batch, shared among the devices."""
     block_length: Annotated[Count, Field(ge=2)] = 512
     """Tokens per block, cut from the concatenated texts."""
+    micro_batch_tokens: Count | None = None
+    """Tokens of a forward. A larger batch is cut into equal parts, to the same gradient in less
+    memory, so that gradient checkpointing is seldom needed; None is 2048 on a CPU, 16384 on a
+    GPU."""
     mask_token: Literal["blank", "eos", "mask"] = "blank"
     """What stands for a masked token where the tokenizer has no mask token: ``_`` (the paper's),
     the end-of-text token, or a new one."""
