@@ -38,6 +38,7 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines
 
+import numpy as np
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
@@ -50,14 +51,14 @@ from benchmarks.encode import SMOLLM_135M, environment
 from benchmarks.texts import read_sentences
 from unmasked import LLM2Vec, adapters, docstrings, loading
 from unmasked.tokens import TextTokenizer
-from unmasked.train.contrastive import TwoViewsLoss, attention_dropout
-from unmasked.train.data import make_blocks
+from unmasked.train.contrastive import TwoViewsLoss
+from unmasked.train.data import Blocks, token_file
 from unmasked.train.mntp import MaskedNextTokenModel, Masking
 
 BLOCK, MASKED, DROPOUT, TEMPERATURE = 512, 0.2, 0.3, 0.05
 QUICK = {"mntp": 2, "simcse": 16, "supervised": 6}
 FULL = {"mntp": 8, "simcse": 128, "supervised": 32}
-"""Blocks, sentences and triplets a step: larger batches pad more, so the quick ones favour us less."""
+"""Blocks, sentences and triplets a step. Larger batches pad more: the quick ones favour us less."""
 
 LONGEST = 256  # tokens of a supervised text
 
@@ -139,7 +140,11 @@ def mntp_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool) 
     """Blocks of 512, a fifth of the tokens scored."""
     encoder = LLM2Vec.from_pretrained(decoder)
     tokens: TextTokenizer = encoder.backbone.tokens
-    ids = torch.from_numpy(make_blocks(texts, tokens, BLOCK).ids[:rows]).long().to(encoder.device)
+    corpus = decoder.parent / "corpus.txt"
+    corpus.write_text("\n".join(texts), encoding="utf-8")
+    file = token_file([corpus], None, tokens, decoder.parent)
+    blocks = Blocks(file, np.arange(len(texts)), BLOCK)
+    ids = torch.from_numpy(np.stack([blocks[i] for i in range(rows)])).to(encoder.device)
     vocabulary = SMOLLM_135M["vocab_size"]
     masking = Masking(5, vocabulary, (0, 1), MASKED)
     batch = masking(ids.cpu(), torch.Generator().manual_seed(0))

@@ -151,6 +151,9 @@ class MNTP(TextTraining):
     """Blocks per batch, shared among the devices."""
     block_length: Annotated[Count, Field(ge=2)] = 512
     """Tokens per block, cut from the concatenated texts."""
+    documents: Literal["joined", "apart"] = "joined"
+    """Whether the texts that share a block see each other (``joined``, the paper's way), or each
+    itself alone with positions from 0, as when it is encoded (``apart``)."""
     micro_batch_tokens: Count | None = None
     """Tokens of a forward. A larger batch is cut into equal parts, to the same gradient in less
     memory, so that gradient checkpointing is seldom needed; None is 2048 on a CPU, 16384 on a
@@ -275,6 +278,8 @@ class Recipe(_Section):
     """Third stage; None leaves it out."""
     evaluate: Evaluate = Evaluate()
     """What is scored."""
+    trackers: list[Literal["wandb", "trackio"]] = []
+    """Where metrics go besides ``metrics.jsonl`` and TensorBoard, which are always written."""
 
     def stages(self) -> list[tuple[str, MNTP | SimCSE | Supervised]]:
         """Name and settings of the stages that are not left out, in the order they run."""

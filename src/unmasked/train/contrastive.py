@@ -19,6 +19,7 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
 from unmasked.errors import ModelError
+from unmasked.train.measures import alignment_and_uniformity
 from unmasked.train.trainer import AdapterCheckpoints
 
 ATTENTION_DROPOUT = ("attention_dropout", "attn_dropout", "attn_pdrop")
@@ -102,6 +103,7 @@ class TwoViewsLoss(nn.Module):
         twice = {name: torch.cat([value, value]) for name, value in features.items()}
         vectors = self.model({**twice, "repad": False})["sentence_embedding"]  # (2B, D)
         first, second = vectors.chunk(2)
+        self.measured = alignment_and_uniformity(first, second)
         return self.ranking.compute_loss_from_embeddings([first, second], labels)
 
     def get_config_dict(self) -> dict[str, Any]:

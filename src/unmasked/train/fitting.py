@@ -6,7 +6,10 @@ continues from the last checkpoint, and leaves the adapter in the stage's folder
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +33,12 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from unmasked import adapters, config, loading
 from unmasked.config import MNTP, SimCSE, Supervised, Training
+from unmasked.errors import DataError
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
-from unmasked.tokens import TextTokenizer
 from unmasked.train import devices
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
-from unmasked.train.data import make_blocks, read_texts, split_held_out
+from unmasked.train.data import Blocks, read_texts, split_held_out, token_file
 from unmasked.train.mixing import OneSourceBatches, PairCollator
 from unmasked.train.mntp import (
     BlockData,
@@ -47,8 +50,13 @@ from unmasked.train.mntp import (
 )
 from unmasked.train.pairs import split_rows, store_rows
 from unmasked.train.supervised import RankingLoss
+from unmasked.train.trackers import finish_trackers, tracker_callbacks
 from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
 
+logger = logging.getLogger(__name__)
+
+TOKENS = "tokens"
+"""Folder of the token file, in the run folder until MNTP is done."""
 MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
 """Tokens of an MNTP forward: enough to keep the device busy."""
 
@@ -63,6 +71,7 @@ class Job:
         model: the recipe's settings of the base.
         seed: of data order, masks, dropout and the adapter.
         report: told about each log.
+        trackers: where metrics go besides.
     """
 
     folder: Path
@@ -70,6 +79,7 @@ class Job:
     model: config.Model
     seed: int
     report: Report
+    trackers: Sequence[str] = ()
 
 
 def fit(job: Job, stage: MNTP | SimCSE | Supervised) -> None:
@@ -88,7 +98,6 @@ def fit(job: Job, stage: MNTP | SimCSE | Supervised) -> None:
 
 def _fit_mntp(job: Job, stage: MNTP) -> None:
     tokens = job.encoder.backbone.tokens
-    train, held_out = _texts(job, stage)
     trunk: Any = job.encoder.backbone.auto_model
     dtype = next(trunk.parameters()).dtype
     language_model: Any = loading.load_causal_lm(
@@ -108,9 +117,7 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
         stage.mask_probability,
         stage.mask_style,
     )
-    evaluation = None
-    if held_out and stage.eval_steps:
-        evaluation = _blocks(job, stage, held_out, tokens, masking)
+    train, evaluation = _blocks(job, stage, masking, _apart(job, stage))
     callback = _callback(job, stage)
     most_rows = micro_batch_rows(stage, job.encoder.device)
     trainer = MaskedNextTokenTrainer(
@@ -125,7 +132,7 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
             per_device_eval_batch_size=most_rows,
         ),
         data_collator=default_data_collator,
-        train_dataset=_blocks(job, stage, train, tokens, masking),
+        train_dataset=train,
         eval_dataset=evaluation,
         compute_metrics=token_metrics,
         callbacks=_callbacks(job, callback),
@@ -200,19 +207,61 @@ def _fit_supervised(job: Job, stage: Supervised) -> None:
         callbacks=_callbacks(job, callback),
     )
     _fit(job, trainer, callback, peft_model)
-    if devices.is_first():
-        (job.folder / "rows.arrow").unlink()
+
+
+def _texts(job: Job, stage: SimCSE) -> tuple[list[str], list[str]]:
+    texts = read_texts(stage.data, stage.max_texts)
+    return split_held_out(texts, stage.held_out, job.seed)
 
 
 def _blocks(
-    job: Job, stage: MNTP, texts: list[str], tokens: TextTokenizer, masking: Masking
-) -> BlockData:
-    return BlockData(make_blocks(texts, tokens, stage.block_length).ids, masking, job.seed)
+    job: Job, stage: MNTP, masking: Masking, apart: bool
+) -> tuple[BlockData, BlockData | None]:
+    """Blocks to train on and, if any are held out, to evaluate on."""
+    tokens = job.encoder.backbone.tokens
+    file = token_file(stage.data, stage.max_texts, tokens, job.folder.parent / TOKENS)
+    train, held_out = file.split(stage.held_out, job.seed)
+    blocks = Blocks(file, train, stage.block_length)
+    if devices.is_first():
+        job.folder.mkdir(parents=True, exist_ok=True)
+        _refuse_other_texts(job.folder, file.source)
+        facts = {
+            "source": file.source,
+            "texts": len(file.keys),
+            "repeated": len(file.keys) - len(train) - len(held_out),
+            "held_out": len(held_out),
+            "tokens": len(file.ids),
+            "blocks": len(blocks),
+            "dropped_tokens": blocks.dropped,
+        }
+        text = json.dumps(facts, indent=2) + "\n"
+        (job.folder / "data.json").write_text(text, encoding="utf-8")
+    evaluation = None
+    if len(held_out) and stage.eval_steps:
+        kept = Blocks(file, held_out, stage.block_length)
+        evaluation = BlockData(kept, masking, job.seed, apart)
+    return BlockData(blocks, masking, job.seed, apart), evaluation
 
 
-def _texts(job: Job, stage: MNTP | SimCSE) -> tuple[list[str], list[str]]:
-    texts = read_texts(stage.data, stage.max_texts)
-    return split_held_out(texts, stage.held_out, job.seed)
+def _refuse_other_texts(folder: Path, source: str) -> None:
+    """An interrupted stage continues on the texts it began with, or not at all."""
+    facts = folder / "data.json"
+    if last_checkpoint(folder) is None or not facts.is_file():
+        return
+    if json.loads(facts.read_text(encoding="utf-8"))["source"] != source:
+        raise DataError(
+            f"the texts of {folder.name} have changed since its last checkpoint (names, sizes or "
+            "times of the files). Fix: put them back to continue, or take another output folder."
+        )
+
+
+def _apart(job: Job, stage: MNTP) -> bool:
+    """Whether documents are kept apart; told if this family has no way to."""
+    reason = job.encoder.backbone.unpackable
+    if stage.documents == "apart" and reason is not None:
+        logger.warning("mntp.documents: joined, not apart, as %s.", reason)
+        return False
+    return stage.documents == "apart"
 
 
 def _attach(job: Job, stage: Training) -> PeftModel:
@@ -237,7 +286,8 @@ def _callbacks(job: Job, callback: RunCallback) -> list[Any]:
         return [callback]
     checkpoint = last_checkpoint(job.folder)
     hidden = checkpoint and checkpoint.step + 1  # points of steps that are trained again
-    return [callback, TensorBoardCallback(SummaryWriter(str(job.folder), purge_step=hidden))]
+    board = TensorBoardCallback(SummaryWriter(str(job.folder), purge_step=hidden))
+    return [callback, board, *tracker_callbacks(job.trackers)]
 
 
 def _fit(job: Job, trainer: Any, callback: RunCallback, model: PeftModel) -> None:
@@ -248,7 +298,10 @@ def _fit(job: Job, trainer: Any, callback: RunCallback, model: PeftModel) -> Non
         adapters.load_adapter(model, checkpoint.path)  # cut off after its last step
     else:
         trainer.args.eval_on_start &= checkpoint is None
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
+        finally:
+            finish_trackers(job.trackers)
         if callback.interrupted and trainer.state.global_step < callback.steps:
             raise KeyboardInterrupt
     if devices.is_first():
@@ -264,11 +317,11 @@ def _keep_adapter(folder: Path, model: PeftModel) -> None:
     adapters.save_adapter(model, aside)
     for name in (adapters.WEIGHTS_NAME, adapters.CONFIG_NAME):
         (aside / name).replace(folder / name)
-    clear(folder)
 
 
 def clear(folder: Path) -> None:
-    """Remove what a finished stage needs no more."""
+    """Remove what a finished stage needs no more, also after a kill in the middle of this."""
+    (folder / "rows.arrow").unlink(missing_ok=True)
     for scrap in [*folder.glob("checkpoint-*"), *folder.glob("*.tmp")]:
         if scrap.is_dir():
             shutil.rmtree(scrap)

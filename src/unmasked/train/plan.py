@@ -1,4 +1,4 @@
-"""What a recipe will cost, before it is run: steps, tokens, FLOPs, memory, disk and, measured, time.
+"""What a recipe will cost, before it is run: steps, tokens, FLOPs, memory, disk and time.
 
 Only the config and the tokenizer are fetched, never weights. Activations are not guessed from a
 formula: the model is built on torch's meta device, one forward is run there on shapes alone, and
@@ -184,7 +184,7 @@ def stage_shape(stage: Stage, name: str, tokens: TextTokenizer, device: torch.de
 
 
 def saved_activations(stage: Stage, rows: int, length: int, base: Base, layers: int) -> int:
-    """Bytes that autograd keeps from a forward of (rows, length) tokens, counted on meta tensors."""
+    """Bytes that autograd keeps from a forward of (rows, length) tokens, on meta tensors."""
     lora = stage.lora
     model = adapters.attach(base.trunk(layers), lora.rank, lora.alpha, lora.dropout, lora.targets)
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
@@ -202,7 +202,7 @@ def saved_activations(stage: Stage, rows: int, length: int, base: Base, layers: 
         model(input_ids=ids, use_cache=False)
     noise = getattr(stage, "attention_dropout", 0.0)
     weights = rows * base.heads * length * length * layers  # kept by kernels with dropout
-    return sum(s.nbytes() for s in kept.values()) + (weights * 9 if noise else 0)
+    return sum(int(s.nbytes()) for s in kept.values()) + (weights * 9 if noise else 0)
 
 
 def _plan_stage(name: str, stage: Stage, shape: Shape, base: Base) -> StagePlan:

@@ -12,6 +12,7 @@ from its last checkpoint.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,17 +26,20 @@ from sentence_transformers.util import get_device_name
 from transformers import set_seed
 
 from unmasked import __version__, adapters, folder, loading
-from unmasked.config import Recipe, Supervised
+from unmasked.config import MNTP, Recipe, Supervised
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
 from unmasked.recipe import dump_recipe, load_recipe, recipe_differences
 from unmasked.train import devices
-from unmasked.train.data import read_texts
-from unmasked.train.fitting import Job, fit
+from unmasked.train.data import read_texts, token_file
+from unmasked.train.fitting import TOKENS, Job, clear, fit
 from unmasked.train.pairs import check_rows
+from unmasked.train.trackers import require_trackers
 from unmasked.train.trainer import Report
 
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft")
+MAY_BE_THERE = {"data", "recipe.tmp", TOKENS}
+"""In a folder without a recipe: given, or left by a run that was killed early."""
 BASELINES = ("mean", "weighted_mean", "last_token")
 
 
@@ -90,6 +94,7 @@ class Run:
         devices.join()
         self.device = torch.device(get_device_name())
         self.dtype = loading.pick_dtype(recipe.model.dtype, self.device)
+        require_trackers(recipe.trackers)
         self._check_folder()
 
     def run(self) -> LLM2Vec:
@@ -110,6 +115,8 @@ class Run:
             if not (self.path / name / adapters.CONFIG_NAME).is_file():
                 self.listener.stage(name)
                 fit(self._job(name, done), stage)
+            if devices.is_first():
+                self._clear(name)
             done.append(self.path / name)
             self._score(name, partial(self._encoder, done))
         encoder = self._encoder(done)
@@ -137,20 +144,38 @@ class Run:
                     + "\n  ".join(changed)
                     + "\nFix: the same settings to continue it, or another output folder."
                 )
-        elif self.path.exists() and {item.name for item in self.path.iterdir()} - {"data", "recipe.tmp"}:
+        elif self.path.exists() and {item.name for item in self.path.iterdir()} - MAY_BE_THERE:
             raise OutputError(
                 f"{self.path} exists and is no run folder (it has no recipe.yaml). "
                 "Fix: another output folder."
             )
 
     def _check_inputs(self) -> None:
-        """Read every training text and prove the model before anything is written."""
-        for _, stage in self.recipe.stages():
-            if isinstance(stage, Supervised):
-                check_rows(stage.data)
-            else:
-                read_texts(stage.data, stage.max_texts)
-        self._encoder([])
+        """Prove the model and read every text of what is not done, before anything else is made."""
+        encoder = self._encoder([])
+        if not devices.is_first():
+            return
+        made = not self.path.exists()
+        try:
+            for name, stage in self.recipe.stages():
+                if (self.path / name / adapters.CONFIG_NAME).is_file():
+                    continue
+                if isinstance(stage, Supervised):
+                    check_rows(stage.data)
+                elif isinstance(stage, MNTP):
+                    tokens = encoder.backbone.tokens
+                    token_file(stage.data, stage.max_texts, tokens, self.path / TOKENS)
+                else:
+                    read_texts(stage.data, stage.max_texts)
+        except BaseException:
+            if made:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def _clear(self, name: str) -> None:
+        clear(self.path / name)
+        if name == "mntp":
+            shutil.rmtree(self.path / TOKENS, ignore_errors=True)
 
     def _write_recipe(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -179,9 +204,8 @@ class Run:
     def _job(self, name: str, done: Sequence[str | Path]) -> Job:
         """What a stage trains: the base with the adapters before it merged."""
         encoder = self._encoder(done)
-        return Job(
-            self.path / name, encoder, self.recipe.model, self.recipe.seed, self.listener.step
-        )
+        recipe, told = self.recipe, self.listener.step
+        return Job(self.path / name, encoder, recipe.model, recipe.seed, told, recipe.trackers)
 
     def _card(self, encoder: LLM2Vec) -> folder.Card:
         recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")

@@ -22,6 +22,8 @@ from sentence_transformers.util.distributed import all_gather, get_world_size
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from unmasked.train.measures import alignment_and_uniformity
+
 
 class Texts(NamedTuple):
     """What the loss knows of the R texts of a batch besides their vectors.
@@ -96,6 +98,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
         """Scalar loss of (R, D) vectors, the mean over all trained lengths of the vector."""
         vectors = torch.empty_like(vectors).index_copy(0, texts.place, vectors).float()
         queries, documents = vectors.split([texts.rows, len(vectors) - texts.rows])
+        self.measured = alignment_and_uniformity(queries, documents[: len(queries)])
         query_keys, keys = texts.key.split([len(queries), len(documents)])
         documents = _gathered(documents, with_grad=True)  # (W (1 + K) B, D)
         own = get_rank() * len(keys) + torch.arange(texts.rows, device=vectors.device)

@@ -5,8 +5,8 @@ adapter (a few MB) beside optimiser, scheduler and random state, instead of the 
 written aside, flushed and renamed, so that a kill or a full disk never leaves half of one behind.
 
 ``metrics.jsonl`` is part of what resumes exactly: a run that was cut off, at any step and in any
-way, ends with the lines of one that was not. Its rule: whatever depends on the machine and the hour
-(speed, memory, run times) stands under ``machine`` in a line, everything else is the same each time.
+way, ends with the lines of one that was not. Its rule: what depends on the machine and the hour
+(speed, memory, run times) stands under ``machine`` in a line, all else is the same each time.
 """
 
 from __future__ import annotations
@@ -359,7 +359,9 @@ def stage_arguments(
         "logging_steps": settings.log_steps,
         "save_steps": settings.save_steps,
         "disable_tqdm": True,
-        "report_to": "none",
+        "report_to": "none",  # `trackers` puts in what is wanted
+        "run_name": f"{folder.parent.name}-{folder.name}",
+        "project": "unmasked",
         "seed": seed,
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and devices.world() > 1 else None,
