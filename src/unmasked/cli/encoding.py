@@ -123,7 +123,7 @@ def encode(
     ] = Precision.float32,
     ranges: Annotated[
         Path | None,
-        typer.Option(help="ranges.npy of another run, for int8.", show_default="measured"),
+        typer.Option(help="_ranges.npy of another run, for int8.", show_default="measured"),
     ] = None,
     format: Annotated[
         Format | None, typer.Option(help="Of the shards in a folder.", show_default="parquet")

@@ -74,7 +74,9 @@ class Loader:
     """Loads the model when it is called, here or on another machine."""
 
     def __init__(self, name: str, dtype: str) -> None:
-        self.name, self.dtype = name, dtype
+        # Another machine's working directory is another one.
+        self.name = str(Path(name).resolve()) if Path(name).exists() else name
+        self.dtype = dtype
 
     def __call__(self) -> LLM2Vec:
         from unmasked.model import LLM2Vec
@@ -117,12 +119,13 @@ def _folder(
     workers: int | None,
     overwrite: bool,
 ) -> Encoded:
-    engine: Engine = Local(load)
-    if workers is not None:
-        from unmasked.corpus.cluster import OnRay
-
-        engine = OnRay(load, workers)
     with ExitStack() as stack:
+        engine: Engine = Local(load)
+        if workers is not None:
+            from unmasked.corpus.cluster import OnRay
+
+            with terminal.waiting("starting Ray"):
+                engine = stack.enter_context(OnRay(load, workers))
 
         def begin(done: int, total: int | None) -> Progress:
             return _counter(stack.enter_context(terminal.Line()), done, total)
@@ -166,6 +169,6 @@ def _counter(
 
 def _tell(done: Encoded, path: Path) -> None:
     numbers = f"{done.rows:,} vectors of {done.width} numbers in {path}"
-    listed = path / "manifest.jsonl" if path.is_dir() else path.with_suffix(".skipped.jsonl")
+    listed = path / "_manifest.jsonl" if path.is_dir() else path.with_suffix(".skipped.jsonl")
     left_out = f"; {done.skipped:,} rows skipped, listed in {listed}" if done.skipped else ""
     terminal.show(numbers + left_out)

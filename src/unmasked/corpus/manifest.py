@@ -1,10 +1,11 @@
 """The record of a folder of shards: what it was made of and how, and which shards are whole.
 
-``manifest.jsonl`` (``manifest-2-of-4.jsonl`` for the second of four machines) begins with the
+``_manifest.jsonl`` (``_manifest-2-of-4.jsonl`` for the second of four machines) begins with the
 settings and the inputs. Then comes a line for each shard, appended and flushed to the disk once the
 shard is in its place: file, first row, rows, bytes, SHA-256, a digest of the texts read, and every
 row skipped with its reason. The last line says that all of it is done. There is no time in it, so
-the same work always gives the same bytes.
+the same work always gives the same bytes. What reads a folder of Parquet passes over names that
+begin with ``_``.
 
 Memory: a few numbers a shard; the skipped rows stay on disk.
 """
@@ -15,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ Part = tuple[int, int]
 
 def manifest_name(part: Part) -> str:
     """The file of one machine's manifest."""
-    return "manifest.jsonl" if part == (1, 1) else f"manifest-{part[0]}-of-{part[1]}.jsonl"
+    return "_manifest.jsonl" if part == (1, 1) else f"_manifest-{part[0]}-of-{part[1]}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Manifest:
             OutputError: the folder holds the work of other settings, inputs or another division.
         """
         header = {"format": FORMAT, "settings": settings, "inputs": inputs}
-        for path in sorted(self.folder.glob("manifest*.jsonl")):
+        for path in sorted(self.folder.glob("_manifest*.jsonl")):
             with path.open("rb") as file:
                 _compare(self.folder, json.loads(file.readline() or b"{}"), header)
         if not self.header:
@@ -169,13 +170,8 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
     Raises:
         OutputError: another process writes to it, or it holds something else.
     """
-    from filelock import FileLock, Timeout
-
-    name = manifest_name(part)
     if folder.exists() and not folder.is_dir():
-        raise OutputError(
-            f"{folder} is a file. Fix: name a folder, or end the name in .npy or .parquet."
-        )
+        raise OutputError(f"{folder} is a file. Fix: name a folder, or end the name in .npy.")
     strangers = [] if not folder.is_dir() else [p.name for p in folder.iterdir() if not _ours(p)]
     if strangers:
         raise OutputError(
@@ -183,22 +179,33 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
             "Fix: name a new folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".{name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise OutputError(
-            f"{folder}: another process is writing to it. Fix: wait for it, name another folder, "
-            "or divide the work with --shard 1/2 and --shard 2/2."
-        ) from error
-    try:
+    with ExitStack() as locks:
+        locks.enter_context(_lock(folder / f".{manifest_name(part)}.lock"))
         if overwrite:
+            for other in folder.glob("._manifest-*.lock"):
+                locks.enter_context(_lock(other))
             for path in folder.iterdir():
-                if not path.name.endswith(".lock"):
+                if path.suffix != ".lock":
                     path.unlink()
         manifest = Manifest(folder, part)
         manifest.read()
         yield manifest
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"{path.parent}: another process is writing to it. Fix: wait for it, name another "
+            "folder, or divide the work with --shard 1/2 and --shard 2/2."
+        ) from error
+    try:
+        yield
     finally:
         lock.release()
 
@@ -210,7 +217,7 @@ def verify(folder: str | Path) -> int:
         OutputError: a shard is missing or differs, or the work is not finished.
     """
     folder, count = Path(folder), 0
-    manifests = sorted(folder.glob("manifest*.jsonl"))
+    manifests = sorted(folder.glob("_manifest*.jsonl"))
     for path in manifests:
         finished = False
         with path.open("rb") as file:
@@ -239,7 +246,9 @@ def checksum(path: Path) -> str:
 
 
 def _ours(path: Path) -> bool:
-    return path.name.startswith(("part-", ".part-", "manifest", ".manifest", "ranges", ".ranges"))
+    return path.name.startswith(
+        ("part-", ".part-", "_manifest", "._manifest", "_ranges", "._ranges")
+    )
 
 
 def _line(said: dict[str, Any]) -> bytes:

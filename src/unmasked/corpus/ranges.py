@@ -14,7 +14,7 @@ from unmasked.corpus.shards import Job, Stream
 from unmasked.corpus.writers import written_aside
 from unmasked.errors import DataError, OutputError
 
-RANGES = "ranges.npy"
+RANGES = "_ranges.npy"
 
 
 def head_texts(stream: Stream) -> list[str]:
@@ -28,7 +28,7 @@ def shared_ranges(
     """The ranges in the folder; whoever comes first puts them there."""
     path = job.folder / RANGES
     given = None if chosen is None else read_ranges(chosen, job.width)
-    mine = job.folder / f".ranges-{part[0]}-of-{part[1]}.npy"
+    mine = job.folder / f"._ranges-{part[0]}-of-{part[1]}.npy"
     mine.unlink(missing_ok=True)  # of a run that was killed
     if not path.is_file():
         ranges = given
@@ -47,7 +47,7 @@ def read_ranges(path: Path, width: int) -> np.ndarray:
     try:
         ranges = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} holds no ranges ({error}). Fix: ranges.npy of a run.") from error
+        raise DataError(f"{path} holds no ranges ({error}). Fix: _ranges.npy of a run.") from error
     if ranges.shape != (2, width) or ranges.dtype.kind != "f" or not np.isfinite(ranges).all():
         given = f"{ranges.dtype} of shape {ranges.shape}"
         raise DataError(f"{path} is {given}. Fix: (2, {width}) numbers, lowest and highest.")
