@@ -1,4 +1,4 @@
-"""A folder of shards: the same bytes however often it was interrupted, and nothing but whole ones."""
+"""A folder of shards: the same bytes however often it was interrupted, and only whole ones."""
 
 from __future__ import annotations
 
