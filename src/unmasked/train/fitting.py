@@ -1,0 +1,274 @@
+"""What each stage trains and how: its data, its loss, its trainer; and the loop they all share.
+
+A stage is one function here that builds a trainer and hands it to `_fit`, which trains, or
+continues from the last checkpoint, and leaves the adapter in the stage's folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.data_collator import (
+    SentenceTransformerDataCollator,
+)
+from torch.utils.tensorboard import SummaryWriter
+from transformers import (
+    PrinterCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from unmasked import adapters, config, loading
+from unmasked.config import MNTP, SimCSE, Supervised, Training
+from unmasked.model import LLM2Vec
+from unmasked.packing import checkpoint_contexts
+from unmasked.tokens import TextTokenizer
+from unmasked.train import devices
+from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
+from unmasked.train.data import make_blocks, read_texts, split_held_out
+from unmasked.train.mixing import OneSourceBatches, PairCollator
+from unmasked.train.mntp import (
+    BlockData,
+    MaskedNextTokenModel,
+    MaskedNextTokenTrainer,
+    Masking,
+    find_mask_id,
+    token_metrics,
+)
+from unmasked.train.pairs import split_rows, store_rows
+from unmasked.train.supervised import RankingLoss
+from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
+
+MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
+"""Tokens of an MNTP forward: enough to keep the device busy."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where and on what a stage is trained.
+
+    Attributes:
+        folder: the stage's own, for the adapter, checkpoints and metrics.
+        encoder: the base with the adapters of the stages before merged; trained in place.
+        model: the recipe's settings of the base.
+        seed: of data order, masks, dropout and the adapter.
+        report: told about each log.
+    """
+
+    folder: Path
+    encoder: LLM2Vec
+    model: config.Model
+    seed: int
+    report: Report
+
+
+def fit(job: Job, stage: MNTP | SimCSE | Supervised) -> None:
+    """Train a stage, or continue it; its folder then holds the adapter.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
+    """
+    if isinstance(stage, MNTP):
+        _fit_mntp(job, stage)
+    elif isinstance(stage, SimCSE):
+        _fit_simcse(job, stage)
+    else:
+        _fit_supervised(job, stage)
+
+
+def _fit_mntp(job: Job, stage: MNTP) -> None:
+    tokens = job.encoder.backbone.tokens
+    train, held_out = _texts(job, stage)
+    trunk: Any = job.encoder.backbone.auto_model
+    dtype = next(trunk.parameters()).dtype
+    language_model: Any = loading.load_causal_lm(
+        job.model.base, dtype, job.encoder.report.attention, revision=job.model.revision
+    )
+    mask_id = find_mask_id(tokens.tokenizer, stage.mask_token)
+    vocabulary = language_model.config.get_text_config().vocab_size
+    if mask_id is None:
+        mask_id = vocabulary
+        trunk.resize_token_embeddings(vocabulary + 1)
+        language_model.resize_token_embeddings(vocabulary + 1)
+    peft_model = _attach(job, stage)
+    masking = Masking(
+        mask_id,
+        min(vocabulary, len(tokens.tokenizer)),
+        tuple({*tokens.prefix, *tokens.tokenizer.all_special_ids}),
+        stage.mask_probability,
+        stage.mask_style,
+    )
+    evaluation = None
+    if held_out and stage.eval_steps:
+        evaluation = _blocks(job, stage, held_out, tokens, masking)
+    callback = _callback(job, stage)
+    most_rows = micro_batch_rows(stage, job.encoder.device)
+    trainer = MaskedNextTokenTrainer(
+        model=MaskedNextTokenModel(peft_model, language_model).to(job.encoder.device),
+        args=TrainingArguments(
+            **stage_arguments(stage, job.folder, job.seed, most_rows),
+            remove_unused_columns=False,
+            label_names=["labels"],
+            eval_strategy="steps" if evaluation else "no",
+            eval_steps=stage.eval_steps or None,
+            eval_on_start=evaluation is not None,
+            per_device_eval_batch_size=most_rows,
+        ),
+        data_collator=default_data_collator,
+        train_dataset=_blocks(job, stage, train, tokens, masking),
+        eval_dataset=evaluation,
+        compute_metrics=token_metrics,
+        callbacks=_callbacks(job, callback),
+    )
+    _fit(job, trainer, callback, peft_model)
+
+
+def micro_batch_rows(stage: MNTP, device: torch.device) -> int:
+    """Most blocks of an MNTP forward."""
+    budget = stage.micro_batch_tokens or MICRO_BATCH.get(device.type, 8192)
+    return max(1, budget // stage.block_length)
+
+
+def _fit_simcse(job: Job, stage: SimCSE) -> None:
+    encoder = job.encoder
+    peft_model = _attach(job, stage)
+    encoder.backbone.auto_model = peft_model
+    encoder.model_card_data.generate_widget_examples = False
+    texts, _ = _texts(job, stage)
+    callback = _callback(job, stage)
+    with attention_dropout(peft_model, stage.attention_dropout):
+        trainer = ContrastiveTrainer(
+            model=encoder,
+            args=SentenceTransformerTrainingArguments(
+                **stage_arguments(stage, job.folder, job.seed), dataloader_drop_last=True
+            ),
+            data_collator=SentenceTransformerDataCollator(
+                encoder.preprocess, max_length=stage.max_length
+            ),
+            train_dataset=Dataset.from_dict({"text": texts}),
+            loss=TwoViewsLoss(encoder, stage.temperature),
+            callbacks=_callbacks(job, callback),
+        )
+        _fit(job, trainer, callback, peft_model)
+
+
+def _fit_supervised(job: Job, stage: Supervised) -> None:
+    encoder = job.encoder
+    peft_model = _attach(job, stage)
+    encoder.backbone.auto_model = peft_model
+    encoder.model_card_data.generate_widget_examples = False
+    if devices.is_first():
+        store_rows(stage.data, job.folder / "rows.arrow")
+    devices.wait()
+    rows = Dataset.from_file(str(job.folder / "rows.arrow"))
+    train, held_out = split_rows(rows, stage.held_out, job.seed)
+    weights = [pairs.weight for pairs in stage.data]
+
+    def batches(rows: Dataset, batch_size: int, **_: Any) -> Any:
+        sources = np.asarray(rows["source"])
+        return OneSourceBatches(sources, batch_size, weights, arguments.world_size, job.seed)
+
+    arguments = SentenceTransformerTrainingArguments(
+        **stage_arguments(stage, job.folder, job.seed), batch_sampler=batches
+    )
+    callback = _callback(job, stage)
+    collator: Any = PairCollator(
+        encoder.preprocess, stage.data, stage.hard_negatives, stage.max_length
+    )
+    trainer = ContrastiveTrainer(
+        model=encoder,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=train,
+        loss=RankingLoss(
+            encoder,
+            stage.temperature,
+            stage.mini_batch_tokens,
+            stage.false_negative_margin,
+            stage.matryoshka,
+        ),
+        callbacks=_callbacks(job, callback),
+    )
+    _fit(job, trainer, callback, peft_model)
+    if devices.is_first():
+        (job.folder / "rows.arrow").unlink()
+
+
+def _blocks(
+    job: Job, stage: MNTP, texts: list[str], tokens: TextTokenizer, masking: Masking
+) -> BlockData:
+    return BlockData(make_blocks(texts, tokens, stage.block_length).ids, masking, job.seed)
+
+
+def _texts(job: Job, stage: MNTP | SimCSE) -> tuple[list[str], list[str]]:
+    texts = read_texts(stage.data, stage.max_texts)
+    return split_held_out(texts, stage.held_out, job.seed)
+
+
+def _attach(job: Job, stage: Training) -> PeftModel:
+    trunk: Any = job.encoder.backbone.auto_model
+    lora = stage.lora
+    set_seed(job.seed)
+    model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets)
+    if stage.gradient_checkpointing:
+        trunk.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        )
+        trunk.enable_input_require_grads()
+    return model
+
+
+def _callback(job: Job, stage: Training) -> RunCallback:
+    return RunCallback(stage.steps, job.folder / "metrics.jsonl", job.report)
+
+
+def _callbacks(job: Job, callback: RunCallback) -> list[Any]:
+    if not devices.is_first():
+        return [callback]
+    checkpoint = last_checkpoint(job.folder)
+    hidden = checkpoint and checkpoint.step + 1  # points of steps that are trained again
+    return [callback, TensorBoardCallback(SummaryWriter(str(job.folder), purge_step=hidden))]
+
+
+def _fit(job: Job, trainer: Any, callback: RunCallback, model: PeftModel) -> None:
+    """Train, or continue, until the stage's last step; then keep the adapter alone."""
+    trainer.remove_callback(PrinterCallback)  # the report speaks
+    checkpoint = last_checkpoint(job.folder)
+    if checkpoint is not None and checkpoint.step >= callback.steps:
+        adapters.load_adapter(model, checkpoint.path)  # cut off after its last step
+    else:
+        trainer.args.eval_on_start &= checkpoint is None
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
+        if callback.interrupted and trainer.state.global_step < callback.steps:
+            raise KeyboardInterrupt
+    if devices.is_first():
+        _keep_adapter(job.folder, model)
+    devices.wait()
+    if callback.interrupted:
+        raise KeyboardInterrupt
+
+
+def _keep_adapter(folder: Path, model: PeftModel) -> None:
+    """Write the adapter; once its config is there, the stage is done."""
+    aside = folder / "adapter.tmp"
+    adapters.save_adapter(model, aside)
+    for name in (adapters.WEIGHTS_NAME, adapters.CONFIG_NAME):
+        (aside / name).replace(folder / name)
+    clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a finished stage needs no more."""
+    for scrap in [*folder.glob("checkpoint-*"), *folder.glob("*.tmp")]:
+        if scrap.is_dir():
+            shutil.rmtree(scrap)
