@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from torch import multiprocessing
 from torch.nn.functional import cross_entropy, normalize
 
@@ -126,7 +127,8 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 
 def test_b42_rows_lie_on_disk_and_some_are_held_out(tmp_path):
     data = [Pairs(path=str(write(tmp_path / f"{i}.jsonl", ROWS)), max_rows=40) for i in range(2)]
-    rows = store_rows(data, tmp_path / "rows.arrow")
+    store_rows(data, tmp_path / "rows.arrow")
+    rows = Dataset.from_file(str(tmp_path / "rows.arrow"))
     assert rows.cache_files  # mapped, not in memory
     assert rows["source"][:] == [0] * 40 + [1] * 40
     assert rows["number"][:] == [*range(40)] * 2

@@ -218,9 +218,8 @@ class Supervised(Training):
 
     data: Annotated[list[Pairs], BeforeValidator(_data_sets)] = []
     """Data sets; a path may stand for one, and one for the list. A batch is of one of them."""
-    batch_size: Annotated[Count, Field(ge=2)] = 64
-    """Rows per batch and device; the paper takes 64 on each of 8. All other rows' documents, of
-    all devices, are a query's negatives."""
+    batch_size: Annotated[Count, Field(ge=2)] = 512
+    """Rows per batch, over all devices; the documents of all other rows are a query's negatives."""
     hard_negatives: Whole = 1
     """Negatives of its own that a query is shown, where its row has them."""
     max_length: Annotated[Count, Field(ge=2)] = 512

@@ -32,6 +32,7 @@ from unmasked.config import MNTP, SimCSE, Supervised, Training
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
 from unmasked.tokens import TextTokenizer
+from unmasked.train import devices
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
 from unmasked.train.data import make_blocks, read_texts, split_held_out
 from unmasked.train.mixing import OneSourceBatches, PairCollator
@@ -46,6 +47,9 @@ from unmasked.train.mntp import (
 from unmasked.train.pairs import split_rows, store_rows
 from unmasked.train.supervised import RankingLoss
 from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
+
+ROWS = "rows.arrow"
+"""The checked rows of a supervised stage, while it trains."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
     evaluation = None
     if held_out and stage.eval_steps:
         evaluation = _blocks(job, stage, held_out, tokens, masking)
-    callback = _callback(job, stage, stage.batch_size * stage.block_length)
+    callback = _callback(job, stage)
     trainer = MaskedNextTokenTrainer(
         model=MaskedNextTokenModel(peft_model, language_model),
         args=TrainingArguments(
@@ -134,7 +138,7 @@ def _fit_simcse(job: Job, stage: SimCSE) -> None:
     encoder.backbone.auto_model = peft_model
     encoder.model_card_data.generate_widget_examples = False
     texts, _ = _texts(job, stage)
-    callback = _callback(job, stage, None)
+    callback = _callback(job, stage)
     with attention_dropout(peft_model, stage.attention_dropout):
         trainer = ContrastiveTrainer(
             model=encoder,
@@ -156,8 +160,7 @@ def _fit_supervised(job: Job, stage: Supervised) -> None:
     peft_model = _attach(job, stage)
     encoder.backbone.auto_model = peft_model
     encoder.model_card_data.generate_widget_examples = False
-    rows = store_rows(stage.data, job.folder / "rows.arrow")
-    train, held_out = split_rows(rows, stage.held_out, job.seed)
+    train, held_out = split_rows(_rows(job, stage), stage.held_out, job.seed)
     weights = [pairs.weight for pairs in stage.data]
 
     def batches(rows: Dataset, batch_size: int, **_: Any) -> Any:
@@ -167,7 +170,7 @@ def _fit_supervised(job: Job, stage: Supervised) -> None:
     arguments = SentenceTransformerTrainingArguments(
         **stage_arguments(stage, job.folder, job.seed), batch_sampler=batches
     )
-    callback = _callback(job, stage, None)
+    callback = _callback(job, stage)
     collator: Any = PairCollator(
         encoder.preprocess, stage.data, stage.hard_negatives, stage.max_length
     )
@@ -186,7 +189,15 @@ def _fit_supervised(job: Job, stage: Supervised) -> None:
         callbacks=_callbacks(job, callback),
     )
     _fit(job, trainer, callback, peft_model)
-    (job.folder / "rows.arrow").unlink()
+
+
+def _rows(job: Job, stage: Supervised) -> Dataset:
+    """All rows, on disk; the first device writes them."""
+    file = job.folder / ROWS
+    if devices.is_first():
+        store_rows(stage.data, file)
+    devices.wait()
+    return Dataset.from_file(str(file))
 
 
 def _blocks(
@@ -213,13 +224,16 @@ def _attach(job: Job, stage: Training) -> PeftModel:
     return model
 
 
-def _callback(job: Job, stage: Training, tokens: int | None) -> RunCallback:
-    per_step = tokens and tokens * stage.gradient_accumulation
-    return RunCallback(stage.steps, job.folder / "metrics.jsonl", per_step, job.report)
+def _callback(job: Job, stage: Training) -> RunCallback:
+    return RunCallback(stage.steps, job.folder / "metrics.jsonl", job.report)
 
 
 def _callbacks(job: Job, callback: RunCallback) -> list[Any]:
-    return [callback, TensorBoardCallback(SummaryWriter(str(job.folder)))]
+    if not devices.is_first():
+        return [callback]
+    checkpoint = last_checkpoint(job.folder)
+    hidden = checkpoint and checkpoint.step + 1  # points of steps that are trained again
+    return [callback, TensorBoardCallback(SummaryWriter(str(job.folder), purge_step=hidden))]
 
 
 def _fit(job: Job, trainer: Any, callback: RunCallback, model: PeftModel) -> None:
@@ -229,15 +243,29 @@ def _fit(job: Job, trainer: Any, callback: RunCallback, model: PeftModel) -> Non
     if checkpoint is not None and checkpoint.step >= callback.steps:
         adapters.load_adapter(model, checkpoint.path)  # cut off after its last step
     else:
+        trainer.args.eval_on_start &= checkpoint is None
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
         if callback.interrupted and trainer.state.global_step < callback.steps:
             raise KeyboardInterrupt
-    aside = job.folder / "adapter.tmp"
-    adapters.save_adapter(model, aside)
-    for name in (adapters.WEIGHTS_NAME, adapters.CONFIG_NAME):  # the config says it is whole
-        (aside / name).replace(job.folder / name)
-    aside.rmdir()
-    for finished in job.folder.glob("checkpoint-*"):
-        shutil.rmtree(finished)
+    if devices.is_first():
+        _keep_adapter(job.folder, model)
+    devices.wait()
     if callback.interrupted:
         raise KeyboardInterrupt
+
+
+def _keep_adapter(folder: Path, model: PeftModel) -> None:
+    """Write the adapter; once its config is there, the stage is done."""
+    aside = folder / "adapter.tmp"
+    adapters.save_adapter(model, aside)
+    for name in (adapters.WEIGHTS_NAME, adapters.CONFIG_NAME):
+        (aside / name).replace(folder / name)
+    clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a finished stage needs no more."""
+    for scrap in [*folder.glob("checkpoint-*"), *folder.glob("*.tmp")]:
+        if scrap.is_dir():
+            shutil.rmtree(scrap)
+    (folder / ROWS).unlink(missing_ok=True)
