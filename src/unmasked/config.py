@@ -77,8 +77,14 @@ class Model(_Section):
 
 
 class Lora(_Section):
-    """Low-rank adapters, the only parameters that train."""
+    """What trains: low-rank adapters, unless ``method`` says otherwise."""
 
+    method: Literal["lora", "dora", "qlora", "full"] = "lora"
+    """``dora`` also trains the length of each row; ``qlora`` keeps the weights below in 4 bits
+    (needs bitsandbytes); ``full`` trains every weight and no adapter, best in float32."""
+    start: Literal["new", "continue"] = "new"
+    """``continue`` trains on from the adapter of the stage before, as the paper does from SimCSE
+    to supervised; ``new`` merges that one first."""
     rank: Count = 16
     """Rank of the two matrices."""
     alpha: Count = 32
@@ -158,6 +164,15 @@ class MNTP(TextTraining):
     """Of the chosen tokens, mask 80 %, replace 10 % and keep 10 % (``bert``), or mask all."""
     mask_probability: Share = 0.2
     """Share of tokens chosen; the paper takes 0.2, and 0.8 with ``all`` for Mistral."""
+
+    @model_validator(mode="after")
+    def _own_mask(self) -> MNTP:
+        if self.mask_token == "mask" and self.lora.method == "full":
+            raise ValueError(
+                "mask_token mask adds an embedding, which lora.method full would save. "
+                "Fix: mask_token: blank"
+            )
+        return self
 
 
 class SimCSE(TextTraining):
@@ -270,6 +285,20 @@ class Recipe(_Section):
     """Third stage; None leaves it out."""
     evaluate: Evaluate = Evaluate()
     """What is scored."""
+
+    @model_validator(mode="after")
+    def _continued(self) -> Recipe:
+        before: Lora | None = None
+        for name, stage in self.stages():
+            lora, same = stage.lora, {"start": "continue"}
+            if lora.start == "continue" and lora != (before and before.model_copy(update=same)):
+                given = "is of another shape" if before else "does not exist"
+                raise ValueError(
+                    f"{name}.lora.start continue: the adapter of the stage before {given}. "
+                    "Fix: the same lora settings in both, or start: new"
+                )
+            before = lora
+        return self
 
     def stages(self) -> list[tuple[str, MNTP | SimCSE | Supervised]]:
         """Name and settings of the stages that are not left out, in the order they run."""
