@@ -38,6 +38,7 @@ from unmasked.errors import DataError
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
 from unmasked.train import devices
+from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
 from unmasked.train.data import Blocks, read_texts, split_held_out, token_file
 from unmasked.train.mixing import OneSourceBatches, PairCollator
@@ -52,7 +53,7 @@ from unmasked.train.mntp import (
 from unmasked.train.pairs import split_rows, store_rows
 from unmasked.train.supervised import RankingLoss
 from unmasked.train.trackers import finish_trackers, tracker_callbacks
-from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
+from unmasked.train.trainer import Report, RunCallback, stage_arguments
 
 logger = logging.getLogger(__name__)
 
