@@ -26,6 +26,7 @@ from unmasked.recipe import load_recipe
 from unmasked.train.stages import Listener, Run
 
 TEXTS = {"enwiki_sentences.txt.gz": 4, "kowiki_sentences.txt.gz": 6}  # file: every n-th line
+SETTINGS = ("mntp.steps=200", "simcse.steps=80", "supervised.steps=100")
 PAIRS = ("nli_en.jsonl", "nli_ko.jsonl")
 TASKS = {
     "sts/stsb_en_dev.tsv": "STS-B dev",
@@ -63,7 +64,7 @@ def recipe(data: Path, work: Path, seed: int) -> Recipe:
     texts = work / "texts.txt"
     pairs = ", ".join(f"{data / 'pairs' / name}" for name in PAIRS)
     settings = [f"mntp.data={texts}", f"simcse.data={texts}", f"supervised.data=[{pairs}]"]
-    return load_recipe("nano-supervised", [f"seed={seed}", *settings])
+    return load_recipe("nano-supervised", [f"seed={seed}", *SETTINGS, *settings])
 
 
 def encoders(work: Path, seeds: list[int]) -> Iterator[tuple[str, int | None, dict[str, Any]]]:

@@ -1,6 +1,6 @@
 """A step on one or several processes, for `test_devices`: started as a script, by torchrun's rules.
 
-    python processes.py KIND DECODER FOLDER    trains two steps of KIND, saves the gradient of each
+python processes.py KIND DECODER FOLDER    trains two steps of KIND, saves the gradient of each
 """
 
 from __future__ import annotations

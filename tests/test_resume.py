@@ -112,9 +112,7 @@ def killed_equals_whole(recipe: dict, folder: Path, kills: int, seed: int) -> No
     total = recipe["mntp"]["steps"] + recipe["simcse"]["steps"]
     draw = random.Random(seed)
     moments = sorted(draw.sample(range(total - 10), kills))
-    landed = [
-        kill_at(recipe, folder / "killed", step, draw.uniform(0, 0.1)) for step in moments
-    ]
+    landed = [kill_at(recipe, folder / "killed", step, draw.uniform(0, 0.1)) for step in moments]
     assert all(landed)
     finish(recipe, folder / "killed")
     found = outcome(folder / "killed")

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
+from safetensors.torch import load_file
 from torch import multiprocessing
 from torch.nn.functional import cross_entropy, normalize
 
 from unmasked import adapters
 from unmasked.config import Pairs, Recipe
 from unmasked.encoder import join_instruction
-from unmasked.errors import DataError
+from unmasked.errors import DataError, MissingExtraError
 from unmasked.model import LLM2Vec
 from unmasked.train.mixing import OneSourceBatches, PairCollator
 from unmasked.train.pairs import read_rows, split_rows, store_rows
-from unmasked.train.stages import Run
+from unmasked.train.stages import Listener, Run
 from unmasked.train.supervised import RankingLoss
 
 ROWS = [
@@ -126,7 +131,8 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 
 def test_b42_rows_lie_on_disk_and_some_are_held_out(tmp_path):
     data = [Pairs(path=str(write(tmp_path / f"{i}.jsonl", ROWS)), max_rows=40) for i in range(2)]
-    rows = store_rows(data, tmp_path / "rows.arrow")
+    store_rows(data, tmp_path / "rows.arrow")
+    rows = Dataset.from_file(str(tmp_path / "rows.arrow"))
     assert rows.cache_files  # mapped, not in memory
     assert rows["source"][:] == [0] * 40 + [1] * 40
     assert rows["number"][:] == [*range(40)] * 2
@@ -413,3 +419,102 @@ def test_nothing_is_written_before_all_rows_are_read(recipe, tmp_path):
     with pytest.raises(DataError, match=r"bad\.jsonl, line 1"):
         Run(recipe.model_copy(update={"supervised": section}), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
+
+
+def weights(folder):
+    found = [f for f in folder.glob("*model.safetensors")]
+    assert len(found) == 1
+    return load_file(found[0])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_b29_every_method_resumes_to_the_same_weights(recipe, tmp_path, method):
+    lora = recipe.supervised.lora.model_copy(update={"method": method})
+    stage = recipe.supervised.model_copy(update={"lora": lora, "learning_rate": 1e-4})
+    recipe = recipe.model_copy(update={"supervised": stage})
+    encoder = Run(recipe, tmp_path / "whole").run()
+
+    def interrupt(step, steps, measured):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(recipe, tmp_path / "broken", None, Listener(step=interrupt)).run()
+    Run(recipe, tmp_path / "broken").run()
+    whole, broken = (weights(tmp_path / f / "supervised") for f in ("whole", "broken"))
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    assert any("magnitude" in key for key in whole) == (method == "dora")
+    assert any("embed_tokens" in key for key in whole) == (method == "full")
+    saved = LLM2Vec.from_pretrained(tmp_path / "broken" / "model", device="cpu")
+    assert np.allclose(saved.encode(["question 3"]), encoder.encode(["question 3"]), atol=1e-5)
+
+
+def test_a_stage_after_full_training_starts_from_it(recipe, tmp_path):
+    lora = {"method": "full"}
+    text = tmp_path / "t.txt"
+    text.write_text("\n".join(r["positive"] + str(i) for i, r in enumerate(ROWS)), encoding="utf-8")
+    stage = {"data": [str(text)], "steps": 2, "batch_size": 8, "max_length": 16, "held_out": 0}
+    full = Recipe.model_validate(recipe.model_dump() | {"simcse": {**stage, "lora": lora}})
+    scored = []
+
+    class Result:
+        name = "probe"
+        items = {}
+
+        def __init__(self, model):
+            scored.append(model.encode(["question 3"]))
+            self.scores = {"x": 0.0}
+
+    Run(full, tmp_path / "run", lambda model: [Result(model)]).run()
+    assert len(scored) == 6
+    assert np.abs(scored[4] - scored[3]).max() > 1e-4  # SimCSE, all weights
+    assert np.abs(scored[5] - scored[4]).max() > 1e-4  # and the adapter on them
+    alone = LLM2Vec.from_pretrained(tmp_path / "run" / "simcse", device="cpu")
+    assert np.allclose(alone.encode(["question 3"]), scored[4], atol=1e-5)
+
+
+def test_b43_an_adapter_is_merged_or_trained_on(recipe, tmp_path):
+    text = tmp_path / "t.txt"
+    text.write_text("\n".join(r["positive"] + str(i) for i, r in enumerate(ROWS)), encoding="utf-8")
+    simcse = {"data": [str(text)], "steps": 2, "batch_size": 8, "max_length": 16, "held_out": 0}
+    given = recipe.model_dump() | {"simcse": {**simcse, "lora": {"rank": 4}}}
+    given["supervised"] |= {"learning_rate": 1e-12, "warmup_steps": 0}
+    given["supervised"]["lora"]["start"] = "continue"
+    Run(Recipe.model_validate(given), tmp_path / "run").run()
+    first, second = (weights(tmp_path / "run" / name) for name in ("simcse", "supervised"))
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], atol=1e-6, rtol=0)
+    model = LLM2Vec.from_pretrained(tmp_path / "run" / "model", device="cpu")
+    once = LLM2Vec.from_pretrained(recipe.model.base, tmp_path / "run" / "simcse", device="cpu")
+    assert np.allclose(model.encode(["a text"]), once.encode(["a text"]), atol=1e-4)
+    given["supervised"]["lora"]["rank"] = 8
+    with pytest.raises(ValueError, match="is of another shape"):
+        Recipe.model_validate(given)
+
+
+def test_b33_the_instruction_is_saved_as_the_prompt_of_queries(recipe, tmp_path):
+    section = recipe.supervised.model_copy(update={"data": recipe.supervised.data[:1]})
+    encoder = Run(recipe.model_copy(update={"supervised": section}), tmp_path / "run").run()
+    saved = LLM2Vec.from_pretrained(tmp_path / "run" / "model", device="cpu")
+    for model in (encoder, saved):
+        assert model.prompts["query"] == model.prompts["a"] == join_instruction("Find:")
+        asked = model.encode_query(["question 3"])
+        assert np.allclose(asked, model.encode([["Find:", "question 3"]]), atol=1e-5)
+
+
+def test_qlora_needs_bitsandbytes_and_says_so(encoder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(MissingExtraError, match=r"unmasked\[qlora\]"):
+        adapters.attach(encoder.backbone.auto_model.get_base_model(), method="qlora")
+
+
+def test_qlora_trains_an_adapter_over_four_bits(recipe, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    lora = recipe.supervised.lora.model_copy(update={"method": "qlora"})
+    stage = recipe.supervised.model_copy(update={"lora": lora})
+    Run(recipe.model_copy(update={"supervised": stage}), tmp_path / "run").run()
+    trained = weights(tmp_path / "run" / "supervised")
+    assert all("lora_" in key for key in trained)
+    assert any(value.abs().max() > 0 for key, value in trained.items() if "lora_B" in key)

@@ -77,8 +77,14 @@ class Model(_Section):
 
 
 class Lora(_Section):
-    """Low-rank adapters, the only parameters that train."""
+    """What trains: low-rank adapters, unless ``method`` says otherwise."""
 
+    method: Literal["lora", "dora", "qlora", "full"] = "lora"
+    """``dora`` also trains the length of each row; ``qlora`` keeps the weights below in 4 bits
+    (needs bitsandbytes); ``full`` trains every weight and no adapter, best in float32."""
+    start: Literal["new", "continue"] = "new"
+    """``continue`` trains on from the adapter of the stage before, as the paper does from SimCSE
+    to supervised; ``new`` merges that one first."""
     rank: Count = 16
     """Rank of the two matrices."""
     alpha: Count = 32
@@ -163,6 +169,15 @@ class MNTP(TextTraining):
     mask_probability: Share = 0.2
     """Share of tokens chosen; the paper takes 0.2, and 0.8 with ``all`` for Mistral."""
 
+    @model_validator(mode="after")
+    def _own_mask(self) -> MNTP:
+        if self.mask_token == "mask" and self.lora.method == "full":
+            raise ValueError(
+                "mask_token mask adds an embedding, which lora.method full would save. "
+                "Fix: mask_token: blank"
+            )
+        return self
+
 
 class SimCSE(TextTraining):
     """Unsupervised contrastive training (paper section 2.1): the same text twice, two dropouts."""
@@ -222,9 +237,8 @@ class Supervised(Training):
 
     data: Annotated[list[Pairs], BeforeValidator(_data_sets)] = []
     """Data sets; a path may stand for one, and one for the list. A batch is of one of them."""
-    batch_size: Annotated[Count, Field(ge=2)] = 64
-    """Rows per batch, shared among the devices; the paper takes 512 (64 on each of 8). All other
-    rows' documents, of all devices, are a query's negatives."""
+    batch_size: Annotated[Count, Field(ge=2)] = 512
+    """Rows per batch, over all devices; the documents of all other rows are a query's negatives."""
     hard_negatives: Whole = 1
     """Negatives of its own that a query is shown, where its row has them."""
     max_length: Annotated[Count, Field(ge=2)] = 512
@@ -275,6 +289,20 @@ class Recipe(_Section):
     """Third stage; None leaves it out."""
     evaluate: Evaluate = Evaluate()
     """What is scored."""
+
+    @model_validator(mode="after")
+    def _continued(self) -> Recipe:
+        before: Lora | None = None
+        for name, stage in self.stages():
+            lora, same = stage.lora, {"start": "continue"}
+            if lora.start == "continue" and lora != (before and before.model_copy(update=same)):
+                given = "is of another shape" if before else "does not exist"
+                raise ValueError(
+                    f"{name}.lora.start continue: the adapter of the stage before {given}. "
+                    "Fix: the same lora settings in both, or start: new"
+                )
+            before = lora
+        return self
 
     def stages(self) -> list[tuple[str, MNTP | SimCSE | Supervised]]:
         """Name and settings of the stages that are not left out, in the order they run."""

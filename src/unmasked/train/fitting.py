@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.data_collator import (
     SentenceTransformerDataCollator,
 )
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     PrinterCallback,
@@ -51,6 +52,10 @@ from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_a
 
 MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
 """Tokens of an MNTP forward: enough to keep the device busy."""
+ROWS = "rows.arrow"
+"""The checked rows of a supervised stage, while it trains."""
+DONE = (adapters.CONFIG_NAME, "config.json")
+"""Written last, for an adapter and for a whole encoder."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Job:
         model: the recipe's settings of the base.
         seed: of data order, masks, dropout and the adapter.
         report: told about each log.
+        start: the adapter to train on from; None for a new one.
     """
 
     folder: Path
@@ -70,6 +76,7 @@ class Job:
     model: config.Model
     seed: int
     report: Report
+    start: str | Path | None = None
 
 
 def fit(job: Job, stage: MNTP | SimCSE | Supervised) -> None:
@@ -100,7 +107,7 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
         mask_id = vocabulary
         trunk.resize_token_embeddings(vocabulary + 1)
         language_model.resize_token_embeddings(vocabulary + 1)
-    peft_model = _attach(job, stage)
+    model = _attach(job, stage)
     masking = Masking(
         mask_id,
         min(vocabulary, len(tokens.tokenizer)),
@@ -114,7 +121,7 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
     callback = _callback(job, stage)
     most_rows = micro_batch_rows(stage, job.encoder.device)
     trainer = MaskedNextTokenTrainer(
-        model=MaskedNextTokenModel(peft_model, language_model).to(job.encoder.device),
+        model=MaskedNextTokenModel(model, language_model).to(job.encoder.device),
         args=TrainingArguments(
             **stage_arguments(stage, job.folder, job.seed, most_rows),
             remove_unused_columns=False,
@@ -130,7 +137,7 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
         compute_metrics=token_metrics,
         callbacks=_callbacks(job, callback),
     )
-    _fit(job, trainer, callback, peft_model)
+    _fit(job, trainer, callback, model)
 
 
 def micro_batch_rows(stage: MNTP, device: torch.device) -> int:
@@ -141,12 +148,10 @@ def micro_batch_rows(stage: MNTP, device: torch.device) -> int:
 
 def _fit_simcse(job: Job, stage: SimCSE) -> None:
     encoder = job.encoder
-    peft_model = _attach(job, stage)
-    encoder.backbone.auto_model = peft_model
-    encoder.model_card_data.generate_widget_examples = False
+    model = _attach(job, stage)
     texts, _ = _texts(job, stage)
     callback = _callback(job, stage)
-    with attention_dropout(peft_model, stage.attention_dropout):
+    with attention_dropout(model, stage.attention_dropout):
         trainer = ContrastiveTrainer(
             model=encoder,
             args=SentenceTransformerTrainingArguments(
@@ -159,19 +164,13 @@ def _fit_simcse(job: Job, stage: SimCSE) -> None:
             loss=TwoViewsLoss(encoder, stage.temperature),
             callbacks=_callbacks(job, callback),
         )
-        _fit(job, trainer, callback, peft_model)
+        _fit(job, trainer, callback, model)
 
 
 def _fit_supervised(job: Job, stage: Supervised) -> None:
     encoder = job.encoder
-    peft_model = _attach(job, stage)
-    encoder.backbone.auto_model = peft_model
-    encoder.model_card_data.generate_widget_examples = False
-    if devices.is_first():
-        store_rows(stage.data, job.folder / "rows.arrow")
-    devices.wait()
-    rows = Dataset.from_file(str(job.folder / "rows.arrow"))
-    train, held_out = split_rows(rows, stage.held_out, job.seed)
+    model = _attach(job, stage)
+    train, held_out = split_rows(_rows(job, stage), stage.held_out, job.seed)
     weights = [pairs.weight for pairs in stage.data]
 
     def batches(rows: Dataset, batch_size: int, **_: Any) -> Any:
@@ -199,9 +198,16 @@ def _fit_supervised(job: Job, stage: Supervised) -> None:
         ),
         callbacks=_callbacks(job, callback),
     )
-    _fit(job, trainer, callback, peft_model)
+    _fit(job, trainer, callback, model)
+
+
+def _rows(job: Job, stage: Supervised) -> Dataset:
+    """All rows, on disk; the first device writes them."""
+    file = job.folder / ROWS
     if devices.is_first():
-        (job.folder / "rows.arrow").unlink()
+        store_rows(stage.data, file)
+    devices.wait()
+    return Dataset.from_file(str(file))
 
 
 def _blocks(
@@ -215,11 +221,15 @@ def _texts(job: Job, stage: MNTP | SimCSE) -> tuple[list[str], list[str]]:
     return split_held_out(texts, stage.held_out, job.seed)
 
 
-def _attach(job: Job, stage: Training) -> PeftModel:
+def _attach(job: Job, stage: Training) -> nn.Module:
     trunk: Any = job.encoder.backbone.auto_model
     lora = stage.lora
     set_seed(job.seed)
-    model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets)
+    model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.method)
+    if job.start is not None:
+        adapters.load_trained(model, job.start)
+    job.encoder.backbone.auto_model = model
+    job.encoder.model_card_data.generate_widget_examples = False
     if stage.gradient_checkpointing:
         trunk.activation_checkpointing_enable(
             {"use_reentrant": False, "context_fn": checkpoint_contexts}
@@ -240,31 +250,42 @@ def _callbacks(job: Job, callback: RunCallback) -> list[Any]:
     return [callback, TensorBoardCallback(SummaryWriter(str(job.folder), purge_step=hidden))]
 
 
-def _fit(job: Job, trainer: Any, callback: RunCallback, model: PeftModel) -> None:
+def _fit(job: Job, trainer: Any, callback: RunCallback, model: nn.Module) -> None:
     """Train, or continue, until the stage's last step; then keep the adapter alone."""
     trainer.remove_callback(PrinterCallback)  # the report speaks
     checkpoint = last_checkpoint(job.folder)
     if checkpoint is not None and checkpoint.step >= callback.steps:
-        adapters.load_adapter(model, checkpoint.path)  # cut off after its last step
+        adapters.load_trained(model, checkpoint.path)  # cut off after its last step
     else:
         trainer.args.eval_on_start &= checkpoint is None
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
         if callback.interrupted and trainer.state.global_step < callback.steps:
             raise KeyboardInterrupt
     if devices.is_first():
-        _keep_adapter(job.folder, model)
+        _keep(job, model)
     devices.wait()
     if callback.interrupted:
         raise KeyboardInterrupt
 
 
-def _keep_adapter(folder: Path, model: PeftModel) -> None:
-    """Write the adapter; once its config is there, the stage is done."""
-    aside = folder / "adapter.tmp"
-    adapters.save_adapter(model, aside)
-    for name in (adapters.WEIGHTS_NAME, adapters.CONFIG_NAME):
-        (aside / name).replace(folder / name)
-    clear(folder)
+def _keep(job: Job, model: nn.Module) -> None:
+    """Write the adapter, or the whole encoder; once its config is there, the stage is done."""
+    aside = job.folder / "trained.tmp"
+    if isinstance(model, PeftModel):
+        adapters.save_adapter(model, aside)
+    else:
+        job.encoder.save(aside)
+    for item in sorted(aside.iterdir(), key=lambda item: item.name in DONE):
+        place = job.folder / item.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        item.replace(place)
+    clear(job.folder)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a stage is trained to its end."""
+    return any((folder / name).is_file() for name in DONE)
 
 
 def clear(folder: Path) -> None:
@@ -272,3 +293,4 @@ def clear(folder: Path) -> None:
     for scrap in [*folder.glob("checkpoint-*"), *folder.glob("*.tmp")]:
         if scrap.is_dir():
             shutil.rmtree(scrap)
+    (folder / ROWS).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from sentence_transformers.base.sampler import SetEpochMixin
 from torch.utils.data import BatchSampler
 
 from unmasked.config import Pairs
+from unmasked.encoder import join_instruction
 from unmasked.errors import DataError
 
 
@@ -143,6 +145,24 @@ class PairCollator:
         on_query = is_query or pairs.symmetric
         chosen = pairs.instruction if on_query else pairs.document_instruction
         return chosen[row["number"] % len(chosen)] if chosen else ""
+
+
+def prompts_of(data: Sequence[Pairs]) -> dict[str, str]:
+    """The prompts a trained encoder is saved with, under the names that encoding looks for.
+
+    Each data set's first instruction is kept under the name of its file; where all data sets share
+    one, it is what `encode_query` and `encode_document` put before every text.
+    """
+    prompts = {}
+    for role, by_set in {
+        "query": [p.instruction for p in data],
+        "document": [p.instruction if p.symmetric else p.document_instruction for p in data],
+    }.items():
+        if by_set and by_set[0] and all(given == by_set[0] for given in by_set):
+            prompts[role] = join_instruction(by_set[0][0])
+    named = {Path(p.path).name.split(".")[0]: p.instruction for p in data}
+    prompts |= {name: join_instruction(given[0]) for name, given in named.items() if given}
+    return prompts
 
 
 def _key(text: str) -> int:

@@ -82,8 +82,8 @@ def check_rows(data: Sequence[Pairs]) -> None:
             pass
 
 
-def store_rows(data: Sequence[Pairs], file: Path) -> Dataset:
-    """Write the rows of all data sets to an Arrow file and map it into memory.
+def store_rows(data: Sequence[Pairs], file: Path) -> None:
+    """Write the rows of all data sets to an Arrow file, which `Dataset.from_file` maps.
 
     Raises:
         DataError: as `read_rows`.
@@ -98,7 +98,6 @@ def store_rows(data: Sequence[Pairs], file: Path) -> Dataset:
             arrays = [pa.array(values, kind) for values, kind in columns]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
     aside.replace(file)
-    return Dataset.from_file(str(file))
 
 
 def split_rows(rows: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:

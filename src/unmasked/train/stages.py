@@ -24,14 +24,15 @@ import torch
 from sentence_transformers.util import get_device_name
 from transformers import set_seed
 
-from unmasked import __version__, adapters, folder, loading
+from unmasked import __version__, folder, loading
 from unmasked.config import Recipe, Supervised
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
 from unmasked.recipe import dump_recipe, load_recipe, recipe_differences
 from unmasked.train import devices
 from unmasked.train.data import read_texts
-from unmasked.train.fitting import Job, fit
+from unmasked.train.fitting import Job, fit, is_done
+from unmasked.train.mixing import prompts_of
 from unmasked.train.pairs import check_rows
 from unmasked.train.trainer import Report
 
@@ -100,17 +101,18 @@ class Run:
         if devices.is_first():
             self._write_recipe()
         devices.wait()
+        done: list[str | Path] = [self.recipe.model.base]
         if self.score is not None:
             for mode in BASELINES:
                 causal = partial(self._encoder, pooling_mode=mode, enable_bidirectional=False)
-                self._score(f"causal_{mode}", partial(causal, []))
-            self._score("bidirectional", partial(self._encoder, []))
-        done: list[str | Path] = []
+                self._score(f"causal_{mode}", partial(causal, done))
+            self._score("bidirectional", partial(self._encoder, done))
         for name, stage in self.recipe.stages():
-            if not (self.path / name / adapters.CONFIG_NAME).is_file():
+            start = done.pop() if stage.lora.start == "continue" else None
+            if not is_done(self.path / name):
                 self.listener.stage(name)
-                fit(self._job(name, done), stage)
-            done.append(self.path / name)
+                fit(self._job(name, done, start), stage)
+            done = [*([] if stage.lora.method == "full" else done), self.path / name]
             self._score(name, partial(self._encoder, done))
         encoder = self._encoder(done)
         if devices.is_first() and not (self.path / "model" / "config.json").is_file():
@@ -137,7 +139,10 @@ class Run:
                     + "\n  ".join(changed)
                     + "\nFix: the same settings to continue it, or another output folder."
                 )
-        elif self.path.exists() and {item.name for item in self.path.iterdir()} - {"data", "recipe.tmp"}:
+        elif self.path.exists() and {item.name for item in self.path.iterdir()} - {
+            "data",
+            "recipe.tmp",
+        }:
             raise OutputError(
                 f"{self.path} exists and is no run folder (it has no recipe.yaml). "
                 "Fix: another output folder."
@@ -150,7 +155,7 @@ class Run:
                 check_rows(stage.data)
             else:
                 read_texts(stage.data, stage.max_texts)
-        self._encoder([])
+        self._encoder([self.recipe.model.base])
 
     def _write_recipe(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -164,24 +169,27 @@ class Run:
     # Encoders
 
     def _encoder(self, chain: Sequence[str | Path], **overrides: Any) -> LLM2Vec:
+        """A base, the recipe's or one that was trained in full, with adapters merged into it."""
         model = self.recipe.model
+        base, *merged = chain
+        last = self.recipe.supervised if Path(chain[-1]).name == "supervised" else None
         options: dict[str, Any] = {
             "pooling_mode": model.pooling,
             "max_length": model.max_length,
             "dtype": str(self.dtype).removeprefix("torch."),
             "attn_implementation": model.attention,
             "allow_partial": model.allow_partial,
-            "revision": model.revision,
+            "revision": model.revision if base == model.base else None,
+            "prompts": prompts_of(last.data) if last else None,
             **overrides,
         }
-        return LLM2Vec.from_pretrained(model.base, list(chain), **options)
+        return LLM2Vec.from_pretrained(base, merged, **options)
 
-    def _job(self, name: str, done: Sequence[str | Path]) -> Job:
+    def _job(self, name: str, done: Sequence[str | Path], start: str | Path | None) -> Job:
         """What a stage trains: the base with the adapters before it merged."""
-        encoder = self._encoder(done)
-        return Job(
-            self.path / name, encoder, self.recipe.model, self.recipe.seed, self.listener.step
-        )
+        recipe, encoder = self.recipe, self._encoder(done)
+        folder = self.path / name
+        return Job(folder, encoder, recipe.model, recipe.seed, self.listener.step, start)
 
     def _card(self, encoder: LLM2Vec) -> folder.Card:
         recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -98,12 +97,12 @@ class AdapterCheckpoints:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        adapters.save_adapter(attached(self.model), folder)
+        adapters.save_trained(trained(self.model), folder)
         state = json.dumps(self._run.tally.state())
         (folder / PROGRESS).write_text(state, encoding="utf-8")
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        adapters.load_adapter(attached(self.model), resume_from_checkpoint)
+        adapters.load_trained(trained(self.model), resume_from_checkpoint)
         state = (Path(resume_from_checkpoint) / PROGRESS).read_text(encoding="utf-8")
         self._run.tally.load(json.loads(state), self.args.device)
 
@@ -190,9 +189,10 @@ def _unsaved(folder: Path, step: int, error: Exception) -> str:
     )
 
 
-def attached(model: nn.Module) -> PeftModel:
-    """The adapter-carrying trunk inside a model."""
-    return next(m for m in model.modules() if isinstance(m, PeftModel))
+def trained(model: Any) -> nn.Module:
+    """The trunk inside a stage's model, with its adapter if it has one."""
+    found: nn.Module = model.trunk if hasattr(model, "trunk") else model.backbone.auto_model
+    return found
 
 
 class RunCallback(TrainerCallback):
