@@ -36,7 +36,8 @@ def evaluate(
 ) -> None:
     """Scores on local tasks, each with its 95 % interval."""
     from unmasked.cli import terminal, views
-    from unmasked.evaluate.compare import compare_encoders, make_scorer
+    from unmasked.evaluate.compare import compare_encoders
+    from unmasked.evaluate.scorer import make_scorer
 
     score = make_scorer(tasks)
     with terminal.waiting("loading the libraries"):
