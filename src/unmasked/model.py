@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
@@ -32,6 +33,7 @@ from unmasked.inference import SENTENCE, Job, row_outputs, sentence_vectors
 from unmasked.packing import enable_packing
 from unmasked.pooling import TextPooling, check_mode
 from unmasked.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.words import word_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +235,12 @@ class LLM2Vec(SentenceTransformer):
             width = kwargs.get("truncate_dim") or self.get_embedding_dimension()
             return vectors.reshape(0, width)
         return vectors
+
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], previous: bool = False
+    ) -> list[np.ndarray]:
+        """Vectors (W, D) of the words of each sentence; see `words.word_vectors`."""
+        return word_vectors(self, self.backbone.tokens, sentences, previous)
 
     @torch.inference_mode()
     def _inference(  # type: ignore[override]
