@@ -1,4 +1,4 @@
-"""LoRA on the trunk: attach, save, load, merge.
+"""What trains: LoRA on the trunk, or all of it; attach, save, load, merge.
 
 Adapters sit on the bare transformer, so their keys are those of published LLM2Vec checkpoints
 (``base_model.model.layers.N...``) and the language-model head is never trained. Merging is done in
@@ -30,14 +30,15 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from unmasked.errors import ModelError
+from unmasked.errors import MissingExtraError, ModelError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
+FULL_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,36 @@ def attach(
     alpha: int = 32,
     dropout: float = 0.05,
     targets: list[str] | None = None,
-) -> PeftModel:
-    """Freeze a trunk and put a trainable LoRA on it (LLM2Vec, arXiv 2404.05961, appendix D).
+    method: str = "lora",
+) -> nn.Module:
+    """Make a trunk trainable: freeze it under a LoRA (LLM2Vec, arXiv 2404.05961, appendix D).
 
     Args:
         model: a bare transformer.
         rank, alpha, dropout: of the LoRA.
         targets: names of the linear layers; None for every linear layer of the trunk.
+        method: ``lora``; ``dora``, which also trains the length of each row (arXiv 2402.09353);
+            ``qlora``, over weights of 4 bits (arXiv 2305.14314); ``full``, every weight and no
+            adapter.
+
+    Returns:
+        The `PeftModel`; for ``full`` the model itself.
+
+    Raises:
+        ModelError: the targets fit no layer; MissingExtraError: no bitsandbytes for ``qlora``.
     """
+    if method == "full":
+        return model.requires_grad_(True)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets or "all-linear",
         bias="none",
+        use_dora=method == "dora",
     )
+    if method == "qlora":
+        quantise(model)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
@@ -80,6 +96,29 @@ def attach(
         raise ModelError(
             f"LoRA targets {targets} fit no layer. Allowed: {', '.join(linear)}."
         ) from error
+
+
+def quantise(model: nn.Module) -> None:
+    """Put the linear layers of a trunk into 4 bits (NF4) in place, an eighth of float32.
+
+    Only for training: the adapter is merged into the weights as they were.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError as error:
+        raise MissingExtraError("bitsandbytes", "qlora") from error
+    layers = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]
+    for name, layer in layers:
+        bias = layer.bias is not None
+        device, dtype = layer.weight.device, layer.weight.dtype
+        packed = Linear4bit(
+            layer.in_features, layer.out_features, bias, compute_dtype=dtype, quant_type="nf4"
+        )
+        packed.load_state_dict(layer.state_dict())
+        model.set_submodule(name, packed.to(dtype).to(device).requires_grad_(False))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -102,6 +141,23 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
 def load_adapter(model: PeftModel, folder: str | Path) -> None:
     """Read the weights of a saved adapter into the one that is attached."""
     _load_state(model, load_file(str(Path(folder) / WEIGHTS_NAME)), str(folder))
+
+
+def save_trained(model: nn.Module, folder: str | Path) -> None:
+    """Write what a stage trains: the adapter, or every weight where there is none."""
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder)
+    else:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_model(model, str(Path(folder) / FULL_NAME))
+
+
+def load_trained(model: nn.Module, folder: str | Path) -> None:
+    """Read what `save_trained` wrote into the same kind of model."""
+    if isinstance(model, PeftModel):
+        load_adapter(model, folder)
+    else:
+        load_model(model, str(Path(folder) / FULL_NAME))
 
 
 def merge(model: nn.Module, adapters: Sequence[Source], allow_pickle: bool = False) -> nn.Module:

@@ -24,6 +24,10 @@ Pair = tuple[str, str]
 """(instruction, text)"""
 
 
+join_instruction = PLAIN.join
+"""The prompt of an instruction where there is no template."""
+
+
 def split_pairs(
     inputs: Sequence[Any], join: Callable[[str], str] = PLAIN.join
 ) -> tuple[list[str], list[str]]:

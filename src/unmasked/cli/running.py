@@ -120,8 +120,7 @@ def _header(work: Run) -> list[tuple[str, str]]:
     auto = recipe.model.dtype == "auto"
     stages = [
         f"{name} {stage.steps:,} steps of {stage.batch_size * stage.gradient_accumulation}"
-        for name, stage in (("mntp", recipe.mntp), ("simcse", recipe.simcse))
-        if stage is not None
+        for name, stage in recipe.stages()
     ]
     done = [s["name"] for s in work.results() if not s["name"].startswith(CAUSAL)]
     rows = [

@@ -19,6 +19,7 @@ class Stage(str, Enum):
 
     mntp = "mntp"
     simcse = "simcse"
+    supervised = "supervised"
 
 
 def demo(
@@ -60,11 +61,11 @@ def run(
 def train(
     stage: Annotated[Stage, typer.Argument()],
     base: Annotated[str, typer.Option(help="Model to start from: hub name, folder or adapter.")],
-    data: Annotated[list[str], typer.Option(help="File of texts; repeat for more.")],
+    data: Annotated[list[str], typer.Option(help="File of texts, or of pairs; repeat for more.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")],
     overrides: OVERRIDES = None,
 ) -> None:
-    """One stage: mntp on a decoder, simcse on any model or on the adapter mntp left."""
+    """One stage: mntp on a decoder; simcse or supervised on any model, or on an adapter."""
     from unmasked.cli.running import run_recipe, stage_recipe
 
     run_recipe(stage_recipe(stage.value, base, data, output, overrides or []), output)

@@ -19,7 +19,9 @@ import numpy as np
 
 from unmasked.errors import DataError, unknown
 from unmasked.evaluate.bootstrap import Interval, TaskResult, interval, paired_difference
-from unmasked.evaluate.tasks import Encode, evaluate, load_task
+from unmasked.evaluate.files import load_task
+from unmasked.evaluate.tasks import evaluate
+from unmasked.evaluate.vectors import Encode
 
 CAUSAL = "causal_"
 """What the names of the baselines begin with."""
@@ -71,11 +73,11 @@ class Row:
 
 
 def encode_by_role(model: Any) -> Encode:
-    """A `SentenceTransformer` as tasks call it: unit vectors, each role behind its own prompt."""
+    """A `SentenceTransformer` as tasks call it: each role behind its own prompt."""
     methods = {"query": model.encode_query, "document": model.encode_document, None: model.encode}
 
     def encode(texts: Sequence[str], role: str | None) -> np.ndarray:
-        vectors = methods[role](list(texts), normalize_embeddings=True, show_progress_bar=False)
+        vectors = methods[role](list(texts), show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
 
     return encode

@@ -82,6 +82,9 @@ class TwoViewsLoss(nn.Module):
         temperature: of the cosine similarities (0.05 in the paper).
     """
 
+    views = 2
+    """Forwards of every token, for the count of tokens."""
+
     def __init__(self, model: SentenceTransformer, temperature: float = 0.05) -> None:
         super().__init__()
         self.model = model
