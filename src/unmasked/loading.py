@@ -129,6 +129,24 @@ def load_causal_lm(
     return model  # type: ignore[no-any-return]
 
 
+def load_config(base: str | Path, **hub: Any) -> PretrainedConfig:
+    """The config alone, mask open: nothing else is fetched.
+
+    Raises:
+        ModelError: there is none here or on the hub.
+    """
+    return open_config(_load_config(resolve_base(base), **hub))
+
+
+def load_tokenizer(base: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer alone.
+
+    Raises:
+        ModelError: there is none here or on the hub.
+    """
+    return _load_tokenizer(resolve_base(base), **hub)
+
+
 def _adapter_base(name: str, **hub: Any) -> str:
     base = adapters.read_config(name, **hub).base_model_name_or_path
     if not base:

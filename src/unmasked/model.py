@@ -17,21 +17,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import batch_to_device, get_device_name, truncate_embeddings
+from sentence_transformers.util import get_device_name
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from unmasked import adapters, folder, loading
-from unmasked.batches import plan_batches, token_budget
+from unmasked.batches import token_budget
 from unmasked.bidirectional import Report, prove, stock_needs_eager
 from unmasked.encoder import Backbone, split_pairs
+from unmasked.inference import SENTENCE, Job, row_outputs, sentence_vectors
 from unmasked.packing import enable_packing
 from unmasked.pooling import TextPooling, check_mode
 from unmasked.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.words import word_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ class LLM2Vec(SentenceTransformer):
         backbone = Backbone(model, tokens, self._pack(model))
         pooling = TextPooling(backbone.get_embedding_dimension(), pooling_mode, skip_instruction)
         super().__init__(modules=[backbone, pooling], device=device, prompts=prompts)
+        self.tokens_encoded = 0  # real tokens that went through `encode`, for speeds
         self.settings = settings
         self.base = base or str(getattr(model.config, "_name_or_path", "") or "a decoder")
         if report is None and self.report.verdict != "full":
@@ -233,6 +236,12 @@ class LLM2Vec(SentenceTransformer):
             return vectors.reshape(0, width)
         return vectors
 
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], previous: bool = False
+    ) -> list[np.ndarray]:
+        """Vectors (W, D) of the words of each sentence; see `words.word_vectors`."""
+        return word_vectors(self, self.backbone.tokens, sentences, previous)
+
     @torch.inference_mode()
     def _inference(  # type: ignore[override]
         self,
@@ -249,40 +258,26 @@ class LLM2Vec(SentenceTransformer):
         **_: Any,
     ) -> Any:
         """The inner loop of `encode`, also run by the workers of multi-process encoding."""
-        target = self._resolve_inference_device(device)
-        rows = self.backbone.tokenize_inputs(inputs, prompt)
         by_tokens = batch_size == _BY_TOKENS
-        batches = plan_batches(
-            [len(row.ids) for row in rows],
+        target = torch.device(self._resolve_inference_device(device))
+        job = Job(
+            target,
+            prompt,
             token_budget(target) if by_tokens else None,
             None if by_tokens else batch_size,
+            output_value,
+            normalize_embeddings,
+            truncate_dim,
+            save_to_cpu,
+            show_progress_bar,
         )
-        results: list[Any] = [None] * len(rows)
         was_training = self.training
         self.eval()
         try:
-            with tqdm(total=len(rows), unit="text", disable=not show_progress_bar) as bar:
-                for batch in batches:
-                    features: dict[str, Any] = self.backbone.collate([rows[i] for i in batch])
-                    features["repad"] = output_value != "sentence_embedding"
-                    outputs = self(batch_to_device(features, target))
-                    if output_value == "sentence_embedding":
-                        values = outputs["sentence_embedding"].float()
-                        if truncate_dim is not None:
-                            values = truncate_embeddings(values, truncate_dim)
-                        if normalize_embeddings:
-                            values = nn.functional.normalize(values, dim=1)
-                        values = values.cpu() if save_to_cpu else values
-                    else:
-                        values = _per_row(outputs, [len(rows[i].ids) for i in batch], output_value)
-                    for index, value in zip(batch, values, strict=True):
-                        results[index] = value
-                    bar.update(len(batch))
+            run: Any = sentence_vectors if output_value == SENTENCE else row_outputs
+            return run(self, inputs, job)
         finally:
             self.train(was_training)
-        if output_value == "sentence_embedding":
-            return torch.stack(results) if results else torch.empty(0, device=target)
-        return results
 
     def merged_model(self) -> nn.Module:
         """The bare transformer with an attached adapter, if any, merged into a copy."""
@@ -326,13 +321,3 @@ def _saved_settings(path: Path) -> dict[str, Any]:
         return {}
     saved = json.loads(file.read_text(encoding="utf-8"))
     return {key: saved[key] for key in asdict(folder.Settings()) if key in saved}
-
-
-def _per_row(outputs: dict[str, Any], lengths: list[int], name: str | None) -> list[Any]:
-    """Token states (T, D) of each row without padding, or every output of each row."""
-    if name == "token_embeddings":
-        return [
-            states[:length].float() for states, length in zip(outputs[name], lengths, strict=True)
-        ]
-    per_row = {k: v for k, v in outputs.items() if not k.startswith("packed_")}
-    return [{k: v[i] for k, v in per_row.items()} for i in range(len(lengths))]

@@ -89,7 +89,7 @@ def mine(
     ] = None,
     instruction: Annotated[str, typer.Option(help="Put before every query.")] = "",
 ) -> None:
-    """Hard negatives: what the encoder takes for the answer and is none. For supervised training."""
+    """Hard negatives for supervised training: what the encoder takes for the answer wrongly."""
     from unmasked.cli import terminal
     from unmasked.config import Pairs
     from unmasked.source import Source
@@ -112,3 +112,28 @@ def mine(
     )
     following = ["unmasked", "train", "supervised", "--base", model, "--data", str(output)]
     terminal.closing(output, [*following, "-o", "runs/supervised"])
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe.")],
+    overrides: OVERRIDES = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also measure the time of a step on this machine.")
+    ] = False,
+    show_recipe: Annotated[
+        bool, typer.Option("--recipe", help="Also show the recipe with every default.")
+    ] = False,
+) -> None:
+    """What a recipe would cost: steps, tokens, FLOPs, memory, disk, time. Fetches no weights."""
+    from unmasked.cli import terminal, views
+    from unmasked.recipe import load_recipe, recipe_text
+
+    resolved = load_recipe(recipe, overrides or [])
+    with terminal.waiting("measuring" if probe else "counting"):
+        from unmasked.train.plan import make_plan
+
+        terminal.quiet_libraries()
+        found = make_plan(resolved, probe)
+    if show_recipe:
+        terminal.show(recipe_text(resolved))
+    views.plan_table(resolved, found)

@@ -111,6 +111,8 @@ def alignment_and_uniformity(first: Tensor, second: Tensor) -> dict[str, Tensor]
 class TwoViewsLoss(nn.Module):
     """InfoNCE between two passes over the same texts, done as one forward of twice the rows.
 
+    The texts of all devices are a text's negatives.
+
     Args:
         model: the encoder, in train mode with dropout.
         temperature: of the cosine similarities (0.05 in the paper).

@@ -29,6 +29,7 @@ from unmasked.config import Recipe, Supervised
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
 from unmasked.recipe import dump_recipe, load_recipe, recipe_differences
+from unmasked.train import devices
 from unmasked.train.data import read_texts
 from unmasked.train.fitting import Job, fit, is_done
 from unmasked.train.mixing import prompts_of
@@ -86,7 +87,8 @@ class Run:
         self.recipe = recipe
         self.path = Path(path)
         self.score = score
-        self.listener = listener or Listener()
+        self.listener = listener if listener and devices.is_first() else Listener()
+        devices.join()
         self.device = torch.device(get_device_name())
         self.dtype = loading.pick_dtype(recipe.model.dtype, self.device)
         self._check_folder()
@@ -96,7 +98,9 @@ class Run:
         set_seed(self.recipe.seed)
         self.listener.stage("checking texts and model")
         self._check_inputs()
-        self._write_recipe()
+        if devices.is_first():
+            self._write_recipe()
+        devices.wait()
         done: list[str | Path] = [self.recipe.model.base]
         if self.score is not None:
             for mode in BASELINES:
@@ -111,9 +115,10 @@ class Run:
             done = [*([] if stage.lora.method == "full" else done), self.path / name]
             self._score(name, partial(self._encoder, done))
         encoder = self._encoder(done)
-        if not (self.path / "model" / "config.json").is_file():
+        if devices.is_first() and not (self.path / "model" / "config.json").is_file():
             self.listener.stage("saving")
             encoder.save(self.path / "model", card=self._card(encoder))
+        devices.wait()
         return encoder
 
     def results(self) -> list[dict[str, Any]]:
@@ -134,7 +139,10 @@ class Run:
                     + "\n  ".join(changed)
                     + "\nFix: the same settings to continue it, or another output folder."
                 )
-        elif self.path.exists() and {item.name for item in self.path.iterdir()} - {"data"}:
+        elif self.path.exists() and {item.name for item in self.path.iterdir()} - {
+            "data",
+            "recipe.tmp",
+        }:
             raise OutputError(
                 f"{self.path} exists and is no run folder (it has no recipe.yaml). "
                 "Fix: another output folder."
@@ -186,24 +194,24 @@ class Run:
     def _card(self, encoder: LLM2Vec) -> folder.Card:
         recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")
         sections = {"Recipe": f"```yaml\n{recipe}```"}
-        if stages := self.results():
-            names = list(stages[0]["scores"])
-            lines = ["| stage | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-            for stage in stages:
-                cells = [f"{stage['scores'][name]:.4f}" for name in names]
-                lines.append(f"| {stage['name']} | " + " | ".join(cells) + " |")
-            sections["Scores"] = "\n".join(lines)
-        base = str(self.recipe.model.base)
-        return folder.Card(base, encoder.report.summary(), sections)
+        stages = (self.recipe.mntp, self.recipe.simcse)
+        data = dict.fromkeys(str(path) for stage in stages if stage for path in stage.data)
+        base, proof = str(self.recipe.model.base), encoder.report.summary()
+        return folder.Card(base, proof, sections, list(data), self.results())
 
     # Scores
 
     def _score(self, name: str, make: Callable[[], LLM2Vec]) -> None:
+        if self.score is not None and devices.is_first():
+            self._score_here(self.score, name, make)
+        devices.wait()
+
+    def _score_here(self, score: Score, name: str, make: Callable[[], LLM2Vec]) -> None:
         stages = self.results()
-        if self.score is None or any(stage["name"] == name for stage in stages):
+        if any(stage["name"] == name for stage in stages):
             return
         self.listener.stage(f"scoring {name}")
-        results = self.score(make())
+        results = score(make())
         items = {f"{r.name}.{key}": value for r in results for key, value in r.items.items()}
         (self.path / "scores").mkdir(exist_ok=True)
         np.savez(self.path / "scores" / f"{name}.npz", **items)  # type: ignore[arg-type]
