@@ -89,7 +89,7 @@ def test_every_problem_is_reported_at_once(recipe_file):
         ("mntp.learning_rate=.nan", "mntp.learning_rate: nan should be a finite number"),
         ("mntp.block_length=1", "mntp.block_length: 1 should be greater than or equal to 2"),
         ("mntp.lora.dropout=1", "mntp.lora.dropout: 1 should be less than 1"),
-        ("simcse.attention_dropout=0", "simcse.attention_dropout: 0 should be greater than 0"),
+        ("simcse.attention_dropout=-1", "simcse.attention_dropout: -1 should be greater than or"),
         ("model.pooling=cls", "model.pooling: 'cls' should be 'mean'"),
         ("model.revision=12", "model.revision: 12 should be a valid string: put it in quotes"),
         ("name=a/b", "name: 'a/b' should match pattern"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import resource
 import time
@@ -130,14 +131,14 @@ def use(folder, recipe, result) -> None:
     listener = Listener(step=lambda *_: times.append(time.perf_counter()))
     Run(Recipe.model_validate(recipe), folder, None, listener).run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    gaps = sorted(b - a for a, b in zip(times, times[1:], strict=False))
+    gaps = sorted(b - a for a, b in itertools.pairwise(times))
     result.put(((peak - before) * 1024, gaps[len(gaps) // 2]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["mntp", "simcse"])
 def test_memory_and_time_are_within_a_quarter_of_what_a_run_uses(
-    stage, tiny_tokenizer, tmp_path, texts
+    stage, tiny_tokenizer, tmp_path, texts, record_property
 ):
     """At 20 M parameters, where what Python and the allocator keep is small beside it."""
     from conftest import save_random
@@ -159,7 +160,7 @@ def test_memory_and_time_are_within_a_quarter_of_what_a_run_uses(
     memory, seconds = result.get(timeout=280)
     process.join()
     (planned,) = plan.stages
-    print(f"\n{stage}: memory {planned.memory.total / 1e6:.0f} MB planned, {memory / 1e6:.0f} used;")
-    print(f"  step {planned.seconds / planned.steps:.3f} s planned, {seconds:.3f} used")
-    assert memory == pytest.approx(planned.memory.total, rel=0.25)
-    assert seconds == pytest.approx(planned.seconds / planned.steps, rel=0.25)
+    figures = (planned.memory.total, memory, planned.seconds / planned.steps, seconds)
+    record_property("planned and used, bytes and seconds of a step", figures)
+    assert memory == pytest.approx(planned.memory.total, rel=0.25), figures
+    assert seconds == pytest.approx(planned.seconds / planned.steps, rel=0.25), figures

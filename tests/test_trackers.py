@@ -6,12 +6,10 @@ import json
 from importlib.util import find_spec
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from unmasked.config import Recipe
 from unmasked.errors import MissingExtraError
-from unmasked.train.measures import alignment_and_uniformity
 from unmasked.train.stages import Run
 
 
@@ -50,19 +48,3 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything(name, tiny_d
     with pytest.raises(MissingExtraError, match=rf"pip install 'unmasked\[{name}\]'"):
         Run(recipe_of(tiny_decoder, tmp_path, trackers=[name]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_alignment_and_uniformity_are_those_of_the_paper():
-    torch.manual_seed(0)
-    first = torch.nn.functional.normalize(torch.randn(5, 3), dim=1)
-    second = torch.nn.functional.normalize(torch.randn(5, 3), dim=1)
-    found = alignment_and_uniformity(3 * first, second)
-    expected = torch.stack([(a - b).norm() ** 2 for a, b in zip(first, second, strict=True)]).mean()
-    torch.testing.assert_close(found["alignment"], expected)
-    energies = [
-        torch.exp(-2 * (x[i] - x[j]).norm() ** 2)
-        for x in (first, second)
-        for i in range(5)
-        for j in range(i)
-    ]
-    torch.testing.assert_close(found["uniformity"], torch.stack(energies).mean().log())
