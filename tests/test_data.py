@@ -58,6 +58,28 @@ def test_the_token_file_is_used_again_until_the_texts_change(stored, corpus, tok
     assert not list(folder.glob("*.tmp"))
 
 
+def test_b42_every_kind_of_source_gives_the_same_tokens(stored, tokens, tmp_path):
+    import gzip
+
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    lines = "\n".join(TEXTS).encode()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_bytes(lines)
+    with gzip.open(tmp_path / "b.txt.gz", "wb") as file:
+        file.write(lines)
+    with (tmp_path / "c.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    parquet.write_table(pa.table({"text": TEXTS}), tmp_path / "d.parquet")
+    for name in ("folder", "b.txt.gz", "c.jsonl", "d.parquet"):
+        again = token_file([tmp_path / name], None, tokens, tmp_path / "tokens")
+        assert np.array_equal(again.ids, stored.ids), name
+        assert np.array_equal(again.keys, stored.keys)
+        assert again.source != stored.source
+    assert len(token_file([tmp_path / "folder"], 2, tokens, tmp_path / "tokens").keys) == 2
+
+
 def test_a_repeated_text_counts_once_and_is_never_on_both_sides(tokens, tmp_path):
     (tmp_path / "t.txt").write_text("\n".join(f"text {i % 40}" for i in range(100)))
     stored = token_file([tmp_path / "t.txt"], None, tokens, tmp_path)

@@ -145,7 +145,8 @@ class TextTraining(Training):
     """A stage that trains on plain texts."""
 
     data: Strings = []
-    """Files of texts, .txt, .txt.gz or .jsonl; a single path may stand for the list."""
+    """Files of texts (.txt, .jsonl, .csv, perhaps .gz or .zst; .parquet), folders of them, or data
+    sets on the hub (hf:NAME); one may stand for the list. MNTP's may be larger than memory."""
     max_texts: Count | None = None
     """Read no more texts than this; None reads all."""
 

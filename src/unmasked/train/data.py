@@ -122,9 +122,11 @@ def _write_ids(
 
 def _fingerprint(paths: Sequence[str | Path], limit: int | None, tokens: TextTokenizer) -> str:
     facts: list[object] = [limit, tokens.tokenizer.backend_tokenizer.to_str()]
-    for path in map(Path, paths):
-        found = path.stat() if path.is_file() else None
-        facts.append([str(path), found and [found.st_size, found.st_mtime_ns]])
+    for path in paths:
+        source = Source(str(path), skip_blank=True)
+        for file in source.files:
+            found = Path(file).stat() if source.on_disk else None
+            facts.append([file, found and [found.st_size, found.st_mtime_ns]])
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
