@@ -382,6 +382,14 @@ def test_b29_an_interrupted_stage_ends_with_the_same_weights(recipe, tmp_path, s
     assert losses(whole) == losses(broken)
 
 
+def test_b31_the_rate_may_fall_over_more_steps_than_are_run(recipe, tmp_path):
+    section = recipe.mntp.model_copy(update={"steps": 4, "schedule_steps": 10})
+    Run(recipe.model_copy(update={"mntp": section, "simcse": None}), tmp_path / "run").run()
+    rows = [json.loads(line) for line in (tmp_path / "run/mntp/metrics.jsonl").open()]
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert rates == pytest.approx([1e-3 * (1 - step / 10) for step in range(4)])
+
+
 def test_another_recipe_in_the_same_folder_shows_the_difference(recipe, tmp_path):
     Run(recipe, tmp_path / "run").run()
     other = recipe.model_copy(update={"seed": 7})
