@@ -30,6 +30,7 @@ from unmasked.encoder import Backbone, split_pairs
 from unmasked.inference import SENTENCE, Job, row_outputs, sentence_vectors
 from unmasked.packing import enable_packing
 from unmasked.pooling import TextPooling, check_mode
+from unmasked.precision import Precision
 from unmasked.templates import Template, check_compat, read_template
 from unmasked.tokens import TextTokenizer, prepare_tokenizer
 from unmasked.words import word_vectors
@@ -82,7 +83,7 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
         enable_bidirectional: bool = False,
     ) -> None:
         if isinstance(model, str | Path):
-            loaded = loading.load(model)
+            loaded = loading.load(model, dtype="auto", device=device or get_device_name())
             base = base or str(model)
             model, tokenizer, report = loaded.model, loaded.tokenizer, loaded.report
         if tokenizer is None:
@@ -115,6 +116,7 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             backbone.get_embedding_dimension(), pooling_mode, skip_instruction, tokens.counted
         )
         super().__init__(modules=[backbone, pooling], device=device, prompts=prompts)
+        self.precision: Precision | None = None  # known where it was loaded by name
         self.tokens_encoded = 0  # real tokens that went through `encode`, for speeds
         self.settings = settings
         self.base = base or str(getattr(model.config, "_name_or_path", "") or "a decoder")
@@ -163,7 +165,8 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             template: as in the constructor; by default what the folder says, or, for a checkpoint
                 of the original package, what its tokenizer says.
             compat: as in the constructor.
-            dtype: ``auto`` (bfloat16 on GPU, float32 on CPU), or a torch dtype's name.
+            dtype: ``auto`` (what is fast here: `precision.pick`), ``checkpoint`` (the same, but
+                never less than the checkpoint has), or a torch dtype's name.
             attn_implementation: as in transformers; chosen by default.
             allow_partial: accept a model some of whose layers stay causal by construction.
             device: where to run.
@@ -182,7 +185,8 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             base_model_name_or_path,
             peft_model_name_or_path,
             enable_bidirectional,
-            loading.pick_dtype(name, torch.device(device)),
+            name,
+            device,
             attn_implementation,
             allow_partial,
             base,
@@ -199,7 +203,7 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             "compat": compat,
         }
         settings = folder.read_settings(loaded.settings, given)
-        return cls(
+        encoder = cls(
             loaded.model,
             loaded.tokenizer,
             **settings,
@@ -209,6 +213,8 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             report=loaded.report or prove(loaded.model),
             base=str(base_model_name_or_path),
         )
+        encoder.precision = loaded.precision
+        return encoder
 
     def _pack(self, model: nn.Module) -> str | None:
         """Switch on packed attention; returns why not, if not."""
