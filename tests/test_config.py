@@ -183,7 +183,7 @@ def test_scientific_notation_that_yaml_reads_as_text_is_a_number(recipe_file):
     assert recipe.mntp.max_texts == 1000
 
 
-def test_a_schedule_that_ends_early_is_refused():
+def test_b31_a_schedule_that_ends_early_is_refused():
     message = error_of("nano", ["mntp.steps=500", "mntp.schedule_steps=400"])
     assert message.startswith("mntp: schedule_steps 400 should be null or at least the 500 steps")
     constant = ["mntp.steps=500", "mntp.schedule_steps=400", "mntp.schedule=constant"]
