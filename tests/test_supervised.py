@@ -320,6 +320,45 @@ def test_b41_gradcache_has_the_gradient_of_the_large_batch(encoder, dimensions):
         torch.testing.assert_close(found[200][1][name], gradient, atol=1e-5, rtol=1e-4)
 
 
+class Kept:
+    """Counts the bytes that autograd keeps for the backward pass, and their highest sum."""
+
+    now = highest = 0
+
+    def __init__(self, tensor):
+        self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
+        Kept.now += self.bytes
+        Kept.highest = max(Kept.highest, Kept.now)
+
+    def __del__(self):
+        Kept.now -= self.bytes
+
+
+def highest_memory(model, rows, limit):
+    features, labels = features_of(model, rows)
+    model.zero_grad()
+    Kept.now = Kept.highest = 0
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        RankingLoss(model, 0.05, limit)([features], labels).backward()
+    return Kept.highest, int(features["attention_mask"].sum())
+
+
+def test_b41_a_batch_of_1024_fits_where_32_rows_do(encoder):
+    rows = as_rows(
+        [
+            {"query": f"q {i % 97} {i}", "positive": f"text {i} " * 4, "negative": f"no {i} " * 3}
+            for i in range(1024)
+        ]
+    )
+    small, tokens = highest_memory(encoder.train(), rows[:32], None)
+    large, all_tokens = highest_memory(encoder, rows, tokens)
+    whole, _ = highest_memory(encoder, rows[:256], None)
+    assert all_tokens > 30 * tokens
+    assert whole > 6 * small  # what it would take: 32 times as much for all 1024
+    scores = 1024 * 2048 * 4  # of all queries and documents, which no model's size changes
+    assert large < small + 2 * scores
+
+
 def test_b41_gradcache_repeats_the_dropout_of_the_first_pass(tiny_decoder):
     model = LLM2Vec.from_pretrained(tiny_decoder, device="cpu").train()
     model.backbone.auto_model = adapters.attach(model.backbone.auto_model, dropout=0.5)

@@ -132,7 +132,7 @@ def test_special_tokens_and_the_first_are_never_masked():
     assert torch.equal(scored[:, 1:], ids[:, 1:] > 1)
 
 
-def test_the_mask_token_leaves_the_tokenizer_alone(tiny_tokenizer):
+def test_b28_the_mask_token_leaves_the_tokenizer_alone(tiny_tokenizer):
     before = tiny_tokenizer.backend_tokenizer.to_str()
     assert mntp.find_mask_id(tiny_tokenizer, "blank") == tiny_tokenizer.convert_tokens_to_ids("_")
     assert mntp.find_mask_id(tiny_tokenizer, "eos") == tiny_tokenizer.eos_token_id

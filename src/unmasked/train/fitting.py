@@ -34,7 +34,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from unmasked import adapters, config, loading
 from unmasked.config import MNTP, SimCSE, Supervised, Training
-from unmasked.errors import DataError
+from unmasked.errors import DataError, RecipeError
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
 from unmasked.train import devices
@@ -172,6 +172,12 @@ def _fit_simcse(job: Job, stage: SimCSE) -> None:
 
 
 def _fit_supervised(job: Job, stage: Supervised) -> None:
+    width = job.encoder.backbone.get_embedding_dimension()
+    if max(stage.matryoshka, default=0) > width:
+        raise RecipeError(
+            f"supervised.matryoshka: {max(stage.matryoshka)} given, but vectors have {width} "
+            f"numbers. Fix: shorter lengths; {width} itself is always trained."
+        )
     _attach(job, stage)
     train, held_out = split_rows(_rows(job, stage), stage.held_out, job.seed)
     weights = [pairs.weight for pairs in stage.data]
