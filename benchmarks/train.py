@@ -141,7 +141,7 @@ def attach(trunk: Any, checkpointing: bool = False) -> Any:
 
 def mntp_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool) -> Stage:
     """Blocks of 512, a fifth of the tokens scored."""
-    encoder = LLM2Vec.from_pretrained(decoder)
+    encoder = LLM2Vec.from_pretrained(decoder, dtype="float32")
     tokens: TextTokenizer = encoder.backbone.tokens
     corpus = decoder.parent / "corpus.txt"
     corpus.write_text("\n".join(texts), encoding="utf-8")
@@ -181,7 +181,7 @@ def mntp_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool) 
 
 def simcse_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool) -> Stage:
     """Two dropout views of sentences."""
-    ours, stock = LLM2Vec.from_pretrained(decoder), _stock(decoder)
+    ours, stock = LLM2Vec.from_pretrained(decoder, dtype="float32"), _stock(decoder)
     ours.backbone.auto_model = attach(ours.backbone.auto_model)
     stock[0].auto_model = attach(stock[0].auto_model, checkpointing=True)
     batch = random.Random(0).sample(texts, rows)
@@ -200,7 +200,7 @@ def simcse_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool
 
 def supervised_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool) -> Stage:
     """A summary has to find its docstring; another docstring is the hard negative."""
-    ours, stock = LLM2Vec.from_pretrained(decoder), _stock(decoder)
+    ours, stock = LLM2Vec.from_pretrained(decoder, dtype="float32"), _stock(decoder)
     ours.backbone.auto_model = attach(ours.backbone.auto_model)
     stock[0].auto_model = attach(stock[0].auto_model, checkpointing)
     found = docstrings.pairs(docstrings.collect(limit=4000))
@@ -271,7 +271,7 @@ def _set_dropout(trunk: nn.Module) -> Iterator[None]:
 def _stock(decoder: Path) -> SentenceTransformer:
     """The saved encoder as stock sentence-transformers loads it."""
     with tempfile.TemporaryDirectory() as work:
-        LLM2Vec.from_pretrained(decoder).save(work)
+        LLM2Vec.from_pretrained(decoder, dtype="float32").save(work)
         return SentenceTransformer(work, model_kwargs={"attn_implementation": "sdpa"})
 
 
@@ -389,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         decoder = Path(work) / "decoder"
         save_decoder(decoder, options.tokenizer, options.layers)
         name = f"SmolLM-135M's shape, {options.layers} layers, random weights"
-        model = LLM2Vec.from_pretrained(decoder)
+        model = LLM2Vec.from_pretrained(decoder, dtype="float32")
         report["environment"] = environment(model, name, "float32", sentences.source)
         del model
         for key, value in report["environment"].items():

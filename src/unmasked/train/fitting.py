@@ -6,7 +6,6 @@ continues from the last checkpoint, and leaves the adapter in the stage's folder
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -34,20 +32,21 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from unmasked import adapters, config, loading
 from unmasked.config import MNTP, SimCSE, Supervised, Training
-from unmasked.errors import DataError, RecipeError
+from unmasked.errors import RecipeError
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
 from unmasked.train import devices
 from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, noise
-from unmasked.train.data import Blocks, read_texts, split_held_out, token_file
+from unmasked.train.data import read_texts, split_held_out
 from unmasked.train.mixing import OneSourceBatches, PairCollator, measuring_batches
 from unmasked.train.mntp import (
-    BlockData,
     MaskedNextTokenModel,
     MaskedNextTokenTrainer,
     Masking,
+    block_data,
     find_mask_id,
+    micro_batch_rows,
     token_metrics,
 )
 from unmasked.train.pairs import split_rows, store_rows
@@ -57,16 +56,12 @@ from unmasked.train.trainer import Report, RunCallback, stage_arguments
 
 logger = logging.getLogger(__name__)
 
-TOKENS = "tokens"
-"""Folder of the token file, in the run folder until MNTP is done."""
 ROWS = "rows.arrow"
 """The checked rows of a supervised stage, while it trains."""
 FEWEST = 2
 """Held-out rows below which there is no negative to tell a row from."""
 DONE = (adapters.CONFIG_NAME, "config.json")
 """Written last, for an adapter and for a whole encoder."""
-MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
-"""Tokens of an MNTP forward: enough to keep the device busy."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +122,7 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
         stage.mask_probability,
         stage.mask_style,
     )
-    train, evaluation = _blocks(job, stage, masking, _apart(job, stage))
+    train, evaluation = block_data(job.folder, stage, tokens, masking, job.seed, _apart(job, stage))
     callback = _callback(job, stage)
     most_rows = micro_batch_rows(stage, job.encoder.device)
     trainer = MaskedNextTokenTrainer(
@@ -148,12 +143,6 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
         callbacks=_callbacks(job, callback),
     )
     _fit(job, trainer, callback, model)
-
-
-def micro_batch_rows(stage: MNTP, device: torch.device) -> int:
-    """Most blocks of an MNTP forward."""
-    budget = stage.micro_batch_tokens or MICRO_BATCH.get(device.type, 8192)
-    return max(1, budget // stage.block_length)
 
 
 def _fit_simcse(job: Job, stage: SimCSE) -> None:
@@ -247,47 +236,6 @@ def _rows(job: Job, stage: Supervised) -> Dataset:
 def _texts(job: Job, stage: SimCSE) -> tuple[list[str], list[str]]:
     texts = read_texts(stage.data, stage.max_texts)
     return split_held_out(texts, stage.held_out, job.seed)
-
-
-def _blocks(
-    job: Job, stage: MNTP, masking: Masking, apart: bool
-) -> tuple[BlockData, BlockData | None]:
-    """Blocks to train on and, if any are held out, to evaluate on."""
-    tokens = job.encoder.backbone.tokens
-    file = token_file(stage.data, stage.max_texts, tokens, job.folder.parent / TOKENS)
-    train, held_out = file.split(stage.held_out, job.seed)
-    blocks = Blocks(file, train, stage.block_length)
-    if devices.is_first():
-        job.folder.mkdir(parents=True, exist_ok=True)
-        _refuse_other_texts(job.folder, file.source)
-        facts = {
-            "source": file.source,
-            "texts": len(file.keys),
-            "repeated": len(file.keys) - len(train) - len(held_out),
-            "held_out": len(held_out),
-            "tokens": len(file.ids),
-            "blocks": len(blocks),
-            "dropped_tokens": blocks.dropped,
-        }
-        text = json.dumps(facts, indent=2) + "\n"
-        (job.folder / "data.json").write_text(text, encoding="utf-8")
-    evaluation = None
-    if len(held_out) and stage.eval_steps:
-        kept = Blocks(file, held_out, stage.block_length)
-        evaluation = BlockData(kept, masking, job.seed, apart)
-    return BlockData(blocks, masking, job.seed, apart), evaluation
-
-
-def _refuse_other_texts(folder: Path, source: str) -> None:
-    """An interrupted stage continues on the texts it began with, or not at all."""
-    facts = folder / "data.json"
-    if last_checkpoint(folder) is None or not facts.is_file():
-        return
-    if json.loads(facts.read_text(encoding="utf-8"))["source"] != source:
-        raise DataError(
-            f"the texts of {folder.name} have changed since its last checkpoint (names, sizes or "
-            "times of the files). Fix: put them back to continue, or take another output folder."
-        )
 
 
 def _apart(job: Job, stage: MNTP) -> bool:

@@ -9,8 +9,10 @@ memory, to the same loss.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +24,20 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from unmasked.errors import ModelError
+from unmasked.config import MNTP
+from unmasked.errors import DataError, ModelError
 from unmasked.packing import pack_documents, run_packed
-from unmasked.train.data import Blocks
+from unmasked.tokens import TextTokenizer
+from unmasked.train import devices
+from unmasked.train.checkpoints import last_checkpoint
+from unmasked.train.data import Blocks, token_file
 from unmasked.train.trainer import AdapterCheckpoints
 
 IGNORED = -100
+TOKENS = "tokens"
+"""Folder of the token file, in the run folder until MNTP is done."""
+MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
+"""Tokens of a forward: enough to keep the device busy."""
 LOGITS_AT_ONCE = 1 << 27
 """Rows times vocabulary of one chunk of logits: 0.5 GB in float32."""
 
@@ -249,6 +259,67 @@ class BlockData(Dataset[dict[str, Tensor]]):
         if begins is not None:
             batch["begins"] = begins
         return {name: row[0] for name, row in batch.items()}
+
+
+def block_data(
+    folder: Path,
+    stage: MNTP,
+    tokens: TextTokenizer,
+    masking: Masking,
+    seed: int,
+    apart: bool,
+) -> tuple[BlockData, BlockData | None]:
+    """Blocks to train on and, if any texts are held out, to evaluate on.
+
+    Args:
+        folder: of the stage; it gets ``data.json``, what was read and what was left out.
+        stage: the settings.
+        tokens: how texts become ids.
+        masking, seed, apart: as in `BlockData`.
+
+    Raises:
+        DataError: as `token_file` and `Blocks`, or the texts have changed since the checkpoint.
+    """
+    file = token_file(stage.data, stage.max_texts, tokens, folder.parent / TOKENS)
+    train, held_out = file.split(stage.held_out, seed)
+    blocks = Blocks(file, train, stage.block_length)
+    if devices.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        _refuse_other_texts(folder, file.source)
+        facts = {
+            "source": file.source,
+            "texts": len(file.keys),
+            "repeated": len(file.keys) - len(train) - len(held_out),
+            "held_out": len(held_out),
+            "tokens": len(file.ids),
+            "blocks": len(blocks),
+            "dropped_tokens": blocks.dropped,
+        }
+        text = json.dumps(facts, indent=2) + "\n"
+        (folder / "data.json").write_text(text, encoding="utf-8")
+    evaluation = None
+    if len(held_out) and stage.eval_steps:
+        kept = Blocks(file, held_out, stage.block_length)
+        evaluation = BlockData(kept, masking, seed, apart)
+    return BlockData(blocks, masking, seed, apart), evaluation
+
+
+def _refuse_other_texts(folder: Path, source: str) -> None:
+    """An interrupted stage continues on the texts it began with, or not at all."""
+    facts = folder / "data.json"
+    if last_checkpoint(folder) is None or not facts.is_file():
+        return
+    if json.loads(facts.read_text(encoding="utf-8"))["source"] != source:
+        raise DataError(
+            f"the texts of {folder.name} have changed since its last checkpoint (names, sizes or "
+            "times of the files). Fix: put them back to continue, or take another output folder."
+        )
+
+
+def micro_batch_rows(stage: MNTP, device: torch.device) -> int:
+    """Most blocks of an MNTP forward."""
+    budget = stage.micro_batch_tokens or MICRO_BATCH.get(device.type, 8192)
+    return max(1, budget // stage.block_length)
 
 
 def token_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -23,8 +23,7 @@ from unmasked.errors import UnmaskedError
 from unmasked.source import Source
 from unmasked.tokens import TextTokenizer, prepare_tokenizer
 from unmasked.train import devices
-from unmasked.train.fitting import micro_batch_rows
-from unmasked.train.mntp import LOGITS_AT_ONCE
+from unmasked.train.mntp import LOGITS_AT_ONCE, micro_batch_rows
 from unmasked.train.pairs import read_rows
 from unmasked.train.shapes import Base, Stage, attach, saved_activations
 

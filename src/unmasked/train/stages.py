@@ -32,8 +32,9 @@ from unmasked.model import LLM2Vec
 from unmasked.recipe import dump_recipe, load_recipe, recipe_differences
 from unmasked.train import devices
 from unmasked.train.data import read_texts, token_file
-from unmasked.train.fitting import TOKENS, Job, clear, fit, is_done
+from unmasked.train.fitting import Job, clear, fit, is_done
 from unmasked.train.mixing import prompts_of
+from unmasked.train.mntp import TOKENS
 from unmasked.train.pairs import check_rows
 from unmasked.train.trackers import require_trackers
 from unmasked.train.trainer import Report
