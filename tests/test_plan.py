@@ -94,7 +94,7 @@ def test_activations_are_what_autograd_keeps_of_a_real_forward(tiny_decoder, tex
 
 
 def test_gradient_checkpointing_and_full_training_are_counted(tiny_decoder, texts):
-    stage = {"batch_size": 4, "block_length": 64}
+    stage = {"batch_size": 4, "block_length": 64, "lora": {"rank": 1}}
     plain, checkpointed, full = (
         plan_of(tiny_decoder, texts, mntp={**stage, **change})[1].stages[0]
         for change in ({}, {"gradient_checkpointing": True}, {"lora": {"method": "full"}})
