@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerFast
 from unmasked.card import Card as Card
 from unmasked.card import render
 from unmasked.pooling import STOCK_MODES
+from unmasked.templates import PLAIN, Template
 from unmasked.tokens import MARK
 
 SETTINGS_NAME = "llm2vec_config.json"
@@ -43,12 +44,17 @@ NATIVE_KEY = "use_bidirectional_attention"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a folder says about turning texts into vectors; the original package's four keys."""
+    """What a folder says about turning texts into vectors.
+
+    The first four keys are the original package's; a folder without a ``template`` is one of its.
+    """
 
     pooling_mode: str = "mean"
     max_length: int = 512
     doc_max_length: int | None = None
     skip_instruction: bool = True
+    template: Template = PLAIN
+    compat: str | None = None
 
 
 def write_folder(
@@ -97,12 +103,19 @@ def write_folder(
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def read_prompts(path: Path) -> dict[str, str]:
-    """The prompts of a saved folder, without the mark that stands for an empty one."""
-    if not (path / PROMPTS_NAME).is_file():
-        return {}
-    saved = json.loads((path / PROMPTS_NAME).read_text(encoding="utf-8")).get("prompts") or {}
-    prompts = {name: (prompt or "").removeprefix(MARK) for name, prompt in saved.items()}
+def read_settings(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Every setting by name: as given (not None), else as saved, else the default."""
+    known = {field.name: getattr(Settings(), field.name) for field in fields(Settings)}
+    found = {key: saved[key] for key in known if key in saved}
+    return known | found | {key: value for key, value in given.items() if value is not None}
+
+
+def read_prompts(saved: dict[str, str], template: Template = PLAIN) -> dict[str, str]:
+    """The prompts as a folder has them, without the template and the mark for an empty one."""
+    prompts = {
+        name: (prompt or "").removeprefix(MARK).removeprefix(template.prefix)
+        for name, prompt in saved.items()
+    }
     return {name: prompt for name, prompt in prompts.items() if name != "default"}
 
 

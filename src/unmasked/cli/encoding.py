@@ -24,7 +24,7 @@ def convert(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Longest input, in tokens.", show_default="512")
     ] = None,
-    dtype: DTYPE = Dtype.auto,
+    dtype: DTYPE = Dtype.checkpoint,
     attention: Annotated[
         str | None, typer.Option(help="sdpa, eager, ...; transformers chooses by default.")
     ] = None,

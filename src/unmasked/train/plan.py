@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.masking_utils import AttentionMaskInterface
 
-from unmasked import adapters, loading
+from unmasked import adapters, loading, precision
 from unmasked.config import MNTP, Recipe, SimCSE, Supervised
 from unmasked.errors import UnmaskedError
 from unmasked.source import Source
@@ -118,7 +118,7 @@ def make_plan(recipe: Recipe, probe: bool = False) -> Plan:
         ModelError: the base has no config here or on the hub; DataError, RecipeError: as in a run.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = loading.pick_dtype(recipe.model.dtype, device)
+    dtype = precision.pick(recipe.model.dtype, device).dtype
     name, revision = recipe.model.base, recipe.model.revision
     base = Base(loading.load_config(name, revision=revision), dtype)
     tokens = _tokens(loading.load_tokenizer(name, revision=revision), recipe.model.max_length)

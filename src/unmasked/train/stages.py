@@ -24,7 +24,7 @@ import torch
 from sentence_transformers.util import get_device_name
 from transformers import set_seed
 
-from unmasked import __version__, folder, loading
+from unmasked import __version__, folder, precision
 from unmasked.config import Recipe, Supervised
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
@@ -90,7 +90,7 @@ class Run:
         self.listener = listener if listener and devices.is_first() else Listener()
         devices.join()
         self.device = torch.device(get_device_name())
-        self.dtype = loading.pick_dtype(recipe.model.dtype, self.device)
+        self.dtype = precision.pick(recipe.model.dtype, self.device).dtype
         self._check_folder()
 
     def run(self) -> LLM2Vec:
