@@ -205,6 +205,20 @@ class RunCallback(TrainerCallback):
             raise KeyboardInterrupt
         self.interrupted = True
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Tell data and samplers the epoch: accelerate, resuming inside one, leaves out the data."""
+        loader = given["train_dataloader"]
+        told = [loader.dataset]
+        sampler = loader.batch_sampler
+        while sampler is not None:
+            told.append(sampler)
+            sampler = getattr(sampler, "batch_sampler", None)
+        for listener in told:
+            if hasattr(listener, "set_epoch"):
+                listener.set_epoch(int(state.epoch or 0))
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
