@@ -76,6 +76,9 @@ def demo_recipe(folder: Path, size: Size) -> Recipe:
             f"supervised.data={data / 'pairs.jsonl'}",
             f"supervised.steps={size.supervised_steps}",
             f"supervised.warmup_steps={size.supervised_steps // 10}",
+            "supervised.batch_size=48",
+            "supervised.max_length=96",
+            "supervised.learning_rate=1e-3",
             f"evaluate.tasks={data / TASK}",
         ],
     )
