@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 
@@ -27,6 +28,8 @@ try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise MissingExtraError("matplotlib", "report") from error
+
+Given = ParamSpec("Given")
 
 INK, FAINT = "#10203a", "#8a94a6"
 OURS, CAUSAL = "#2a78d6", "#9aa3b2"
@@ -62,11 +65,21 @@ STYLE = {
 }
 
 
+def styled(draw: Callable[Given, Figure]) -> Callable[Given, Figure]:
+    """Draws in `STYLE`, which matplotlib reads as each part is made."""
+
+    @wraps(draw)
+    def drawn(*given: Given.args, **named: Given.kwargs) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            return draw(*given, **named)
+
+    return drawn
+
+
 def new_figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure of the usual width and style, with its axes."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height))
-        return figure, figure.subplots(rows, **options)
+    """A figure of the usual width, with its axes."""
+    figure = Figure(figsize=(WIDTH, height))
+    return figure, figure.subplots(rows, **options)
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> str:
@@ -86,6 +99,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> str:
     return svg.replace(INK, "currentColor").replace(FAINT, "var(--faint)")
 
 
+@styled
 def stages_figure(title: str, rows: Sequence[tuple[str, Interval, bool]]) -> Figure:
     """Scores with intervals, one row a stage.
 
@@ -106,10 +120,12 @@ def stages_figure(title: str, rows: Sequence[tuple[str, Interval, bool]]) -> Fig
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.margins(x=0.14)
     axes.grid(visible=False, axis="y")
-    axes.set_title(f"{title}  (x 100, 95 % interval)")
+    axes.set_title(title)
+    axes.set_xlabel("x 100, with 95 % interval", fontsize=8)
     return figure
 
 
+@styled
 def curves_figure(name: str, records: Sequence[dict[str, float]]) -> Figure:
     """Loss, held-out loss and learning rate of a stage, by step.
 
@@ -138,6 +154,7 @@ def curves_figure(name: str, records: Sequence[dict[str, float]]) -> Figure:
     return figure
 
 
+@styled
 def heatmap_figure(title: str, similarity: np.ndarray, limits: tuple[float, float]) -> Figure:
     """Cosines of a few texts with one another; each is named by its number, from 1.
 
@@ -162,6 +179,7 @@ def heatmap_figure(title: str, similarity: np.ndarray, limits: tuple[float, floa
     return figure
 
 
+@styled
 def map_figure(title: str, points: np.ndarray, groups: Sequence[str], name: str) -> Figure:
     """Texts as points of the plane, coloured by group; the page adds the texts on hover.
 
