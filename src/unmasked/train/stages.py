@@ -97,7 +97,7 @@ class Run:
         self.listener.stage("checking texts and model")
         self._check_inputs()
         self._write_recipe()
-        done: list[str | Path] = [self.recipe.model.base]
+        done: list[str | Path] = [self.recipe.model.base, *self.recipe.model.adapters]
         if self.score is not None:
             for mode in BASELINES:
                 causal = partial(self._encoder, pooling_mode=mode, enable_bidirectional=False)
@@ -147,7 +147,7 @@ class Run:
                 check_rows(stage.data)
             else:
                 read_texts(stage.data, stage.max_texts)
-        self._encoder([self.recipe.model.base])
+        self._encoder([self.recipe.model.base, *self.recipe.model.adapters])
 
     def _write_recipe(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -171,6 +171,7 @@ class Run:
             "dtype": str(self.dtype).removeprefix("torch."),
             "attn_implementation": model.attention,
             "allow_partial": model.allow_partial,
+            "enable_bidirectional": model.bidirectional,
             "revision": model.revision if base == model.base else None,
             "prompts": prompts_of(last.data) if last else None,
             **overrides,
