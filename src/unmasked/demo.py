@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from unmasked.config import Recipe
 from unmasked.docstrings import Docstring, collect, pairs
 from unmasked.errors import DataError
-from unmasked.evaluate.compare import make_scorer
+from unmasked.evaluate.scorer import make_scorer
 from unmasked.model import LLM2Vec
 from unmasked.recipe import load_recipe
 

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from unmasked.card import Card as Card
+from unmasked.card import render
 from unmasked.pooling import STOCK_MODES
 from unmasked.templates import PLAIN, Template
 from unmasked.tokens import MARK
@@ -53,15 +55,6 @@ class Settings:
     skip_instruction: bool = True
     template: Template = PLAIN
     compat: str | None = None
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the model card says beyond the settings."""
-
-    base: str = "a decoder-only language model"
-    bidirectional: str = ""
-    sections: dict[str, str] = field(default_factory=dict)
 
 
 def write_folder(
@@ -106,7 +99,7 @@ def write_folder(
         )
         _write_json(folder / PROMPTS_NAME, _prompts(prompts))
         _write_json(folder / SETTINGS_NAME, asdict(settings))
-        text = _card(card or Card(), settings, width, limit)
+        text = render(card or Card(), settings, width, limit)
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -204,36 +197,3 @@ def _prompts(prompts: dict[str, str]) -> dict[str, Any]:
         "default_prompt_name": "default",
         "similarity_fn_name": "cosine",
     }
-
-
-def _card(card: Card, settings: Settings, width: int, limit: int) -> str:
-    sections = "\n".join(f"\n## {title}\n\n{text}" for title, text in card.sections.items())
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-- sentence-transformers
-- feature-extraction
-- llm2vec
-- unmasked
----
-
-# Text encoder from {card.base}
-
-A decoder-only language model with its causal mask removed (LLM2Vec, arXiv 2404.05961), made with
-[unmasked](https://pypi.org/project/unmasked). {card.bidirectional}
-
-- vectors of {width} numbers, compared by cosine
-- pooling `{settings.pooling_mode}` over the text's own tokens: never BOS, padding or the prompt
-- texts are cut at {limit} tokens
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("path/to/this/folder")
-vectors = model.encode(["a text", "another text"])
-```
-
-A prompt should end in a newline, or in a colon with nothing behind it: after a space, the text's
-first word merges with the prompt, and this loader then leaves it out of the vector.
-{sections}"""

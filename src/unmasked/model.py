@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
@@ -31,6 +32,7 @@ from unmasked.packing import enable_packing
 from unmasked.pooling import TextPooling, check_mode
 from unmasked.templates import Template, check_compat, read_template
 from unmasked.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.words import word_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -273,6 +275,12 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             width = kwargs.get("truncate_dim") or self.get_embedding_dimension()
             vectors = vectors.reshape(0, width)
         return vectors.cpu() if self.settings.compat and isinstance(vectors, Tensor) else vectors
+
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], previous: bool = False
+    ) -> list[np.ndarray]:
+        """Vectors (W, D) of the words of each sentence; see `words.word_vectors`."""
+        return word_vectors(self, self.backbone.tokens, sentences, previous)
 
     @torch.inference_mode()
     def _inference(  # type: ignore[override]

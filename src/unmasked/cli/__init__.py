@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from unmasked import __version__
-from unmasked.cli import encoding, evaluating, recipes, training
+from unmasked.cli import encoding, evaluating, publishing, recipes, training
 from unmasked.cli.failures import Verbs
 
 app = typer.Typer(
@@ -34,6 +34,8 @@ VERBS = (
     encoding.encode,
     evaluating.evaluate,
     evaluating.doctor,
+    publishing.report,
+    publishing.push,
 )
 for verb in VERBS:
     app.command()(verb)

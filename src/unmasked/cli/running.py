@@ -15,7 +15,8 @@ import yaml
 
 from unmasked.cli import terminal, views
 from unmasked.config import Recipe
-from unmasked.evaluate.compare import CAUSAL, headlines, make_scorer
+from unmasked.evaluate.compare import CAUSAL, headlines
+from unmasked.evaluate.scorer import RESULTS, make_scorer
 from unmasked.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def run_recipe(recipe: Recipe, path: Path) -> None:
     Raises:
         UnmaskedError: see `train.stages.Run`.
     """
-    score = make_scorer(recipe.evaluate.tasks) if recipe.evaluate.tasks else None
+    tasks = recipe.evaluate.tasks
+    score = make_scorer(tasks, results=path / RESULTS) if tasks else None
     with terminal.waiting("loading the libraries"):
         from unmasked.train.stages import Run
 

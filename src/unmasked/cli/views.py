@@ -48,17 +48,19 @@ def stage_table(
             terminal.show(text)
 
 
-def score_table(rows: Sequence[Row]) -> None:
+def score_table(rows: Sequence[Row], every: bool = False) -> None:
     """One row a task and metric, or, of several encoders, a task and encoder.
 
-    Several encoders are shown by the metric to report alone, with what the first gains on each.
+    Several encoders are shown by the metric to report alone unless every one is asked for, with
+    what the first gains on each.
     """
     first = rows[0].encoder
     if all(row.encoder == first for row in rows):
         cells = [[r.task, r.metric, _percent(r.score), _range(r.score)] for r in rows]
         terminal.table(["task", "metric", "score", "95 % interval"], cells)
         return
-    shown = headlines(f"{row.task}.{row.metric}" for row in rows)
+    names = [f"{row.task}.{row.metric}" for row in rows]
+    shown = names if every else headlines(names)
     rows = [row for row in rows if f"{row.task}.{row.metric}" in shown]
     cells = [
         [f"{r.task}.{r.metric}", r.encoder, _percent(r.score), _range(r.score), *_gained(r.gain)]
@@ -100,8 +102,12 @@ def _signed(gain: Interval) -> str:
 
 
 def _range(value: Interval) -> str:
+    if value.low == value.high:
+        return "-"  # mteb's results keep no items to draw from
     return f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
 
 
 def _clear(gain: Interval) -> str:
-    return ("worse, " if gain.high < 0 else "") + ("clear of zero" if gain.clear else "not clear")
+    if not gain.clear:
+        return "not clear: may be chance"
+    return "worse, clear of zero" if gain.high < 0 else "clear of zero"

@@ -34,7 +34,8 @@ class TaskResult:
         scores: Each metric as a fraction.
         items: What a bootstrap redraws, arrays of one length: each metric per query or text; for
             pairs the similarities and `gold`, from which metrics are computed anew. Where the task
-            redrew its own test sets: the metric on each, under `redrawn_key`.
+            redrew its own test sets: the metric on each, under `redrawn_key`. Where a metric is a
+            share: both sides of it per sentence, under `ratio_keys`.
     """
 
     name: str
@@ -163,6 +164,11 @@ def redrawn_key(metric: str) -> str:
     return f"redrawn {metric}"
 
 
+def ratio_keys(metric: str) -> tuple[str, str]:
+    """Where a result keeps what was hit, and of how much, for a metric that is a share of both."""
+    return f"{metric} hits", f"{metric} of"
+
+
 def _centred(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Deviations from each sample's mean, (S, N), rounding noise of equal values set to zero."""
     means = (counts * values).sum(axis=1, keepdims=True) / counts.sum(axis=1, keepdims=True)
@@ -187,6 +193,10 @@ def _statistic(result: TaskResult, metric: str) -> tuple[Callable[[np.ndarray], 
     if metric in result.items:
         values = result.items[metric]
         return lambda counts: counts @ values / len(values), len(values)
+    hits, of = ratio_keys(metric)
+    if hits in result.items:
+        above, below = result.items[hits], result.items[of]
+        return lambda counts: counts @ above / np.maximum(counts @ below, 1), len(above)
     if metric in SIMILARITIES:
         return (
             lambda counts: best_precision(result.items, SIMILARITIES[metric], counts),

@@ -187,15 +187,10 @@ class Run:
     def _card(self, encoder: LLM2Vec) -> folder.Card:
         recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")
         sections = {"Recipe": f"```yaml\n{recipe}```"}
-        if stages := self.results():
-            names = list(stages[0]["scores"])
-            lines = ["| stage | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-            for stage in stages:
-                cells = [f"{stage['scores'][name]:.4f}" for name in names]
-                lines.append(f"| {stage['name']} | " + " | ".join(cells) + " |")
-            sections["Scores"] = "\n".join(lines)
-        base = str(self.recipe.model.base)
-        return folder.Card(base, encoder.report.summary(), sections)
+        stages = (self.recipe.mntp, self.recipe.simcse)
+        data = dict.fromkeys(str(path) for stage in stages if stage for path in stage.data)
+        base, proof = str(self.recipe.model.base), encoder.report.summary()
+        return folder.Card(base, proof, sections, list(data), self.results())
 
     # Scores
 
