@@ -50,7 +50,7 @@ from benchmarks.encode import SMOLLM_135M, environment
 from benchmarks.texts import read_sentences
 from unmasked import LLM2Vec, adapters, docstrings, loading
 from unmasked.tokens import TextTokenizer
-from unmasked.train.contrastive import TwoViewsLoss, attention_dropout
+from unmasked.train.contrastive import TwoViewsLoss
 from unmasked.train.data import make_blocks
 from unmasked.train.mntp import MaskedNextTokenModel, Masking
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unmasked.errors import DataError
 from unmasked.original import text_mask
-from unmasked.packing import pack, run_packed
+from unmasked.packing import Packed, pack, run_packed
 from unmasked.templates import PLAIN
 from unmasked.tokens import TextTokenizer, TokenRow
 
@@ -155,8 +155,8 @@ class Backbone(InputModule):
             row, position and "is text" of the N real tokens.
         """
         ids, attention = features["input_ids"], features["attention_mask"]
-        packed = pack(attention) if self.unpackable is None else None
-        if packed is not None:
+        if self.unpackable is None:
+            packed: Packed = features.get("packed") or pack(attention)
             rows, columns, positions = packed.rows, packed.columns, packed.positions
             states = run_packed(self.auto_model, ids, packed)  # (N, D)
             padded = None

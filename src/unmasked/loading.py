@@ -27,11 +27,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from unmasked import adapters
+from unmasked import adapters, precision
 from unmasked.adapters import Source
 from unmasked.bidirectional import Report, open_config, open_mask, require
 from unmasked.errors import ModelError, NotBidirectionalError
 from unmasked.folder import PROMPTS_NAME, SETTINGS_NAME
+from unmasked.precision import Precision
 from unmasked.templates import PUBLISHED, detect
 from unmasked.tokens import without_blank_mask
 
@@ -51,21 +52,13 @@ def resolve_base(base: str | Path) -> str:
     return str(bundled_path()) if str(base) == BUNDLED else str(base).rstrip("/") or "/"
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype for a device: ``auto`` is bfloat16 on a GPU that has it, else float32."""
-    if dtype != "auto":
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
-
-
 @dataclass(frozen=True)
 class Loaded:
     """A transformer, its tokenizer, and what its folder says.
 
     Attributes:
         report: the proof; None if the model was left causal on purpose.
+        precision: of the weights, and why.
         settings: how texts become vectors, as far as the folder says.
         prompts: name → text put before inputs, as saved.
     """
@@ -73,6 +66,7 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     report: Report | None
+    precision: Precision
     settings: dict[str, Any] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
 
@@ -81,7 +75,8 @@ def load(
     name: str | Path,
     peft: str | Path | list[str | Path] | None = None,
     enable_bidirectional: bool = True,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
+    device: str = "cpu",
     attention: str | None = None,
     allow_partial: bool = False,
     base: str | Path | None = None,
@@ -95,7 +90,8 @@ def load(
         name: `nano`, a folder or a hub name; one with an adapter stands for its base plus it.
         peft: adapter or adapters to merge, in this order; ``owner/name@revision`` is a revision.
         enable_bidirectional: False leaves the model as it was trained.
-        dtype: of the weights.
+        dtype: of the weights; see `precision.pick`.
+        device: where it will run; only `dtype` looks at it.
         attention: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None lets transformers choose,
             and eager is tried where that choice stays causal.
         allow_partial: accept a model with causal mixing layers beside attention.
@@ -112,13 +108,14 @@ def load(
     added = [_peft_source(item, hub) for item in _listed(peft)]
     trunk, chain = _resolve_chain(given, base)
     config = _load_config(trunk, given if chain else None)
+    chosen = precision.pick(dtype, torch.device(device), config)
     original = is_original(given) or any(is_original(source) for source in added)
     tokenizer = _load_tokenizer(given if chain and _has_tokenizer(given) else trunk)
     weights = {"use_safetensors": None if allow_pickle else True}
     attempts = [attention] if attention else [None, "eager"]
     for number, implementation in enumerate(attempts, start=1):
         live = open_config(config) if enable_bidirectional else config
-        model = _load_model(trunk, live, dtype, implementation, **weights)
+        model = _load_model(trunk, live, chosen.dtype, implementation, **weights)
         report = open_mask(model) if enable_bidirectional else None
         try:
             if report is not None:
@@ -138,7 +135,7 @@ def load(
             settings["template"] = found or PUBLISHED
             logger.info("original checkpoint %s: %s", given.name, settings["template"])
     saved = _read_json(given, PROMPTS_NAME).get("prompts") or {}
-    return Loaded(model.eval(), tokenizer, report, settings, saved)
+    return Loaded(model.eval(), tokenizer, report, chosen, settings, saved)
 
 
 def is_original(source: Source) -> bool:
@@ -245,6 +242,24 @@ def load_causal_lm(
             "Fix: start MNTP from the decoder itself."
         )
     return model  # type: ignore[no-any-return]
+
+
+def load_config(base: str | Path, **hub: Any) -> PretrainedConfig:
+    """The config alone, mask open: nothing else is fetched.
+
+    Raises:
+        ModelError: there is none here or on the hub.
+    """
+    return open_config(_load_config(Source(resolve_base(base), hub)))
+
+
+def load_tokenizer(base: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer alone.
+
+    Raises:
+        ModelError: there is none here or on the hub.
+    """
+    return _load_tokenizer(Source(resolve_base(base), hub))
 
 
 def _load_config(source: Source, adapter: Source | None = None) -> PretrainedConfig:

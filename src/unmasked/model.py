@@ -19,17 +19,18 @@ import numpy as np
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import batch_to_device, get_device_name, truncate_embeddings
+from sentence_transformers.util import get_device_name
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from unmasked import adapters, folder, loading, original
-from unmasked.batches import plan_batches, token_budget
+from unmasked.batches import token_budget
 from unmasked.bidirectional import Report, open_mask, prove, stock_needs_eager
 from unmasked.encoder import Backbone, split_pairs
+from unmasked.inference import SENTENCE, Job, row_outputs, sentence_vectors
 from unmasked.packing import enable_packing
 from unmasked.pooling import TextPooling, check_mode
+from unmasked.precision import Precision
 from unmasked.templates import Template, check_compat, read_template
 from unmasked.tokens import TextTokenizer, prepare_tokenizer
 from unmasked.words import word_vectors
@@ -82,7 +83,7 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
         enable_bidirectional: bool = False,
     ) -> None:
         if isinstance(model, str | Path):
-            loaded = loading.load(model)
+            loaded = loading.load(model, dtype="auto", device=device or get_device_name())
             base = base or str(model)
             model, tokenizer, report = loaded.model, loaded.tokenizer, loaded.report
         if tokenizer is None:
@@ -115,6 +116,8 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             backbone.get_embedding_dimension(), pooling_mode, skip_instruction, tokens.counted
         )
         super().__init__(modules=[backbone, pooling], device=device, prompts=prompts)
+        self.precision: Precision | None = None  # known where it was loaded by name
+        self.tokens_encoded = 0  # real tokens that went through `encode`, for speeds
         self.settings = settings
         self.base = base or str(getattr(model.config, "_name_or_path", "") or "a decoder")
         if report is None and self.report.verdict != "full":
@@ -162,7 +165,8 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             template: as in the constructor; by default what the folder says, or, for a checkpoint
                 of the original package, what its tokenizer says.
             compat: as in the constructor.
-            dtype: ``auto`` (bfloat16 on GPU, float32 on CPU), or a torch dtype's name.
+            dtype: ``auto`` (what is fast here: `precision.pick`), ``checkpoint`` (the same, but
+                never less than the checkpoint has), or a torch dtype's name.
             attn_implementation: as in transformers; chosen by default.
             allow_partial: accept a model some of whose layers stay causal by construction.
             device: where to run.
@@ -181,7 +185,8 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             base_model_name_or_path,
             peft_model_name_or_path,
             enable_bidirectional,
-            loading.pick_dtype(name, torch.device(device)),
+            name,
+            device,
             attn_implementation,
             allow_partial,
             base,
@@ -198,7 +203,7 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             "compat": compat,
         }
         settings = folder.read_settings(loaded.settings, given)
-        return cls(
+        encoder = cls(
             loaded.model,
             loaded.tokenizer,
             **settings,
@@ -208,6 +213,8 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             report=loaded.report or prove(loaded.model),
             base=str(base_model_name_or_path),
         )
+        encoder.precision = loaded.precision
+        return encoder
 
     def _pack(self, model: nn.Module) -> str | None:
         """Switch on packed attention; returns why not, if not."""
@@ -298,40 +305,26 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
         **_: Any,
     ) -> Any:
         """The inner loop of `encode`, also run by the workers of multi-process encoding."""
-        target = self._resolve_inference_device(device)
-        rows = self.backbone.tokenize_inputs(inputs, prompt)
         by_tokens = batch_size == _BY_TOKENS
-        batches = plan_batches(
-            [len(row.ids) for row in rows],
+        target = torch.device(self._resolve_inference_device(device))
+        job = Job(
+            target,
+            prompt,
             token_budget(target) if by_tokens else None,
             None if by_tokens else batch_size,
+            output_value,
+            normalize_embeddings,
+            truncate_dim,
+            save_to_cpu,
+            show_progress_bar,
         )
-        results: list[Any] = [None] * len(rows)
         was_training = self.training
         self.eval()
         try:
-            with tqdm(total=len(rows), unit="text", disable=not show_progress_bar) as bar:
-                for batch in batches:
-                    features: dict[str, Any] = self.backbone.collate([rows[i] for i in batch])
-                    features["repad"] = output_value != "sentence_embedding"
-                    outputs = self(batch_to_device(features, target))
-                    if output_value == "sentence_embedding":
-                        values = outputs["sentence_embedding"].float()
-                        if truncate_dim is not None:
-                            values = truncate_embeddings(values, truncate_dim)
-                        if normalize_embeddings:
-                            values = nn.functional.normalize(values, dim=1)
-                        values = values.cpu() if save_to_cpu else values
-                    else:
-                        values = _per_row(outputs, [len(rows[i].ids) for i in batch], output_value)
-                    for index, value in zip(batch, values, strict=True):
-                        results[index] = value
-                    bar.update(len(batch))
+            run: Any = sentence_vectors if output_value == SENTENCE else row_outputs
+            return run(self, inputs, job)
         finally:
             self.train(was_training)
-        if output_value == "sentence_embedding":
-            return torch.stack(results) if results else torch.empty(0, device=target)
-        return results
 
     def merged_model(self) -> nn.Module:
         """The bare transformer with an attached adapter, if any, merged into a copy."""
@@ -389,13 +382,3 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
     def save_pretrained(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """The same as `save`."""
         self.save(path, *args, **kwargs)
-
-
-def _per_row(outputs: dict[str, Any], lengths: list[int], name: str | None) -> list[Any]:
-    """Token states (T, D) of each row without padding, or every output of each row."""
-    if name == "token_embeddings":
-        return [
-            states[:length].float() for states, length in zip(outputs[name], lengths, strict=True)
-        ]
-    per_row = {k: v for k, v in outputs.items() if not k.startswith("packed_")}
-    return [{k: v[i] for k, v in per_row.items()} for i in range(len(lengths))]

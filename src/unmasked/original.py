@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HUB = ("revision", "token", "cache_dir", "local_files_only")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def loading_options(dtype: Any, device: str | None, kwargs: dict[str, Any]) -> tuple[str, Any, Any]:
@@ -39,8 +38,6 @@ def loading_options(dtype: Any, device: str | None, kwargs: dict[str, Any]) -> t
     """
     rest = dict(kwargs)
     dtype = str(rest.pop("torch_dtype", None) or dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ModelError(unknown("dtype", dtype, DTYPES))
     device = device or _one_device(rest.pop("device_map", None))
     if rest.pop("trust_remote_code", False):
         logger.info("trust_remote_code is not needed: code from a repository is never run.")

@@ -53,8 +53,12 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 def dump_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the recipe with every default spelt out; ``load_recipe`` reads back an equal one."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    Path(path).write_text(recipe_text(recipe), encoding="utf-8")
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as YAML, with every default spelt out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def recipe_differences(a: Recipe, b: Recipe) -> list[str]:

@@ -128,7 +128,10 @@ def _header(work: Run) -> list[tuple[str, str]]:
     rows = [
         ("base", recipe.model.base),
         ("device", work.device.type),
-        ("dtype", f"{dtype} (auto: bfloat16 on a GPU that has it)" if auto else dtype),
+        (
+            "dtype",
+            f"{dtype} (auto: bfloat16 on a GPU that has it, float32 on CPU)" if auto else dtype,
+        ),
         ("attention", recipe.model.attention or "as transformers chooses"),
         ("stages", ", ".join(stages) or "none: converted only"),
         ("tasks", ", ".join(recipe.evaluate.tasks) or "none: nothing is scored"),

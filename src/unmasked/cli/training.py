@@ -69,3 +69,28 @@ def train(
     from unmasked.cli.running import run_recipe, stage_recipe
 
     run_recipe(stage_recipe(stage.value, base, data, output, overrides or []), output)
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe.")],
+    overrides: OVERRIDES = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also measure the time of a step on this machine.")
+    ] = False,
+    show_recipe: Annotated[
+        bool, typer.Option("--recipe", help="Also show the recipe with every default.")
+    ] = False,
+) -> None:
+    """What a recipe would cost: steps, tokens, FLOPs, memory, disk, time. Fetches no weights."""
+    from unmasked.cli import terminal, views
+    from unmasked.recipe import load_recipe, recipe_text
+
+    resolved = load_recipe(recipe, overrides or [])
+    with terminal.waiting("measuring" if probe else "counting"):
+        from unmasked.train.plan import make_plan
+
+        terminal.quiet_libraries()
+        found = make_plan(resolved, probe)
+    if show_recipe:
+        terminal.show(recipe_text(resolved))
+    views.plan_table(resolved, found)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -49,6 +50,8 @@ from unmasked.train.pairs import split_rows, store_rows
 from unmasked.train.supervised import RankingLoss
 from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
 
+MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
+"""Tokens of an MNTP forward: enough to keep the device busy."""
 ROWS = "rows.arrow"
 """The checked rows of a supervised stage, while it trains."""
 DONE = (adapters.CONFIG_NAME, "config.json")
@@ -98,7 +101,6 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
     language_model: Any = loading.load_causal_lm(
         job.model.base, dtype, job.encoder.report.attention, revision=job.model.revision
     )
-    language_model.to(job.encoder.device)
     mask_id = find_mask_id(tokens.tokenizer, stage.mask_token)
     vocabulary = language_model.config.get_text_config().vocab_size
     if mask_id is None:
@@ -117,16 +119,17 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
     if held_out and stage.eval_steps:
         evaluation = _blocks(job, stage, held_out, tokens, masking)
     callback = _callback(job, stage)
+    most_rows = micro_batch_rows(stage, job.encoder.device)
     trainer = MaskedNextTokenTrainer(
-        model=MaskedNextTokenModel(model, language_model),
+        model=MaskedNextTokenModel(model, language_model).to(job.encoder.device),
         args=TrainingArguments(
-            **stage_arguments(stage, job.folder, job.seed),
+            **stage_arguments(stage, job.folder, job.seed, most_rows),
             remove_unused_columns=False,
             label_names=["labels"],
             eval_strategy="steps" if evaluation else "no",
             eval_steps=stage.eval_steps or None,
             eval_on_start=evaluation is not None,
-            per_device_eval_batch_size=stage.batch_size,
+            per_device_eval_batch_size=most_rows,
         ),
         data_collator=default_data_collator,
         train_dataset=_blocks(job, stage, train, tokens, masking),
@@ -135,6 +138,12 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
         callbacks=_callbacks(job, callback),
     )
     _fit(job, trainer, callback, model)
+
+
+def micro_batch_rows(stage: MNTP, device: torch.device) -> int:
+    """Most blocks of an MNTP forward."""
+    budget = stage.micro_batch_tokens or MICRO_BATCH.get(device.type, 8192)
+    return max(1, budget // stage.block_length)
 
 
 def _fit_simcse(job: Job, stage: SimCSE) -> None:

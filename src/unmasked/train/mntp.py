@@ -64,6 +64,9 @@ class MaskedNextTokenModel(nn.Module):
         setattr(language_model, language_model.base_model_prefix, GivenStates())
         self.head = language_model.requires_grad_(False)
         self.config = language_model.config
+        output: Any = language_model.get_output_embeddings()
+        if output is not None and getattr(self.config, "tie_word_embeddings", False):
+            output.weight = trunk.get_input_embeddings().weight  # type: ignore[operator, union-attr]
 
     def forward(
         self,

@@ -24,11 +24,12 @@ import torch
 from sentence_transformers.util import get_device_name
 from transformers import set_seed
 
-from unmasked import __version__, folder, loading
+from unmasked import __version__, folder, precision
 from unmasked.config import Recipe, Supervised
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
 from unmasked.recipe import dump_recipe, load_recipe, recipe_differences
+from unmasked.train import devices
 from unmasked.train.data import read_texts
 from unmasked.train.fitting import Job, fit, is_done
 from unmasked.train.mixing import prompts_of
@@ -86,9 +87,10 @@ class Run:
         self.recipe = recipe
         self.path = Path(path)
         self.score = score
-        self.listener = listener or Listener()
+        self.listener = listener if listener and devices.is_first() else Listener()
+        devices.join()
         self.device = torch.device(get_device_name())
-        self.dtype = loading.pick_dtype(recipe.model.dtype, self.device)
+        self.dtype = precision.pick(recipe.model.dtype, self.device).dtype
         self._check_folder()
 
     def run(self) -> LLM2Vec:
@@ -96,7 +98,9 @@ class Run:
         set_seed(self.recipe.seed)
         self.listener.stage("checking texts and model")
         self._check_inputs()
-        self._write_recipe()
+        if devices.is_first():
+            self._write_recipe()
+        devices.wait()
         done: list[str | Path] = [self.recipe.model.base, *self.recipe.model.adapters]
         if self.score is not None:
             for mode in BASELINES:
@@ -111,9 +115,10 @@ class Run:
             done = [*([] if stage.lora.method == "full" else done), self.path / name]
             self._score(name, partial(self._encoder, done))
         encoder = self._encoder(done)
-        if not (self.path / "model" / "config.json").is_file():
+        if devices.is_first() and not (self.path / "model" / "config.json").is_file():
             self.listener.stage("saving")
             encoder.save(self.path / "model", card=self._card(encoder))
+        devices.wait()
         return encoder
 
     def results(self) -> list[dict[str, Any]]:
@@ -134,7 +139,10 @@ class Run:
                     + "\n  ".join(changed)
                     + "\nFix: the same settings to continue it, or another output folder."
                 )
-        elif self.path.exists() and {item.name for item in self.path.iterdir()} - {"data"}:
+        elif self.path.exists() and {item.name for item in self.path.iterdir()} - {
+            "data",
+            "recipe.tmp",
+        }:
             raise OutputError(
                 f"{self.path} exists and is no run folder (it has no recipe.yaml). "
                 "Fix: another output folder."
@@ -195,11 +203,16 @@ class Run:
     # Scores
 
     def _score(self, name: str, make: Callable[[], LLM2Vec]) -> None:
+        if self.score is not None and devices.is_first():
+            self._score_here(self.score, name, make)
+        devices.wait()
+
+    def _score_here(self, score: Score, name: str, make: Callable[[], LLM2Vec]) -> None:
         stages = self.results()
-        if self.score is None or any(stage["name"] == name for stage in stages):
+        if any(stage["name"] == name for stage in stages):
             return
         self.listener.stage(f"scoring {name}")
-        results = self.score(make())
+        results = score(make())
         items = {f"{r.name}.{key}": value for r in results for key, value in r.items.items()}
         (self.path / "scores").mkdir(exist_ok=True)
         np.savez(self.path / "scores" / f"{name}.npz", **items)  # type: ignore[arg-type]
