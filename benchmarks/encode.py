@@ -10,7 +10,8 @@ before anything is timed: a fast wrong answer is no result.
 does in a 2048³ matrix product, timed in the same rounds.
 
     python -m benchmarks                                  # quick: five minutes on two cores
-    python -m benchmarks.encode --dtype bfloat16 --json results/encode.json
+    python -m benchmarks.encode --dtype float32 --json results/encode.json
+    python -m benchmarks.encode --upstream-python llm2vec-venv/bin/python
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import mean, median
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -30,10 +34,11 @@ import sentence_transformers
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoTokenizer, LlamaConfig
+from sentence_transformers.util import get_device_name
+from transformers import AutoConfig, AutoModel, AutoTokenizer, LlamaConfig
 
 from benchmarks.texts import build_mixes, read_sentences
-from unmasked import LLM2Vec, __version__
+from unmasked import LLM2Vec, __version__, precision
 from unmasked.loading import bundled_path
 
 SMOLLM_135M = {
@@ -45,14 +50,17 @@ SMOLLM_135M = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 2048,
 }
-QUICK = {"short": 96, "passages": 32, "mixed": 160, "korean": 48}
+QUICK = {"short": 72, "passages": 24, "mixed": 96, "korean": 48}
 FULL = {"short": 512, "passages": 128, "mixed": 640, "korean": 256}
-"""Texts a mix. The documents, a fifth of `mixed`, fill whole batches of 32, as the rival cuts."""
+"""Texts a mix. In a small `mixed`, batches of 32 that hold both kinds of text weigh more."""
 
 OURS, STOCK, DEFAULT = "unmasked", "sentence-transformers", "sentence-transformers, default"
+UPSTREAM = "llm2vec 0.2.3"
 LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99}
 
 Encode = Callable[[list[str]], np.ndarray]
+Timed = Callable[[list[str]], tuple[float, float]]
+"""Encodes texts; wall and CPU seconds."""
 
 
 def save_model(folder: Path, model: str | None, tokenizer: str) -> None:
@@ -117,30 +125,70 @@ def check_vectors(vectors: dict[str, np.ndarray], dtype: str) -> float:
     return least
 
 
+def timed(encode: Encode) -> Timed:
+    """A system of this process."""
+
+    def run(texts: list[str]) -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        encode(texts)
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    return run
+
+
+@contextmanager
+def upstream(python: str | None, folder: Path, dtype: str) -> Iterator[dict[str, Timed]]:
+    """The original package in its own process, which takes its turns; nothing without `python`."""
+    if python is None:
+        yield {}
+        return
+    script = str(Path(__file__).parent / "upstream.py")
+    command = [python, script, str(folder), dtype, str(torch.get_num_threads())]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+
+        def ask(texts: list[str]) -> tuple[float, float]:
+            process.stdin.write(json.dumps(texts) + "\n")
+            process.stdin.flush()
+            wall, cpu = json.loads(process.stdout.readline())
+            return wall, cpu
+
+        if not process.stdout.readline():
+            raise SystemExit(f"{python} cannot run llm2vec; what it said stands above")
+        yield {UPSTREAM: ask}
+        process.stdin.close()
+
+
 def time_rounds(
-    systems: dict[str, Encode], texts: list[str], rounds: int, peak: Callable[[], float]
+    systems: dict[str, Timed], texts: list[str], rounds: int, peak: Callable[[], float]
 ) -> tuple[dict[str, list[tuple[float, float]]], list[float]]:
     """(wall, CPU) seconds of every system and the machine's peak, in turns."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
     peaks = []
     for _ in range(rounds):
         peaks.append(peak())
-        for name, encode in systems.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            encode(texts)
-            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+        for name, run in systems.items():
+            seconds[name].append(run(texts))
     return seconds, peaks
 
 
 def measure(
-    model: LLM2Vec, systems: dict[str, Encode], texts: list[str], dtype: str, rounds: int
+    model: LLM2Vec,
+    systems: dict[str, Encode],
+    others: dict[str, Timed],
+    texts: list[str],
+    dtype: str,
+    rounds: int,
 ) -> dict[str, Any]:
     """One mix: check the vectors (which warms up as well), then time it."""
     lengths = [len(row.ids) for row in model.backbone.tokenize_inputs(texts)]
     sample = texts[:32]
     least = check_vectors({name: encode(sample) for name, encode in systems.items()}, dtype)
+    turns = {name: timed(encode) for name, encode in systems.items()} | others
+    for run in others.values():
+        run(sample)
     seconds, peaks = time_rounds(
-        systems, texts, rounds, lambda: gemm_peak(getattr(torch, dtype), model.device)
+        turns, texts, rounds, lambda: gemm_peak(getattr(torch, dtype), model.device)
     )
     wall = {name: median(w for w, _ in pairs) for name, pairs in seconds.items()}
 
@@ -149,7 +197,9 @@ def measure(
         return median(theirs[which] / ours[which] for theirs, ours in pairs)
 
     default = DEFAULT if DEFAULT in systems else STOCK
+    original = {"vs_llm2vec": ratio(UPSTREAM, 0)} if UPSTREAM in others else {}
     return {
+        **original,
         "texts": len(texts),
         "mean_tokens": mean(lengths),
         "longest": max(lengths),
@@ -190,8 +240,8 @@ def environment(model: LLM2Vec, name: str, dtype: str, source: str) -> dict[str,
 
 HEADER = (
     "| mix | texts | tokens, mean / longest | texts/s | vs ST, wall / CPU time "
-    "| vs ST default, wall / CPU time | share of peak | least cosine |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| vs ST default, wall / CPU time | vs llm2vec 0.2.3 | share of peak | least cosine |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -203,6 +253,7 @@ def markdown_row(name: str, mix: dict[str, Any]) -> str:
         f"| {mix['texts_per_second']:.1f} "
         f"| **{mix[rival]:.2f}×** / {mix[f'{rival}_cpu_time']:.2f}× "
         f"| {mix[f'{rival}_default']:.2f}× / {mix[f'{rival}_default_cpu_time']:.2f}× "
+        f"| {f'{original:.2f}×' if (original := mix.get('vs_llm2vec')) else '-'} "
         f"| {mix['share_of_peak']:.0%} of {mix['peak_gflops']:.0f} GFLOP/s "
         f"| {mix['least_cosine']:.5f} |"
     )
@@ -219,7 +270,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--tokenizer", default=str(bundled_path()), help="for the random model; default: nano's"
     )
     parser.add_argument("--data", type=Path, help="folder with text/*wiki_sentences.txt.gz")
-    parser.add_argument("--dtype", choices=LEAST_COSINE, default="float32")
+    parser.add_argument("--dtype", choices=["auto", *LEAST_COSINE], default="auto")
+    parser.add_argument("--upstream-python", metavar="PYTHON", help="one that has llm2vec 0.2.3")
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--mixes", nargs="+", choices=FULL, default=list(FULL))
     parser.add_argument("--quick", action="store_true", help="few texts, three rounds")
@@ -232,25 +284,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     transformers.utils.logging.disable_progress_bar()
     sentences = read_sentences(options.data)
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "encoder"
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "encoder"
         save_model(folder, options.model, options.tokenizer)
-        model, systems = load_systems(folder, options.dtype, options.device)
-    sizes = {name: (QUICK if options.quick else FULL)[name] for name in options.mixes}
-    mixes = build_mixes(sentences, sizes, lambda text: len(model.tokenizer.tokenize(text)))
-    name = options.model or "SmolLM-135M's shape, random weights"
-    report = {
-        "environment": environment(model, name, options.dtype, sentences.source),
-        "mixes": {},
-    }
-    for key, value in report["environment"].items():
-        print(f"- {key}: {value}")
-    print(f"\n{HEADER}", flush=True)
-    for mix, texts in mixes.items():
-        report["mixes"][mix] = measure(
-            model, systems, texts, options.dtype, rounds=3 if options.quick else 5
-        )
-        print(markdown_row(mix, report["mixes"][mix]), flush=True)
+        device = torch.device(options.device or get_device_name())
+        config = AutoConfig.from_pretrained(folder)
+        dtype = str(precision.pick(options.dtype, device, config).dtype).removeprefix("torch.")
+        model, systems = load_systems(folder, dtype, options.device)
+        others = stack.enter_context(upstream(options.upstream_python, folder, dtype))
+        sizes = {name: (QUICK if options.quick else FULL)[name] for name in options.mixes}
+        mixes = build_mixes(sentences, sizes, lambda text: len(model.tokenizer.tokenize(text)))
+        name = options.model or "SmolLM-135M's shape, random weights"
+        report: dict[str, Any] = {
+            "environment": environment(model, name, dtype, sentences.source),
+            "mixes": {},
+        }
+        for key, value in report["environment"].items():
+            print(f"- {key}: {value}")
+        print(f"\n{HEADER}", flush=True)
+        for mix, texts in mixes.items():
+            found = measure(model, systems, others, texts, dtype, 3 if options.quick else 5)
+            report["mixes"][mix] = found
+            print(markdown_row(mix, found), flush=True)
     for mix in sizes.keys() - mixes.keys():
         print(f"\n{mix}: left out, it needs a data folder with Korean sentences (--data).")
     if options.json:

@@ -75,9 +75,11 @@ def build_mixes(
         if name == "passages":
             texts = [joined(english, PASSAGE_TOKENS) for _ in range(size)]
         elif name == "mixed":
-            long = size // 5
-            texts = [joined(english, DOCUMENT_TOKENS) for _ in range(long)]
-            texts += islice(english, size - long)
+            draw = random.Random(size)
+            texts = [
+                joined(english, DOCUMENT_TOKENS) if draw.random() < 0.2 else next(english)
+                for _ in range(size)
+            ]
         elif name == "korean":
             other = size * 3 // 10
             texts = [*islice(english, size - other), *sentences.korean[:other]]

@@ -32,22 +32,57 @@ def test_every_shipped_recipe_loads_and_keeps_its_name(name):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.mntp
-    assert recipe.simcse
+    assert recipe.simcse or recipe.supervised
 
 
 def test_defaults_are_the_papers_numbers():
-    stages = {"mntp": {}, "simcse": {}}
+    stages = {"mntp": {}, "simcse": {}, "supervised": {}}
     recipe = Recipe.model_validate({"name": "x", "model": {"base": "x"}, **stages})
     mntp = {"steps": 1000, "batch_size": 32, "block_length": 512, "learning_rate": 5e-5}
     simcse = {"steps": 1000, "batch_size": 128, "max_length": 128, "learning_rate": 3e-5}
-    for stage, expected in ((recipe.mntp, mntp), (recipe.simcse, simcse)):
-        expected |= {"warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 1}
-        expected |= {"lora": {"rank": 16, "alpha": 32, "dropout": 0.05, "targets": None}}
-        assert expected.items() <= stage.model_dump().items()
+    supervised = {"steps": 1000, "batch_size": 512, "max_length": 512, "learning_rate": 2e-4}
+    supervised |= {"temperature": 0.02, "hard_negatives": 1}
+    lora = {"rank": 16, "alpha": 32, "dropout": 0.05, "targets": None, "method": "lora"}
+    for stage, expected in zip(recipe.stages(), (mntp, simcse, supervised), strict=True):
+        warmup = 300 if stage[0] == "supervised" else 0
+        expected |= {"warmup_steps": warmup, "weight_decay": 0, "max_grad_norm": 1}
+        assert expected.items() <= stage[1].model_dump().items()
+        assert lora.items() <= stage[1].lora.model_dump().items()
     assert (recipe.mntp.mask_style, recipe.mntp.mask_probability) == ("bert", 0.2)
     assert (recipe.simcse.temperature, recipe.simcse.attention_dropout) == (0.05, 0.3)
     mistral = load_recipe("mistral-7b").mntp
     assert (mistral.mask_style, mistral.mask_probability) == ("all", 0.8)
+    assert load_recipe("sheared-llama-1.3b").simcse.batch_size == 32
+
+
+def test_b34_the_e5_mix_has_its_data_sets_and_instructions():
+    recipe = load_recipe("e5-public")
+    data = {pairs.path.removeprefix("echo-data/"): pairs for pairs in recipe.supervised.data}
+    assert len(data) == 14
+    assert [name for name, pairs in data.items() if pairs.symmetric] == [
+        "allnli.jsonl",
+        "quora_duplicates.jsonl",
+    ]
+    assert all(len(pairs.instruction) == 1 + pairs.symmetric for pairs in data.values())
+    texts = [text for pairs in data.values() for text in pairs.instruction]
+    assert len(set(texts)) == 12
+    assert not any(text.endswith((".", ":", " ")) for text in texts)
+
+
+def test_a_fault_in_one_of_many_data_sets_is_named_with_its_line(recipe_file):
+    text = SMALL + "supervised:\n  data:\n    - a.jsonl\n    - path: b.jsonl\n      wieght: 2\n"
+    message = error_of(recipe_file(text))
+    line = text[: text.index("wieght")].count("\n") + 1
+    assert message.startswith("supervised.data.1.wieght: unknown key, did you mean 'weight'?")
+    assert f"line {line}" in message
+
+
+def test_an_adapter_that_goes_on_needs_one_to_go_on_from(recipe_file):
+    message = error_of("nano", ["mntp.lora.start=continue"])
+    assert "mntp.lora.start continue: the adapter of the stage before does not exist" in message
+    load_recipe("nano", ["simcse.lora.start=continue"])
+    other = ["simcse.lora.start=continue", "simcse.lora.rank=4"]
+    assert "is of another shape" in error_of("nano", other)
 
 
 def test_unknown_key_names_the_nearest_and_the_line(recipe_file):
@@ -89,7 +124,7 @@ def test_every_problem_is_reported_at_once(recipe_file):
         ("mntp.learning_rate=.nan", "mntp.learning_rate: nan should be a finite number"),
         ("mntp.block_length=1", "mntp.block_length: 1 should be greater than or equal to 2"),
         ("mntp.lora.dropout=1", "mntp.lora.dropout: 1 should be less than 1"),
-        ("simcse.attention_dropout=0", "simcse.attention_dropout: 0 should be greater than 0"),
+        ("simcse.attention_dropout=-1", "simcse.attention_dropout: -1 should be greater than or"),
         ("model.pooling=cls", "model.pooling: 'cls' should be 'mean'"),
         ("model.revision=12", "model.revision: 12 should be a valid string: put it in quotes"),
         ("name=a/b", "name: 'a/b' should match pattern"),
@@ -148,7 +183,7 @@ def test_scientific_notation_that_yaml_reads_as_text_is_a_number(recipe_file):
     assert recipe.mntp.max_texts == 1000
 
 
-def test_a_schedule_that_ends_early_is_refused():
+def test_b31_a_schedule_that_ends_early_is_refused():
     message = error_of("nano", ["mntp.steps=500", "mntp.schedule_steps=400"])
     assert message.startswith("mntp: schedule_steps 400 should be null or at least the 500 steps")
     constant = ["mntp.steps=500", "mntp.schedule_steps=400", "mntp.schedule=constant"]
@@ -178,7 +213,7 @@ def test_a_missing_file_names_the_nearest_shipped_recipe(tmp_path):
     assert "no recipe 'mistral', did you mean 'mistral-7b'?" in error_of("mistral")
     message = error_of(tmp_path / "zzz.yaml")
     assert "no such file" in message
-    assert "Shipped recipes: llama-3-8b" in message
+    assert "Shipped recipes: e5-public, gemma-3-1b" in message
     assert "Is a directory" in error_of(tmp_path)
 
 

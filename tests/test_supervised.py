@@ -23,6 +23,7 @@ from unmasked.config import Pairs, Recipe
 from unmasked.encoder import join_instruction
 from unmasked.errors import DataError, MissingExtraError
 from unmasked.model import LLM2Vec
+from unmasked.train.mining import mine
 from unmasked.train.mixing import OneSourceBatches, PairCollator
 from unmasked.train.pairs import read_rows, split_rows, store_rows
 from unmasked.train.stages import Listener, Run
@@ -319,6 +320,45 @@ def test_b41_gradcache_has_the_gradient_of_the_large_batch(encoder, dimensions):
         torch.testing.assert_close(found[200][1][name], gradient, atol=1e-5, rtol=1e-4)
 
 
+class Kept:
+    """Counts the bytes that autograd keeps for the backward pass, and their highest sum."""
+
+    now = highest = 0
+
+    def __init__(self, tensor):
+        self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
+        Kept.now += self.bytes
+        Kept.highest = max(Kept.highest, Kept.now)
+
+    def __del__(self):
+        Kept.now -= self.bytes
+
+
+def highest_memory(model, rows, limit):
+    features, labels = features_of(model, rows)
+    model.zero_grad()
+    Kept.now = Kept.highest = 0
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        RankingLoss(model, 0.05, limit)([features], labels).backward()
+    return Kept.highest, int(features["attention_mask"].sum())
+
+
+def test_b41_a_batch_of_1024_fits_where_32_rows_do(encoder):
+    rows = as_rows(
+        [
+            {"query": f"q {i % 97} {i}", "positive": f"text {i} " * 4, "negative": f"no {i} " * 3}
+            for i in range(1024)
+        ]
+    )
+    small, tokens = highest_memory(encoder.train(), rows[:32], None)
+    large, all_tokens = highest_memory(encoder, rows, tokens)
+    whole, _ = highest_memory(encoder, rows[:256], None)
+    assert all_tokens > 30 * tokens
+    assert whole > 6 * small  # what it would take: 32 times as much for all 1024
+    scores = 1024 * 2048 * 4  # of all queries and documents, which no model's size changes
+    assert large < small + 2 * scores
+
+
 def test_b41_gradcache_repeats_the_dropout_of_the_first_pass(tiny_decoder):
     model = LLM2Vec.from_pretrained(tiny_decoder, device="cpu").train()
     model.backbone.auto_model = adapters.attach(model.backbone.auto_model, dropout=0.5)
@@ -413,6 +453,17 @@ def test_a_supervised_run_learns_and_saves(recipe, tmp_path):
     assert not (tmp_path / "run" / "supervised" / "rows.arrow").exists()
 
 
+def test_b39_held_out_rows_are_measured_and_so_is_the_space(recipe, tmp_path):
+    Run(recipe, tmp_path / "run").run()
+    rows = [json.loads(x) for x in (tmp_path / "run/supervised/metrics.jsonl").open()]
+    measured = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in measured] == [0, 3, 6]
+    assert all(np.isfinite(row["eval_loss"]) for row in measured)
+    assert measured[-1]["eval_loss"] < measured[0]["eval_loss"]
+    trained = [row for row in rows if "loss" in row]
+    assert all(0 < row["alignment"] < 4 and row["uniformity"] < 0 for row in trained)
+
+
 def test_nothing_is_written_before_all_rows_are_read(recipe, tmp_path):
     bad = write(tmp_path / "bad.jsonl", [{"query": "a"}])
     section = recipe.supervised.model_copy(update={"data": [Pairs(path=str(bad))]})
@@ -460,9 +511,9 @@ def test_a_stage_after_full_training_starts_from_it(recipe, tmp_path):
 
     class Result:
         name = "probe"
-        items = {}
 
         def __init__(self, model):
+            self.items = {}
             scored.append(model.encode(["question 3"]))
             self.scores = {"x": 0.0}
 
@@ -518,3 +569,30 @@ def test_qlora_trains_an_adapter_over_four_bits(recipe, tmp_path):
     trained = weights(tmp_path / "run" / "supervised")
     assert all("lora_" in key for key in trained)
     assert any(value.abs().max() > 0 for key, value in trained.items() if "lora_B" in key)
+
+
+# --- mining -----------------------------------------------------------------------------------
+
+
+def test_mined_negatives_are_near_but_no_positive_and_not_nearer_than_it(encoder, tmp_path):
+    rows = [*ROWS[:20], {**ROWS[3], "positive": "another answer to three"}]
+    rows = [{"query": row["query"], "positive": row["positive"]} for row in rows]
+    pairs = Pairs(path=str(write(tmp_path / "a.jsonl", rows)))
+    mined = mine(encoder, pairs, tmp_path / "b.jsonl", negatives=3, margin=0.01, corpus=["x y z"])
+    found = list(read_rows(Pairs(path=str(tmp_path / "b.jsonl"))))
+    assert [(r.query, r.positive) for r in found] == [(r["query"], r["positive"]) for r in rows]
+    assert mined == (21, sum(len(r.negatives) for r in found), sum(not r.negatives for r in found))
+    assert mined.negatives > 10
+    answers = {q: {r.positive for r in found if r.query == q} for q in {r.query for r in found}}
+    for row in found:
+        assert not set(row.negatives) & answers[row.query]
+        if row.negatives:
+            query, positive, *others = encoder.encode([row.query, row.positive, *row.negatives])
+            scores = encoder.similarity(query, np.stack([positive, *others]))[0]
+            assert (scores[1:] <= scores[0] * 0.99 + 1e-5).all()
+
+
+def test_too_few_documents_to_mine_are_named(encoder, tmp_path):
+    pairs = Pairs(path=str(write(tmp_path / "a.jsonl", ROWS[:3])))
+    with pytest.raises(DataError, match="3 distinct documents"):
+        mine(encoder, pairs, tmp_path / "b.jsonl", skip=2)

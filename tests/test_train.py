@@ -20,12 +20,12 @@ from transformers import (
 
 from unmasked import adapters, loading
 from unmasked.bidirectional import open_config
-from unmasked.config import Recipe
+from unmasked.config import Recipe, SimCSE
 from unmasked.errors import DataError, ModelError, OutputError
 from unmasked.model import LLM2Vec
 from unmasked.tokens import TextTokenizer, prepare_tokenizer
 from unmasked.train import contrastive, mntp
-from unmasked.train.contrastive import TwoViewsLoss, attention_dropout
+from unmasked.train.contrastive import TwoViewsLoss, noise
 from unmasked.train.data import make_blocks, read_texts, split_held_out
 from unmasked.train.stages import Listener, Run
 
@@ -144,7 +144,7 @@ def test_special_tokens_and_the_first_are_never_masked():
     assert torch.equal(scored[:, 1:], ids[:, 1:] > 1)
 
 
-def test_the_mask_token_leaves_the_tokenizer_alone(tiny_tokenizer):
+def test_b28_the_mask_token_leaves_the_tokenizer_alone(tiny_tokenizer):
     before = tiny_tokenizer.backend_tokenizer.to_str()
     assert mntp.find_mask_id(tiny_tokenizer, "blank") == tiny_tokenizer.convert_tokens_to_ids("_")
     assert mntp.find_mask_id(tiny_tokenizer, "eos") == tiny_tokenizer.eos_token_id
@@ -244,7 +244,7 @@ def test_b36_two_views_differ_in_train_mode_and_agree_in_eval_mode(encoder):
     def view():
         return encoder(dict(features))["sentence_embedding"]
 
-    with attention_dropout(encoder.backbone.auto_model, 0.3), torch.no_grad():
+    with noise(encoder.backbone.auto_model, 0.3), torch.no_grad():
         encoder.train()
         assert (view() - view()).abs().max() > 1e-3
         encoder.eval()
@@ -255,9 +255,32 @@ def test_b36_two_views_differ_in_train_mode_and_agree_in_eval_mode(encoder):
 
 def test_b36_dropout_without_effect_is_an_error(encoder, monkeypatch):
     monkeypatch.setattr(contrastive, "ATTENTION_DROPOUT", ("a_name_no_module_has",))
-    silent = attention_dropout(encoder.backbone.auto_model, 0.3)
+    silent = noise(encoder.backbone.auto_model, 0.3)
     with pytest.raises(ModelError, match="two views would be one"), silent:
         pass
+
+
+def test_b36_embedding_dropout_is_noise_where_attention_has_none(encoder):
+    features = encoder.preprocess(TEXTS)
+    with noise(encoder.backbone.auto_model, 0.0, 0.2), torch.no_grad():
+        first, second = (encoder.train()(dict(features))["sentence_embedding"] for _ in range(2))
+        assert (first - second).abs().max() > 1e-3
+    again = [encoder(dict(features))["sentence_embedding"] for _ in range(2)]
+    torch.testing.assert_close(*again)  # switched off
+
+
+def test_no_noise_at_all_is_refused():
+    with pytest.raises(ValueError, match="the two views would be one"):
+        SimCSE(attention_dropout=0, lora={"dropout": 0})
+
+
+def test_alignment_and_uniformity_are_those_of_the_formula():
+    first, second = torch.randn(2, 6, 4)
+    unit = [torch.nn.functional.normalize(v, dim=1) for v in (first, second)]
+    measured = contrastive.alignment_and_uniformity(first, second)
+    torch.testing.assert_close(measured["alignment"], (unit[0] - unit[1]).pow(2).sum(1).mean())
+    uniformity = torch.pdist(unit[0]).pow(2).mul(-2).exp().mean().log()
+    torch.testing.assert_close(measured["uniformity"], uniformity)
 
 
 def test_the_two_views_loss_is_infonce(encoder):
@@ -265,7 +288,7 @@ def test_the_two_views_loss_is_infonce(encoder):
     features = encoder.preprocess(TEXTS)
     captured = []
     encoder[1].register_forward_hook(lambda _, a, out: captured.append(out["sentence_embedding"]))
-    with attention_dropout(encoder.backbone.auto_model, 0.3):
+    with noise(encoder.backbone.auto_model, 0.3):
         encoder.train()
         loss = TwoViewsLoss(encoder, 0.05)([features], None)
     (vectors,) = captured  # one forward for both views

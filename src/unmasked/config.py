@@ -196,12 +196,24 @@ class SimCSE(TextTraining):
     """Highest learning rate, after warm-up."""
     temperature: Positive = 0.05
     """Cosines are divided by this before the softmax."""
-    attention_dropout: Annotated[Dropout, Field(gt=0)] = 0.3
+    attention_dropout: Dropout = 0.3
     """Dropout on the attention weights: the noise that makes the two views differ."""
+    embedding_dropout: Dropout = 0.0
+    """Dropout on the embeddings of the tokens: noise for where attention has none. That of the
+    adapter is ``lora.dropout``, and acts once the adapter does."""
     log_steps: Count = 50
     """Steps between two lines of metrics."""
     eval_steps: Count = 200
     """Steps between two held-out losses."""
+
+    @model_validator(mode="after")
+    def _noise(self) -> SimCSE:
+        lora = 0.0 if self.lora.method == "full" else self.lora.dropout
+        if not (self.attention_dropout or self.embedding_dropout or lora):
+            raise ValueError(
+                "no dropout, so the two views would be one. Fix: attention_dropout: 0.3"
+            )
+        return self
 
 
 class Pairs(_Section):

@@ -37,7 +37,7 @@ class Size:
     documents: int = 1000
     mntp_steps: int = 100
     simcse_steps: int = 50
-    supervised_steps: int = 150
+    supervised_steps: int = 120
 
 
 FULL = Size()
@@ -76,6 +76,9 @@ def demo_recipe(folder: Path, size: Size) -> Recipe:
             f"supervised.data={data / 'pairs.jsonl'}",
             f"supervised.steps={size.supervised_steps}",
             f"supervised.warmup_steps={size.supervised_steps // 10}",
+            "supervised.batch_size=48",
+            "supervised.max_length=64",
+            "supervised.learning_rate=1e-3",
             f"evaluate.tasks={data / TASK}",
         ],
     )

@@ -31,6 +31,7 @@ VERBS = (
     encoding.convert,
     training.run,
     training.train,
+    training.mine,
     training.plan,
     encoding.encode,
     evaluating.evaluate,

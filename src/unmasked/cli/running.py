@@ -81,8 +81,11 @@ class _RunView:
         self._known |= measured
         if "train_runtime" in measured:
             return  # the trainer's last word, whose loss is a mean over the whole stage
+        if "eval_token_loss" in self._known:
+            self._known.pop("eval_loss", None)  # a mean of batch means
         texts = {
             "loss": "loss {:.4f}",
+            "eval_loss": "held-out {:.4f}",
             "eval_token_loss": "held-out {:.4f}",
             "tokens_per_second": "{:,.0f} tokens/s",
         }

@@ -1,4 +1,4 @@
-"""Verbs that train: demo, run, train."""
+"""Verbs that train, and one that finds what to train on: demo, run, train, mine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from unmasked.cli.options import MODEL
+from unmasked.errors import OutputError
 
 OVERRIDES = Annotated[
     list[str] | None,
@@ -69,6 +72,46 @@ def train(
     from unmasked.cli.running import run_recipe, stage_recipe
 
     run_recipe(stage_recipe(stage.value, base, data, output, overrides or []), output)
+
+
+def mine(
+    model: MODEL,
+    data: Annotated[Path, typer.Argument(help="Rows of query and positive.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New .jsonl file.")],
+    negatives: Annotated[int, typer.Option(min=1, help="Most of each row.")] = 5,
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="How much farther than the positive, at least.")
+    ] = 0.05,
+    skip: Annotated[int, typer.Option(min=0, help="Nearest documents to leave out.")] = 0,
+    depth: Annotated[int, typer.Option(min=1, help="Nearest documents to look at.")] = 100,
+    corpus: Annotated[
+        Path | None, typer.Option(help="More documents: .txt, .jsonl or .csv.")
+    ] = None,
+    instruction: Annotated[str, typer.Option(help="Put before every query.")] = "",
+) -> None:
+    """Hard negatives for supervised training: what the encoder takes for the answer wrongly."""
+    from unmasked.cli import terminal
+    from unmasked.config import Pairs
+    from unmasked.source import Source
+
+    if output.exists():
+        raise OutputError(f"{output} exists. Fix: another name.")
+    more = [text for _, text, _ in Source(str(corpus)).records()] if corpus else []
+    with terminal.waiting(f"loading {model}"):
+        from unmasked.model import LLM2Vec
+        from unmasked.train.mining import mine
+
+        terminal.quiet_libraries()
+        encoder = LLM2Vec.from_pretrained(model)
+    pairs = Pairs(path=str(data), instruction=[instruction] if instruction else [])
+    with terminal.waiting("searching negatives"):
+        settings = {"negatives": negatives, "skip": skip, "depth": depth}
+        found = mine(encoder, pairs, output, margin=margin, corpus=more, **settings)
+    terminal.show(
+        f"{found.rows:,} rows, {found.negatives:,} negatives, {found.without:,} rows without any"
+    )
+    following = ["unmasked", "train", "supervised", "--base", model, "--data", str(output)]
+    terminal.closing(output, [*following, "-o", "runs/supervised"])
 
 
 def plan(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from sentence_transformers.util.distributed import get_world_size
+from sentence_transformers.util import get_world_size
 from torch import Tensor, nn
 
 from unmasked.errors import ModelError
@@ -26,24 +26,38 @@ ATTENTION_DROPOUT = ("attention_dropout", "attn_dropout", "attn_pdrop")
 
 
 @contextmanager
-def attention_dropout(model: nn.Module, probability: float) -> Iterator[None]:
-    """Attention dropout of a transformer set for the time of the block, and proved to act.
+def noise(model: nn.Module, attention: float, embedding: float = 0.0) -> Iterator[None]:
+    """Dropout switched on in a transformer for the time of the block, and proved to act.
 
     Args:
         model: a transformer, perhaps with an adapter.
-        probability: of dropping an attention weight, in train mode.
+        attention: probability of dropping an attention weight, in train mode.
+        embedding: probability of dropping a number of a token's embedding, in train mode.
 
     Raises:
-        ModelError: no module has an attention dropout, or two passes in train mode are equal.
+        ModelError: attention dropout is wanted and no module has one, or two passes are equal.
     """
-    before = _set_dropout(model, probability)
+    before = _set_dropout(model, attention)
     try:
-        if probability > 0:
+        if attention > 0:
             _prove_noise(model, found=len(before))
-        yield
+        with _embedding_dropout(model, embedding):
+            yield
     finally:
         for module, name, value in before:
             setattr(module, name, value)
+
+
+@contextmanager
+def _embedding_dropout(model: Any, probability: float) -> Iterator[None]:
+    def drop(module: nn.Module, _: Any, states: Tensor) -> Tensor:
+        return nn.functional.dropout(states, probability, module.training)
+
+    hook = model.get_input_embeddings().register_forward_hook(drop)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _set_dropout(model: nn.Module, probability: float) -> list[tuple[nn.Module, str, float]]:
@@ -70,9 +84,28 @@ def _prove_noise(model: nn.Module, found: int) -> None:
     if torch.equal(views[0], views[1]):
         raise ModelError(
             f"attention dropout has no effect in this model ({found} modules have a setting), so "
-            "SimCSE's two views would be one. Fix: attn_implementation sdpa or eager "
-            "(model.attention), which apply dropout."
+            "SimCSE's two views would be one. Fix: model.attention=sdpa or eager, which apply "
+            "dropout, or simcse.attention_dropout=0 simcse.embedding_dropout=0.1."
         )
+
+
+@torch.no_grad()
+def alignment_and_uniformity(first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    """How near the two of a pair are, and how evenly all first ones spread; less is better of both.
+
+    Squared distance of unit vectors, and the logarithm of the mean Gaussian potential (Wang and
+    Isola, arXiv 2005.10242).
+
+    Args:
+        first, second: (B, D) vectors of the pairs, B at least 2.
+    """
+    first, second = (nn.functional.normalize(v.float(), dim=1) for v in (first, second))
+    between = (2 - 2 * first @ first.T).clamp(min=0)  # (B, B)
+    others = ~torch.eye(len(first), dtype=torch.bool, device=first.device)
+    return {
+        "alignment": (first - second).square().sum(dim=1).mean(),
+        "uniformity": (-2 * between[others]).exp().mean().log(),
+    }
 
 
 class TwoViewsLoss(nn.Module):
@@ -95,6 +128,7 @@ class TwoViewsLoss(nn.Module):
         self.ranking = MultipleNegativesRankingLoss(
             model, scale=1 / temperature, gather_across_devices=get_world_size() > 1
         )
+        self.measured: dict[str, Tensor] = {}
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Scalar loss of (B, T) features."""
@@ -102,6 +136,7 @@ class TwoViewsLoss(nn.Module):
         twice = {name: torch.cat([value, value]) for name, value in features.items()}
         vectors = self.model({**twice, "repad": False})["sentence_embedding"]  # (2B, D)
         first, second = vectors.chunk(2)
+        self.measured = alignment_and_uniformity(first, second)
         return self.ranking.compute_loss_from_embeddings([first, second], labels)
 
     def get_config_dict(self) -> dict[str, Any]:

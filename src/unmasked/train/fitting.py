@@ -31,13 +31,14 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from unmasked import adapters, config, loading
 from unmasked.config import MNTP, SimCSE, Supervised, Training
+from unmasked.errors import RecipeError
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
 from unmasked.tokens import TextTokenizer
 from unmasked.train import devices
-from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
+from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, noise
 from unmasked.train.data import make_blocks, read_texts, split_held_out
-from unmasked.train.mixing import OneSourceBatches, PairCollator
+from unmasked.train.mixing import OneSourceBatches, PairCollator, measuring_batches
 from unmasked.train.mntp import (
     BlockData,
     MaskedNextTokenModel,
@@ -54,6 +55,8 @@ MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
 """Tokens of an MNTP forward: enough to keep the device busy."""
 ROWS = "rows.arrow"
 """The checked rows of a supervised stage, while it trains."""
+FEWEST = 2
+"""Held-out rows below which there is no negative to tell a row from."""
 DONE = (adapters.CONFIG_NAME, "config.json")
 """Written last, for an adapter and for a whole encoder."""
 
@@ -147,58 +150,82 @@ def micro_batch_rows(stage: MNTP, device: torch.device) -> int:
 
 
 def _fit_simcse(job: Job, stage: SimCSE) -> None:
-    encoder = job.encoder
     model = _attach(job, stage)
-    texts, _ = _texts(job, stage)
-    callback = _callback(job, stage)
-    with attention_dropout(model, stage.attention_dropout):
-        trainer = ContrastiveTrainer(
-            model=encoder,
-            args=SentenceTransformerTrainingArguments(
-                **stage_arguments(stage, job.folder, job.seed), dataloader_drop_last=True
-            ),
-            data_collator=SentenceTransformerDataCollator(
-                encoder.preprocess, max_length=stage.max_length
-            ),
-            train_dataset=Dataset.from_dict({"text": texts}),
-            loss=TwoViewsLoss(encoder, stage.temperature),
-            callbacks=_callbacks(job, callback),
+    texts, held_out = _texts(job, stage)
+    collator = SentenceTransformerDataCollator(job.encoder.preprocess, max_length=stage.max_length)
+    with noise(model, stage.attention_dropout, stage.embedding_dropout):
+        _fit_contrastive(
+            job,
+            stage,
+            (Dataset.from_dict({"text": texts}), Dataset.from_dict({"text": held_out})),
+            TwoViewsLoss(job.encoder, stage.temperature),
+            collator,
+            dataloader_drop_last=True,
         )
-        _fit(job, trainer, callback, model)
 
 
 def _fit_supervised(job: Job, stage: Supervised) -> None:
-    encoder = job.encoder
-    model = _attach(job, stage)
+    width = job.encoder.backbone.get_embedding_dimension()
+    if max(stage.matryoshka, default=0) > width:
+        raise RecipeError(
+            f"supervised.matryoshka: {max(stage.matryoshka)} given, but vectors have {width} "
+            f"numbers. Fix: shorter lengths; {width} itself is always trained."
+        )
+    _attach(job, stage)
     train, held_out = split_rows(_rows(job, stage), stage.held_out, job.seed)
     weights = [pairs.weight for pairs in stage.data]
+    measuring = measuring_batches(
+        np.asarray(held_out["source"]), stage.batch_size // devices.world(), devices.world()
+    )
 
     def batches(rows: Dataset, batch_size: int, **_: Any) -> Any:
+        if rows is held_out:
+            return measuring
         sources = np.asarray(rows["source"])
-        return OneSourceBatches(sources, batch_size, weights, arguments.world_size, job.seed)
+        return OneSourceBatches(sources, batch_size, weights, devices.world(), job.seed)
 
-    arguments = SentenceTransformerTrainingArguments(
-        **stage_arguments(stage, job.folder, job.seed), batch_sampler=batches
+    loss = RankingLoss(
+        job.encoder,
+        stage.temperature,
+        stage.mini_batch_tokens,
+        stage.false_negative_margin,
+        stage.matryoshka,
     )
+    collator = PairCollator(
+        job.encoder.preprocess, stage.data, stage.hard_negatives, stage.max_length
+    )
+    measured = held_out if measuring else held_out.select([])
+    _fit_contrastive(job, stage, (train, measured), loss, collator, batch_sampler=batches)
+
+
+def _fit_contrastive(
+    job: Job,
+    stage: SimCSE | Supervised,
+    rows: tuple[Dataset, Dataset],
+    loss: nn.Module,
+    collator: Any,
+    **arguments: Any,
+) -> None:
+    train, held_out = rows
+    arguments |= stage_arguments(stage, job.folder, job.seed)
+    measured = len(held_out) // devices.world()
     callback = _callback(job, stage)
-    collator: Any = PairCollator(
-        encoder.preprocess, stage.data, stage.hard_negatives, stage.max_length
-    )
     trainer = ContrastiveTrainer(
-        model=encoder,
-        args=arguments,
+        model=job.encoder,
+        args=SentenceTransformerTrainingArguments(
+            **arguments,
+            eval_strategy="steps" if measured >= FEWEST else "no",
+            eval_steps=stage.eval_steps,
+            eval_on_start=measured >= FEWEST,
+            per_device_eval_batch_size=min(stage.batch_size // devices.world(), measured) or 1,
+        ),
         data_collator=collator,
         train_dataset=train,
-        loss=RankingLoss(
-            encoder,
-            stage.temperature,
-            stage.mini_batch_tokens,
-            stage.false_negative_margin,
-            stage.matryoshka,
-        ),
+        eval_dataset=held_out if measured >= FEWEST else None,
+        loss=loss,
         callbacks=_callbacks(job, callback),
     )
-    _fit(job, trainer, callback, model)
+    _fit(job, trainer, callback, job.encoder.backbone.auto_model)
 
 
 def _rows(job: Job, stage: Supervised) -> Dataset:

@@ -85,6 +85,24 @@ class OneSourceBatches(SetEpochMixin, BatchSampler):
                 yield batch.tolist()
 
 
+def measuring_batches(
+    sources: np.ndarray, batch_size: int, processes: int = 1
+) -> OneSourceBatches | None:
+    """Batches of held-out rows, no larger than the largest data set among them fills.
+
+    Returns:
+        None if none has two rows for every device; data sets that do not fill one are left out.
+    """
+    counts = np.bincount(sources) if len(sources) else np.zeros(1, dtype=int)
+    size = min(batch_size, int(counts.max()) // processes)
+    if size < 2:
+        return None
+    kept = np.flatnonzero(counts >= size * processes)
+    renamed = np.full(len(counts), -1)
+    renamed[kept] = np.arange(len(kept))
+    return OneSourceBatches(renamed[sources], size, [1.0] * len(kept), processes)
+
+
 class PairCollator:
     """Rows to the features of one forward: queries, then positives, then each rank of negatives.
 

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
-from sentence_transformers.util import get_rank
-from sentence_transformers.util.distributed import all_gather, get_world_size
+from sentence_transformers.util import all_gather, get_rank, get_world_size
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
+
+from unmasked.train.contrastive import alignment_and_uniformity
 
 
 class Texts(NamedTuple):
@@ -69,6 +70,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
         self.mini_batch_num_tokens = mini_batch_tokens
         self.margin = margin
         self.dimensions = dimensions
+        self.measured: dict[str, Tensor] = {}
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Scalar loss of the features that `PairCollator` makes."""
@@ -96,6 +98,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
         """Scalar loss of (R, D) vectors, the mean over all trained lengths of the vector."""
         vectors = torch.empty_like(vectors).index_copy(0, texts.place, vectors).float()
         queries, documents = vectors.split([texts.rows, len(vectors) - texts.rows])
+        self.measured = alignment_and_uniformity(queries, documents[: texts.rows])
         query_keys, keys = texts.key.split([len(queries), len(documents)])
         documents = _gathered(documents, with_grad=True)  # (W (1 + K) B, D)
         own = get_rank() * len(keys) + torch.arange(texts.rows, device=vectors.device)
