@@ -179,6 +179,43 @@ def test_b53_current_names_of_transformers_and_no_undeclared_imports():
             assert aliases.get(name, name).lower() in declared, f"{file.name} imports {name}"
 
 
+def test_b48_further_arguments_reach_the_trainer(tmp_path):
+    from unmasked.config import MNTP
+    from unmasked.train.trainer import stage_arguments
+
+    stage = MNTP(trainer={"adam_beta1": 0.5, "eval_accumulation_steps": 2})
+    arguments = stage_arguments(stage, tmp_path / "mntp", seed=1)
+    assert (arguments["adam_beta1"], arguments["eval_accumulation_steps"]) == (0.5, 2)
+    with pytest.raises(RecipeError, match=r"mntp\.trainer.*'adam_beta', did you mean 'adam_beta1'"):
+        stage_arguments(MNTP(trainer={"adam_beta": 0.5}), tmp_path / "mntp", seed=1)
+
+
+def test_b12_the_cache_folder_is_the_one_that_libraries_use(tmp_path):
+    code = f"""
+from unmasked.cli.seed import parser, prepare_environment
+prepare_environment(parser("mntp").parse_args(["--model_name", "x", "--cache_dir", {str(tmp_path)!r}]))
+from huggingface_hub.constants import HF_HUB_CACHE
+print(HF_HUB_CACHE)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path)
+
+
+def test_the_env_file_is_read_and_overrides_nothing(tmp_path, monkeypatch):
+    import os
+
+    from unmasked.cli.seed import read_environment
+
+    monkeypatch.setenv("UNMASKED_KEPT", "mine")
+    monkeypatch.setenv("UNMASKED_READ", "")
+    monkeypatch.delenv("UNMASKED_READ")
+    text = "# a comment\nexport UNMASKED_READ='a=b'\nUNMASKED_KEPT=other\nno value\n"
+    (tmp_path / ".env").write_text(text)
+    read_environment(tmp_path / ".env")
+    assert os.environ["UNMASKED_READ"] == "a=b"
+    assert os.environ["UNMASKED_KEPT"] == "mine"
+
+
 @pytest.mark.parametrize("stage", ["mntp", "simcse"])
 def test_the_scripts_are_thin_and_speak(stage, tmp_path):
     script = ROOT / f"train_{stage}.py"
