@@ -186,14 +186,15 @@ def test_b48_further_arguments_reach_the_trainer(tmp_path):
     stage = MNTP(trainer={"adam_beta1": 0.5, "eval_accumulation_steps": 2})
     arguments = stage_arguments(stage, tmp_path / "mntp", seed=1)
     assert (arguments["adam_beta1"], arguments["eval_accumulation_steps"]) == (0.5, 2)
-    with pytest.raises(RecipeError, match=r"mntp\.trainer.*'adam_beta', did you mean 'adam_beta1'"):
-        stage_arguments(MNTP(trainer={"adam_beta": 0.5}), tmp_path / "mntp", seed=1)
+    with pytest.raises(RecipeError, match=r"mntp\.trainer.*'adam_bta1', did you mean 'adam_beta1'"):
+        stage_arguments(MNTP(trainer={"adam_bta1": 0.5}), tmp_path / "mntp", seed=1)
 
 
 def test_b12_the_cache_folder_is_the_one_that_libraries_use(tmp_path):
     code = f"""
 from unmasked.cli.seed import parser, prepare_environment
-prepare_environment(parser("mntp").parse_args(["--model_name", "x", "--cache_dir", {str(tmp_path)!r}]))
+flags = ["--model_name", "x", "--cache_dir", {str(tmp_path)!r}]
+prepare_environment(parser("mntp").parse_args(flags))
 from huggingface_hub.constants import HF_HUB_CACHE
 print(HF_HUB_CACHE)
 """
