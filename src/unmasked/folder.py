@@ -31,12 +31,12 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from unmasked.opening import NATIVE_KEY
 from unmasked.pooling import STOCK_MODES
 from unmasked.tokens import MARK
 
 SETTINGS_NAME = "llm2vec_config.json"
 PROMPTS_NAME = "config_sentence_transformers.json"
-NATIVE_KEY = "use_bidirectional_attention"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unmasked import adapters, folder, loading
 from unmasked.batches import plan_batches, token_budget
-from unmasked.bidirectional import Report, prove, stock_needs_eager
+from unmasked.bidirectional import Report, prove, stock_loading
 from unmasked.encoder import Backbone, split_pairs
 from unmasked.packing import enable_packing
 from unmasked.pooling import TextPooling, check_mode
@@ -304,6 +304,9 @@ class LLM2Vec(SentenceTransformer):
         """
         tokens = self.backbone.tokens
         model = self.merged_model()
+        stock = stock_loading(model)
+        if stock == "causal":
+            logger.warning("Only unmasked opens the mask of this family; stock loaders do not.")
         folder.write_folder(
             path,
             model,
@@ -311,7 +314,7 @@ class LLM2Vec(SentenceTransformer):
             self.settings,
             {name: prompt for name, prompt in self.prompts.items() if prompt is not None},
             fixed_tokens=len(tokens.prefix) + len(tokens.suffix),
-            needs_eager=self.report.verdict != "impossible" and stock_needs_eager(model),
+            needs_eager=stock == "eager",
             card=card or folder.Card(self.base, self.report.summary()),
         )
 
