@@ -384,6 +384,28 @@ def test_evaluate_against_the_causal_decoder(cli, tiny_decoder, tasks, tmp_path)
     assert "--base" in err
 
 
+def test_evaluate_several_models(cli, tiny_decoder, tasks, tmp_path):
+    options = [word for task in tasks for word in ("--tasks", task)]
+    words = "The\tDET\ncat\tNOUN\n\nA\tDET\ndog\tNOUN\n"
+    for split in ("train", "dev"):
+        (tmp_path / f"w_{split}.tsv").write_text(words)
+    code, _, err = cli("convert", tiny_decoder, "-o", "model")
+    assert code == 0, err
+    options += ["--tasks", "words:w_dev.tsv"]
+    code, out, err = cli("evaluate", "model", tiny_decoder, *options)
+    assert code == 0, err
+    assert re.search(r"^sts\.spearman +model ", out, re.M)
+    same = (
+        rf"^sts\.spearman +{re.escape(str(tiny_decoder))} .*\+0\.00 +\S+ +not clear: may be chance"
+    )
+    assert re.search(same, out.replace("[0.00, 0.00]", "-"), re.M), out
+    assert "w_dev.upos accuracy" in out and "upos before" not in out
+    code, out, _ = cli("evaluate", "model", tiny_decoder, *options, "--all")
+    assert "w_dev.upos before accuracy" in out and "sts.pearson" in out
+    code, _, err = cli("evaluate", "model", "--tasks", "words:absent.tsv")
+    assert (code, "absent.tsv: no such file" in err) == (2, True)
+
+
 def test_doctor_knows_this_machine(cli):
     import torch
 

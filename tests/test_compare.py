@@ -13,8 +13,8 @@ from unmasked.evaluate.compare import (
     compare_encoders,
     compare_stages,
     headline_metrics,
-    make_scorer,
 )
+from unmasked.evaluate.scorer import make_scorer
 
 RANDOM = np.random.default_rng(0)
 CAUSAL = np.clip(RANDOM.normal(0.3, 0.1, 200), 0, 1)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from unmasked.config import MNTP, Evaluate, Lora, Model, Recipe, SimCSE
+from unmasked.config import MNTP, Evaluate, Lora, Model, Pairs, Recipe, SimCSE, Supervised
 from unmasked.errors import RecipeError
 from unmasked.recipe import dump_recipe, load_recipe, recipe_differences, shipped_recipes
 
@@ -78,7 +78,7 @@ def test_every_problem_is_reported_at_once(recipe_file):
     ("override", "message"),
     [
         ("mntp.stepz=5", "mntp.stepz: unknown key, did you mean 'steps'?"),
-        ("supervised.steps=5", "supervised: unknown key. Allowed: name, seed, model"),
+        ("supervise.steps=5", "supervise: unknown key, did you mean 'supervised'?"),
         ("mntp.steps=0", "mntp.steps: 0 should be greater than or equal to 1"),
         ("mntp.steps=1.5", "mntp.steps: 1.5 should be a valid integer"),
         ("mntp.steps=true", "mntp.steps: True should be a number"),
@@ -198,14 +198,16 @@ def test_differences_name_every_changed_setting_and_nothing_else():
     old = load_recipe("nano", ["mntp.steps=100"])
     changes = ["mntp.steps=200", "mntp.lora.rank=4", "mntp.data=a.txt", "simcse=null"]
     assert recipe_differences(old, load_recipe("nano", changes)) == [
-        "mntp.data: [] -> ['a.txt']",
         "mntp.steps: 100 -> 200",
         "mntp.lora.rank: 16 -> 4",
+        "mntp.data: [] -> ['a.txt']",
         "simcse: set -> None",
     ]
     assert recipe_differences(old, old) == []
 
 
-@pytest.mark.parametrize("section", [Recipe, Model, MNTP, SimCSE, Lora, Evaluate])
+@pytest.mark.parametrize(
+    "section", [Recipe, Model, MNTP, SimCSE, Supervised, Pairs, Lora, Evaluate]
+)
 def test_every_setting_is_described(section):
     assert [name for name, field in section.model_fields.items() if not field.description] == []

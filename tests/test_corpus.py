@@ -123,12 +123,14 @@ def test_vectors_are_those_of_encode_whatever_the_window(model, given, tmp_path,
     expected = model.encode(sentences, show_progress_bar=False)
     for window in (3, 100):
         output = tmp_path / f"{window}.npy"
-        done = encode_corpus(model, Source(path), output, window=window, progress=seen.append)
-        assert done == expected.shape
+        done = encode_corpus(
+            model, Source(path), output, window=window, progress=lambda rows, _: seen.append(rows)
+        )
+        assert done == (*expected.shape, 0)
         vectors = np.load(output)
         assert vectors.dtype == np.float32
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
-    assert seen == [3, 6, 8, 8]
+    assert seen == [0, 3, 6, 8, 0, 8]
     korean = [i for i, text in enumerate(sentences) if "니다" in text]
     assert abs(expected[korean[0]] - expected[korean[1]]).max() > 1e-3
 
@@ -160,7 +162,7 @@ def test_parquet_has_rows_ids_and_fixed_size_vectors(model, given, tmp_path, sen
 def test_options_reach_the_model(model, given, tmp_path):
     path = given("a.txt", "one text\nanother text\n")
     options = Encoding(prompt="Find it:\n", normalize=True, truncate_dim=8, batch_size=1)
-    assert encode_corpus(model, Source(path), tmp_path / "v.npy", options) == (2, 8)
+    assert encode_corpus(model, Source(path), tmp_path / "v.npy", options) == (2, 8, 0)
     vectors = np.load(tmp_path / "v.npy")
     expected = model.encode(
         [["Find it:\n", "one text"], ["Find it:\n", "another text"]], show_progress_bar=False
@@ -216,7 +218,7 @@ def test_vectors_that_are_not_finite_are_refused(tiny_decoder, given, tmp_path):
 
 def test_standard_input(model, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("한국어\nword\n".encode())))
-    assert encode_corpus(model, Source("-"), tmp_path / "v.npy") == (2, 32)
+    assert encode_corpus(model, Source("-"), tmp_path / "v.npy") == (2, 32, 0)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff\n")))
     with pytest.raises(DataError, match="standard input, line 2: not UTF-8"):
         encode_corpus(model, Source("-"), tmp_path / "w.npy")

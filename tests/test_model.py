@@ -326,3 +326,14 @@ def test_saving_over_a_folder_keeps_what_is_not_ours(model, tmp_path):
     assert (tmp_path / "saved" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "saved" / "model.safetensors").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_repeated_texts_are_computed_once_and_order_survives_windows(model, monkeypatch):
+    texts = [f"text number {i % 7}" + " and more" * (i % 5) for i in range(50)]
+    alone = model.encode(texts[::-1])[::-1]
+    monkeypatch.setattr("unmasked.inference.WINDOW", 8)
+    monkeypatch.setattr("unmasked.inference.ON_DEVICE", 3)
+    before = model.tokens_encoded
+    np.testing.assert_allclose(model.encode(texts), alone, atol=1e-5)
+    rows = model.backbone.tokenize_inputs(sorted(set(texts)))
+    assert model.tokens_encoded - before == sum(len(row.ids) for row in rows)

@@ -153,7 +153,3 @@ def test_gradients_with_an_adapter(checkpointing):
     assert together.keys() == alone.keys() != set()
     for name, value in together.items():
         torch.testing.assert_close(value, alone[name], atol=1e-3, rtol=1e-3)
-
-
-def test_a_batch_without_padding_is_not_packed():
-    assert pack(torch.ones(3, 5, dtype=torch.long)) is None

@@ -22,7 +22,7 @@ from unmasked.evaluate import (
     load_task,
     paired_difference,
     search,
-    tasks,
+    vectors,
 )
 from unmasked.evaluate.bootstrap import pearson, spearman
 
@@ -84,7 +84,7 @@ def test_retrieval_scores_are_those_of_pytrec_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, ties: bool
 ) -> None:
     pytrec_eval = pytest.importorskip("pytrec_eval")
-    monkeypatch.setattr(tasks, "_CHUNK", 7 * count)  # several chunks, the last one short
+    monkeypatch.setattr(vectors, "_CHUNK", 7 * count)  # several chunks, the last one short
     random = np.random.default_rng(0)
     documents = {f"d{d}": f"document {d}" for d in range(count)}
     queries = {f"q{q}": f"query {q}" for q in range(min(40, count))}
@@ -101,7 +101,7 @@ def test_retrieval_scores_are_those_of_pytrec_eval(
     result = load_task(beir_folder(tmp_path / "graded", documents, queries, qrels)).score(encode)
 
     unit = [encode(list(texts.values()), None) for texts in (queries, documents)]
-    unit = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in unit]
+    unit = [given / np.linalg.norm(given, axis=1, keepdims=True) for given in unit]
     cosines = (unit[0] @ unit[1].T).tolist()
     run = {q: dict(zip(documents, row, strict=True)) for q, row in zip(qrels, cosines, strict=True)}
     measures = {"ndcg_cut.10", "recall.1,10", "recip_rank"}

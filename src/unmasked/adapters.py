@@ -1,15 +1,20 @@
-"""LoRA on the trunk: attach, save, load, merge.
+"""What trains: LoRA on the trunk, or all of it; attach, save, load, merge.
 
 Adapters sit on the bare transformer, so their keys are those of published LLM2Vec checkpoints
 (``base_model.model.layers.N...``) and the language-model head is never trained. Merging is done in
-float32 and cast back, because merging in bfloat16 moves weights by up to 4e-3.
+float32, layer by layer, and cast back at the end, because merging in bfloat16 moves weights by up
+to 4e-3. Nothing else is cast: a rotary embedding in bfloat16 loses its positions.
 
-An adapter whose keys do not fit loads nothing, silently, in PEFT; here that is an error.
+An adapter whose keys do not fit loads nothing, silently, in PEFT; here that is an error. Nor is a
+pickled adapter read unless it is asked for.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +29,28 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file, save_file
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from unmasked.errors import ModelError
+from unmasked.errors import MissingExtraError, ModelError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAME = "adapter_model.bin"
+FULL_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder or hub repository, and how the hub is asked for it.
+
+    Attributes:
+        hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+    """
+
+    name: str
+    hub: dict[str, Any] = field(default_factory=dict)
 
 
 def attach(
@@ -39,21 +59,36 @@ def attach(
     alpha: int = 32,
     dropout: float = 0.05,
     targets: list[str] | None = None,
-) -> PeftModel:
-    """Freeze a trunk and put a trainable LoRA on it (LLM2Vec, arXiv 2404.05961, appendix D).
+    method: str = "lora",
+) -> nn.Module:
+    """Make a trunk trainable: freeze it under a LoRA (LLM2Vec, arXiv 2404.05961, appendix D).
 
     Args:
         model: a bare transformer.
         rank, alpha, dropout: of the LoRA.
         targets: names of the linear layers; None for every linear layer of the trunk.
+        method: ``lora``; ``dora``, which also trains the length of each row (arXiv 2402.09353);
+            ``qlora``, over weights of 4 bits (arXiv 2305.14314); ``full``, every weight and no
+            adapter.
+
+    Returns:
+        The `PeftModel`; for ``full`` the model itself.
+
+    Raises:
+        ModelError: the targets fit no layer; MissingExtraError: no bitsandbytes for ``qlora``.
     """
+    if method == "full":
+        return model.requires_grad_(True)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets or "all-linear",
         bias="none",
+        use_dora=method == "dora",
     )
+    if method == "qlora":
+        quantise(model)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
@@ -61,6 +96,29 @@ def attach(
         raise ModelError(
             f"LoRA targets {targets} fit no layer. Allowed: {', '.join(linear)}."
         ) from error
+
+
+def quantise(model: nn.Module) -> None:
+    """Put the linear layers of a trunk into 4 bits (NF4) in place, an eighth of float32.
+
+    Only for training: the adapter is merged into the weights as they were.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError as error:
+        raise MissingExtraError("bitsandbytes", "qlora") from error
+    layers = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]
+    for name, layer in layers:
+        bias = layer.bias is not None
+        device, dtype = layer.weight.device, layer.weight.dtype
+        packed = Linear4bit(
+            layer.in_features, layer.out_features, bias, compute_dtype=dtype, quant_type="nf4"
+        )
+        packed.load_state_dict(layer.state_dict())
+        model.set_submodule(name, packed.to(dtype).to(device).requires_grad_(False))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -85,47 +143,122 @@ def load_adapter(model: PeftModel, folder: str | Path) -> None:
     _load_state(model, load_file(str(Path(folder) / WEIGHTS_NAME)), str(folder))
 
 
-def merge(model: nn.Module, adapter: str | Path, **hub: Any) -> nn.Module:
-    """Add a saved adapter to the weights of a trunk, in float32.
+def save_trained(model: nn.Module, folder: str | Path) -> None:
+    """Write what a stage trains: the adapter, or every weight where there is none."""
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder)
+    else:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_model(model, str(Path(folder) / FULL_NAME))
+
+
+def load_trained(model: nn.Module, folder: str | Path) -> None:
+    """Read what `save_trained` wrote into the same kind of model."""
+    if isinstance(model, PeftModel):
+        load_adapter(model, folder)
+    else:
+        load_model(model, str(Path(folder) / FULL_NAME))
+
+
+def merge(model: nn.Module, adapters: Sequence[Source], allow_pickle: bool = False) -> nn.Module:
+    """Add saved adapters to the weights of a trunk, one after the other, in float32.
 
     Args:
         model: a bare transformer; changed and returned.
-        adapter: folder or hub name of the adapter.
-        hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+        adapters: where they are, in the order they were trained.
+        allow_pickle: read an adapter that is there as a pickle only.
 
     Raises:
         ModelError: no adapter there, not safetensors, or made for another base.
     """
-    config = read_config(adapter, **hub)
-    weights = _fetch(adapter, WEIGHTS_NAME, **hub)
-    if weights is None:
-        raise ModelError(
-            f"{adapter} has no {WEIGHTS_NAME}. Pickled adapters are not loaded: they can run code. "
-            "Fix: convert the adapter to safetensors with the PEFT version that wrote it."
-        )
-    config.inference_mode = True
-    dtype = next(model.parameters()).dtype
-    peft_model = PeftModel(model.float(), config)
-    _load_state(peft_model, load_file(weights), str(adapter))
-    merged: nn.Module = peft_model.merge_and_unload()
-    return merged.to(dtype)
+    with _kept_dtypes(model):
+        for adapter in adapters:
+            config = read_config(adapter.name, **adapter.hub)
+            config.inference_mode = True
+            peft_model = PeftModel(model, config)
+            _load_state(peft_model, _read_weights(adapter, allow_pickle), adapter.name)
+            _unload(peft_model)
+    return model
 
 
 def merge_attached(model: PeftModel) -> nn.Module:
     """Add the attached adapter to the weights below it, in float32, and take it off."""
-    dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
-    merged: nn.Module = model.float().merge_and_unload()
-    return merged.to(dtype)
+    trunk = bare(model)
+    with _kept_dtypes(trunk):
+        _unload(model)
+    return trunk
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The transformer inside however many `PeftModel`s."""
+    while isinstance(model, PeftModel):
+        model = model.get_base_model()
+    return model
+
+
+def check_nested(model: nn.Module) -> None:
+    """Refuse a `PeftModel` around a `PeftModel` in which no adapter acts any more.
+
+    PEFT puts the second adapter in the place of the first, loads nothing into it, because its keys
+    are now others, and only warns.
+
+    Raises:
+        ModelError: no adapter has any effect.
+    """
+    if not (isinstance(model, PeftModel) and isinstance(model.get_base_model(), PeftModel)):
+        return
+    factors = [p for name, p in model.named_parameters() if "lora_B" in name]
+    if factors and not any(bool(p.any()) for p in factors):
+        raise ModelError(
+            "neither adapter of this model acts: PEFT puts a second adapter in the place of the "
+            "first and loads nothing into it. Fix: model = model.merge_and_unload() before the "
+            "second PeftModel, or LLM2Vec.from_pretrained(base, [first, second])."
+        )
+
+
+def _unload(model: PeftModel) -> None:
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.get_base_layer().float()
+    model.merge_and_unload()
+
+
+@contextmanager
+def _kept_dtypes(model: nn.Module) -> Iterator[None]:
+    """Parameters that the block makes float32 get the dtype back that they had."""
+    before = {id(p): p.dtype for p in model.parameters()}
+    yield
+    for parameter in model.parameters():
+        dtype = before.get(id(parameter), parameter.dtype)
+        parameter.data = parameter.data.to(dtype)
+
+
+def _read_weights(adapter: Source, allow_pickle: bool) -> dict[str, torch.Tensor]:
+    if path := fetch(adapter.name, WEIGHTS_NAME, **adapter.hub):
+        return load_file(path)
+    if not allow_pickle:
+        raise ModelError(
+            f"{adapter.name} has no {WEIGHTS_NAME}. Pickled adapters are not loaded: a pickle can "
+            "run code. Fix: convert it to safetensors, or, if you trust it, allow_pickle=True "
+            f"(reads {PICKLED_NAME}, tensors only)."
+        )
+    path = fetch(adapter.name, PICKLED_NAME, **adapter.hub)
+    if path is None:
+        raise ModelError(
+            f"{adapter.name} holds no adapter weights. Looked for: {WEIGHTS_NAME}, {PICKLED_NAME}."
+        )
+    weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights
 
 
 def is_adapter(name: str | Path, **hub: Any) -> bool:
     """Whether a folder or hub repository holds an adapter."""
-    return _fetch(name, CONFIG_NAME, **hub) is not None
+    return fetch(name, CONFIG_NAME, **hub) is not None
 
 
 def read_config(name: str | Path, **hub: Any) -> PeftConfig:
     """The `adapter_config.json` of a folder or hub repository."""
-    path = _fetch(name, CONFIG_NAME, **hub)
+    path = fetch(name, CONFIG_NAME, **hub)
     if path is None:
         raise ModelError(
             f"{name} holds no adapter ({CONFIG_NAME} is missing). "
@@ -160,8 +293,14 @@ def _load_state(model: PeftModel, state: dict[str, torch.Tensor], source: str) -
         )
 
 
-def _fetch(name: str | Path, filename: str, **hub: Any) -> str | None:
-    """Path of one file of a folder or hub repository; None if it has no such file."""
+def fetch(name: str | Path, filename: str, **hub: Any) -> str | None:
+    """Path of one file of a folder or hub repository; None if it has no such file.
+
+    Args:
+        name: of the folder or repository.
+        filename: of the file in it.
+        hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+    """
     if Path(name).is_dir():
         path = Path(name) / filename
         return str(path) if path.is_file() else None

@@ -35,6 +35,13 @@ def _listed(value: object) -> object:
     return value
 
 
+def _data_sets(value: object) -> object:
+    """A path stands for a data set with every other setting at its default."""
+    listed = _listed(value)
+    items = listed if isinstance(listed, list) else [listed]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
 Count = Annotated[int, Field(ge=1), BeforeValidator(_number)]
 Whole = Annotated[int, Field(ge=0), BeforeValidator(_number)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
@@ -42,6 +49,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator
 Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
 Dropout = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 Strings = Annotated[list[str], BeforeValidator(_listed)]
+
+Instructions = Annotated[list[str], BeforeValidator(_listed)]
 
 
 class _Section(BaseModel):
@@ -68,8 +77,14 @@ class Model(_Section):
 
 
 class Lora(_Section):
-    """Low-rank adapters, the only parameters that train."""
+    """What trains: low-rank adapters, unless ``method`` says otherwise."""
 
+    method: Literal["lora", "dora", "qlora", "full"] = "lora"
+    """``dora`` also trains the length of each row; ``qlora`` keeps the weights below in 4 bits
+    (needs bitsandbytes); ``full`` trains every weight and no adapter, best in float32."""
+    start: Literal["new", "continue"] = "new"
+    """``continue`` trains on from the adapter of the stage before, as the paper does from SimCSE
+    to supervised; ``new`` merges that one first."""
     rank: Count = 16
     """Rank of the two matrices."""
     alpha: Count = 32
@@ -81,14 +96,10 @@ class Lora(_Section):
 
 
 class Training(_Section):
-    """What the stages have in common: data, optimiser (AdamW), schedule and how often to report."""
+    """What the stages have in common: optimiser (AdamW), schedule and how often to report."""
 
-    data: Strings = []
-    """Files of texts, .txt, .txt.gz or .jsonl; a single path may stand for the list."""
-    max_texts: Count | None = None
-    """Read no more texts than this; None reads all."""
     held_out: Whole = 200
-    """Texts kept out of training to measure the loss on; 0 measures none."""
+    """Texts, or rows of a data set, kept out of training to measure the loss on; 0 is none."""
     steps: Count = 1000
     """Optimiser steps."""
     gradient_accumulation: Count = 1
@@ -130,13 +141,26 @@ class Training(_Section):
         return self
 
 
-class MNTP(Training):
+class TextTraining(Training):
+    """A stage that trains on plain texts."""
+
+    data: Strings = []
+    """Files of texts, .txt, .txt.gz or .jsonl; a single path may stand for the list."""
+    max_texts: Count | None = None
+    """Read no more texts than this; None reads all."""
+
+
+class MNTP(TextTraining):
     """Masked next token prediction (paper section 2.1): the state at i-1 predicts token i."""
 
     batch_size: Count = 32
-    """Blocks per batch."""
+    """Blocks per batch, shared among the devices."""
     block_length: Annotated[Count, Field(ge=2)] = 512
     """Tokens per block, cut from the concatenated texts."""
+    micro_batch_tokens: Count | None = None
+    """Tokens of a forward. A larger batch is cut into equal parts, to the same gradient in less
+    memory, so that gradient checkpointing is seldom needed; None is 2048 on a CPU, 16384 on a
+    GPU."""
     mask_token: Literal["blank", "eos", "mask"] = "blank"
     """What stands for a masked token where the tokenizer has no mask token: ``_`` (the paper's),
     the end-of-text token, or a new one."""
@@ -145,12 +169,21 @@ class MNTP(Training):
     mask_probability: Share = 0.2
     """Share of tokens chosen; the paper takes 0.2, and 0.8 with ``all`` for Mistral."""
 
+    @model_validator(mode="after")
+    def _own_mask(self) -> MNTP:
+        if self.mask_token == "mask" and self.lora.method == "full":
+            raise ValueError(
+                "mask_token mask adds an embedding, which lora.method full would save. "
+                "Fix: mask_token: blank"
+            )
+        return self
 
-class SimCSE(Training):
+
+class SimCSE(TextTraining):
     """Unsupervised contrastive training (paper section 2.1): the same text twice, two dropouts."""
 
     batch_size: Annotated[Count, Field(ge=2)] = 128
-    """Texts per batch; all the others are a text's negatives."""
+    """Texts per batch, shared among the devices; all the others are a text's negatives."""
     max_length: Annotated[Count, Field(ge=2)] = 128
     """Texts are cut to this many tokens."""
     learning_rate: Positive = 3e-5
@@ -159,6 +192,71 @@ class SimCSE(Training):
     """Cosines are divided by this before the softmax."""
     attention_dropout: Annotated[Dropout, Field(gt=0)] = 0.3
     """Dropout on the attention weights: the noise that makes the two views differ."""
+    log_steps: Count = 50
+    """Steps between two lines of metrics."""
+    eval_steps: Count = 200
+    """Steps between two held-out losses."""
+
+
+class Pairs(_Section):
+    """A data set of queries and what answers them, and how its texts are asked for."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A .jsonl, .csv or .parquet file, the first two perhaps .gz, or a data set on the hub."""
+    subset: str | None = None
+    """Configuration of a data set on the hub; None is its only one."""
+    split: str = "train"
+    """Split of a data set on the hub."""
+    query: str = "query"
+    """Column of the query."""
+    positive: str = "positive"
+    """Column of the text that answers it."""
+    negative: str = "negative"
+    """Column of one text that does not, or of a list of such; a file without it has none.
+    ``negatives`` is looked for as well."""
+    instruction: Instructions = []
+    """Put before every query, never pooled. Of several, row i takes the i-th, round and round."""
+    document_instruction: Instructions = []
+    """Put before every positive and negative; retrieval has none."""
+    symmetric: bool = False
+    """Both sides are the same kind of text, so documents take the instruction of their query."""
+    weight: Positive = 1.0
+    """How often its rows are passed in an epoch: 0.5 takes another half of them each time."""
+    max_rows: Count | None = None
+    """Read no more rows than this; None reads all."""
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Pairs:
+        if self.symmetric and self.document_instruction:
+            raise ValueError("symmetric and document_instruction exclude each other")
+        return self
+
+
+class Supervised(Training):
+    """Contrastive training on pairs, with hard negatives where there are (paper section 3.2)."""
+
+    data: Annotated[list[Pairs], BeforeValidator(_data_sets)] = []
+    """Data sets; a path may stand for one, and one for the list. A batch is of one of them."""
+    batch_size: Annotated[Count, Field(ge=2)] = 512
+    """Rows per batch, over all devices; the documents of all other rows are a query's negatives."""
+    hard_negatives: Whole = 1
+    """Negatives of its own that a query is shown, where its row has them."""
+    max_length: Annotated[Count, Field(ge=2)] = 512
+    """Texts are cut to this many tokens, instruction included."""
+    learning_rate: Positive = 2e-4
+    """Highest learning rate, after warm-up."""
+    warmup_steps: Whole = 300
+    """Steps in which the rate climbs from zero."""
+    temperature: Positive = 0.02
+    """Cosines are divided by this before the softmax."""
+    mini_batch_tokens: Count | None = None
+    """Tokens of a forward. A larger batch is embedded twice, once without gradients (GradCache,
+    arXiv 2101.06983), in the memory of one such forward; None runs it at once."""
+    false_negative_margin: NotNegative | None = None
+    """Leave out negatives more than this closer to the query than its positive is (cosine); None
+    leaves out only texts that are the positive or the query itself."""
+    matryoshka: list[Count] = []
+    """Also train the first so many dimensions of the vector (arXiv 2205.13147)."""
     log_steps: Count = 50
     """Steps between two lines of metrics."""
     eval_steps: Count = 200
@@ -187,5 +285,26 @@ class Recipe(_Section):
     """First stage; None leaves it out."""
     simcse: SimCSE | None = None
     """Second stage; None leaves it out."""
+    supervised: Supervised | None = None
+    """Third stage; None leaves it out."""
     evaluate: Evaluate = Evaluate()
     """What is scored."""
+
+    @model_validator(mode="after")
+    def _continued(self) -> Recipe:
+        before: Lora | None = None
+        for name, stage in self.stages():
+            lora, same = stage.lora, {"start": "continue"}
+            if lora.start == "continue" and lora != (before and before.model_copy(update=same)):
+                given = "is of another shape" if before else "does not exist"
+                raise ValueError(
+                    f"{name}.lora.start continue: the adapter of the stage before {given}. "
+                    "Fix: the same lora settings in both, or start: new"
+                )
+            before = lora
+        return self
+
+    def stages(self) -> list[tuple[str, MNTP | SimCSE | Supervised]]:
+        """Name and settings of the stages that are not left out, in the order they run."""
+        named = {"mntp": self.mntp, "simcse": self.simcse, "supervised": self.supervised}
+        return [(name, stage) for name, stage in named.items() if stage is not None]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from unmasked.config import Recipe
 from unmasked.docstrings import Docstring, collect, pairs
 from unmasked.errors import DataError
-from unmasked.evaluate.compare import make_scorer
+from unmasked.evaluate.scorer import make_scorer
 from unmasked.model import LLM2Vec
 from unmasked.recipe import load_recipe
 
@@ -35,12 +35,13 @@ class Size:
 
     docstrings: int = 24_000
     documents: int = 1000
-    mntp_steps: int = 200
-    simcse_steps: int = 100
+    mntp_steps: int = 100
+    simcse_steps: int = 50
+    supervised_steps: int = 150
 
 
 FULL = Size()
-QUICK = Size(docstrings=2500, documents=60, mntp_steps=8, simcse_steps=4)
+QUICK = Size(docstrings=2500, documents=60, mntp_steps=8, simcse_steps=4, supervised_steps=6)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def demo_recipe(folder: Path, size: Size) -> Recipe:
     """The ordinary recipe of the demo, on the files that `write_data` writes."""
     data = folder / "data"
     return load_recipe(
-        "nano",
+        "nano-supervised",
         [
             "name=demo",
             f"mntp.data={data / 'train.jsonl'}",
@@ -72,6 +73,9 @@ def demo_recipe(folder: Path, size: Size) -> Recipe:
             f"simcse.data={data / 'passages.jsonl'}",
             f"simcse.steps={size.simcse_steps}",
             f"simcse.warmup_steps={size.simcse_steps // 10}",
+            f"supervised.data={data / 'pairs.jsonl'}",
+            f"supervised.steps={size.supervised_steps}",
+            f"supervised.warmup_steps={size.supervised_steps // 10}",
             f"evaluate.tasks={data / TASK}",
         ],
     )
@@ -97,6 +101,8 @@ def write_data(folder: Path, size: Size) -> None:
     data.mkdir(parents=True, exist_ok=True)
     _write_lines(data / "train.jsonl", ({"text": d.text} for d in train))
     _write_lines(data / "passages.jsonl", ({"text": t} for d in train for t in _passages(d) if t))
+    answered = ({"query": d.summary, "positive": d.body} for d in pairs(train))
+    _write_lines(data / "pairs.jsonl", answered)
     _write_task(data / TASK, held_out)
 
 

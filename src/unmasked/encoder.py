@@ -6,7 +6,7 @@ and the only place that calls the transformer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,26 +15,27 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
 from unmasked.errors import DataError
-from unmasked.packing import pack, run_packed
+from unmasked.original import text_mask
+from unmasked.packing import Packed, pack, run_packed
+from unmasked.templates import PLAIN
 from unmasked.tokens import TextTokenizer, TokenRow
 
 Pair = tuple[str, str]
 """(instruction, text)"""
 
 
-def join_instruction(instruction: str) -> str:
-    """The prompt of an instruction: itself, and a newline unless it ends in white space.
-
-    A newline keeps the border between instruction and text in every tokenizer; a space does not
-    (it merges into the first word), so that the stock loader would lose the text's first token.
-    """
-    if not instruction or instruction[-1].isspace():
-        return instruction
-    return instruction + "\n"
+join_instruction = PLAIN.join
+"""The prompt of an instruction where there is no template."""
 
 
-def split_pairs(inputs: Sequence[Any]) -> tuple[list[str], list[str]]:
+def split_pairs(
+    inputs: Sequence[Any], join: Callable[[str], str] = PLAIN.join
+) -> tuple[list[str], list[str]]:
     """(texts, prompts) of inputs that are all strings, or all ``[instruction, text]`` pairs.
+
+    Args:
+        inputs: the inputs.
+        join: how an instruction becomes a prompt.
 
     Raises:
         DataError: an input is neither, or strings and pairs are mixed; names the index.
@@ -47,7 +48,7 @@ def split_pairs(inputs: Sequence[Any]) -> tuple[list[str], list[str]]:
             prompts.append("")
         elif pairs and isinstance(item, list | tuple) and _is_pair(item):
             texts.append(item[1])
-            prompts.append(join_instruction(item[0]))
+            prompts.append(join(item[0]))
         else:
             expected = "an [instruction, text] pair like the first" if pairs else "a string"
             raise DataError(
@@ -126,7 +127,7 @@ class Backbone(InputModule):
         self, inputs: Sequence[Any], prompt: str | None = None, max_length: int | None = None
     ) -> list[TokenRow]:
         """Rows of ids for strings or pairs; `prompt` stands before every one that has no own."""
-        texts, prompts = split_pairs(inputs)
+        texts, prompts = split_pairs(inputs, self.tokens.join)
         return self.tokens(texts, [p or prompt or "" for p in prompts], max_length)
 
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
@@ -154,8 +155,8 @@ class Backbone(InputModule):
             row, position and "is text" of the N real tokens.
         """
         ids, attention = features["input_ids"], features["attention_mask"]
-        packed = pack(attention) if self.unpackable is None else None
-        if packed is not None:
+        if self.unpackable is None:
+            packed: Packed = features.get("packed") or pack(attention)
             rows, columns, positions = packed.rows, packed.columns, packed.positions
             states = run_packed(self.auto_model, ids, packed)  # (N, D)
             padded = None
@@ -176,7 +177,7 @@ class Backbone(InputModule):
             "packed_states": states,
             "packed_rows": rows,
             "packed_positions": positions,
-            "packed_is_text": features["text_mask"][rows, columns].bool(),
+            "packed_is_text": text_mask(features)[rows, columns].bool(),
         }
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:

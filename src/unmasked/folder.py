@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,11 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from unmasked.card import Card as Card
+from unmasked.card import render
 from unmasked.opening import NATIVE_KEY
 from unmasked.pooling import STOCK_MODES
+from unmasked.templates import PLAIN, Template
 from unmasked.tokens import MARK
 
 SETTINGS_NAME = "llm2vec_config.json"
@@ -41,21 +44,17 @@ PROMPTS_NAME = "config_sentence_transformers.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a folder says about turning texts into vectors; the original package's four keys."""
+    """What a folder says about turning texts into vectors.
+
+    The first four keys are the original package's; a folder without a ``template`` is one of its.
+    """
 
     pooling_mode: str = "mean"
     max_length: int = 512
     doc_max_length: int | None = None
     skip_instruction: bool = True
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the model card says beyond the settings."""
-
-    base: str = "a decoder-only language model"
-    bidirectional: str = ""
-    sections: dict[str, str] = field(default_factory=dict)
+    template: Template = PLAIN
+    compat: str | None = None
 
 
 def write_folder(
@@ -100,16 +99,23 @@ def write_folder(
         )
         _write_json(folder / PROMPTS_NAME, _prompts(prompts))
         _write_json(folder / SETTINGS_NAME, asdict(settings))
-        text = _card(card or Card(), settings, width, limit)
+        text = render(card or Card(), settings, width, limit)
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def read_prompts(path: Path) -> dict[str, str]:
-    """The prompts of a saved folder, without the mark that stands for an empty one."""
-    if not (path / PROMPTS_NAME).is_file():
-        return {}
-    saved = json.loads((path / PROMPTS_NAME).read_text(encoding="utf-8")).get("prompts") or {}
-    prompts = {name: (prompt or "").removeprefix(MARK) for name, prompt in saved.items()}
+def read_settings(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Every setting by name: as given (not None), else as saved, else the default."""
+    known = {field.name: getattr(Settings(), field.name) for field in fields(Settings)}
+    found = {key: saved[key] for key in known if key in saved}
+    return known | found | {key: value for key, value in given.items() if value is not None}
+
+
+def read_prompts(saved: dict[str, str], template: Template = PLAIN) -> dict[str, str]:
+    """The prompts as a folder has them, without the template and the mark for an empty one."""
+    prompts = {
+        name: (prompt or "").removeprefix(MARK).removeprefix(template.prefix)
+        for name, prompt in saved.items()
+    }
     return {name: prompt for name, prompt in prompts.items() if name != "default"}
 
 
@@ -191,36 +197,3 @@ def _prompts(prompts: dict[str, str]) -> dict[str, Any]:
         "default_prompt_name": "default",
         "similarity_fn_name": "cosine",
     }
-
-
-def _card(card: Card, settings: Settings, width: int, limit: int) -> str:
-    sections = "\n".join(f"\n## {title}\n\n{text}" for title, text in card.sections.items())
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-- sentence-transformers
-- feature-extraction
-- llm2vec
-- unmasked
----
-
-# Text encoder from {card.base}
-
-A decoder-only language model with its causal mask removed (LLM2Vec, arXiv 2404.05961), made with
-[unmasked](https://pypi.org/project/unmasked). {card.bidirectional}
-
-- vectors of {width} numbers, compared by cosine
-- pooling `{settings.pooling_mode}` over the text's own tokens: never BOS, padding or the prompt
-- texts are cut at {limit} tokens
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("path/to/this/folder")
-vectors = model.encode(["a text", "another text"])
-```
-
-A prompt should end in a newline, or in a colon with nothing behind it: after a space, the text's
-first word merges with the prompt, and this loader then leaves it out of the vector.
-{sections}"""

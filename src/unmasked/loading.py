@@ -1,12 +1,18 @@
 """From a name to a transformer and its tokenizer: the hub, local folders, adapters, `nano`.
 
-Nothing from a repository is executed: no remote code, safetensors only. Whatever goes wrong is told
-as a `ModelError` with the fix.
+Nothing from a repository is executed: no remote code, and no pickles unless asked for. Whatever
+goes wrong is told as a `ModelError` with the fix.
+
+A checkpoint of the original package is an adapter that names its base, with a config beside it that
+points to code; the config and the code are never used. It is read with the preprocessing it was
+made with (`templates`), because its `llm2vec_config.json` does not say.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import logging
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,9 +27,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from unmasked import adapters
+from unmasked import adapters, precision
+from unmasked.adapters import Source
 from unmasked.bidirectional import Report, open_config, open_mask, require
 from unmasked.errors import ModelError, NotBidirectionalError
+from unmasked.folder import PROMPTS_NAME, SETTINGS_NAME
+from unmasked.precision import Precision
+from unmasked.templates import PUBLISHED, detect
+from unmasked.tokens import without_blank_mask
+
+logger = logging.getLogger(__name__)
 
 BUNDLED = "nano"
 """The name of the decoder that comes with the package."""
@@ -39,60 +52,70 @@ def resolve_base(base: str | Path) -> str:
     return str(bundled_path()) if str(base) == BUNDLED else str(base).rstrip("/") or "/"
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype for a device: ``auto`` is bfloat16 on a GPU that has it, else float32."""
-    if dtype != "auto":
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
-
-
 @dataclass(frozen=True)
 class Loaded:
-    """A transformer, its tokenizer, and the proof (None if it was left causal on purpose)."""
+    """A transformer, its tokenizer, and what its folder says.
+
+    Attributes:
+        report: the proof; None if the model was left causal on purpose.
+        precision: of the weights, and why.
+        settings: how texts become vectors, as far as the folder says.
+        prompts: name → text put before inputs, as saved.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     report: Report | None
+    precision: Precision
+    settings: dict[str, Any] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
 
 
 def load(
-    base: str | Path,
+    name: str | Path,
     peft: str | Path | list[str | Path] | None = None,
     enable_bidirectional: bool = True,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
+    device: str = "cpu",
     attention: str | None = None,
     allow_partial: bool = False,
+    base: str | Path | None = None,
+    allow_pickle: bool = False,
+    compat: str | None = None,
     **hub: Any,
 ) -> Loaded:
     """Load a bare transformer, open its mask, prove it, and merge adapters into it.
 
     Args:
-        base: `nano`, a folder or a hub name; a folder with an adapter stands for its base plus it.
-        peft: adapter or adapters to merge, in this order.
+        name: `nano`, a folder or a hub name; one with an adapter stands for its base plus it.
+        peft: adapter or adapters to merge, in this order; ``owner/name@revision`` is a revision.
         enable_bidirectional: False leaves the model as it was trained.
-        dtype: of the weights.
+        dtype: of the weights; see `precision.pick`.
+        device: where it will run; only `dtype` looks at it.
         attention: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None lets transformers choose,
             and eager is tried where that choice stays causal.
         allow_partial: accept a model with causal mixing layers beside attention.
-        hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+        base: where the base of an adapter is, if not where the adapter says.
+        allow_pickle: read weights that are there as pickles only (tensors only, no code).
+        compat: keep the tokenizer exactly as a checkpoint of the original package has it.
+        hub: ``revision`` (of `name`), ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
         ModelError: not found, no tokenizer, pickled weights, an adapter that does not fit.
         NotBidirectionalError: the proof failed.
     """
-    name = resolve_base(base)
-    chain = [] if peft is None else (peft if isinstance(peft, list) else [peft])
-    if adapters.is_adapter(name, **hub):
-        chain = [name, *chain]
-        name = _adapter_base(name, **hub)
-    config = _load_config(name, **hub)
-    tokenizer = _load_tokenizer(name, **hub)
+    given = Source(resolve_base(name), hub)
+    added = [_peft_source(item, hub) for item in _listed(peft)]
+    trunk, chain = _resolve_chain(given, base)
+    config = _load_config(trunk, given if chain else None)
+    chosen = precision.pick(dtype, torch.device(device), config)
+    original = is_original(given) or any(is_original(source) for source in added)
+    tokenizer = _load_tokenizer(given if chain and _has_tokenizer(given) else trunk)
+    weights = {"use_safetensors": None if allow_pickle else True}
     attempts = [attention] if attention else [None, "eager"]
     for number, implementation in enumerate(attempts, start=1):
         live = open_config(config) if enable_bidirectional else config
-        model = _load_model(name, live, dtype, implementation, **hub)
+        model = _load_model(trunk, live, chosen.dtype, implementation, **weights)
         report = open_mask(model) if enable_bidirectional else None
         try:
             if report is not None:
@@ -101,9 +124,90 @@ def load(
         except NotBidirectionalError:
             if number == len(attempts) or report is None or report.attention == "eager":
                 raise
-    for adapter in chain:
-        adapters.merge(model, resolve_base(adapter), **hub)
-    return Loaded(model.eval(), tokenizer, report)
+    adapters.merge(model, [*chain, *added], allow_pickle)
+    settings = _settings([*reversed(added), given])
+    if original:
+        if compat is None:
+            tokenizer = without_blank_mask(tokenizer)
+        settings = {"doc_max_length": 400} | settings
+        if settings.get("template") is None:
+            found = detect(tokenizer.chat_template, tokenizer.get_vocab())
+            settings["template"] = found or PUBLISHED
+            logger.info("original checkpoint %s: %s", given.name, settings["template"])
+    saved = _read_json(given, PROMPTS_NAME).get("prompts") or {}
+    return Loaded(model.eval(), tokenizer, report, chosen, settings, saved)
+
+
+def is_original(source: Source) -> bool:
+    """Whether a folder or repository comes from the original package (or the seed system).
+
+    Its encoders have an `llm2vec_config.json` that says nothing of a template; its MNTP stage
+    leaves an adapter with a tokenizer beside it.
+    """
+    settings = _read_json(source, SETTINGS_NAME)
+    if settings:
+        return "template" not in settings
+    return adapters.is_adapter(source.name, **source.hub) and _has_tokenizer(source)
+
+
+def _listed(peft: str | Path | list[str | Path] | None) -> list[str | Path]:
+    if peft is None:
+        return []
+    return peft if isinstance(peft, list) else [peft]
+
+
+def _peft_source(given: str | Path, hub: dict[str, Any]) -> Source:
+    rest = {key: value for key, value in hub.items() if key != "revision"}
+    name, _, revision = str(given).partition("@")
+    if revision and not Path(given).exists():
+        return Source(name, {**rest, "revision": revision})
+    return Source(resolve_base(given), rest)
+
+
+def _resolve_chain(given: Source, base: str | Path | None) -> tuple[Source, list[Source]]:
+    """The decoder behind a name, and the adapters on the way to it, first trained first."""
+    trunk, chain = given, list[Source]()
+    while adapters.is_adapter(trunk.name, **trunk.hub):
+        chain.insert(0, trunk)
+        config = adapters.read_config(trunk.name, **trunk.hub)
+        stated = base or config.base_model_name_or_path
+        if not stated:
+            raise ModelError(
+                f"{trunk.name} is an adapter that does not name its base. "
+                "Fix: give the base first and the adapter as `peft`."
+            )
+        rest = {key: value for key, value in given.hub.items() if key != "revision"}
+        revision = None if base else config.revision
+        trunk = Source(resolve_base(stated), rest | ({"revision": revision} if revision else {}))
+        if any(trunk.name == passed.name for passed in chain):
+            raise ModelError(
+                f"{chain[-1].name} names itself as its base. "
+                "Fix: base=MODEL, the decoder it was trained on."
+            )
+    return trunk, chain
+
+
+def _settings(sources: list[Source]) -> dict[str, Any]:
+    """What the first of the sources that has an `llm2vec_config.json` says."""
+    return next((found for s in sources if (found := _read_json(s, SETTINGS_NAME))), {})
+
+
+def _read_json(source: Source, filename: str) -> dict[str, Any]:
+    path = adapters.fetch(source.name, filename, **source.hub)
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{source.name}/{filename} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{source.name}/{filename} is no JSON object.")
+    return content
+
+
+def _has_tokenizer(source: Source) -> bool:
+    names = "tokenizer.json", "tokenizer.model", "vocab.json"
+    return any(adapters.fetch(source.name, name, **source.hub) for name in names)
 
 
 def load_causal_lm(
@@ -116,69 +220,100 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    name = resolve_base(base)
-    config = open_config(_load_config(name, **hub))
+    source = Source(resolve_base(base), hub)
+    config = open_config(_load_config(source))
     model, info = _load_model(
-        name, config, dtype, attention, AutoModelForCausalLM, output_loading_info=True, **hub
+        source, config, dtype, attention, AutoModelForCausalLM, output_loading_info=True
     )
     if info["missing_keys"]:
         raise ModelError(
-            f"{name} has no language-model head ({', '.join(sorted(info['missing_keys'])[:3])} "
-            "missing), and MNTP predicts tokens. Fix: start MNTP from the decoder itself."
+            f"{source.name} has no language-model head "
+            f"({', '.join(sorted(info['missing_keys'])[:3])} missing), and MNTP predicts tokens. "
+            "Fix: start MNTP from the decoder itself."
         )
     return model  # type: ignore[no-any-return]
 
 
-def _adapter_base(name: str, **hub: Any) -> str:
-    base = adapters.read_config(name, **hub).base_model_name_or_path
-    if not base:
-        raise ModelError(
-            f"{name} is an adapter that does not name its base. "
-            "Fix: give the base first and the adapter as `peft`."
-        )
-    return resolve_base(base)
+def load_config(base: str | Path, **hub: Any) -> PretrainedConfig:
+    """The config alone, mask open: nothing else is fetched.
+
+    Raises:
+        ModelError: there is none here or on the hub.
+    """
+    return open_config(_load_config(Source(resolve_base(base), hub)))
 
 
-def _load_config(name: str, **hub: Any) -> PretrainedConfig:
+def load_tokenizer(base: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer alone.
+
+    Raises:
+        ModelError: there is none here or on the hub.
+    """
+    return _load_tokenizer(Source(resolve_base(base), hub))
+
+
+def _load_config(source: Source, adapter: Source | None = None) -> PretrainedConfig:
+    name = source.name
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(
             f"{name} is a folder without a config.json, so it holds no model. "
             "Fix: give the folder that save_pretrained wrote."
         )
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            name, trust_remote_code=False, **source.hub
+        )
     except (OSError, ValueError, KeyError) as error:
+        if adapter is not None:
+            raise ModelError(
+                f"the adapter {adapter.name} belongs to the base {name}, which cannot be reached: "
+                f"{_first_line(error)} Fix: download {name} and name its folder: "
+                f"LLM2Vec.from_pretrained({adapter.name!r}, base='path/to/it')."
+            ) from error
         raise ModelError(_why(name, error)) from error
+    vars(config).pop("auto_map", None)  # code from the hub is neither run nor pointed to
     return config
 
 
 def _load_model(
-    name: str,
+    source: Source,
     config: PretrainedConfig,
     dtype: torch.dtype,
     attention: str | None,
     auto: Any = AutoModel,
+    use_safetensors: bool | None = True,
     **options: Any,
 ) -> Any:
-    extra = {"attn_implementation": attention} if attention else {}
+    extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    # the auto classes look for an adapter too, and ask the hub unless they are told here as well
+    asked = {k: v for k, v in source.hub.items() if k in ("cache_dir", "local_files_only")}
     try:
         return auto.from_pretrained(
-            name,
+            source.name,
             config=config,
             dtype=dtype,
-            use_safetensors=True,
+            use_safetensors=use_safetensors,
             trust_remote_code=False,
+            adapter_kwargs=asked,
             **extra,
+            **source.hub,
             **options,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(_why(name, error)) from error
+        if "safetensors" in str(error) and use_safetensors:
+            raise ModelError(
+                f"{source.name} has no safetensors weights, and pickled ones are not loaded: a "
+                "pickle can run code. Fix: convert them, or, if you trust them, allow_pickle=True "
+                f"(tensors only). ({_first_line(error)})"
+            ) from error
+        raise ModelError(_why(source.name, error)) from error
 
 
-def _load_tokenizer(name: str, **hub: Any) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    name = source.name
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, **hub
+            name, trust_remote_code=False, **source.hub
         )
     except (OSError, ValueError, KeyError) as error:
         if Path(name).is_dir() and (Path(name) / "config.json").is_file():
@@ -190,8 +325,12 @@ def _load_tokenizer(name: str, **hub: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def _why(name: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = _first_line(error)
     if Path(name).exists():
         return f"cannot load {name}: {first}"
     return (

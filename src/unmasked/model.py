@@ -9,36 +9,38 @@ by tokens, and `save` writes a folder that stock loaders read to the same vector
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import batch_to_device, get_device_name, truncate_embeddings
+from sentence_transformers.util import get_device_name
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from unmasked import adapters, folder, loading
-from unmasked.batches import plan_batches, token_budget
-from unmasked.bidirectional import Report, prove, stock_loading
+from unmasked import adapters, folder, loading, original
+from unmasked.batches import token_budget
+from unmasked.bidirectional import Report, open_mask, prove, stock_loading
 from unmasked.encoder import Backbone, split_pairs
+from unmasked.inference import SENTENCE, Job, row_outputs, sentence_vectors
 from unmasked.packing import enable_packing
 from unmasked.pooling import TextPooling, check_mode
+from unmasked.precision import Precision
+from unmasked.templates import Template, check_compat, read_template
 from unmasked.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.words import word_vectors
 
 logger = logging.getLogger(__name__)
 
 _BY_TOKENS = sys.maxsize  # stands for "no batch_size given" in the signature we inherit
 
 
-class LLM2Vec(SentenceTransformer):
+class LLM2Vec(original.OriginalNames, SentenceTransformer):
     """A bidirectional text encoder made from a decoder (LLM2Vec, arXiv 2404.05961).
 
     >>> model = LLM2Vec.from_pretrained("nano")
@@ -58,6 +60,9 @@ class LLM2Vec(SentenceTransformer):
         report: the proof, if it was made already; else the model is proved now, and a model that
             is still causal draws a warning.
         base: what the model card calls the base model.
+        template: what stands around a text: a name in `templates.yaml`, ``none``, or the template.
+        compat: ``llm2vec-0.2`` for the very preprocessing of the original package.
+        enable_bidirectional: open the mask of a given `model`; False leaves it as it is.
     """
 
     def __init__(
@@ -73,15 +78,23 @@ class LLM2Vec(SentenceTransformer):
         prompts: dict[str, str] | None = None,
         report: Report | None = None,
         base: str | None = None,
+        template: Template | Mapping[str, Any] | str | None = None,
+        compat: str | None = None,
+        enable_bidirectional: bool = False,
     ) -> None:
         if isinstance(model, str | Path):
-            loaded = loading.load(model)
+            loaded = loading.load(model, dtype="auto", device=device or get_device_name())
             base = base or str(model)
             model, tokenizer, report = loaded.model, loaded.tokenizer, loaded.report
         if tokenizer is None:
             raise TypeError("LLM2Vec needs the tokenizer of the model: LLM2Vec(model, tokenizer)")
         settings = folder.Settings(
-            check_mode(pooling_mode), max_length, doc_max_length, skip_instruction
+            check_mode(pooling_mode),
+            max_length,
+            doc_max_length,
+            skip_instruction,
+            read_template(template),
+            check_compat(compat),
         )
         append_eos = pooling_mode == "eos_token"
         tokens = TextTokenizer(
@@ -90,18 +103,28 @@ class LLM2Vec(SentenceTransformer):
             doc_max_length,
             skip_instruction,
             append_eos,
+            settings.template,
+            counted=compat is not None,
         )
         tokens.check_mode(pooling_mode)
+        adapters.check_nested(model)
+        if enable_bidirectional and report is None:
+            report = open_mask(model)
         self.report = report or prove(model)
         backbone = Backbone(model, tokens, self._pack(model))
-        pooling = TextPooling(backbone.get_embedding_dimension(), pooling_mode, skip_instruction)
+        pooling = TextPooling(
+            backbone.get_embedding_dimension(), pooling_mode, skip_instruction, tokens.counted
+        )
         super().__init__(modules=[backbone, pooling], device=device, prompts=prompts)
+        self.precision: Precision | None = None  # known where it was loaded by name
+        self.tokens_encoded = 0  # real tokens that went through `encode`, for speeds
         self.settings = settings
         self.base = base or str(getattr(model.config, "_name_or_path", "") or "a decoder")
         if report is None and self.report.verdict != "full":
             logger.warning(
-                "This model is not bidirectional: %s Fix: load it with "
-                "LLM2Vec.from_pretrained(...), or set config.is_causal = False before loading it.",
+                "This model is not bidirectional: %s Fix: "
+                "LLM2Vec(model, tokenizer, enable_bidirectional=True), or load it with "
+                "LLM2Vec.from_pretrained(...).",
                 self.report.summary(),
             )
 
@@ -110,46 +133,65 @@ class LLM2Vec(SentenceTransformer):
         cls,
         base_model_name_or_path: str | Path,
         peft_model_name_or_path: str | Path | list[str | Path] | None = None,
-        *,
+        merge_peft: bool = True,
         enable_bidirectional: bool = True,
+        *,
         pooling_mode: str | None = None,
         max_length: int | None = None,
         doc_max_length: int | None = None,
         skip_instruction: bool | None = None,
-        dtype: str = "auto",
+        template: Template | Mapping[str, Any] | str | None = None,
+        compat: str | None = None,
+        dtype: str | torch.dtype = "auto",
         attn_implementation: str | None = None,
         allow_partial: bool = False,
         device: str | None = None,
         prompts: dict[str, str] | None = None,
+        base: str | Path | None = None,
+        allow_pickle: bool = False,
         **hub: Any,
     ) -> LLM2Vec:
         """Load a decoder, open its mask, prove it, merge adapters.
 
         Args:
             base_model_name_or_path: a hub name, a folder (a decoder's, an adapter's, or one that
-                `save` wrote), or ``nano``, the decoder that comes with the package.
-            peft_model_name_or_path: adapter or adapters to merge into it, in this order.
+                `save` wrote, here or in the original package), or ``nano``, the bundled decoder.
+            peft_model_name_or_path: adapter or adapters to merge into it, in this order; hub names
+                may end in ``@revision``.
+            merge_peft: accepted for the original's sake; adapters are always merged.
             enable_bidirectional: False keeps the causal mask (a baseline).
             pooling_mode: and the three after it, as in the constructor; by default what the folder
                 says, else ``mean``, 512, no limit of its own, True.
-            dtype: ``auto`` (bfloat16 on GPU, float32 on CPU), or a torch dtype's name.
+            template: as in the constructor; by default what the folder says, or, for a checkpoint
+                of the original package, what its tokenizer says.
+            compat: as in the constructor.
+            dtype: ``auto`` (what is fast here: `precision.pick`), ``checkpoint`` (the same, but
+                never less than the checkpoint has), or a torch dtype's name.
             attn_implementation: as in transformers; chosen by default.
             allow_partial: accept a model some of whose layers stay causal by construction.
             device: where to run.
             prompts: added to those of the folder.
-            hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+            base: where an adapter's base is, if not where the adapter says.
+            allow_pickle: read weights that are there as pickles only (tensors only, no code).
+            hub: ``revision`` (of the first name), ``token``, ``cache_dir``, ``local_files_only``;
+                ``torch_dtype`` and ``device_map`` as the original took them.
 
         Raises:
             ModelError: it cannot be loaded; NotBidirectionalError: the proof failed.
         """
+        name, device, hub = original.loading_options(dtype, device, hub)
         device = device or get_device_name()
         loaded = loading.load(
             base_model_name_or_path,
             peft_model_name_or_path,
             enable_bidirectional,
-            loading.pick_dtype(dtype, torch.device(device)),
+            name,
+            device,
             attn_implementation,
             allow_partial,
+            base,
+            allow_pickle,
+            check_compat(compat),
             **hub,
         )
         given = {
@@ -157,25 +199,28 @@ class LLM2Vec(SentenceTransformer):
             "max_length": max_length,
             "doc_max_length": doc_max_length,
             "skip_instruction": skip_instruction,
+            "template": template,
+            "compat": compat,
         }
-        path = Path(loading.resolve_base(base_model_name_or_path))
-        settings = asdict(folder.Settings()) | _saved_settings(path)
-        settings |= {key: value for key, value in given.items() if value is not None}
-        return cls(
+        settings = folder.read_settings(loaded.settings, given)
+        encoder = cls(
             loaded.model,
             loaded.tokenizer,
             **settings,
             device=device,
-            prompts=folder.read_prompts(path) | (prompts or {}),
+            prompts=folder.read_prompts(loaded.prompts, read_template(settings["template"]))
+            | (prompts or {}),
             report=loaded.report or prove(loaded.model),
             base=str(base_model_name_or_path),
         )
+        encoder.precision = loaded.precision
+        return encoder
 
     def _pack(self, model: nn.Module) -> str | None:
         """Switch on packed attention; returns why not, if not."""
         if self.report.verdict != "full":
             return f"the model is not bidirectional throughout ({self.report.verdict})"
-        reason = enable_packing(model.get_base_model() if isinstance(model, PeftModel) else model)
+        reason = enable_packing(adapters.bare(model))
         if reason is not None:
             logger.warning("Batches are padded, which is slower: %s.", reason)
         return reason
@@ -199,7 +244,7 @@ class LLM2Vec(SentenceTransformer):
 
     def encode(  # type: ignore[override]
         self,
-        inputs: Any,
+        inputs: Any = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
@@ -222,6 +267,11 @@ class LLM2Vec(SentenceTransformer):
         Raises:
             DataError: an input is no string and no pair, or both kinds are mixed.
         """
+        inputs = kwargs.pop("sentences", inputs)
+        prompt_name, prompt, kwargs = original.encode_options(
+            self.settings.compat, prompt_name, prompt, kwargs
+        )
+        batch_size = kwargs.pop("batch_size", batch_size)
         if not isinstance(inputs, str):
             inputs = list(inputs)
             split_pairs(inputs)  # names the faulty index before any work is done
@@ -230,8 +280,14 @@ class LLM2Vec(SentenceTransformer):
         vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, batch_size=rows, **kwargs)
         if isinstance(inputs, list) and not inputs and not isinstance(vectors, list):
             width = kwargs.get("truncate_dim") or self.get_embedding_dimension()
-            return vectors.reshape(0, width)
-        return vectors
+            vectors = vectors.reshape(0, width)
+        return vectors.cpu() if self.settings.compat and isinstance(vectors, Tensor) else vectors
+
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], previous: bool = False
+    ) -> list[np.ndarray]:
+        """Vectors (W, D) of the words of each sentence; see `words.word_vectors`."""
+        return word_vectors(self, self.backbone.tokens, sentences, previous)
 
     @torch.inference_mode()
     def _inference(  # type: ignore[override]
@@ -249,40 +305,26 @@ class LLM2Vec(SentenceTransformer):
         **_: Any,
     ) -> Any:
         """The inner loop of `encode`, also run by the workers of multi-process encoding."""
-        target = self._resolve_inference_device(device)
-        rows = self.backbone.tokenize_inputs(inputs, prompt)
         by_tokens = batch_size == _BY_TOKENS
-        batches = plan_batches(
-            [len(row.ids) for row in rows],
+        target = torch.device(self._resolve_inference_device(device))
+        job = Job(
+            target,
+            prompt,
             token_budget(target) if by_tokens else None,
             None if by_tokens else batch_size,
+            output_value,
+            normalize_embeddings,
+            truncate_dim,
+            save_to_cpu,
+            show_progress_bar,
         )
-        results: list[Any] = [None] * len(rows)
         was_training = self.training
         self.eval()
         try:
-            with tqdm(total=len(rows), unit="text", disable=not show_progress_bar) as bar:
-                for batch in batches:
-                    features: dict[str, Any] = self.backbone.collate([rows[i] for i in batch])
-                    features["repad"] = output_value != "sentence_embedding"
-                    outputs = self(batch_to_device(features, target))
-                    if output_value == "sentence_embedding":
-                        values = outputs["sentence_embedding"].float()
-                        if truncate_dim is not None:
-                            values = truncate_embeddings(values, truncate_dim)
-                        if normalize_embeddings:
-                            values = nn.functional.normalize(values, dim=1)
-                        values = values.cpu() if save_to_cpu else values
-                    else:
-                        values = _per_row(outputs, [len(rows[i].ids) for i in batch], output_value)
-                    for index, value in zip(batch, values, strict=True):
-                        results[index] = value
-                    bar.update(len(batch))
+            run: Any = sentence_vectors if output_value == SENTENCE else row_outputs
+            return run(self, inputs, job)
         finally:
             self.train(was_training)
-        if output_value == "sentence_embedding":
-            return torch.stack(results) if results else torch.empty(0, device=target)
-        return results
 
     def merged_model(self) -> nn.Module:
         """The bare transformer with an attached adapter, if any, merged into a copy."""
@@ -291,7 +333,15 @@ class LLM2Vec(SentenceTransformer):
             return adapters.merge_attached(copy.deepcopy(model))
         return model
 
-    def save(self, path: str | Path, *_: Any, card: folder.Card | None = None, **__: Any) -> None:
+    def save(  # type: ignore[override]
+        self,
+        path: str | Path,
+        merge_before_save: bool = True,
+        save_config: bool = True,
+        *_: Any,
+        card: folder.Card | None = None,
+        **__: Any,
+    ) -> None:
         """Write a folder that stock sentence-transformers and transformers load (see `folder`).
 
         An attached adapter is merged into the copy that is written. An existing folder is
@@ -299,43 +349,39 @@ class LLM2Vec(SentenceTransformer):
 
         Args:
             path: where to write.
+            merge_before_save: accepted for the original's sake; what is written is always merged.
+            save_config: False leaves `llm2vec_config.json` out.
             card: what the model card says; options of `SentenceTransformer.save` are accepted and
                 ignored, weights are always safetensors.
         """
         tokens = self.backbone.tokens
+        tokenizer, exact = tokens.for_stock()
+        if not exact:
+            logger.warning(
+                "Stock loaders cannot pool this template exactly (%r ... %r): load the folder with "
+                "unmasked, or train and save without a template.",
+                tokens.template.prefix,
+                tokens.template.suffix,
+            )
         model = self.merged_model()
         stock = stock_loading(model)
         if stock == "causal":
             logger.warning("Only unmasked opens the mask of this family; stock loaders do not.")
+        prefix = tokens.template.prefix
+        named = {"default": "", "query": "", "document": "", **self.prompts}
         folder.write_folder(
             path,
             model,
-            tokens.tokenizer,
+            tokenizer,
             self.settings,
-            {name: prompt for name, prompt in self.prompts.items() if prompt is not None},
-            fixed_tokens=len(tokens.prefix) + len(tokens.suffix),
+            {name: prefix + prompt for name, prompt in named.items() if prompt is not None},
+            fixed_tokens=tokens.fixed_tokens,
             needs_eager=stock == "eager",
             card=card or folder.Card(self.base, self.report.summary()),
         )
+        if not save_config:
+            (Path(path) / folder.SETTINGS_NAME).unlink()
 
     def save_pretrained(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """The same as `save`."""
         self.save(path, *args, **kwargs)
-
-
-def _saved_settings(path: Path) -> dict[str, Any]:
-    file = path / folder.SETTINGS_NAME
-    if not file.is_file():
-        return {}
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    return {key: saved[key] for key in asdict(folder.Settings()) if key in saved}
-
-
-def _per_row(outputs: dict[str, Any], lengths: list[int], name: str | None) -> list[Any]:
-    """Token states (T, D) of each row without padding, or every output of each row."""
-    if name == "token_embeddings":
-        return [
-            states[:length].float() for states, length in zip(outputs[name], lengths, strict=True)
-        ]
-    per_row = {k: v for k, v in outputs.items() if not k.startswith("packed_")}
-    return [{k: v[i] for k, v in per_row.items()} for i in range(len(lengths))]

@@ -15,10 +15,10 @@ forwards on the loaded model. Measured on CPU: `benchmarks/encode.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -33,6 +33,10 @@ NAME = "unmasked"
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Largest relative difference between packed and single; 5e-2 in half precision."""
+
+
+LONG = 64
+"""Tokens from which bfloat16 attention on CPU is faster as two matrix products than as SDPA."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,18 @@ class Packed:
     positions: Tensor
     layout: Layout
 
+    def to(self, device: torch.device) -> Packed:
+        """The same plan on a device; from pinned memory without waiting."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Packed:
+        """The same plan in memory that a GPU copies from by itself."""
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Packed:
+        layout = replace(self.layout, ends=change(self.layout.ends))
+        return Packed(change(self.rows), change(self.columns), change(self.positions), layout)
+
 
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
@@ -91,27 +107,26 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     return nullcontext(), packed_attention(_LAYOUT.get())
 
 
-def pack(attention_mask: Tensor) -> Packed | None:
-    """Plan the packing of a padded batch; None if it has no padding.
+def pack(attention_mask: Tensor) -> Packed:
+    """Plan the packing of a padded batch, on the CPU; one copy of the mask if it is elsewhere.
 
     Args:
         attention_mask: (B, T), 1 for real tokens; padding on either side.
     """
-    lengths = attention_mask.sum(dim=1)  # (B,)
+    mask = attention_mask.cpu()
+    lengths = mask.sum(dim=1)  # (B,)
     order = lengths.argsort(descending=True, stable=True)
-    ordered = lengths[order].tolist()
-    if ordered[-1] == attention_mask.shape[1]:
-        return None
     groups, start = [], 0
-    for length, same in groupby(ordered):
+    for length, same in groupby(lengths[order].tolist()):
         texts = len(list(same))
         groups.append((start, texts, length))
         start += texts * length
-    ends = torch.zeros(len(ordered) + 1, dtype=torch.int32, device=attention_mask.device)
+    ends = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     ends[1:] = lengths[order].cumsum(0)
-    sorted_rows, columns = attention_mask[order].nonzero(as_tuple=True)
-    positions = torch.arange(start, device=ends.device) - ends[sorted_rows]
-    return Packed(order[sorted_rows], columns, positions, Layout(tuple(groups), start, ends))
+    sorted_rows, columns = mask[order].nonzero(as_tuple=True)
+    positions = torch.arange(start) - ends[sorted_rows]
+    packed = Packed(order[sorted_rows], columns, positions, Layout(tuple(groups), start, ends))
+    return packed.to(attention_mask.device)
 
 
 def attention(
@@ -167,15 +182,20 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """(B, H, T, d) attention; SDPA, or written out where it has no word for what is asked."""
-    if softcap is None and sinks is None:
+    """(B, H, T, d) attention: SDPA, or written out where SDPA has no word for it or is slow."""
+    if softcap is None and sinks is None and not _slow(query, dropout):
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(
             query, key, value, mask, dropout, scale=scaling, enable_gqa=grouped
         )
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)  # (B, H, T, T)
+    batch, heads, tokens, width = query.shape
+    shared = batch * key.shape[1]  # B * G; the queries that share a key stand one below the other
+    queries = query.reshape(shared, -1, width)  # (B * G, H / G * T, d)
+    keys = key.reshape(shared, tokens, width).transpose(1, 2)
+    start = queries.new_empty(1, 1, 1)  # times beta: nothing
+    scale = scaling or width**-0.5
+    scores = torch.baddbmm(start, queries, keys, beta=0, alpha=scale)
+    scores = scores.view(batch, heads, tokens, tokens)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -183,10 +203,16 @@ def _attend(
     if sinks is not None:
         sink = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
         scores = torch.cat([scores, sink], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    if sinks is not None:
-        weights = weights[..., :-1]
-    return nn.functional.dropout(weights, dropout) @ value
+    weights = scores.softmax(dim=-1)[..., :tokens]
+    weights = nn.functional.dropout(weights, dropout).reshape(shared, -1, tokens)
+    return torch.bmm(weights, value.reshape(shared, tokens, width)).view_as(query)
+
+
+def _slow(query: Tensor, dropout: float) -> bool:
+    """Whether SDPA is slower than two matrix products: on CPU with dropout, or in bfloat16."""
+    if query.device.type != "cpu":
+        return False
+    return dropout > 0 or (query.dtype == torch.bfloat16 and query.shape[2] >= LONG)
 
 
 def _attend_varlen(
@@ -245,7 +271,6 @@ def packing_drift(model: nn.Module) -> float:
     ids = torch.randint(highest, (len(lengths), max(lengths)), generator=generator).to(device)
     mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
     packed = pack(mask.long())
-    assert packed is not None
     was_training = model.training
     model.eval()
     try:

@@ -35,7 +35,13 @@ def check_mode(mode: str) -> str:
 
 
 def pool(
-    states: Tensor, rows: Tensor, positions: Tensor, is_text: Tensor, batch: int, mode: str
+    states: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    is_text: Tensor,
+    batch: int,
+    mode: str,
+    from_text: bool = False,
 ) -> Tensor:
     """Pool packed token states into one vector a row (LLM2Vec, arXiv 2404.05961, section 2).
 
@@ -46,6 +52,8 @@ def pool(
         is_text: (N,) which tokens are pooled; at least one in each row.
         batch: B, the number of rows.
         mode: a key of `STOCK_MODES`.
+        from_text: ``weighted_mean`` counts from the first token that is pooled, as the original
+            package does, and not from the input's first, as the stock module does.
 
     Returns:
         (B, D) vectors in the dtype of the states.
@@ -53,6 +61,10 @@ def pool(
     if mode in ("mean", "weighted_mean"):
         weights = is_text.to(torch.float32)
         if mode == "weighted_mean":
+            if from_text:
+                late = torch.where(is_text, positions, positions.amax())
+                first = late.new_full((batch,), int(positions.amax())) if len(late) else late
+                positions = positions - first.scatter_reduce(0, rows, late, "amin")[rows]
             weights = weights * (positions + 1)
         sums = states.new_zeros(batch, states.shape[1], dtype=torch.float32)
         sums = sums.index_add(0, rows, states.float() * weights[:, None])
@@ -70,12 +82,19 @@ def pool(
 class TextPooling(Pooling):
     """The stock `Pooling` module, made to pool exactly the text of each row."""
 
-    def __init__(self, embedding_dimension: int, mode: str, skip_instruction: bool = True) -> None:
+    def __init__(
+        self,
+        embedding_dimension: int,
+        mode: str,
+        skip_instruction: bool = True,
+        from_text: bool = False,
+    ) -> None:
         # BOS is context: the stock loader may only find it where the prompt is not left out.
         include = not skip_instruction or mode == "bos_token"
         stock_mode: Any = STOCK_MODES[check_mode(mode)]
         super().__init__(embedding_dimension, pooling_mode=stock_mode, include_prompt=include)
         self.mode = mode
+        self.from_text = from_text
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         features["sentence_embedding"] = pool(
@@ -85,5 +104,6 @@ class TextPooling(Pooling):
             features["packed_is_text"],
             features["input_ids"].shape[0],
             self.mode,
+            self.from_text,
         )
         return features

@@ -15,7 +15,7 @@ from unmasked.errors import RecipeError, nearest
 
 Place = tuple[str | int, ...]
 _RECIPES = Path(__file__).parent / "recipes"
-_DEEPEST = 3  # mntp.lora.rank
+_DEEPEST = 4  # supervised.data.0.path
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -53,8 +53,12 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 def dump_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the recipe with every default spelt out; ``load_recipe`` reads back an equal one."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    Path(path).write_text(recipe_text(recipe), encoding="utf-8")
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as YAML, with every default spelt out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def recipe_differences(a: Recipe, b: Recipe) -> list[str]:
@@ -108,12 +112,17 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
     return data, lines
 
 
-def _key_lines(node: yaml.MappingNode, above: Place) -> Iterator[tuple[Place, int]]:
-    for key, value in node.value:
-        place = (*above, key.value)
-        yield place, key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode) and len(place) < _DEEPEST:
+def _key_lines(node: yaml.Node, above: Place) -> Iterator[tuple[Place, int]]:
+    if len(above) >= _DEEPEST:
+        return
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            place = (*above, key.value)
+            yield place, key.start_mark.line + 1
             yield from _key_lines(value, place)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _key_lines(item, (*above, index))
 
 
 def _apply(override: str, data: dict[str, Any]) -> Place:
@@ -162,6 +171,9 @@ def _keys(place: Place) -> list[str]:
     """The keys of the section at ``place``."""
     section: type[BaseModel] = Recipe
     for key in place:
-        annotation = section.model_fields[str(key)].annotation
-        section = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type))
+        if isinstance(key, str):  # a number stands for an item of the list before it
+            annotation = section.model_fields[key].annotation
+            section = next(
+                t for t in (annotation, *get_args(annotation)) if hasattr(t, "model_fields")
+            )
     return list(section.model_fields)

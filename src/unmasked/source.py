@@ -1,27 +1,50 @@
-"""Texts, one after the other, from a file or standard input, each checked as it is read.
+"""Texts, one after the other, from files, a folder of them, standard input or a data set.
 
-Every fault is told with its line. Blank lines are no rows in .jsonl and .csv; in .txt a line is a
-row, so that, in a corpus to encode, a blank one is an error and never shifts the rows behind it.
+Every row is checked as it is read, and a fault is told with its file and line. What spoils one row
+(no UTF-8, no string, empty, too long) is handed on as a row with a fault, so that whoever reads may
+refuse it or pass over it; what leaves the rows uncertain is always an error (see `readers`). Blank
+lines are no rows in .jsonl and .csv; in .txt a line is a row, so that, in a corpus to encode, a
+blank one is a fault and never shifts the rows behind it.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from unmasked.errors import DataError, nearest
+from unmasked.readers import HUB, KINDS, Cells, Fault, absent, fault_error, kind_of, read
 
-KINDS = (".txt", ".jsonl", ".csv")
 ID_COLUMNS = ("id", "_id")
+_ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]*){0,2}")
 
 Record = tuple[int, str, str | None]
 """(line, text, id) of a row."""
+
+
+class Row(NamedTuple):
+    """A row of a source.
+
+    Attributes:
+        file: its place in `Source.files`.
+        number: its line, or its place in .parquet and data sets, from 1.
+        text: empty where there is a fault.
+        id: what the source calls it, if it calls its rows anything.
+        kept: values of the columns in `Source.keep`.
+        fault: why it has no text, and how to mend it.
+    """
+
+    file: int
+    number: int
+    text: str
+    id: str | None = None
+    kept: tuple[object, ...] = ()
+    fault: Fault | None = None
 
 
 @dataclass(frozen=True)
@@ -29,16 +52,21 @@ class Source:
     """Where texts come from.
 
     Attributes:
-        path: a .txt (a text a line), .jsonl or .csv file, perhaps .gz; ``-`` is standard input,
-            a text a line.
+        path: a .txt (a text a line), .jsonl or .csv file, each perhaps .gz or .zst, or .parquet; a
+            folder of such files; ``hf:NAME``, a Hugging Face data set, streamed; ``-`` is standard
+            input, a text a line.
         column: which column or key holds the text; .txt has none.
         skip_blank: pass over texts of white space instead of refusing them (for training, where
             no row of a result has to line up).
+        keep: columns to hand on beside the text.
+        max_bytes: a text of so many bytes or more is a fault; None for no limit.
     """
 
     path: str
     column: str = "text"
     skip_blank: bool = False
+    keep: tuple[str, ...] = ()
+    max_bytes: int | None = None
 
     @property
     def name(self) -> str:
@@ -50,23 +78,80 @@ class Source:
         """Whether it can be read twice."""
         return self.path != "-"
 
-    def records(self) -> Iterator[Record]:
-        """Every row, checked.
+    @property
+    def on_disk(self) -> bool:
+        """Whether it is made of files, whose bytes say whether it is still the same."""
+        return self.path != "-" and not self.files[0].startswith(HUB)
+
+    @cached_property
+    def files(self) -> list[str]:
+        """What it is made of, in the order it is read: paths, ``-``, or ``hf:NAME``.
 
         Raises:
-            DataError: no such file, another kind of file, not UTF-8, no such column, a text that
-                is missing, no string or empty, or no row at all; names file and line.
+            DataError: no such file, another kind of file, or a folder with none in it.
         """
-        read = {".jsonl": self._json_records, ".csv": self._csv_records}.get(
-            self._kind(), self._text_records
-        )
+        path = Path(self.path)
+        if self.path == "-" or self.path.startswith(HUB):
+            return [self.path]
+        if path.is_dir():
+            found = [file for file in _visible(path) if kind_of(str(file))]
+            if not found:
+                raise DataError(f"{path}: there is no {', '.join(KINDS)} file in this folder.")
+            return [str(file) for file in found]
+        if kind_of(self.path) is None and not path.exists() and _ON_THE_HUB.fullmatch(self.path):
+            return [HUB + self.path]
+        if kind_of(self.path) is None:
+            raise DataError(
+                f"{self.path}: unknown kind of file. Allowed: {', '.join(KINDS)}, the first three "
+                "perhaps with .gz or .zst behind; a folder of them; hf:NAME for a Hugging Face "
+                "data set; - for standard input."
+            )
+        if not path.is_file():
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise DataError(f"{path} is not a file{nearest(path.name, siblings) or '.'}")
+        return [self.path]
+
+    @property
+    def ignored(self) -> list[str]:
+        """Files of other kinds in the folder."""
+        path = Path(self.path)
+        return [str(f) for f in _visible(path) if not kind_of(str(f))] if path.is_dir() else []
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What the files are called, the same on every machine: paths inside the folder."""
+        root = Path(self.path)
+        if root.is_dir():
+            return [Path(file).relative_to(root).as_posix() for file in self.files]
+        return [Path(file).name if self.on_disk else file for file in self.files]
+
+    def rows(self, first_file: int = 0) -> Iterator[Row]:
+        """Every row of the files from `first_file` on, good or at fault.
+
+        Raises:
+            DataError: what `files` raises, or a file cannot be told apart into rows.
+        """
+        key, _ = self.layout
+        wanted = self.keep if key is None else (key, *self.keep)
+        for index in range(first_file, len(self.files)):
+            path = self.files[index]
+            for cells in read(path, self._called(index), self.column, wanted):
+                row = self._row(index, cells)
+                if not (self.skip_blank and row.fault is None and not row.text.strip()):
+                    yield row
+
+    def records(self) -> Iterator[Record]:
+        """Every row, or an error for the first that has a fault.
+
+        Raises:
+            DataError: what `rows` raises, a fault, or no row at all; names file and line.
+        """
         empty = True
-        with self._open() as file:
-            for record in read(self._lines(file)):
-                if self.skip_blank and not record[1].strip():
-                    continue
-                empty = False
-                yield record
+        for row in self.rows():
+            if row.fault is not None:
+                raise self.error(row)
+            empty = False
+            yield row.number, row.text, row.id
         if empty:
             raise DataError(f"{self.name}: there is no text in it.")
 
@@ -74,106 +159,146 @@ class Source:
         """Check every row; how many there are."""
         return sum(1 for _ in self.records())
 
-    def _kind(self) -> str:
-        if self.path == "-":
-            return ".txt"
-        kind = Path(self.path.removesuffix(".gz")).suffix
-        if kind not in KINDS:
-            raise DataError(
-                f"{self.path}: unknown kind of file. Allowed: {', '.join(KINDS)}, each perhaps "
-                "with .gz behind, or - for standard input."
-            )
-        return kind
+    def survey(self, skip: bool = False) -> list[int]:
+        """How many rows each file has; refuses a fault unless `skip`.
 
-    def _open(self) -> AbstractContextManager[Iterable[bytes]]:
-        path = Path(self.path)
-        if self.path == "-":
-            return nullcontext(sys.stdin.buffer)
-        if not path.is_file():
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise DataError(f"{path} is not a file{nearest(path.name, siblings)}")
-        return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+        Raises:
+            DataError: as `records`.
+        """
+        counts = [0] * len(self.files)
+        for row in self.rows():
+            if row.fault is not None and not skip:
+                raise self.error(row)
+            counts[row.file] += 1
+        if not sum(counts):
+            raise DataError(f"{self.name}: there is no text in it.")
+        return counts
 
-    def _lines(self, file: Iterable[bytes]) -> Iterator[str]:
-        number = 0
-        try:
-            for number, raw in enumerate(file, start=1):
-                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise self._fault(
-                number,
-                f"not UTF-8 (byte {error.object[error.start]:#04x} at position {error.start})",
-                "convert the file, as with iconv -f latin1 -t utf-8",
-            ) from error
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise DataError(f"{self.name}: not a whole gzip file ({error}).") from error
+    def error(self, row: Row) -> DataError:
+        """What is said of a row with a fault."""
+        assert row.fault is not None
+        given, fix = row.fault
+        if self.max_bytes is not None:
+            fix += "; or pass over such rows with --on-error skip, which lists them"
+        return fault_error(self.where(row), (given, fix))
 
-    def _text_records(self, lines: Iterable[str]) -> Iterator[Record]:
-        for number, line in enumerate(lines, start=1):
-            yield number, self._checked(number, line.rstrip("\r\n")), None
+    def where(self, row: Row) -> str:
+        """``a.txt, line 3``."""
+        path = self.files[row.file]
+        word = "row" if path.startswith(HUB) or kind_of(path) == ".parquet" else "line"
+        return f"{self._called(row.file)}, {word} {row.number}"
 
-    def _json_records(self, lines: Iterable[str]) -> Iterator[Record]:
-        key, first = None, True
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise self._fault(number, f"not JSON ({error})", "one object a line") from error
-            if not isinstance(row, dict):
-                raise self._fault(number, f"a {type(row).__name__}", "one object a line")
-            if self.column not in row:
-                raise self._no_column(number, list(row))
-            if first:
-                key, first = next((name for name in ID_COLUMNS if name in row), None), False
-            text = self._checked(number, row[self.column])
-            yield number, text, None if key is None else self._id(number, row.get(key))
+    def _called(self, index: int) -> str:
+        return "standard input" if self.path == "-" else self.files[index]
 
-    def _csv_records(self, lines: Iterable[str]) -> Iterator[Record]:
-        csv.field_size_limit(2**31 - 1)
-        reader = csv.reader(lines, strict=True)
-        try:
-            header = next(reader, [])
-            if self.column not in header:
-                raise self._no_column(1, header)
-            at = header.index(self.column)
-            key = next((header.index(name) for name in ID_COLUMNS if name in header), None)
-            for row in reader:
-                number = reader.line_num
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    given = f"{len(row)} columns instead of {len(header)}"
-                    raise self._fault(number, given, "quote texts that hold a comma")
-                text = self._checked(number, row[at])
-                yield number, text, None if key is None else self._id(number, row[key])
-        except csv.Error as error:
-            raise self._fault(reader.line_num, f"not CSV ({error})", "mend the quotes") from error
+    @cached_property
+    def layout(self) -> tuple[str | None, list[str]]:
+        """The column of ids, if there is one, and the types (Arrow's names) of those to keep.
 
-    def _checked(self, number: int, text: object) -> str:
+        The first good row decides, so that every part of the result has the same columns.
+        """
+        path = self.files[0]
+        if path == "-" or kind_of(path) == ".txt":
+            if self.keep:
+                raise DataError(f"{self.name}: lines of text have no columns to keep.")
+            return None, []
+        wanted = (*ID_COLUMNS, *self.keep)
+        for index, path in enumerate(self.files):
+            for cells in read(path, self._called(index), self.column, wanted):
+                if cells.fault is None:
+                    there = list(cells.values)
+                    for name in self.keep:
+                        if name not in there:
+                            raise fault_error(self._called(index), absent(name, there, "--keep"))
+                    key = next((name for name in ID_COLUMNS if name in there), None)
+                    return key, [_type_name(cells.values[name]) for name in self.keep]
+        return None, ["string"] * len(self.keep)
+
+    def _row(self, file: int, cells: Cells) -> Row:
+        key, types = self.layout
+        fault, values = cells.fault, cells.values
+        if fault is None and self.column not in values:
+            fault = absent(self.column, values)
+        text = values.get(self.column)
+        if fault is None:
+            fault = self._text_fault(text)
+        name = None
+        if fault is None and key is not None:
+            value = values.get(key)
+            if isinstance(value, bool) or not isinstance(value, str | int):
+                fault = (
+                    "no id, though the first row has one",
+                    "give every row an id, a string or whole number",
+                )
+            name = str(value)
+            fault = fault or _half_character(name)
+        kept: tuple[object, ...] = ()
+        if fault is None and self.keep:
+            kept, fault = _kept_values(values, self.keep, types)
+        if fault is not None:
+            return Row(file, cells.number, "", fault=fault)
+        assert isinstance(text, str)
+        return Row(file, cells.number, text, name, kept)
+
+    def _text_fault(self, text: object) -> Fault | None:
         if not isinstance(text, str):
             given = "null" if text is None else f"a {type(text).__name__}"
-            raise self._fault(number, f"'{self.column}' is {given}", "give a string")
+            return f"'{self.column}' is {given}", "give a string"
         if not text.strip() and not self.skip_blank:
-            raise self._fault(number, "an empty text, which has no vector", "remove the row")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            given = f"half a surrogate pair at character {error.start}"
-            raise self._fault(number, given, "write the whole character") from error
-        return text
+            return "an empty text, which has no vector", "remove the row"
+        if (half := _half_character(text)) is not None:
+            return half
+        size = len(text.encode()) if self.max_bytes is not None else 0
+        if self.max_bytes is not None and size >= self.max_bytes:
+            given = f"a text of {size:,} bytes, of which only the beginning would count"
+            return given, f"cut it into passages, or allow it with --max-bytes {size + 1}"
+        return None
 
-    def _id(self, number: int, value: object) -> str:
-        if isinstance(value, bool) or not isinstance(value, str | int):
-            given = "no id, though the first row has one"
-            raise self._fault(number, given, "give every row an id, a string or whole number")
-        return str(value)
 
-    def _no_column(self, number: int, columns: list[str]) -> DataError:
-        found = f"no column '{self.column}' among {', '.join(columns) or 'none'}"
-        hint = nearest(self.column, columns).rstrip("?")
-        return self._fault(number, found + hint, "name it with --text-column")
+def _visible(folder: Path) -> list[Path]:
+    """Files at any depth, sorted, without hidden ones and markers such as ``_SUCCESS``."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+    )
 
-    def _fault(self, number: int, given: str, fix: str) -> DataError:
-        return DataError(f"{self.name}, line {number}: {given}. Fix: {fix}.")
+
+def _half_character(text: str) -> Fault | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        given = f"half a surrogate pair at character {error.start}"
+        return given, "write the whole character"
+    return None
+
+
+_TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64"}
+
+
+def _type_name(value: object) -> str:
+    return _TYPES.get(type(value), "string")
+
+
+def _kept_values(
+    values: Mapping[str, object], keep: Sequence[str], types: Sequence[str]
+) -> tuple[tuple[object, ...], Fault | None]:
+    """The values in the types of their columns; in one of strings, other things become JSON."""
+    kept: list[object] = []
+    for name, wanted in zip(keep, types, strict=True):
+        value = values.get(name)
+        if value is None:
+            pass
+        elif wanted == "string":
+            if not isinstance(value, str):
+                value = json.dumps(value, ensure_ascii=False, default=str)
+            if (half := _half_character(value)) is not None:
+                return (), half
+        elif wanted == "float64" and type(value) is int:
+            value = float(value)
+        elif _type_name(value) != wanted or (type(value) is int and value.bit_length() > 63):
+            given = f"'{name}' is {value!r:.40}, though the first row has a {wanted}"
+            return (), (given, "give every row the same type")
+        kept.append(value)
+    return tuple(kept), None

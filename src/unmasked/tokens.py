@@ -13,18 +13,22 @@ removes. A prompt made of it alone is no text at all, yet it is a prompt: BOS is
 also no longer *named* (it keeps its id and is still added), because the stock loader does not count
 a named special token at a prompt's end.
 
-Cost: one tokenisation a text. Rows with an instruction need offsets, about half as fast.
+Cost: one tokenisation a text. Rows with an instruction or a template need offsets, about half as
+fast; so do all rows under ``compat``, which also tokenises each text alone, as the original did.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from unmasked.errors import DataError, ModelError
+from unmasked.templates import PLAIN, Template
 
 MARK = "\ufdd0"
 """A Unicode noncharacter, never part of a text; only a leading one is removed."""
@@ -40,7 +44,7 @@ class TokenRow:
 
 
 def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, append_eos: bool = False
+    tokenizer: PreTrainedTokenizerBase, append_eos: bool = False, ending: Sequence[int] = ()
 ) -> PreTrainedTokenizerFast:
     """A copy of a tokenizer that yields the same ids in ours and in the stock loader.
 
@@ -50,6 +54,8 @@ def prepare_tokenizer(
     Args:
         tokenizer: any fast tokenizer; it is not changed.
         append_eos: end every input with EOS (for ``eos_token`` pooling).
+        ending: ids that end every input, before EOS (a template's suffix); named special, so that
+            the stock loader does not count the last of them to a prompt.
 
     Raises:
         ModelError: the tokenizer is slow, or EOS is wanted and there is none.
@@ -61,7 +67,7 @@ def prepare_tokenizer(
             "Fix: load it with AutoTokenizer from a folder that has a tokenizer.json."
         )
     prefix = leading_ids(tokenizer)
-    suffix = [_eos_id(tokenizer)] if append_eos else []
+    suffix = [*ending, *([_eos_id(tokenizer)] if append_eos else [])]
     copy = Tokenizer.from_str(backend.to_str())
     copy.no_padding()
     copy.no_truncation()
@@ -70,7 +76,9 @@ def prepare_tokenizer(
         rest = [copy.normalizer] if copy.normalizer else []
         copy.normalizer = normalizers.Sequence([strip_mark, *rest])
     copy.post_processor = _template(copy, prefix, suffix)
-    names = _token_names(tokenizer, hidden=prefix[-1] if prefix else None)
+    names: dict[str, Any] = _token_names(tokenizer, hidden=prefix[-1] if prefix else None)
+    if ending:
+        names["extra_special_tokens"] = [str(tokenizer.convert_ids_to_tokens(ending[-1]))]
     return PreTrainedTokenizerFast(
         tokenizer_object=copy,
         padding_side="right",
@@ -88,6 +96,26 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if full[start : start + len(bare)] == bare:
             return list(full[:start])
     return []
+
+
+def without_blank_mask(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer whose ``_`` is an ordinary token again.
+
+    The original's MNTP saves ``_`` as mask token, and from then on the tokenizer splits
+    ``foo_bar`` at it.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or str(tokenizer.mask_token or "") != "_":
+        return tokenizer
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "_"]
+    if "_" not in content["model"]["vocab"]:
+        return tokenizer  # a token of its own, with an embedding of its own
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        **{name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None)},
+    )
 
 
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -139,6 +167,8 @@ class TextTokenizer:
         doc_max_length: most tokens of the text itself; None for whatever `max_length` leaves.
         skip_instruction: pool the text only; if False, everything (BOS and instruction too).
         append_eos: whether the prepared tokenizer ends inputs with EOS.
+        template: what stands around instruction and text.
+        counted: find and cut the text as the original package does; see `_counted_row`.
     """
 
     def __init__(
@@ -148,11 +178,16 @@ class TextTokenizer:
         doc_max_length: int | None = None,
         skip_instruction: bool = True,
         append_eos: bool = False,
+        template: Template = PLAIN,
+        counted: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.doc_max_length = doc_max_length
         self.skip_instruction = skip_instruction
+        self.append_eos = append_eos
+        self.template = template
+        self.counted = counted
         self.prefix = leading_ids(tokenizer)
         self.suffix = [_eos_id(tokenizer)] if append_eos else []
 
@@ -163,6 +198,12 @@ class TextTokenizer:
                 "pooling 'bos_token' needs a tokenizer that puts BOS before every text; this one "
                 "does not. Fix: use pooling 'mean' or 'last_token'."
             )
+
+    def join(self, instruction: str) -> str:
+        """The prompt of an instruction."""
+        if self.counted:
+            return instruction.strip() + " " if instruction else ""
+        return self.template.join(instruction)
 
     def __call__(
         self, texts: Sequence[str], prompts: str | Sequence[str] = "", max_length: int | None = None
@@ -183,41 +224,123 @@ class TextTokenizer:
         limit = max_length or self.max_length
         if isinstance(prompts, str):
             prompts = [prompts] * len(texts)
-        contexts = [prompt.removeprefix(MARK) for prompt in prompts]
-        joined = [MARK + c + t for c, t in zip(contexts, texts, strict=True)]
+        if self.counted:
+            texts = [self._cut_by_words(text, limit) for text in texts]
+        start, end = self.template.prefix, self.template.suffix
+        contexts = [start + prompt.removeprefix(MARK) for prompt in prompts]
+        joined = [MARK + c + t + end for c, t in zip(contexts, texts, strict=True)]
         backend = self.tokenizer.backend_tokenizer
-        if not any(contexts):
+        if self.counted:
             encodings = backend.encode_batch_fast(joined, add_special_tokens=False)
-            return [self._row(e.ids, 0, limit) for e in encodings]
+            alone = backend.encode_batch_fast([t + end for t in texts], add_special_tokens=False)
+            return [
+                self._counted_row(whole.ids, len(text.ids), limit)
+                for whole, text in zip(encodings, alone, strict=True)
+            ]
+        if not any(contexts) and not end:
+            encodings = backend.encode_batch_fast(joined, add_special_tokens=False)
+            return [self._row(e.ids, 0, len(e.ids), limit) for e in encodings]
         encodings = backend.encode_batch(joined, add_special_tokens=False)
-        return [
-            self._row(e.ids, _border(e.offsets, len(MARK) + len(c)) if c else 0, limit)
-            for e, c in zip(encodings, contexts, strict=True)
-        ]
+        rows = []
+        for encoding, context, whole in zip(encodings, contexts, joined, strict=True):
+            first = _reaching(encoding.offsets, len(MARK) + len(context)) if context else 0
+            last = _starting(encoding.offsets, len(whole) - len(end)) if end else len(encoding.ids)
+            rows.append(self._row(encoding.ids, first, max(first, last), limit))
+        return rows
 
-    def _row(self, ids: list[int], border: int, limit: int) -> TokenRow:
-        """Add the fixed tokens, cut the text (`ids[border:]`), and mark what is pooled."""
-        fixed = len(self.prefix) + border + len(self.suffix)
+    def _row(self, ids: list[int], first: int, last: int, limit: int) -> TokenRow:
+        """Add the fixed tokens, cut the text (`ids[first:last]`), and mark what is pooled."""
+        fixed = len(self.prefix) + first + len(ids) - last + len(self.suffix)
         room = limit - fixed
-        if room < 1 and len(ids) > border:
+        if room < 1 and last > first:
             raise DataError(
                 f"the instruction takes {fixed} of the {limit} tokens of max_length, which leaves "
                 "no room for the text. Fix: a shorter instruction, or a larger max_length."
             )
         if self.doc_max_length is not None:
             room = min(room, self.doc_max_length)
-        kept = [*self.prefix, *ids[: border + max(room, 0)], *self.suffix]
-        start = len(self.prefix) + border
+        text = ids[first:last][: max(room, 0)]
+        kept = [*self.prefix, *ids[:first], *text, *ids[last:], *self.suffix]
+        start = len(self.prefix) + first
+        pooled_end = self.template.pool_suffix or self.append_eos
+        stop = len(kept) if pooled_end else start + len(text)
+        return self._marked(kept, start, stop)
+
+    def _marked(self, kept: list[int], start: int, stop: int) -> TokenRow:
         if not kept:
             kept = [self.tokenizer.pad_token_id]  # "" without BOS: one token to look at
-        if start == len(kept) or not self.skip_instruction:
-            start = 0  # an empty text has the vector of its context
-        return TokenRow(kept, start, len(kept))
+            stop = 1
+        if start >= stop or not self.skip_instruction:
+            start, stop = 0, len(kept)  # an empty text has the vector of its context
+        return TokenRow(kept, start, stop)
+
+    def _counted_row(self, ids: list[int], count: int, limit: int) -> TokenRow:
+        """The original's rule: cut at the right, pool as many tokens as the text has alone.
+
+        Where a token spans the border this pools a token too few or too many, and a long
+        instruction pushes the text out; published vectors were made so.
+        """
+        kept = [*self.prefix, *ids][: limit - len(self.suffix)] + self.suffix
+        count = min(min(count, limit) + len(self.suffix), len(kept))
+        return self._marked(kept, len(kept) - count, len(kept))
+
+    def _cut_by_words(self, text: str, limit: int) -> str:
+        """The original's way to `doc_max_length`: whole words, white space collapsed.
+
+        It left nothing of a text without spaces; such a text is cut by tokens here.
+        """
+        backend = self.tokenizer.backend_tokenizer
+
+        def count(part: str) -> int:
+            return min(len(backend.encode(part, add_special_tokens=False).ids), limit)
+
+        most = self.doc_max_length
+        while most is not None and (length := count(text)) > most:
+            words = text.split()
+            kept = int(len(words) * most / length)
+            if kept == 0:
+                end = backend.encode(text, add_special_tokens=False).offsets[most - 1][1]
+                text = text[:end]
+                break
+            text = " ".join(words[:kept])
+        return text.rstrip() if self.template.suffix else text
+
+    def for_stock(self) -> tuple[PreTrainedTokenizerFast, bool]:
+        """The tokenizer to save, and whether the stock loader can reach the same vectors with it.
+
+        A template's suffix is appended by the saved tokenizer, its prefix is part of every saved
+        prompt. The stock loader measures a prompt by tokenising it alone, less one special token
+        at its end, so that the suffix has to be one token, and the prefix must not merge.
+        """
+        if not (self.template.prefix or self.template.suffix):
+            return self.tokenizer, True
+        encode = self.tokenizer.backend_tokenizer.encode
+        ending = encode(self.template.suffix, add_special_tokens=False).ids
+        exact = len(ending) + len(self.suffix) <= 1 and self.template.pool_suffix
+        prefix = self.template.prefix
+        exact &= not prefix or prefix.endswith("\n")
+        return prepare_tokenizer(self.tokenizer, self.append_eos, ending), exact
+
+    @property
+    def fixed_tokens(self) -> int:
+        """Tokens of an input that are neither instruction nor text."""
+        around = self.template.prefix, self.template.suffix
+        encode = self.tokenizer.backend_tokenizer.encode
+        lengths = [len(encode(part, add_special_tokens=False).ids) for part in around if part]
+        return len(self.prefix) + len(self.suffix) + sum(lengths)
 
 
-def _border(offsets: Sequence[tuple[int, int]], character: int) -> int:
+def _reaching(offsets: Sequence[tuple[int, int]], character: int) -> int:
     """Index of the first token that reaches beyond a character position."""
     for index, (_, end) in enumerate(offsets):
         if end > character:
             return index
     return len(offsets)
+
+
+def _starting(offsets: Sequence[tuple[int, int]], character: int) -> int:
+    """Index of the first token that starts at or behind a character position."""
+    for index in range(len(offsets) - 1, -1, -1):
+        if offsets[index][0] < character:
+            return index + 1
+    return 0

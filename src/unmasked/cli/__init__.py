@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from unmasked import __version__
-from unmasked.cli import encoding, evaluating, recipes, training
+from unmasked.cli import encoding, evaluating, publishing, recipes, training
 from unmasked.cli.failures import Verbs
 
 app = typer.Typer(
@@ -31,9 +31,12 @@ VERBS = (
     encoding.convert,
     training.run,
     training.train,
+    training.plan,
     encoding.encode,
     evaluating.evaluate,
     evaluating.doctor,
+    publishing.report,
+    publishing.push,
 )
 for verb in VERBS:
     app.command()(verb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ def convert(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Longest input, in tokens.", show_default="512")
     ] = None,
-    dtype: DTYPE = Dtype.auto,
+    dtype: DTYPE = Dtype.checkpoint,
     attention: Annotated[
         str | None, typer.Option(help="sdpa, eager, ...; transformers chooses by default.")
     ] = None,
@@ -57,14 +58,57 @@ def convert(
     running.close(output)
 
 
+class Format(str, Enum):
+    """What shards are."""
+
+    parquet = "parquet"
+    npy = "npy"
+    safetensors = "safetensors"
+
+
+class Precision(str, Enum):
+    """What a stored number is."""
+
+    float32 = "float32"
+    float16 = "float16"
+    int8 = "int8"
+    binary = "binary"
+
+
+class OnError(str, Enum):
+    """What a row without a vector is."""
+
+    fail = "fail"
+    skip = "skip"
+
+
+class Engine(str, Enum):
+    """Where models run."""
+
+    local = "local"
+    ray = "ray"
+
+
 def encode(
     model: MODEL,
     texts: Annotated[
         str,
-        typer.Argument(metavar="INPUT", help=".txt, .jsonl or .csv, perhaps .gz; - is stdin."),
+        typer.Argument(
+            metavar="INPUT",
+            help=".txt, .jsonl, .csv (each perhaps .gz or .zst) or .parquet; a folder of them; "
+            "hf:NAME[:SUBSET[:SPLIT]], a Hugging Face data set; - is stdin.",
+        ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help=".npy or .parquet file.")],
-    text_column: Annotated[str, typer.Option(help="Where .jsonl and .csv hold the text.")] = "text",
+    output: Annotated[
+        str,
+        typer.Option(
+            "-o", "--output", help="Folder of shards; or one .npy, .parquet or .safetensors file."
+        ),
+    ],
+    text_column: Annotated[str, typer.Option(help="What holds the text, but in .txt.")] = "text",
+    keep: Annotated[
+        str | None, typer.Option(help="Columns to put beside the vectors: a,b,c.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text put before every input.")] = None,
     prompt_name: Annotated[str | None, typer.Option(help="Prompt of the model, by name.")] = None,
     batch_size: Annotated[
@@ -74,33 +118,63 @@ def encode(
     truncate_dim: Annotated[
         int | None, typer.Option(min=1, help="Keep the first numbers of each vector.")
     ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the stored numbers; binary is a bit each.")
+    ] = Precision.float32,
+    ranges: Annotated[
+        Path | None,
+        typer.Option(help="_ranges.npy of another run, for int8.", show_default="measured"),
+    ] = None,
+    format: Annotated[
+        Format | None, typer.Option(help="Of the shards in a folder.", show_default="parquet")
+    ] = None,
+    shard_rows: Annotated[int, typer.Option(min=1, help="Rows of the input in a shard.")] = 32768,
+    shard: Annotated[
+        str | None, typer.Option(metavar="i/n", help="This is the i-th of n machines.")
+    ] = None,
+    on_error: Annotated[
+        OnError, typer.Option(help="Rows without a usable text: stop, or list and pass over.")
+    ] = OnError.fail,
+    max_bytes: Annotated[int, typer.Option(min=1, help="A text so long is an error.")] = 1_000_000,
+    engine: Annotated[Engine, typer.Option(help="ray: one model an actor.")] = Engine.local,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Models at a time, with ray.", show_default="GPUs")
+    ] = None,
     dtype: DTYPE = Dtype.auto,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
-    """Texts of any number to a file of vectors, row for row."""
-    from unmasked.cli import terminal
-    from unmasked.corpus import Encoding, check_output, encode_corpus
+    """Texts of any number to vectors on disk, row for row.
+
+    A folder is continued by the same command: what is whole in it is kept.
+    """
+    from unmasked.cli import encoding_run
+
+    name = Path(output)
+    if format is not None and name.suffix and not output.endswith("/"):
+        raise OutputError(f"{output} is one file, whose suffix says its kind. Fix: no --format.")
+    from unmasked.corpus import Encoding, Shards, parse_part
     from unmasked.source import Source
 
-    check_output(output, overwrite)
-    source = Source(texts, text_column)
-    with terminal.waiting(f"checking {source.name}"):
-        total = source.count() if source.again else None
-    with terminal.waiting(f"loading {model}"):
-        from unmasked.model import LLM2Vec
+    encoding_run.encode(
+        model,
+        dtype.value,
+        Source(texts, text_column, keep=_words(keep), max_bytes=max_bytes),
+        output,
+        Encoding(prompt, prompt_name, batch_size, normalize, truncate_dim, precision.value),
+        Shards(
+            f".{(format or Format.parquet).value}",
+            shard_rows,
+            part=parse_part(shard) if shard else (1, 1),
+            skip=on_error is OnError.skip,
+            ranges=ranges,
+        ),
+        workers=(workers or 0) if engine is Engine.ray else None,
+        overwrite=overwrite,
+    )
 
-        terminal.quiet_libraries()
-        encoder = LLM2Vec.from_pretrained(model, dtype=dtype.value)
-    with terminal.Line() as line:
-        rows, width = encode_corpus(
-            encoder,
-            source,
-            output,
-            Encoding(prompt, prompt_name, batch_size, normalize, truncate_dim),
-            overwrite=overwrite,
-            progress=line.counter("encoding", "texts", total),
-        )
-    terminal.show(f"{rows:,} vectors of {width} numbers in {output}")
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 def _check_new(folder: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from unmasked.cli.failures import MISUSED
-from unmasked.cli.options import MODEL
 
 
 class Rival(str, Enum):
@@ -20,38 +20,51 @@ class Rival(str, Enum):
 
 
 def evaluate(
-    model: MODEL,
-    tasks: Annotated[
-        list[str], typer.Option(help="A .tsv of scored pairs or a BEIR folder; repeat for more.")
+    models: Annotated[
+        list[str], typer.Argument(help="Hub name, folder, or 'nano'; the first is compared.")
     ],
+    tasks: Annotated[
+        list[str],
+        typer.Option(help="A task file or folder, words:FILE, or an mteb name; repeat for more."),
+    ],
+    languages: Annotated[
+        list[str] | None, typer.Option(help="Of public tasks: eng, kor, ...; repeat for more.")
+    ] = None,
     against: Annotated[
         Rival | None, typer.Option(help="Also score the causal decoder, with each pooling.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The causal decoder.", show_default="the model's own base")
+        str | None, typer.Option(help="The causal decoder.", show_default="the first's own base")
     ] = None,
+    results: Annotated[
+        Path, typer.Option(help="Where results of public tasks are kept, to be continued.")
+    ] = Path("mteb"),
+    every: Annotated[
+        bool, typer.Option("--all", help="Every metric, not only the one to report.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the table there.")
     ] = None,
 ) -> None:
-    """Scores on local tasks, each with its 95 % interval."""
+    """Scores with 95 % intervals; of several models, what the first gains on each other."""
     from unmasked.cli import terminal, views
-    from unmasked.evaluate.compare import compare_encoders, make_scorer
+    from unmasked.evaluate.compare import compare_encoders
+    from unmasked.evaluate.scorer import make_scorer
 
-    score = make_scorer(tasks)
+    score = make_scorer(tasks, languages, results)
     with terminal.waiting("loading the libraries"):
         from unmasked.evaluate.baselines import causal_baselines, find_base
         from unmasked.model import LLM2Vec
 
         terminal.quiet_libraries()
-    baselines = {}
-    for name, make in causal_baselines(base or find_base(model)) if against else ():
+    scored = {}
+    baselines = causal_baselines(base or find_base(models[0])) if against else ()
+    encoders = ((m, partial(LLM2Vec.from_pretrained, m, allow_partial=True)) for m in models)
+    for name, make in (*baselines, *encoders):
         with terminal.waiting(f"scoring {name}"):
-            baselines[name] = score(make())
-    with terminal.waiting(f"scoring {model}"):
-        ours = score(LLM2Vec.from_pretrained(model, allow_partial=True))
-    rows = compare_encoders({model: ours, **baselines})
-    views.score_table(rows)
+            scored[name] = score(make())
+    rows = compare_encoders({name: scored[name] for name in dict.fromkeys([*models, *scored])})
+    views.score_table(rows, every)
     if json_file:
         json_file.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
 

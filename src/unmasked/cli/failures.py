@@ -41,7 +41,7 @@ def _explain(error: BaseException, verb: str) -> tuple[int, str]:
     if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would take seconds
         return MISUSED, (
             "error: the device is out of memory. Fix: encode with a smaller --batch-size (same "
-            "vectors); train with mntp.batch_size halved and mntp.gradient_accumulation doubled "
-            "(same result), or with mntp.gradient_checkpointing=true (same result, slower)."
+            "vectors); train with smaller mntp.micro_batch_tokens or supervised.mini_batch_tokens "
+            "(same result), or gradient_checkpointing=true in the stage (same result, slower)."
         )
     return 1, ""

@@ -22,10 +22,11 @@ class Dtype(str, Enum):
     """Precision of the weights."""
 
     auto = "auto"
+    checkpoint = "checkpoint"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
 
 
 MODEL = Annotated[str, typer.Argument(help="Hub name, folder, or 'nano', the bundled decoder.")]
-DTYPE = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that has it, else float32.")]
+DTYPE = Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware has it.")]

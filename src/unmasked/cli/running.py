@@ -15,7 +15,8 @@ import yaml
 
 from unmasked.cli import terminal, views
 from unmasked.config import Recipe
-from unmasked.evaluate.compare import CAUSAL, headlines, make_scorer
+from unmasked.evaluate.compare import CAUSAL, headlines
+from unmasked.evaluate.scorer import RESULTS, make_scorer
 from unmasked.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def run_recipe(recipe: Recipe, path: Path) -> None:
     Raises:
         UnmaskedError: see `train.stages.Run`.
     """
-    score = make_scorer(recipe.evaluate.tasks) if recipe.evaluate.tasks else None
+    tasks = recipe.evaluate.tasks
+    score = make_scorer(tasks, results=path / RESULTS) if tasks else None
     with terminal.waiting("loading the libraries"):
         from unmasked.train.stages import Run
 
@@ -120,14 +122,16 @@ def _header(work: Run) -> list[tuple[str, str]]:
     auto = recipe.model.dtype == "auto"
     stages = [
         f"{name} {stage.steps:,} steps of {stage.batch_size * stage.gradient_accumulation}"
-        for name, stage in (("mntp", recipe.mntp), ("simcse", recipe.simcse))
-        if stage is not None
+        for name, stage in recipe.stages()
     ]
     done = [s["name"] for s in work.results() if not s["name"].startswith(CAUSAL)]
     rows = [
         ("base", recipe.model.base),
         ("device", work.device.type),
-        ("dtype", f"{dtype} (auto: bfloat16 on a GPU that has it)" if auto else dtype),
+        (
+            "dtype",
+            f"{dtype} (auto: bfloat16 on a GPU that has it, float32 on CPU)" if auto else dtype,
+        ),
         ("attention", recipe.model.attention or "as transformers chooses"),
         ("stages", ", ".join(stages) or "none: converted only"),
         ("tasks", ", ".join(recipe.evaluate.tasks) or "none: nothing is scored"),

@@ -27,7 +27,8 @@ _UNBOUNDED = 10_000  # a file has no right edge
 
 
 def _console(stderr: bool) -> Console:
-    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False, quiet=quiet)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = _UNBOUNDED
     return made

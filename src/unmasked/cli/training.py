@@ -19,6 +19,7 @@ class Stage(str, Enum):
 
     mntp = "mntp"
     simcse = "simcse"
+    supervised = "supervised"
 
 
 def demo(
@@ -60,11 +61,36 @@ def run(
 def train(
     stage: Annotated[Stage, typer.Argument()],
     base: Annotated[str, typer.Option(help="Model to start from: hub name, folder or adapter.")],
-    data: Annotated[list[str], typer.Option(help="File of texts; repeat for more.")],
+    data: Annotated[list[str], typer.Option(help="File of texts, or of pairs; repeat for more.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")],
     overrides: OVERRIDES = None,
 ) -> None:
-    """One stage: mntp on a decoder, simcse on any model or on the adapter mntp left."""
+    """One stage: mntp on a decoder; simcse or supervised on any model, or on an adapter."""
     from unmasked.cli.running import run_recipe, stage_recipe
 
     run_recipe(stage_recipe(stage.value, base, data, output, overrides or []), output)
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe.")],
+    overrides: OVERRIDES = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also measure the time of a step on this machine.")
+    ] = False,
+    show_recipe: Annotated[
+        bool, typer.Option("--recipe", help="Also show the recipe with every default.")
+    ] = False,
+) -> None:
+    """What a recipe would cost: steps, tokens, FLOPs, memory, disk, time. Fetches no weights."""
+    from unmasked.cli import terminal, views
+    from unmasked.recipe import load_recipe, recipe_text
+
+    resolved = load_recipe(recipe, overrides or [])
+    with terminal.waiting("measuring" if probe else "counting"):
+        from unmasked.train.plan import make_plan
+
+        terminal.quiet_libraries()
+        found = make_plan(resolved, probe)
+    if show_recipe:
+        terminal.show(recipe_text(resolved))
+    views.plan_table(resolved, found)

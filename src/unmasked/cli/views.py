@@ -5,7 +5,7 @@ Scores are shown times 100.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,9 @@ from unmasked.evaluate.bootstrap import Interval
 from unmasked.evaluate.compare import Comparison, Row, compare_stages, headline_metrics, headlines
 
 if TYPE_CHECKING:
+    from unmasked.config import Recipe
     from unmasked.demo import Search
+    from unmasked.train.plan import Plan, StagePlan
 
 
 def stage_table(
@@ -48,17 +50,19 @@ def stage_table(
             terminal.show(text)
 
 
-def score_table(rows: Sequence[Row]) -> None:
+def score_table(rows: Sequence[Row], every: bool = False) -> None:
     """One row a task and metric, or, of several encoders, a task and encoder.
 
-    Several encoders are shown by the metric to report alone, with what the first gains on each.
+    Several encoders are shown by the metric to report alone unless every one is asked for, with
+    what the first gains on each.
     """
     first = rows[0].encoder
     if all(row.encoder == first for row in rows):
         cells = [[r.task, r.metric, _percent(r.score), _range(r.score)] for r in rows]
         terminal.table(["task", "metric", "score", "95 % interval"], cells)
         return
-    shown = headlines(f"{row.task}.{row.metric}" for row in rows)
+    names = [f"{row.task}.{row.metric}" for row in rows]
+    shown = names if every else headlines(names)
     rows = [row for row in rows if f"{row.task}.{row.metric}" in shown]
     cells = [
         [f"{r.task}.{r.metric}", r.encoder, _percent(r.score), _range(r.score), *_gained(r.gain)]
@@ -66,6 +70,49 @@ def score_table(rows: Sequence[Row]) -> None:
     ]
     columns = ["metric", "encoder", "score", "95 % interval", "gain on it", "95 % interval", ""]
     terminal.table(columns, cells, [i for i, row in enumerate(rows) if row.encoder == first])
+
+
+def plan_table(recipe: Recipe, plan: Plan) -> None:
+    """What holds for all stages, then one column a stage."""
+    terminal.facts(
+        [
+            ("base", f"{recipe.model.base}, {_short(plan.parameters)} parameters, {plan.dtype}"),
+            ("devices", str(plan.devices)),
+            ("disk", f"{_bytes(plan.disk)} at most, with the finished encoder"),
+        ]
+    )
+    rows: list[tuple[str, Callable[[StagePlan], str]]] = [
+        ("steps", lambda s: f"{s.steps:,}"),
+        ("tokens a step", lambda s: f"{'~' if s.shape.assumed else ''}{s.tokens_per_step:,}"),
+        ("tokens", lambda s: _short(s.tokens_per_step * s.steps)),
+        ("forwards a step", lambda s: f"{s.shape.forwards} of {s.shape.tokens:,} tokens"),
+        ("trainable parameters", lambda s: f"{s.trainable:,}"),
+        ("FLOPs", lambda s: f"{s.flops:.2e}"),
+        ("weights", lambda s: _bytes(s.memory.weights)),
+        ("gradients", lambda s: _bytes(s.memory.gradients)),
+        ("optimiser", lambda s: _bytes(s.memory.optimiser)),
+        ("activations", lambda s: _bytes(s.memory.activations)),
+        ("logits", lambda s: _bytes(s.memory.logits)),
+        ("memory per device", lambda s: _bytes(s.memory.total)),
+    ]
+    if plan.seconds is not None:
+        rows.append(("time", lambda s: terminal.duration(s.seconds or 0)))
+    cells = [[label, *(show(stage) for stage in plan.stages)] for label, show in rows]
+    names = [stage.name for stage in plan.stages]
+    terminal.table(["", *names], cells, [11])
+    if any(stage.shape.assumed for stage in plan.stages):
+        terminal.show("~ no text could be read: half of max_length is assumed for its length")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _short(count: int) -> str:
+    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= size:
+            return f"{count / size:.1f}{letter}"
+    return str(count)
 
 
 def show_searches(searches: Sequence[Search]) -> None:
@@ -100,8 +147,12 @@ def _signed(gain: Interval) -> str:
 
 
 def _range(value: Interval) -> str:
+    if value.low == value.high:
+        return "-"  # mteb's results keep no items to draw from
     return f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
 
 
 def _clear(gain: Interval) -> str:
-    return ("worse, " if gain.high < 0 else "") + ("clear of zero" if gain.clear else "not clear")
+    if not gain.clear:
+        return "not clear: may be chance"
+    return "worse, clear of zero" if gain.high < 0 else "clear of zero"

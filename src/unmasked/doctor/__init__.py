@@ -158,7 +158,7 @@ def _shape(model: LLM2Vec) -> Facts:
         "packed": model.backbone.unpackable or "yes: packed and single forwards agree",
         "device": str(model.device),
         "dtype": dtype,
-        "dtype_why": f"auto on {model.device.type}: bfloat16 on a GPU that has it, else float32",
+        "dtype_why": model.precision.reason if model.precision else "as given",
         "sliding_window": getattr(config, "sliding_window", None),
         "max_positions": getattr(config, "max_position_embeddings", None),
         "pooling": model.settings.pooling_mode,

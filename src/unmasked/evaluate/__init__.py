@@ -7,22 +7,13 @@ numpy alone: importing it costs no torch.
 from __future__ import annotations
 
 from unmasked.evaluate.bootstrap import Interval, TaskResult, interval, paired_difference
-from unmasked.evaluate.tasks import (
-    Encode,
-    RetrievalTask,
-    StsTask,
-    Task,
-    encode_once,
-    evaluate,
-    load_task,
-    search,
-)
+from unmasked.evaluate.files import load_task
+from unmasked.evaluate.tasks import Task, evaluate
+from unmasked.evaluate.vectors import Encode, encode_once, search
 
 __all__ = [
     "Encode",
     "Interval",
-    "RetrievalTask",
-    "StsTask",
     "Task",
     "TaskResult",
     "encode_once",

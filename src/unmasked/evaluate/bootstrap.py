@@ -14,7 +14,7 @@ Shapes: S samples, N items (pairs or queries).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +32,10 @@ class TaskResult:
     Attributes:
         name: The task's name.
         scores: Each metric as a fraction.
-        items: What a bootstrap redraws, arrays of one length: for retrieval each metric per
-            query, for STS `cosine` and `gold` per pair.
+        items: What a bootstrap redraws, arrays of one length: each metric per query or text; for
+            pairs the similarities and `gold`, from which metrics are computed anew. Where the task
+            redrew its own test sets: the metric on each, under `redrawn_key`. Where a metric is a
+            share: both sides of it per sentence, under `ratio_keys`.
     """
 
     name: str
@@ -77,6 +79,8 @@ def paired_difference(
         DataError: The results come from different tasks, or lack the metric.
     """
     _check_same_task(a, b)
+    if (key := redrawn_key(metric)) in a.items:
+        return _spread(a.scores[metric] - b.scores[metric], a.items[key] - b.items[key])
     statistic_a, items = _statistic(a, metric)
     statistic_b, _ = _statistic(b, metric)
     drawn = (statistic_a(c) - statistic_b(c) for c in _redrawn(items, samples, seed))
@@ -85,6 +89,8 @@ def paired_difference(
 
 def interval(result: TaskResult, metric: str, samples: int = 1000, seed: int = 0) -> Interval:
     """The interval of one system's score; arguments and errors as `paired_difference`."""
+    if (key := redrawn_key(metric)) in result.items:
+        return _spread(result.scores[metric], result.items[key])
     statistic, items = _statistic(result, metric)
     return _percentiles(result.scores[metric], map(statistic, _redrawn(items, samples, seed)))
 
@@ -118,6 +124,51 @@ def spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray | None = None) -> 
 CORRELATIONS = {"spearman": spearman, "pearson": pearson}
 
 
+def average_precision(
+    similarity: np.ndarray, gold: np.ndarray, counts: np.ndarray | None = None
+) -> np.ndarray:
+    """Average precision of ranking pairs by similarity, ties sharing a rank, as in scikit-learn.
+
+    Args:
+        similarity: (N,), the higher the more alike.
+        gold: (N,) 1 for a match, else 0.
+        counts: (S, N), how often sample s holds pair n; by default every pair once, S = 1.
+
+    Returns:
+        (S,); 0 where a sample holds no match.
+    """
+    counts = np.ones((1, len(gold))) if counts is None else counts
+    order = np.argsort(-similarity)
+    ends = np.append(np.flatnonzero(np.diff(similarity[order])), len(order) - 1)
+    seen = counts[:, order].cumsum(axis=1)[:, ends]
+    hits = (counts * gold)[:, order].cumsum(axis=1)[:, ends]
+    gained = np.diff(hits, axis=1, prepend=0)
+    areas = (gained * hits / np.maximum(seen, 1)).sum(axis=1)
+    return np.asarray(areas / np.maximum(hits[:, -1], 1))
+
+
+SIMILARITIES = {"max_ap": ("cosine", "dot", "euclidean", "manhattan"), "cosine_ap": ("cosine",)}
+"""Metrics of pair classification: the highest average precision by one of these similarities."""
+
+
+def best_precision(
+    items: Mapping[str, np.ndarray], names: Sequence[str], counts: np.ndarray | None = None
+) -> np.ndarray:
+    """The highest average precision (S,) among similarities of `items`, by their names."""
+    each = [average_precision(items[name], items["gold"], counts) for name in names]
+    return np.asarray(np.max(each, axis=0))
+
+
+def redrawn_key(metric: str) -> str:
+    """Where a result keeps a metric's values on test sets that the task redrew itself."""
+    return f"redrawn {metric}"
+
+
+def ratio_keys(metric: str) -> tuple[str, str]:
+    """Where a result keeps what was hit, and of how much, for a metric that is a share of both."""
+    return f"{metric} hits", f"{metric} of"
+
+
 def _centred(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Deviations from each sample's mean, (S, N), rounding noise of equal values set to zero."""
     means = (counts * values).sum(axis=1, keepdims=True) / counts.sum(axis=1, keepdims=True)
@@ -142,6 +193,15 @@ def _statistic(result: TaskResult, metric: str) -> tuple[Callable[[np.ndarray], 
     if metric in result.items:
         values = result.items[metric]
         return lambda counts: counts @ values / len(values), len(values)
+    hits, of = ratio_keys(metric)
+    if hits in result.items:
+        above, below = result.items[hits], result.items[of]
+        return lambda counts: counts @ above / np.maximum(counts @ below, 1), len(above)
+    if metric in SIMILARITIES:
+        return (
+            lambda counts: best_precision(result.items, SIMILARITIES[metric], counts),
+            len(result.items["gold"]),
+        )
     correlation = CORRELATIONS[metric]
     cosine, gold = result.items["cosine"], result.items["gold"]
     return lambda counts: correlation(cosine, gold, counts), len(gold)
@@ -162,6 +222,14 @@ def _percentiles(observed: float, drawn: Iterable[np.ndarray]) -> Interval:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.concatenate(list(drawn)), (tail, 1 - tail))
     return Interval(observed, float(low), float(high))
+
+
+def _spread(observed: float, drawn: np.ndarray) -> Interval:
+    """The normal interval (Student's, for few samples) from values on redrawn test sets."""
+    from scipy.stats import t
+
+    margin = float(t.ppf((1 + CONFIDENCE) / 2, len(drawn) - 1) * drawn.std(ddof=1))
+    return Interval(observed, observed - margin, observed + margin)
 
 
 def _check_same_task(a: TaskResult, b: TaskResult) -> None:

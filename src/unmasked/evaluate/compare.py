@@ -10,7 +10,7 @@ Cost: reading the scores, and one paired bootstrap a metric (0.2 s for 1500 item
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import numpy as np
 
 from unmasked.errors import DataError, unknown
 from unmasked.evaluate.bootstrap import Interval, TaskResult, interval, paired_difference
-from unmasked.evaluate.tasks import Encode, evaluate, load_task
 
 CAUSAL = "causal_"
 """What the names of the baselines begin with."""
@@ -34,7 +33,8 @@ class Comparison:
         scores: stage → score as a fraction, in the order they were made.
         best_causal: the causal baseline that scored highest; None if none was scored.
         last: the last stage that is no baseline; None if there is none.
-        gain: last less best_causal; None if one of them is missing, or no samples were drawn.
+        gain: last less best_causal; None if one of them is missing, no samples were drawn, or the
+            task keeps no items to draw from.
     """
 
     metric: str
@@ -68,34 +68,6 @@ class Row:
         gain = asdict(self.gain) if self.gain else None
         names = {"task": self.task, "metric": self.metric, "encoder": self.encoder}
         return {**names, **point, "gain": gain}
-
-
-def encode_by_role(model: Any) -> Encode:
-    """A `SentenceTransformer` as tasks call it: unit vectors, each role behind its own prompt."""
-    methods = {"query": model.encode_query, "document": model.encode_document, None: model.encode}
-
-    def encode(texts: Sequence[str], role: str | None) -> np.ndarray:
-        vectors = methods[role](list(texts), normalize_embeddings=True, show_progress_bar=False)
-        return np.asarray(vectors, dtype=np.float32)
-
-    return encode
-
-
-def make_scorer(paths: Sequence[str | Path]) -> Callable[[Any], list[TaskResult]]:
-    """Reads tasks now, so that a fault in them is known before any training; scores models later.
-
-    Raises:
-        DataError: a file is missing or malformed, or two tasks have one name.
-    """
-    tasks = [load_task(path) for path in paths]
-    names = [task.name for task in tasks]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise DataError(
-                f"two tasks are called '{name}': {paths[names.index(name)]} and {paths[index]}. "
-                "Fix: rename one, scores are kept by name."
-            )
-    return lambda model: evaluate(tasks, encode_by_role(model))
 
 
 def headlines(metrics: Iterable[str]) -> list[str]:
@@ -138,7 +110,8 @@ def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> 
     gain = None
     if best and last and samples:
         a, b = (_read_result(folder, name, metric, scores[name]) for name in (last, best))
-        gain = paired_difference(a, b, metric.rpartition(".")[2], samples)
+        if a.items and b.items:  # mteb's own results keep none
+            gain = paired_difference(a, b, metric.rpartition(".")[2], samples)
     return Comparison(metric, column, best, last, gain)
 
 
@@ -158,9 +131,9 @@ def compare_encoders(results: Mapping[str, Sequence[TaskResult]], samples: int =
                 point = theirs.scores[metric]
                 score = Interval(point, point, point)
                 gain = None
-                if samples:
+                if samples and theirs.items:  # mteb's own results keep none
                     score = interval(theirs, metric, samples)
-                if samples and name != first:
+                if samples and theirs.items and name != first:
                     gain = paired_difference(ours, theirs, metric, samples)
                 rows.append(Row(ours.name, metric, name, score, gain))
     return rows

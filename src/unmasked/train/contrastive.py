@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
 from unmasked.errors import ModelError
@@ -77,16 +78,23 @@ def _prove_noise(model: nn.Module, found: int) -> None:
 class TwoViewsLoss(nn.Module):
     """InfoNCE between two passes over the same texts, done as one forward of twice the rows.
 
+    The texts of all devices are a text's negatives.
+
     Args:
         model: the encoder, in train mode with dropout.
         temperature: of the cosine similarities (0.05 in the paper).
     """
 
+    views = 2
+    """Forwards of every token, for the count of tokens."""
+
     def __init__(self, model: SentenceTransformer, temperature: float = 0.05) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.ranking = MultipleNegativesRankingLoss(model, scale=1 / temperature)
+        self.ranking = MultipleNegativesRankingLoss(
+            model, scale=1 / temperature, gather_across_devices=get_world_size() > 1
+        )
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Scalar loss of (B, T) features."""

@@ -55,15 +55,25 @@ class MaskedNextTokenModel(nn.Module):
             is used.
     """
 
+    accepts_loss_kwargs = True
+    """Tells the `Trainer` to count the scored tokens of a step, over micro-batches and devices."""
+
     def __init__(self, trunk: nn.Module, language_model: PreTrainedModel) -> None:
         super().__init__()
         self.trunk = trunk
         setattr(language_model, language_model.base_model_prefix, GivenStates())
         self.head = language_model.requires_grad_(False)
         self.config = language_model.config
+        output: Any = language_model.get_output_embeddings()
+        if output is not None and getattr(self.config, "tie_word_embeddings", False):
+            output.weight = trunk.get_input_embeddings().weight  # type: ignore[operator, union-attr]
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """MNTP loss of a batch.
 
@@ -71,21 +81,39 @@ class MaskedNextTokenModel(nn.Module):
             input_ids: (B, T) with masked tokens replaced.
             labels: (B, T) the original id where a token is scored, else -100.
             attention_mask: (B, T); None without padding.
+            num_items_in_batch: scored tokens of the whole optimiser step, on all devices; those
+                of this batch if None.
+
+        Returns:
+            As `score`.
+        """
+        states = self.trunk(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state  # (B, T, D)
+        return self.score(states, labels, num_items_in_batch)
+
+    def score(
+        self, states: Tensor, labels: Tensor, scored: Tensor | int | None = None
+    ) -> dict[str, Tensor]:
+        """Head and loss alone.
+
+        Args:
+            states: (B, T, D) of the trunk.
+            labels: (B, T) as in `forward`.
+            scored: what the summed loss is divided by; the tokens scored here if None.
 
         Returns:
             ``loss``: mean over the scored tokens; ``totals``: (B, 3) summed loss, correct
             predictions and scored tokens of each row.
         """
-        states = self.trunk(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state  # (B, T, D)
         rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # (N,), (N,)
         targets = labels[rows, places + 1]  # (N,)
         losses, correct = self._score(states[rows, places], targets)
         totals = losses.new_zeros(len(labels), 3).index_add(
             0, rows, torch.stack([losses, correct, torch.ones_like(losses)], dim=1)
         )
-        return {"loss": losses.sum() / max(len(losses), 1), "totals": totals.detach()}
+        count = torch.as_tensor(len(losses) if scored is None else scored, device=losses.device)
+        return {"loss": losses.sum() / count.clamp(min=1), "totals": totals.detach()}
 
     def _score(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) losses and hits of (N, D) states, a chunk of logits at a time."""

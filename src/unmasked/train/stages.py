@@ -12,7 +12,6 @@ from its last checkpoint.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,40 +21,20 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from datasets import Dataset
-from peft import PeftModel
-from sentence_transformers import SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.data_collator import (
-    SentenceTransformerDataCollator,
-)
 from sentence_transformers.util import get_device_name
-from torch.utils.tensorboard import SummaryWriter
-from transformers import (
-    PrinterCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers import set_seed
 
-from unmasked import __version__, adapters, folder, loading
-from unmasked.config import MNTP, Recipe, SimCSE
+from unmasked import __version__, folder, precision
+from unmasked.config import Recipe, Supervised
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
-from unmasked.packing import checkpoint_contexts
 from unmasked.recipe import dump_recipe, load_recipe, recipe_differences
-from unmasked.tokens import TextTokenizer
-from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
-from unmasked.train.data import make_blocks, read_texts, split_held_out
-from unmasked.train.mntp import (
-    BlockData,
-    MaskedNextTokenModel,
-    MaskedNextTokenTrainer,
-    Masking,
-    find_mask_id,
-    token_metrics,
-)
-from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
+from unmasked.train import devices
+from unmasked.train.data import read_texts
+from unmasked.train.fitting import Job, fit, is_done
+from unmasked.train.mixing import prompts_of
+from unmasked.train.pairs import check_rows
+from unmasked.train.trainer import Report
 
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft")
 BASELINES = ("mean", "weighted_mean", "last_token")
@@ -108,9 +87,10 @@ class Run:
         self.recipe = recipe
         self.path = Path(path)
         self.score = score
-        self.listener = listener or Listener()
+        self.listener = listener if listener and devices.is_first() else Listener()
+        devices.join()
         self.device = torch.device(get_device_name())
-        self.dtype = loading.pick_dtype(recipe.model.dtype, self.device)
+        self.dtype = precision.pick(recipe.model.dtype, self.device).dtype
         self._check_folder()
 
     def run(self) -> LLM2Vec:
@@ -118,33 +98,28 @@ class Run:
         set_seed(self.recipe.seed)
         self.listener.stage("checking texts and model")
         self._check_inputs()
-        self._write_recipe()
+        if devices.is_first():
+            self._write_recipe()
+        devices.wait()
+        done: list[str | Path] = [self.recipe.model.base]
         if self.score is not None:
             for mode in BASELINES:
                 causal = partial(self._encoder, pooling_mode=mode, enable_bidirectional=False)
-                self._score(f"causal_{mode}", partial(causal, []))
-            self._score("bidirectional", partial(self._encoder, []))
-        done: list[str | Path] = []
-        for name, train in self._stages().items():
-            if not (self.path / name / adapters.CONFIG_NAME).is_file():
+                self._score(f"causal_{mode}", partial(causal, done))
+            self._score("bidirectional", partial(self._encoder, done))
+        for name, stage in self.recipe.stages():
+            start = done.pop() if stage.lora.start == "continue" else None
+            if not is_done(self.path / name):
                 self.listener.stage(name)
-                train(done)
-            done.append(self.path / name)
+                fit(self._job(name, done, start), stage)
+            done = [*([] if stage.lora.method == "full" else done), self.path / name]
             self._score(name, partial(self._encoder, done))
         encoder = self._encoder(done)
-        if not (self.path / "model" / "config.json").is_file():
+        if devices.is_first() and not (self.path / "model" / "config.json").is_file():
             self.listener.stage("saving")
             encoder.save(self.path / "model", card=self._card(encoder))
+        devices.wait()
         return encoder
-
-    def _stages(self) -> dict[str, Callable[[Sequence[str | Path]], None]]:
-        """The recipe's stages in order; each trains on the merged adapters before it."""
-        stages: dict[str, Callable[[Sequence[str | Path]], None]] = {}
-        if self.recipe.mntp is not None:
-            stages["mntp"] = partial(self._train_mntp, self.recipe.mntp)
-        if self.recipe.simcse is not None:
-            stages["simcse"] = partial(self._train_simcse, self.recipe.simcse)
-        return stages
 
     def results(self) -> list[dict[str, Any]]:
         """Stages in order, each ``{"name": ..., "scores": {"TASK.METRIC": fraction}}``."""
@@ -164,7 +139,10 @@ class Run:
                     + "\n  ".join(changed)
                     + "\nFix: the same settings to continue it, or another output folder."
                 )
-        elif self.path.exists() and {item.name for item in self.path.iterdir()} - {"data"}:
+        elif self.path.exists() and {item.name for item in self.path.iterdir()} - {
+            "data",
+            "recipe.tmp",
+        }:
             raise OutputError(
                 f"{self.path} exists and is no run folder (it has no recipe.yaml). "
                 "Fix: another output folder."
@@ -172,10 +150,12 @@ class Run:
 
     def _check_inputs(self) -> None:
         """Read every training text and prove the model before anything is written."""
-        for stage in (self.recipe.mntp, self.recipe.simcse):
-            if stage is not None:
+        for _, stage in self.recipe.stages():
+            if isinstance(stage, Supervised):
+                check_rows(stage.data)
+            else:
                 read_texts(stage.data, stage.max_texts)
-        self._encoder([])
+        self._encoder([self.recipe.model.base])
 
     def _write_recipe(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -189,39 +169,49 @@ class Run:
     # Encoders
 
     def _encoder(self, chain: Sequence[str | Path], **overrides: Any) -> LLM2Vec:
+        """A base, the recipe's or one that was trained in full, with adapters merged into it."""
         model = self.recipe.model
+        base, *merged = chain
+        last = self.recipe.supervised if Path(chain[-1]).name == "supervised" else None
         options: dict[str, Any] = {
             "pooling_mode": model.pooling,
             "max_length": model.max_length,
             "dtype": str(self.dtype).removeprefix("torch."),
             "attn_implementation": model.attention,
             "allow_partial": model.allow_partial,
-            "revision": model.revision,
+            "revision": model.revision if base == model.base else None,
+            "prompts": prompts_of(last.data) if last else None,
             **overrides,
         }
-        return LLM2Vec.from_pretrained(model.base, list(chain), **options)
+        return LLM2Vec.from_pretrained(base, merged, **options)
+
+    def _job(self, name: str, done: Sequence[str | Path], start: str | Path | None) -> Job:
+        """What a stage trains: the base with the adapters before it merged."""
+        recipe, encoder = self.recipe, self._encoder(done)
+        folder = self.path / name
+        return Job(folder, encoder, recipe.model, recipe.seed, self.listener.step, start)
 
     def _card(self, encoder: LLM2Vec) -> folder.Card:
         recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")
         sections = {"Recipe": f"```yaml\n{recipe}```"}
-        if stages := self.results():
-            names = list(stages[0]["scores"])
-            lines = ["| stage | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-            for stage in stages:
-                cells = [f"{stage['scores'][name]:.4f}" for name in names]
-                lines.append(f"| {stage['name']} | " + " | ".join(cells) + " |")
-            sections["Scores"] = "\n".join(lines)
-        base = str(self.recipe.model.base)
-        return folder.Card(base, encoder.report.summary(), sections)
+        stages = (self.recipe.mntp, self.recipe.simcse)
+        data = dict.fromkeys(str(path) for stage in stages if stage for path in stage.data)
+        base, proof = str(self.recipe.model.base), encoder.report.summary()
+        return folder.Card(base, proof, sections, list(data), self.results())
 
     # Scores
 
     def _score(self, name: str, make: Callable[[], LLM2Vec]) -> None:
+        if self.score is not None and devices.is_first():
+            self._score_here(self.score, name, make)
+        devices.wait()
+
+    def _score_here(self, score: Score, name: str, make: Callable[[], LLM2Vec]) -> None:
         stages = self.results()
-        if self.score is None or any(stage["name"] == name for stage in stages):
+        if any(stage["name"] == name for stage in stages):
             return
         self.listener.stage(f"scoring {name}")
-        results = self.score(make())
+        results = score(make())
         items = {f"{r.name}.{key}": value for r in results for key, value in r.items.items()}
         (self.path / "scores").mkdir(exist_ok=True)
         np.savez(self.path / "scores" / f"{name}.npz", **items)  # type: ignore[arg-type]
@@ -231,123 +221,3 @@ class Run:
         aside.write_text(json.dumps({"stages": stages}, indent=2) + "\n", encoding="utf-8")
         aside.replace(self.path / "results.json")
         self.listener.scored(name, scores)
-
-    # Training
-
-    def _train_mntp(self, stage: MNTP, done: Sequence[str | Path]) -> None:
-        encoder = self._encoder(done)
-        tokens = encoder.backbone.tokens
-        train, held_out = self._texts(stage)
-        model = self.recipe.model
-        language_model: Any = loading.load_causal_lm(
-            model.base, self.dtype, encoder.report.attention, revision=model.revision
-        )
-        language_model.to(self.device)
-        mask_id = find_mask_id(tokens.tokenizer, stage.mask_token)
-        vocabulary = language_model.config.get_text_config().vocab_size
-        trunk: Any = encoder.backbone.auto_model
-        if mask_id is None:
-            mask_id = vocabulary
-            trunk.resize_token_embeddings(vocabulary + 1)
-            language_model.resize_token_embeddings(vocabulary + 1)
-        peft_model = self._attach(trunk, stage)
-        masking = Masking(
-            mask_id,
-            min(vocabulary, len(tokens.tokenizer)),
-            tuple({*tokens.prefix, *tokens.tokenizer.all_special_ids}),
-            stage.mask_probability,
-            stage.mask_style,
-        )
-        evaluation = None
-        if held_out and stage.eval_steps:
-            evaluation = self._blocks(held_out, tokens, stage, masking)
-        work = self.path / "mntp"
-        arguments = stage_arguments(stage, work, self.recipe.seed)
-        callback = self._callback("mntp", stage, stage.batch_size * stage.block_length)
-        trainer = MaskedNextTokenTrainer(
-            model=MaskedNextTokenModel(peft_model, language_model),
-            args=TrainingArguments(
-                **arguments,
-                remove_unused_columns=False,
-                label_names=["labels"],
-                eval_strategy="steps" if evaluation else "no",
-                eval_steps=stage.eval_steps or None,
-                eval_on_start=evaluation is not None,
-                per_device_eval_batch_size=stage.batch_size,
-            ),
-            data_collator=default_data_collator,
-            train_dataset=self._blocks(train, tokens, stage, masking),
-            eval_dataset=evaluation,
-            compute_metrics=token_metrics,
-            callbacks=[callback, TensorBoardCallback(SummaryWriter(str(work)))],
-        )
-        self._fit(trainer, callback, peft_model, work)
-
-    def _train_simcse(self, stage: SimCSE, done: Sequence[str | Path]) -> None:
-        encoder = self._encoder(done)
-        peft_model = self._attach(encoder.backbone.auto_model, stage)
-        encoder.backbone.auto_model = peft_model
-        encoder.model_card_data.generate_widget_examples = False
-        texts, _ = self._texts(stage)
-        work = self.path / "simcse"
-        callback = self._callback("simcse", stage, None)
-        with attention_dropout(peft_model, stage.attention_dropout):
-            trainer = ContrastiveTrainer(
-                model=encoder,
-                args=SentenceTransformerTrainingArguments(
-                    **stage_arguments(stage, work, self.recipe.seed), dataloader_drop_last=True
-                ),
-                data_collator=SentenceTransformerDataCollator(
-                    encoder.preprocess, max_length=stage.max_length
-                ),
-                train_dataset=Dataset.from_dict({"text": texts}),
-                loss=TwoViewsLoss(encoder, stage.temperature),
-                callbacks=[callback, TensorBoardCallback(SummaryWriter(str(work)))],
-            )
-            self._fit(trainer, callback, peft_model, work)
-
-    def _blocks(
-        self, texts: list[str], tokens: TextTokenizer, stage: MNTP, masking: Masking
-    ) -> BlockData:
-        blocks = make_blocks(texts, tokens, stage.block_length)
-        return BlockData(blocks.ids, masking, self.recipe.seed)
-
-    def _texts(self, stage: MNTP | SimCSE) -> tuple[list[str], list[str]]:
-        texts = read_texts(stage.data, stage.max_texts)
-        return split_held_out(texts, stage.held_out, self.recipe.seed)
-
-    def _attach(self, trunk: Any, stage: MNTP | SimCSE) -> PeftModel:
-        lora = stage.lora
-        set_seed(self.recipe.seed)
-        model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets)
-        if stage.gradient_checkpointing:
-            trunk.activation_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": checkpoint_contexts}
-            )
-            trunk.enable_input_require_grads()
-        return model
-
-    def _callback(self, name: str, stage: MNTP | SimCSE, tokens: int | None) -> RunCallback:
-        per_step = tokens and tokens * stage.gradient_accumulation
-        metrics = self.path / name / "metrics.jsonl"
-        return RunCallback(stage.steps, metrics, per_step, self.listener.step)
-
-    def _fit(self, trainer: Any, callback: RunCallback, model: PeftModel, work: Path) -> None:
-        """Train, or continue, until the stage's last step; then keep the adapter alone."""
-        trainer.remove_callback(PrinterCallback)  # the listener speaks
-        checkpoint = last_checkpoint(work)
-        if checkpoint is not None and checkpoint.step >= callback.steps:
-            adapters.load_adapter(model, checkpoint.path)  # cut off after its last step
-        else:
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
-            if callback.interrupted and trainer.state.global_step < callback.steps:
-                raise KeyboardInterrupt
-        aside = work / "adapter.tmp"
-        adapters.save_adapter(model, aside)
-        for name in (adapters.WEIGHTS_NAME, adapters.CONFIG_NAME):  # the config says it is whole
-            (aside / name).replace(work / name)
-        aside.rmdir()
-        for finished in work.glob("checkpoint-*"):
-            shutil.rmtree(finished)
-        if callback.interrupted:
-            raise KeyboardInterrupt

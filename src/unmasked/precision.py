@@ -1,0 +1,79 @@
+"""Which precision the weights get, and why: asked by loading, shown by ``doctor``.
+
+On a CPU with bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16), a wide model runs 2 to 3 times
+faster in bfloat16 than in float32; without it, tens of times slower. float16 is slow on every CPU.
+Narrow models stay in float32: their matrix products are too small to gain (`NARROW`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unmasked.errors import ModelError, unknown
+
+NAMES = ("auto", "checkpoint", "float32", "bfloat16", "float16")
+NARROW = 512
+"""Hidden sizes below this stay in float32 on CPU."""
+_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A dtype and the reason for it."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def bfloat16_instructions() -> str | None:
+    """The instruction set with which this CPU multiplies bfloat16; None if it has none."""
+    found: Any = torch.cpu.get_capabilities()
+    return next((name for name in _INSTRUCTIONS if found.get(name)), None)
+
+
+def pick(name: str, device: torch.device, config: Any = None) -> Precision:
+    """The precision for a device.
+
+    Args:
+        name: ``auto``; ``checkpoint``, which is auto, but never less than the checkpoint has; or
+            the name of a torch dtype.
+        device: where the model will run.
+        config: of the model. Without it, as in training, a CPU gets float32.
+
+    Raises:
+        ModelError: an unknown name, or float16 on CPU.
+    """
+    if name not in NAMES:
+        raise ModelError(unknown("dtype", name, NAMES))
+    if name not in ("auto", "checkpoint"):
+        if name == "float16" and device.type == "cpu":
+            raise ModelError(
+                "float16 is many times slower than float32 on a CPU. Fix: dtype auto, bfloat16 or "
+                "float32."
+            )
+        return Precision(getattr(torch, name), "as asked")
+    saved = getattr(config, "dtype", None)
+    if name == "checkpoint" and saved == torch.float32:
+        return Precision(torch.float32, "as in the checkpoint")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return Precision(torch.bfloat16, "the GPU has bfloat16")
+        return Precision(torch.float32, "this GPU has no bfloat16")
+    if device.type != "cpu":
+        return Precision(torch.float32, f"float32 is what was tested on {device.type}")
+    return _for_cpu(config)
+
+
+def _for_cpu(config: Any) -> Precision:
+    instructions = bfloat16_instructions()
+    if instructions is None:
+        return Precision(torch.float32, "this CPU has no bfloat16 in hardware")
+    if config is None:
+        return Precision(torch.float32, "training on a CPU is done in float32")
+    width = config.get_text_config().hidden_size
+    if width < NARROW:
+        return Precision(torch.float32, f"a model {width} wide gains nothing from bfloat16")
+    return Precision(torch.bfloat16, f"the CPU has {instructions}")

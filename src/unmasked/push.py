@@ -1,0 +1,79 @@
+"""Puts a saved model folder on the Hugging Face hub: private unless told otherwise.
+
+What would be sent is listed first, with its size; training checkpoints and whatever is no part of a
+model folder never are. Cost: the upload.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from unmasked.errors import ModelError, OutputError
+
+PARTS = (
+    "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*",
+    "1_Pooling/config.json",
+)  # fmt: skip
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def list_files(folder: Path) -> list[tuple[str, int]]:
+    """Path and bytes of each file that is part of the model.
+
+    Raises:
+        ModelError: the folder holds no model.
+    """
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        inner = folder / "model"
+        hint = f"did you mean {inner}?" if (inner / "config.json").is_file() else "save one there"
+        raise ModelError(f"{folder} holds no model (no config.json). Fix: {hint}.")
+    found = {file for part in PARTS for file in folder.glob(part) if file.is_file()}
+    return [(str(file.relative_to(folder)), file.stat().st_size) for file in sorted(found)]
+
+
+def push(folder: Path, repository: str, private: bool = True, message: str = "Add model") -> str:
+    """Upload a model folder; the repository is made if it is not there.
+
+    Args:
+        folder: as `LLM2Vec.save` writes it.
+        repository: ``NAME`` or ``ORGANISATION/NAME``.
+        private: who may see a repository that is made now; an existing one stays as it is.
+        message: of the commit.
+
+    Returns:
+        The address of what was uploaded.
+
+    Raises:
+        ModelError: the folder holds no model.
+        OutputError: the name cannot be one, nobody is logged in, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    names = [name for name, _ in list_files(folder)]
+    check_name(repository)
+    hub = HfApi()
+    try:
+        made = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            allow_patterns=names,
+            commit_message=message,
+        )
+    except Exception as error:  # every layer below (http, auth, xet) has errors of its own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise OutputError(
+            f"{repository}: the hub did not take it ({reason[:200]}). "
+            "Fix: log in with 'hf auth login' or set HF_TOKEN, with the right to write there."
+        ) from error
+    return str(made)
+
+
+def check_name(repository: str) -> None:
+    """Refuse what cannot be the name of a repository."""
+    if not _NAME.fullmatch(repository):
+        raise OutputError(
+            f"'{repository}' is no name of a repository. "
+            "Fix: NAME or ORGANISATION/NAME, of letters, digits, '.', '_' and '-'."
+        )

@@ -1,0 +1,296 @@
+"""What each stage trains and how: its data, its loss, its trainer; and the loop they all share.
+
+A stage is one function here that builds a trainer and hands it to `_fit`, which trains, or
+continues from the last checkpoint, and leaves the adapter in the stage's folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.data_collator import (
+    SentenceTransformerDataCollator,
+)
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from transformers import (
+    PrinterCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from unmasked import adapters, config, loading
+from unmasked.config import MNTP, SimCSE, Supervised, Training
+from unmasked.model import LLM2Vec
+from unmasked.packing import checkpoint_contexts
+from unmasked.tokens import TextTokenizer
+from unmasked.train import devices
+from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, attention_dropout
+from unmasked.train.data import make_blocks, read_texts, split_held_out
+from unmasked.train.mixing import OneSourceBatches, PairCollator
+from unmasked.train.mntp import (
+    BlockData,
+    MaskedNextTokenModel,
+    MaskedNextTokenTrainer,
+    Masking,
+    find_mask_id,
+    token_metrics,
+)
+from unmasked.train.pairs import split_rows, store_rows
+from unmasked.train.supervised import RankingLoss
+from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
+
+MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
+"""Tokens of an MNTP forward: enough to keep the device busy."""
+ROWS = "rows.arrow"
+"""The checked rows of a supervised stage, while it trains."""
+DONE = (adapters.CONFIG_NAME, "config.json")
+"""Written last, for an adapter and for a whole encoder."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where and on what a stage is trained.
+
+    Attributes:
+        folder: the stage's own, for the adapter, checkpoints and metrics.
+        encoder: the base with the adapters of the stages before merged; trained in place.
+        model: the recipe's settings of the base.
+        seed: of data order, masks, dropout and the adapter.
+        report: told about each log.
+        start: the adapter to train on from; None for a new one.
+    """
+
+    folder: Path
+    encoder: LLM2Vec
+    model: config.Model
+    seed: int
+    report: Report
+    start: str | Path | None = None
+
+
+def fit(job: Job, stage: MNTP | SimCSE | Supervised) -> None:
+    """Train a stage, or continue it; its folder then holds the adapter.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
+    """
+    if isinstance(stage, MNTP):
+        _fit_mntp(job, stage)
+    elif isinstance(stage, SimCSE):
+        _fit_simcse(job, stage)
+    else:
+        _fit_supervised(job, stage)
+
+
+def _fit_mntp(job: Job, stage: MNTP) -> None:
+    tokens = job.encoder.backbone.tokens
+    train, held_out = _texts(job, stage)
+    trunk: Any = job.encoder.backbone.auto_model
+    dtype = next(trunk.parameters()).dtype
+    language_model: Any = loading.load_causal_lm(
+        job.model.base, dtype, job.encoder.report.attention, revision=job.model.revision
+    )
+    mask_id = find_mask_id(tokens.tokenizer, stage.mask_token)
+    vocabulary = language_model.config.get_text_config().vocab_size
+    if mask_id is None:
+        mask_id = vocabulary
+        trunk.resize_token_embeddings(vocabulary + 1)
+        language_model.resize_token_embeddings(vocabulary + 1)
+    model = _attach(job, stage)
+    masking = Masking(
+        mask_id,
+        min(vocabulary, len(tokens.tokenizer)),
+        tuple({*tokens.prefix, *tokens.tokenizer.all_special_ids}),
+        stage.mask_probability,
+        stage.mask_style,
+    )
+    evaluation = None
+    if held_out and stage.eval_steps:
+        evaluation = _blocks(job, stage, held_out, tokens, masking)
+    callback = _callback(job, stage)
+    most_rows = micro_batch_rows(stage, job.encoder.device)
+    trainer = MaskedNextTokenTrainer(
+        model=MaskedNextTokenModel(model, language_model).to(job.encoder.device),
+        args=TrainingArguments(
+            **stage_arguments(stage, job.folder, job.seed, most_rows),
+            remove_unused_columns=False,
+            label_names=["labels"],
+            eval_strategy="steps" if evaluation else "no",
+            eval_steps=stage.eval_steps or None,
+            eval_on_start=evaluation is not None,
+            per_device_eval_batch_size=most_rows,
+        ),
+        data_collator=default_data_collator,
+        train_dataset=_blocks(job, stage, train, tokens, masking),
+        eval_dataset=evaluation,
+        compute_metrics=token_metrics,
+        callbacks=_callbacks(job, callback),
+    )
+    _fit(job, trainer, callback, model)
+
+
+def micro_batch_rows(stage: MNTP, device: torch.device) -> int:
+    """Most blocks of an MNTP forward."""
+    budget = stage.micro_batch_tokens or MICRO_BATCH.get(device.type, 8192)
+    return max(1, budget // stage.block_length)
+
+
+def _fit_simcse(job: Job, stage: SimCSE) -> None:
+    encoder = job.encoder
+    model = _attach(job, stage)
+    texts, _ = _texts(job, stage)
+    callback = _callback(job, stage)
+    with attention_dropout(model, stage.attention_dropout):
+        trainer = ContrastiveTrainer(
+            model=encoder,
+            args=SentenceTransformerTrainingArguments(
+                **stage_arguments(stage, job.folder, job.seed), dataloader_drop_last=True
+            ),
+            data_collator=SentenceTransformerDataCollator(
+                encoder.preprocess, max_length=stage.max_length
+            ),
+            train_dataset=Dataset.from_dict({"text": texts}),
+            loss=TwoViewsLoss(encoder, stage.temperature),
+            callbacks=_callbacks(job, callback),
+        )
+        _fit(job, trainer, callback, model)
+
+
+def _fit_supervised(job: Job, stage: Supervised) -> None:
+    encoder = job.encoder
+    model = _attach(job, stage)
+    train, held_out = split_rows(_rows(job, stage), stage.held_out, job.seed)
+    weights = [pairs.weight for pairs in stage.data]
+
+    def batches(rows: Dataset, batch_size: int, **_: Any) -> Any:
+        sources = np.asarray(rows["source"])
+        return OneSourceBatches(sources, batch_size, weights, arguments.world_size, job.seed)
+
+    arguments = SentenceTransformerTrainingArguments(
+        **stage_arguments(stage, job.folder, job.seed), batch_sampler=batches
+    )
+    callback = _callback(job, stage)
+    collator: Any = PairCollator(
+        encoder.preprocess, stage.data, stage.hard_negatives, stage.max_length
+    )
+    trainer = ContrastiveTrainer(
+        model=encoder,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=train,
+        loss=RankingLoss(
+            encoder,
+            stage.temperature,
+            stage.mini_batch_tokens,
+            stage.false_negative_margin,
+            stage.matryoshka,
+        ),
+        callbacks=_callbacks(job, callback),
+    )
+    _fit(job, trainer, callback, model)
+
+
+def _rows(job: Job, stage: Supervised) -> Dataset:
+    """All rows, on disk; the first device writes them."""
+    file = job.folder / ROWS
+    if devices.is_first():
+        store_rows(stage.data, file)
+    devices.wait()
+    return Dataset.from_file(str(file))
+
+
+def _blocks(
+    job: Job, stage: MNTP, texts: list[str], tokens: TextTokenizer, masking: Masking
+) -> BlockData:
+    return BlockData(make_blocks(texts, tokens, stage.block_length).ids, masking, job.seed)
+
+
+def _texts(job: Job, stage: MNTP | SimCSE) -> tuple[list[str], list[str]]:
+    texts = read_texts(stage.data, stage.max_texts)
+    return split_held_out(texts, stage.held_out, job.seed)
+
+
+def _attach(job: Job, stage: Training) -> nn.Module:
+    trunk: Any = job.encoder.backbone.auto_model
+    lora = stage.lora
+    set_seed(job.seed)
+    model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.method)
+    if job.start is not None:
+        adapters.load_trained(model, job.start)
+    job.encoder.backbone.auto_model = model
+    job.encoder.model_card_data.generate_widget_examples = False
+    if stage.gradient_checkpointing:
+        trunk.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        )
+        trunk.enable_input_require_grads()
+    return model
+
+
+def _callback(job: Job, stage: Training) -> RunCallback:
+    return RunCallback(stage.steps, job.folder / "metrics.jsonl", job.report)
+
+
+def _callbacks(job: Job, callback: RunCallback) -> list[Any]:
+    if not devices.is_first():
+        return [callback]
+    checkpoint = last_checkpoint(job.folder)
+    hidden = checkpoint and checkpoint.step + 1  # points of steps that are trained again
+    return [callback, TensorBoardCallback(SummaryWriter(str(job.folder), purge_step=hidden))]
+
+
+def _fit(job: Job, trainer: Any, callback: RunCallback, model: nn.Module) -> None:
+    """Train, or continue, until the stage's last step; then keep the adapter alone."""
+    trainer.remove_callback(PrinterCallback)  # the report speaks
+    checkpoint = last_checkpoint(job.folder)
+    if checkpoint is not None and checkpoint.step >= callback.steps:
+        adapters.load_trained(model, checkpoint.path)  # cut off after its last step
+    else:
+        trainer.args.eval_on_start &= checkpoint is None
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
+        if callback.interrupted and trainer.state.global_step < callback.steps:
+            raise KeyboardInterrupt
+    if devices.is_first():
+        _keep(job, model)
+    devices.wait()
+    if callback.interrupted:
+        raise KeyboardInterrupt
+
+
+def _keep(job: Job, model: nn.Module) -> None:
+    """Write the adapter, or the whole encoder; once its config is there, the stage is done."""
+    aside = job.folder / "trained.tmp"
+    if isinstance(model, PeftModel):
+        adapters.save_adapter(model, aside)
+    else:
+        job.encoder.save(aside)
+    for item in sorted(aside.iterdir(), key=lambda item: item.name in DONE):
+        place = job.folder / item.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        item.replace(place)
+    clear(job.folder)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a stage is trained to its end."""
+    return any((folder / name).is_file() for name in DONE)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a finished stage needs no more."""
+    for scrap in [*folder.glob("checkpoint-*"), *folder.glob("*.tmp")]:
+        if scrap.is_dir():
+            shutil.rmtree(scrap)
+    (folder / ROWS).unlink(missing_ok=True)
