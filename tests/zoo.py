@@ -10,6 +10,7 @@ by rule (`unmasked.doctor.miniature`). So families that a later release adds are
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,8 +25,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from unmasked.bidirectional import Report, open_config, open_mask, prove
-from unmasked.doctor.miniature import miniature
+from unmasked.bidirectional import Report, open_config, open_mask, prove, stock_loading
+from unmasked.doctor.miniature import WINDOW, miniature
 from unmasked.packing import enable_packing, pack, run_packed
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -70,9 +71,14 @@ HINTS: dict[str, dict[str, Any]] = {
         "hybrid_layer_ids": [1, 3],
     },
     "qwen4_exp_text": {
-        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16},
-        **{"indexer_budget": 64, "indexer_compress_ratio": 4},
-        **{"ple_embed_dim": 32, "ngram_vocab_size_base": 512, "hc_lowrank": 16},
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+        "ple_embed_dim": 32,
+        "ngram_vocab_size_base": 512,
+        "hc_lowrank": 16,
         "split_ngram_parts": 1,
     },
     "zaya": {"num_experts_per_tok": 1},
@@ -97,7 +103,7 @@ class Findings:
         unpacked: why batches are not packed; empty if they are.
         packed: largest difference of packed and padded vectors.
         gradient: whether the first state's gradient reaches the last token.
-        window: tokens to each side that a sliding window leaves, if there is one.
+        stock: what a stock loader makes of it once it is saved.
     """
 
     family: str
@@ -111,6 +117,7 @@ class Findings:
     unpacked: str = ""
     packed: float = 0.0
     gradient: bool = False
+    stock: str = ""
 
 
 def config(family: str) -> PretrainedConfig:
@@ -177,7 +184,7 @@ def examine(family: str) -> Findings:
             found.attentions[attention] = _first_line(error)
     if report.verdict == "impossible":
         return found
-    found.gradient = _gradient_flows(model)
+    found.gradient, found.stock = _gradient_flows(model), stock_loading(model)
     with torch.no_grad():
         alone = [_states(model, [text])[0] for text in TEXTS]
         found.right = _apart(_states(model, TEXTS), alone)
@@ -244,30 +251,33 @@ def row(found: Findings) -> str:
     """A family's line of the table."""
     report = found.report
     if report is None or not found.attentions:
-        return f"| {found.family} | none | | | | | {found.verdict} |"
-    attention = ", ".join(
-        name if verdict == found.verdict else f"not {name}"
-        for name, verdict in found.attentions.items()
-    )
+        return f"| {found.family} | none | | | | | | | {found.verdict} |"
     usable = found.verdict != "impossible"
-    packed = "" if not usable else "no" if found.unpacked else "yes"
-    left = "" if not usable else "ok" if found.left < 1e-3 else "differs"
     causal = ", ".join(map(str, report.causal_layers))
-    reason = f"left-to-right: {causal}" if usable and causal else "" if usable else report.reason
-    cells = (found.family, found.verdict, report.attention, attention, packed, left, reason)
+    cells = [
+        found.family,
+        found.verdict,
+        report.attention,
+        ", ".join(n if v == found.verdict else f"not {n}" for n, v in found.attentions.items()),
+        ("no" if found.unpacked else "yes") if usable else "",
+        ("ok" if found.left < 1e-3 else "differs") if usable else "",
+        str(report.window or "") if usable else "",
+        found.stock,
+        (f"left-to-right: {causal}" if causal else "") if usable else report.reason,
+    ]
     return f"| {' | '.join(cells)} |"
 
 
 def document(rows: list[Findings]) -> str:
-    """docs/models.md."""
+    """The text of `TABLE`."""
     import transformers
 
     kinds = [found.verdict if found.attentions else "none" for found in rows]
     counts = {kind: kinds.count(kind) for kind in ("full", "partial", "impossible", "none")}
     table = "\n".join(row(found) for found in rows)
-    return f"""{INTRODUCTION.format(version=transformers.__version__, **counts)}
-| family | verdict | attention by default | attentions | packed | left padding | reason |
-|---|---|---|---|---|---|---|
+    return f"""{INTRODUCTION.format(version=transformers.__version__, size=WINDOW, **counts)}
+| family | verdict | default | attentions | packed | left padding | window | stock | reason |
+|---|---|---|---|---|---|---|---|---|
 {table}
 """
 
@@ -275,18 +285,23 @@ def document(rows: list[Findings]) -> str:
 INTRODUCTION = """# Families
 
 What the proof says of every family that `AutoModelForCausalLM` of transformers {version} knows:
-{full} full, {partial} partial, {impossible} impossible, {none} that are no decoders of text. Written by
-`python -m tests.zoo > docs/models.md` from tiny random models, two layers or one of each kind;
-`tests/test_zoo.py` holds the table to what it finds.
+{full} full, {partial} partial, {impossible} impossible, {none} that are no decoders of text.
+Written by `python -m tests.zoo > docs/models.md` from tiny random models, two layers or one of each
+kind; `tests/test_zoo.py` holds the table to what it finds.
 
-* **verdict**: `full`: every layer looks both ways. `partial`: attention does, other layers, or parts
-  of layers, stay left-to-right; refused unless `allow_partial` is given. `impossible`: refused.
-* **attention by default**: what transformers picks. **attentions**: which of eager and sdpa reach
-  the verdict.
+* **verdict**: `full`: every layer looks both ways. `partial`: attention does; other layers, or
+  parts of layers, stay left-to-right; refused unless `allow_partial`. `impossible`: refused.
+* **default**: the attention that transformers picks. **attentions**: which of eager and sdpa
+  reach the verdict.
 * **packed**: texts are laid end to end, so padding is never computed; else batches are padded, to
   the same vectors.
-* **left padding**: whether it gives the same states without `position_ids`. This package pads on the
-  right, where all do.
+* **left padding**: whether it gives the same states without `position_ids`. This package pads on
+  the right, where all do.
+* **window**: tokens to each side that sliding layers see in the miniature, whose window is {size}
+  where the family has one. `is_causal: false` keeps the reach that a layer has to the left and
+  mirrors it; the own key of Gemma 3 and 4 halves it.
+* **stock**: what stock loaders make of a saved folder. `same`: the same vectors. `eager`: that too,
+  for its config names eager attention. `causal`: only this package opens it.
 """
 
 
@@ -296,4 +311,4 @@ def _first_line(error: Exception) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(document([examine(family) for family in FAMILIES]), end="")
+    sys.stdout.write(document([examine(family) for family in FAMILIES]))

@@ -84,8 +84,8 @@ def window(config: PretrainedConfig) -> int | None:
     text: Any = config.get_text_config()
     size = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None)
-    slides = any("sliding" in t for t in types) if types else getattr(text, "use_sliding_window", 1)
-    if not isinstance(size, int) or not slides:
+    full = types and set(types) == {"full_attention"}
+    if not isinstance(size, int) or full or getattr(text, "use_sliding_window", None) is False:
         return None
     return size if getattr(text, "is_causal", True) is False else size - 1
 
@@ -116,7 +116,7 @@ def mirror_triangles(model: nn.Module) -> list[str]:
 
 def _is_mask(buffer: Tensor) -> bool:
     """Whether a buffer has the shape (1, 1, T, T), T > 1, and holds zeros and ones only."""
-    square = buffer.dim() == 4 and buffer.shape[:2] == (1, 1) and buffer.shape[2:3] == buffer.shape[3:]
+    square = buffer.dim() == 4 and buffer.shape == (1, 1, buffer.shape[-1], buffer.shape[-1])
     return square and buffer.shape[-1] > 1 and bool(((buffer == 0) | (buffer == 1)).all())
 
 
@@ -139,7 +139,10 @@ def _full_mask(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict
         mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     hidden = mask[:, None, None, :].eq(0).expand(-1, 1, mask.shape[1], -1)
     full = torch.zeros(hidden.shape, dtype=model.dtype, device=tokens.device)
-    return args, {**kwargs, "attention_mask": full.masked_fill(hidden, torch.finfo(model.dtype).min)}
+    return args, {
+        **kwargs,
+        "attention_mask": full.masked_fill(hidden, torch.finfo(model.dtype).min),
+    }
 
 
 @contextmanager

@@ -16,7 +16,9 @@ VOCABULARY = 512
 WINDOW = 8  # shorter than the texts of the proof
 
 SMALL: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "lru_width"), WIDTH),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "lru_width"), WIDTH
+    ),
     **dict.fromkeys(("embedding_size", "embedding_dim", "emb_dim"), WIDTH),
     **dict.fromkeys(("attention_hidden_size", "mamba_d_ssm"), 2 * WIDTH),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "dim_ff", "dff"), 96),
