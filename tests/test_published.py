@@ -101,7 +101,7 @@ def test_golden_vectors_of_other_pooling_modes(checkpoint, mode):
     close(model.encode([list(pair) for pair in pairs]), expected(pairs, mode=mode))
 
 
-def test_the_template_is_found_by_the_tokenizer_and_not_by_a_name(checkpoint, tmp_path):
+def test_b8_the_template_is_found_by_the_tokenizer_and_not_by_a_name(checkpoint, tmp_path):
     cache, hub, _, kind = checkpoint
     model = load(hub, MNTP, SUPERVISED)
     assert model.settings.template == (PUBLISHED if kind == "plain" else named(kind))
@@ -116,7 +116,7 @@ def published_folders(cache):
     return [next((cache / f"models--{n.replace('/', '--')}/snapshots").iterdir()) for n in names]
 
 
-def test_a_checkpoint_saved_by_us_keeps_its_template(checkpoint, tmp_path, caplog):
+def test_b7_b8_a_checkpoint_saved_by_us_keeps_its_template(checkpoint, tmp_path, caplog):
     _, hub, _, kind = checkpoint
     model = load(hub, MNTP, SUPERVISED, prompts={"sts": "Compare:"})
     pairs = [[INSTRUCTION, text] for text in CLEAN]
@@ -169,7 +169,7 @@ def load_base(cache, name):
     return weights[name]
 
 
-def test_the_tokenizer_is_the_bases_again(checkpoint):
+def test_b28_the_tokenizer_is_the_bases_again(checkpoint):
     """The checkpoint's own has ``_`` as mask token and so splits ``__init__``."""
     cache, hub, _, _ = checkpoint
     base, mntp, _ = published_folders(cache)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -62,6 +62,10 @@ class Model(_Section):
 
     base: Annotated[str, Field(min_length=1)]
     """A hub name, a folder, or ``nano`` for the bundled decoder."""
+    adapters: Strings = []
+    """Adapters merged into the base before the first stage, in this order."""
+    bidirectional: bool = True
+    """Open the causal mask; False trains and saves the decoder with its mask."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None is the default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -127,6 +131,8 @@ class Training(_Section):
     """Steps between two held-out losses."""
     save_steps: Count = 200
     """Steps between two checkpoints, the points an interrupted run continues from."""
+    trainer: dict[str, Any] = {}
+    """Further arguments of transformers' ``TrainingArguments``, by name; they win."""
 
     @model_validator(mode="after")
     def _horizon(self) -> Training:

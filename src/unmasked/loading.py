@@ -210,6 +210,16 @@ def _has_tokenizer(source: Source) -> bool:
     return any(adapters.fetch(source.name, name, **source.hub) for name in names)
 
 
+def read_config(name: str | Path, **hub: Any) -> PretrainedConfig:
+    """The config of a decoder."""
+    return _load_config(Source(resolve_base(name), hub))
+
+
+def read_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a decoder, as it is."""
+    return _load_tokenizer(Source(resolve_base(name), hub))
+
+
 def load_causal_lm(
     base: str | Path, dtype: torch.dtype, attention: str | None = None, **hub: Any
 ) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from unmasked.errors import DataError
+from unmasked.errors import DataError, ModelError
 from unmasked.tokens import MARK, TextTokenizer
 
 CHUNK = 512  # sentences whose token states are held at a time
@@ -50,7 +50,10 @@ def word_vectors(
 
     Raises:
         DataError: a sentence has no words, or is longer than the model reads.
+        ModelError: the model has a chat template, which would stand around every sentence.
     """
+    if tokens.template.prefix or tokens.template.suffix:
+        raise ModelError("words have no chat template. Fix: load with template='none'.")
     found: list[np.ndarray] = []
     for start in range(0, len(sentences), CHUNK):
         part = sentences[start : start + CHUNK]

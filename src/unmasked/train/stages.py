@@ -107,7 +107,7 @@ class Run:
         if devices.is_first():
             self._write_recipe()
         devices.wait()
-        done: list[str | Path] = [self.recipe.model.base]
+        done: list[str | Path] = [self.recipe.model.base, *self.recipe.model.adapters]
         if self.score is not None:
             for mode in BASELINES:
                 causal = partial(self._encoder, pooling_mode=mode, enable_bidirectional=False)
@@ -155,7 +155,7 @@ class Run:
 
     def _check_inputs(self) -> None:
         """Prove the model and read every text of what is not done, before anything else is made."""
-        encoder = self._encoder([self.recipe.model.base])
+        encoder = self._encoder([self.recipe.model.base, *self.recipe.model.adapters])
         if not devices.is_first():
             return
         made = not self.path.exists()
@@ -202,6 +202,7 @@ class Run:
             "dtype": str(self.dtype).removeprefix("torch."),
             "attn_implementation": model.attention,
             "allow_partial": model.allow_partial,
+            "enable_bidirectional": model.bidirectional,
             "revision": model.revision if base == model.base else None,
             "prompts": prompts_of(last.data) if last else None,
             **overrides,

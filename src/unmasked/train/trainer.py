@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from unmasked import adapters
-from unmasked.errors import OutputError
+from unmasked.errors import OutputError, RecipeError, nearest
 from unmasked.train import devices
 from unmasked.train.checkpoints import ASIDE, PROGRESS, put_in_place, unsaved
 
@@ -307,8 +307,16 @@ def stage_arguments(
             is a sum over rows. None leaves it whole.
 
     Raises:
-        RecipeError: the batch does not divide among the devices.
+        RecipeError: the batch does not divide among the devices, or ``trainer`` names an argument
+            that there is not.
     """
+    allowed = TrainingArguments.__dataclass_fields__
+    for name in settings.trainer:
+        if name not in allowed:
+            raise RecipeError(
+                f"{folder.name}.trainer: unknown argument of TrainingArguments '{name}'"
+                f"{nearest(name, allowed)}"
+            )
     schedules = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
     rows = devices.rows_per_device(settings.batch_size, f"{folder.name}.batch_size")
     part = rows if most_rows is None else devices.micro_batch(rows, most_rows)
@@ -335,4 +343,5 @@ def stage_arguments(
         "ddp_backend": "gloo" if on_cpu and devices.world() > 1 else None,
         "ddp_find_unused_parameters": False,
         "ddp_timeout": int(devices.LONGEST_WAIT.total_seconds()),
+        **settings.trainer,
     }
