@@ -208,7 +208,7 @@ class RunCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Tell data and samplers the epoch: accelerate, resuming inside one, leaves out the data."""
+        """Tell data and samplers the epoch: accelerate leaves out the data when it resumes."""
         loader = given["train_dataloader"]
         told = [loader.dataset]
         sampler = loader.batch_sampler
