@@ -15,6 +15,9 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.data_collator import (
     SentenceTransformerDataCollator,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
 from unmasked import LLM2Vec, adapters, loading
@@ -22,6 +25,7 @@ from unmasked.config import MNTP, SimCSE
 from unmasked.train import devices
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss
 from unmasked.train.mntp import (
+    IGNORED,
     BlockData,
     MaskedNextTokenModel,
     MaskedNextTokenTrainer,
@@ -94,10 +98,37 @@ def simcse_trainer(decoder: str, folder: Path, callbacks: list) -> ContrastiveTr
     )
 
 
+def sharded_gradient(decoder: str, file: Path) -> None:
+    """Of a batch on one process, and of its halves on two that share the weights (FSDP2)."""
+    head = loading.load_causal_lm(decoder, torch.float32)
+    model = MaskedNextTokenModel(encoder_of(decoder).backbone.auto_model, head).train()
+    ids = np.random.default_rng(0).integers(10, 300, (8, 24))
+    data = BlockData(ids, Masking(5, 300, (0, 1)), 0)
+    batch = torch.utils.data.default_collate([data[i] for i in range(len(data))])
+    scored = (batch["labels"] != IGNORED).sum()
+    if devices.world() > 1:
+        mesh = init_device_mesh("cpu", (devices.world(),))
+        for layer in model.trunk.base_model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        half = len(ids) // 2
+        part = slice(devices.rank() * half, (devices.rank() + 1) * half)
+        batch = {name: value[part] for name, value in batch.items()}
+    loss = model(**batch, num_items_in_batch=scored)["loss"] * devices.world()
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
+    assert devices.world() == 1 or isinstance(grads[0], DTensor)
+    torch.save([torch.cat([g.flatten() for g in whole])], f"{file}-{devices.rank()}.pt")
+
+
 def main() -> None:
     kind, decoder, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
     devices.join()
+    if kind == "fsdp2":
+        sharded_gradient(decoder, folder / f"{kind}-{devices.world()}")
+        return
     callback = RunCallback(2, folder / f"metrics-{kind}-{devices.world()}.jsonl", None)
     recorder = Recorder(folder / f"{kind}-{devices.world()}")
     make = {"mntp": mntp_trainer, "simcse": simcse_trainer}[kind]

@@ -68,6 +68,16 @@ def test_b37_two_processes_have_the_gradient_of_one(kind, tiny_decoder, tmp_path
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+def test_weights_shared_by_two_processes_give_the_same_gradient(tiny_decoder, tmp_path):
+    """FSDP2 of torch itself: accelerate turns its own on for accelerators only."""
+    for count in (1, 2):
+        start(count, str(SCRIPT), "fsdp2", str(tiny_decoder), str(tmp_path))
+    (one,) = torch.load(tmp_path / "fsdp2-1-0.pt")
+    for rank in range(2):
+        (shared,) = torch.load(tmp_path / f"fsdp2-2-{rank}.pt")
+        assert (shared - one).norm() / one.norm() < 1e-5
+
+
 def test_b38_a_batch_that_does_not_divide_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert devices.rows_per_device(12, "mntp.batch_size") == 4

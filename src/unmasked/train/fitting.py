@@ -279,6 +279,11 @@ def _callbacks(job: Job, callback: RunCallback) -> list[Any]:
 
 def _fit(job: Job, trainer: Any, callback: RunCallback, model: nn.Module) -> None:
     """Train, or continue, until the stage's last step; then keep the adapter alone."""
+    if trainer.is_fsdp_enabled:
+        raise RecipeError(
+            "sharded weights (FSDP) can be trained here but not saved yet. Fix: accelerate launch "
+            "--multi_gpu, with lora.method qlora where the weights do not fit on a device."
+        )
     trainer.remove_callback(PrinterCallback)  # the report speaks
     checkpoint = last_checkpoint(job.folder)
     if checkpoint is not None and checkpoint.step >= callback.steps:
