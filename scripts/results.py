@@ -21,7 +21,8 @@ from typing import Any
 
 from unmasked import LLM2Vec
 from unmasked.config import Recipe
-from unmasked.evaluate.compare import headlines, make_scorer
+from unmasked.evaluate.compare import headlines
+from unmasked.evaluate.scorer import make_scorer
 from unmasked.recipe import load_recipe
 from unmasked.train.stages import Listener, Run
 
