@@ -145,7 +145,9 @@ def _for_older_libraries(folder: Path) -> None:
     path.write_text(json.dumps(tokenizer), "utf-8")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}), "utf-8")
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    path.write_text(json.dumps(settings), "utf-8")
 
 
 @contextmanager
