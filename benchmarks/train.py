@@ -7,8 +7,8 @@ open, attention by sdpa:
 * mntp: the causal LM's own loss, which computes the logits of every token, with gradient
   checkpointing, as the original scripts set it;
 * simcse: the two views as two padded passes, with gradient checkpointing, as in the original;
-* supervised: what the stock sentence-transformers trainer runs, three padded passes, without
-  gradient checkpointing (`--checkpointing` gives it that too).
+* supervised: what the stock sentence-transformers trainer runs, padded passes (queries, then
+  documents) without gradient checkpointing (`--checkpointing` gives it that too).
 
 Ratios inside one process: the sides take turns, every round gives one ratio, the median counts.
 Before anything is timed both sides' losses and gradients are compared without dropout: a fast wrong
@@ -38,6 +38,7 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines
 
+import numpy as np
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
@@ -49,15 +50,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from benchmarks.encode import SMOLLM_135M, environment
 from benchmarks.texts import read_sentences
 from unmasked import LLM2Vec, adapters, docstrings, loading
+from unmasked.config import Pairs
 from unmasked.tokens import TextTokenizer
 from unmasked.train.contrastive import TwoViewsLoss
-from unmasked.train.data import make_blocks
+from unmasked.train.data import Blocks, token_file
+from unmasked.train.mixing import PairCollator
 from unmasked.train.mntp import MaskedNextTokenModel, Masking
+from unmasked.train.supervised import RankingLoss
 
 BLOCK, MASKED, DROPOUT, TEMPERATURE = 512, 0.2, 0.3, 0.05
 QUICK = {"mntp": 2, "simcse": 16, "supervised": 6}
 FULL = {"mntp": 8, "simcse": 128, "supervised": 32}
-"""Blocks, sentences and triplets a step: larger batches pad more, so the quick ones favour us less."""
+"""Blocks, sentences and triplets a step. Larger batches pad more: the quick ones favour us less."""
 
 LONGEST = 256  # tokens of a supervised text
 
@@ -137,9 +141,13 @@ def attach(trunk: Any, checkpointing: bool = False) -> Any:
 
 def mntp_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool) -> Stage:
     """Blocks of 512, a fifth of the tokens scored."""
-    encoder = LLM2Vec.from_pretrained(decoder)
+    encoder = LLM2Vec.from_pretrained(decoder, dtype="float32")
     tokens: TextTokenizer = encoder.backbone.tokens
-    ids = torch.from_numpy(make_blocks(texts, tokens, BLOCK).ids[:rows]).long().to(encoder.device)
+    corpus = decoder.parent / "corpus.txt"
+    corpus.write_text("\n".join(texts), encoding="utf-8")
+    file = token_file([corpus], None, tokens, decoder.parent)
+    blocks = Blocks(file, np.arange(len(texts)), BLOCK)
+    ids = torch.from_numpy(np.stack([blocks[i] for i in range(rows)])).to(encoder.device)
     vocabulary = SMOLLM_135M["vocab_size"]
     masking = Masking(5, vocabulary, (0, 1), MASKED)
     batch = masking(ids.cpu(), torch.Generator().manual_seed(0))
@@ -173,7 +181,7 @@ def mntp_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool) 
 
 def simcse_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool) -> Stage:
     """Two dropout views of sentences."""
-    ours, stock = LLM2Vec.from_pretrained(decoder), _stock(decoder)
+    ours, stock = LLM2Vec.from_pretrained(decoder, dtype="float32"), _stock(decoder)
     ours.backbone.auto_model = attach(ours.backbone.auto_model)
     stock[0].auto_model = attach(stock[0].auto_model, checkpointing=True)
     batch = random.Random(0).sample(texts, rows)
@@ -192,53 +200,35 @@ def simcse_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool
 
 def supervised_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool) -> Stage:
     """A summary has to find its docstring; another docstring is the hard negative."""
-    ours, stock = LLM2Vec.from_pretrained(decoder), _stock(decoder)
+    ours, stock = LLM2Vec.from_pretrained(decoder, dtype="float32"), _stock(decoder)
     ours.backbone.auto_model = attach(ours.backbone.auto_model)
     stock[0].auto_model = attach(stock[0].auto_model, checkpointing)
     found = docstrings.pairs(docstrings.collect(limit=4000))
     chosen = random.Random(0).sample(found, 2 * rows)
-    columns = [
-        [d.summary for d in chosen[:rows]],
-        [d.body for d in chosen[:rows]],
-        [d.body for d in chosen[rows:]],
-    ]
-    features = [ours.preprocess(column, max_length=LONGEST) for column in columns]
+    answers, negatives = chosen[:rows], [d.body for d in chosen[rows:]]
+    collate = PairCollator(ours.preprocess, [Pairs(path="docstrings")], 1, LONGEST)
+    batch = collate(
+        [
+            {"query": d.summary, "positive": d.body, "negatives": [n], "source": 0, "number": i}
+            for i, (d, n) in enumerate(zip(answers, negatives, strict=True))
+        ]
+    )
+    features = {
+        key.removeprefix("text_"): value.to(ours.device)
+        for key, value in batch.items()
+        if key.startswith("text_")
+    }
+    columns = [[d.summary for d in answers], [d.body for d in answers], negatives]
     theirs = [_stock_features(stock, column, LONGEST) for column in columns]
-    packed = one_forward(ours)
-    loss = MultipleNegativesRankingLoss(stock, scale=1 / TEMPERATURE)
+    loss = RankingLoss(ours, TEMPERATURE)
+    stock_loss = MultipleNegativesRankingLoss(stock, scale=1 / TEMPERATURE)
     return Stage(
-        Side(ours, _backward(lambda: packed([dict(f) for f in features]))),
-        Side(stock, _backward(lambda: loss([dict(f) for f in theirs], None))),
-        tokens=sum(int(f["attention_mask"].sum()) for f in features),
+        Side(ours, _backward(lambda: loss([dict(features)], batch["label"]))),
+        Side(stock, _backward(lambda: stock_loss([dict(f) for f in theirs], None))),
+        tokens=int(features["attention_mask"].sum()),
         padded=sum(f["input_ids"].numel() for f in theirs),
         note=f"{rows} docstring triplets, one hard negative",
     )
-
-
-def one_forward(model: LLM2Vec) -> Callable[[list[dict[str, Tensor]]], Tensor]:
-    """The ranking loss with all columns in one packed forward."""
-    ranking = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
-    pad = int(model.tokenizer.pad_token_id)
-
-    def loss(columns: list[dict[str, Tensor]]) -> Tensor:
-        width = max(c["input_ids"].shape[1] for c in columns)
-        together = {
-            name: torch.cat(
-                [
-                    nn.functional.pad(
-                        c[name],
-                        (0, width - c[name].shape[1]),
-                        value=pad if name == "input_ids" else 0,
-                    )
-                    for c in columns
-                ]
-            )
-            for name in columns[0]
-        }
-        vectors = model({**together, "repad": False})["sentence_embedding"]
-        return ranking.compute_loss_from_embeddings(list(vectors.chunk(len(columns))), None)
-
-    return loss
 
 
 STAGES = {"mntp": mntp_stage, "simcse": simcse_stage, "supervised": supervised_stage}
@@ -281,7 +271,7 @@ def _set_dropout(trunk: nn.Module) -> Iterator[None]:
 def _stock(decoder: Path) -> SentenceTransformer:
     """The saved encoder as stock sentence-transformers loads it."""
     with tempfile.TemporaryDirectory() as work:
-        LLM2Vec.from_pretrained(decoder).save(work)
+        LLM2Vec.from_pretrained(decoder, dtype="float32").save(work)
         return SentenceTransformer(work, model_kwargs={"attn_implementation": "sdpa"})
 
 
@@ -399,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         decoder = Path(work) / "decoder"
         save_decoder(decoder, options.tokenizer, options.layers)
         name = f"SmolLM-135M's shape, {options.layers} layers, random weights"
-        model = LLM2Vec.from_pretrained(decoder)
+        model = LLM2Vec.from_pretrained(decoder, dtype="float32")
         report["environment"] = environment(model, name, "float32", sentences.source)
         del model
         for key, value in report["environment"].items():

@@ -27,7 +27,7 @@ from unmasked.train.mntp import (
     MaskedNextTokenTrainer,
     Masking,
 )
-from unmasked.train.trainer import RunCallback, attached, stage_arguments
+from unmasked.train.trainer import RunCallback, stage_arguments, trained
 
 SETTINGS = {"steps": 2, "batch_size": 8, "log_steps": 1, "learning_rate": 1e-2, "eval_steps": 100}
 
@@ -40,8 +40,8 @@ class Recorder(TrainerCallback):
         self.seen: list[torch.Tensor] = []
 
     def on_pre_optimizer_step(self, args, state, control, model, **_):
-        trained = [p for p in attached(model).parameters() if p.requires_grad]
-        self.seen.append(torch.cat([p.grad.flatten() for p in trained]))
+        weights = [p for p in trained(model).parameters() if p.requires_grad]
+        self.seen.append(torch.cat([p.grad.flatten() for p in weights]))
         torch.save(self.seen, f"{self.file}-{devices.rank()}.pt")
 
 

@@ -124,7 +124,7 @@ def test_version(cli):
 def test_recipes(cli, tmp_path):
     code, out, _ = cli("recipes", "list")
     assert code == 0
-    assert "mistral-7b    mistralai/Mistral-7B-Instruct-v0.2" in out
+    assert re.search(r"^mistral-7b +mistralai/Mistral-7B-Instruct-v0.2$", out, re.MULTILINE)
     shown = cli("recipes", "show", "nano")[1]
     assert yaml.safe_load(shown)["name"] == "nano"
     code, out, _ = cli("recipes", "copy", "nano", "mine.yaml")
@@ -299,6 +299,27 @@ def test_ctrl_c_saves_and_the_same_command_continues(recipe, tmp_path, cli):
     steps = [json.loads(line)["step"] for line in lines if '"loss"' in line]
     assert steps == list(range(1, step + 3))
     assert "saved  out/model" in out
+
+
+def test_mine_and_train_supervised(cli, tiny_decoder, tmp_path):
+    rows = [{"query": f"question {i}", "positive": f"answer {i} {i * 7}"} for i in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mining = ["mine", tiny_decoder, "pairs.jsonl", "-o", "mined.jsonl", "--margin", "0"]
+    code, out, err = cli(*mining, "--negatives", "2", "--instruction", "Find:")
+    assert code == 0, err
+    assert re.search(r"^24 rows, \d+ negatives, \d+ rows without any$", out, re.M)
+    assert "unmasked train supervised --base" in out
+    code, _, err = cli(*mining)
+    assert code == 2
+    assert "mined.jsonl exists" in err
+    few = ["supervised.steps=2", "supervised.warmup_steps=1", "supervised.batch_size=4"]
+    training = ["train", "supervised", "--base", tiny_decoder, "-o", "out", *few]
+    code, out, err = cli(*training, "--data", "mined.jsonl")
+    assert code == 0, err
+    assert "saved  out/model" in out
+    code, _, err = cli(*training[:5], "other", "--data", "minde.jsonl", *few)
+    assert code == 2
+    assert "did you mean 'mined.jsonl'?" in err
 
 
 def test_train_one_stage_on_the_adapter_of_another(cli, tiny_decoder, texts, tmp_path):

@@ -230,3 +230,153 @@ def test_kinds_of_output(tmp_path):
     (tmp_path / "v.npy").mkdir()
     with pytest.raises(OutputError, match="is a folder"):
         check_output(tmp_path / "v.npy", overwrite=True)
+
+
+# --- other inputs -------------------------------------------------------------------------------
+
+
+def test_parquet_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    raw = pa.array([b"one", b"caf\xe9", None, "둘".encode()], pa.binary()).view(pa.string())
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"_id": [7, 8, 9, 10], "text": raw, "n": [1, 2, 3, 4]}), path)
+    rows = list(Source(path, keep=("n",)).rows())
+    assert [(r.number, r.text, r.id, r.kept) for r in rows if r.fault is None] == [
+        (1, "one", "7", (1,)),
+        (4, "둘", "10", (4,)),
+    ]
+    assert [r.fault[0] for r in rows if r.fault] == [
+        "not UTF-8 (byte 0xe9 at position 3)",
+        "'text' is null",
+    ]
+    assert "a.parquet, row 2: not UTF-8" in fault(path)
+    assert "no column 'txt' among _id, text, n, did you mean 'text'" in fault(path, column="txt")
+    assert "row 1: 'n' is a int" in fault(path, column="n")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[:-20])
+    assert "not a whole Parquet file" in fault(path)
+
+
+def test_zstd(tmp_path):
+    import pyarrow as pa
+
+    raw = "하나\n".encode() * 5000 + b"last"
+    packed = pa.compress(raw, codec="zstd", asbytes=True)
+    (tmp_path / "a.txt.zst").write_bytes(packed + packed)  # two frames, as zstd -T0 writes
+    rows = rows_of(str(tmp_path / "a.txt.zst"))
+    assert len(rows) == 10001 and rows[5000] == (5001, "last하나", None)
+    for broken in (packed[:-9], b"no zstd at all, but long enough to be"):
+        (tmp_path / "a.txt.zst").write_bytes(broken)
+        assert "not a whole zstd file" in fault(str(tmp_path / "a.txt.zst"))
+    (tmp_path / "a.parquet.gz").write_bytes(b"")
+    assert "unknown kind of file" in fault(str(tmp_path / "a.parquet.gz"))
+
+
+def test_a_folder_is_read_in_order(given, tmp_path):
+    root = tmp_path / "in"
+    (root / "b").mkdir(parents=True)
+    given("in/b/2.txt", "three\n")
+    given("in/a.txt.gz", "one\ntwo\n")
+    given("in/c.csv", "text\nfour\n")
+    given("in/notes.md", "x")
+    given("in/.hidden.txt", "x")
+    given("in/_SUCCESS", "x")
+    source = Source(str(root))
+    assert [text for _, text, _ in source.records()] == ["one", "two", "three", "four"]
+    assert source.survey() == [2, 1, 1]
+    assert source.names == ["a.txt.gz", "b/2.txt", "c.csv"]
+    assert source.ignored == [str(root / "notes.md")]
+    given("in/b/2.txt", "three\n\n")
+    assert f"{root / 'b' / '2.txt'}, line 2: an empty text" in fault(str(root))
+
+
+def test_a_data_set_of_the_hub_is_streamed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    for split, texts in {"train": ["하나", None, "three"], "test": ["four"]}.items():
+        lines = [json.dumps({"id": i, "text": t, "n": i}) for i, t in enumerate(texts)]
+        (tmp_path / "set" / f"{split}.jsonl").write_text("\n".join(lines))
+    source = Source(f"hf:{tmp_path / 'set'}", keep=("n",))
+    rows = list(source.rows())
+    assert [(r.text, r.id, r.kept) for r in rows if not r.fault] == [
+        ("하나", "0", (0,)),
+        ("three", "2", (2,)),
+    ]
+    assert source.where(rows[1]) == f"{source.name}, row 2"
+    assert rows_of(f"hf:{tmp_path / 'set'}::test") == [(1, "four", "0")]
+    assert "no column 'txt' among id, text, n" in fault(source.path, column="txt")
+    assert "cannot be read as a Hugging Face data set" in fault(f"hf:{tmp_path / 'nothing'}")
+    assert Source("owner/name").files == ["hf:owner/name"]
+    assert "is not a file" in fault("owner/name.txt")
+
+
+def test_what_spoils_one_row_can_be_passed_over(given):
+    lines = ["fine", "", "caf\xe9", "x" * 50, "  "]
+    raw = "\n".join(lines).encode("latin1")
+    rows = list(Source(given("a.txt", raw), max_bytes=50).rows())
+    assert [r.text for r in rows] == ["fine", "", "", "", ""]
+    assert [r.fault and r.fault[0][:12] for r in rows] == [
+        None,
+        "an empty tex",
+        "not UTF-8 (b",
+        "a text of 50",
+        "an empty tex",
+    ]
+    assert Source(given("b.txt", raw), max_bytes=50).survey(skip=True) == [5]
+    with pytest.raises(DataError, match="line 2: an empty text.*or pass over such rows"):
+        Source(given("b.txt", raw), max_bytes=50).survey()
+    many = ['{"text": "a"}', "{", "[]", '{"txt": 1}', '{"text": "\\ud83d"}', '{"text": 7}']
+    rows = list(Source(given("a.jsonl", "\n".join(many))).rows())
+    assert [r.number for r in rows if r.fault] == [2, 3, 4, 5, 6]
+    # A quote that is never closed swallows what follows: no row of the rest is certain.
+    with pytest.raises(DataError, match="not CSV"):
+        list(Source(given("a.csv", 'text\nfine\n"open\nfine\n')).rows())
+
+
+def test_a_line_without_end_is_not_read_into_memory(given, monkeypatch):
+    from unmasked import readers
+
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1 << 20)
+    assert "line 2: longer than 1 MiB" in fault(given("a.txt", "fine\n" + "x" * (1 << 21)))
+
+
+def test_skipped_rows_of_one_file_are_listed(model, given, tmp_path):
+    path = given("a.txt", b"one\n\ncaf\xe9\nfour\n")
+    for kind in (".npy", ".safetensors", ".parquet"):
+        output = tmp_path / f"v{kind}"
+        assert encode_corpus(model, Source(path), output, skip=True, window=2) == (2, 32, 2)
+        listed = (tmp_path / "v.skipped.jsonl").read_text().splitlines()
+        assert [json.loads(line)["row"] for line in listed] == [1, 2]
+    import pyarrow.parquet as pq
+
+    assert pq.read_table(tmp_path / "v.parquet")["row"].to_pylist() == [0, 3]
+    with pytest.raises(DataError, match="none of the first"):
+        nothing, encoding = Source(given("n.txt", "\n\n")), Encoding(precision="int8")
+        encode_corpus(model, nothing, tmp_path / "n.npy", encoding, skip=True)
+
+
+def test_standard_input_continues_only_with_the_same_texts(model, tmp_path, monkeypatch):
+    from unmasked.corpus import Local, Shards, encode_folder
+
+    def run(text: str, folder: str = "v", **options):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        encoding = Encoding(precision="int8")
+        engine = Local(lambda: model)
+        return encode_folder(engine, Source("-"), tmp_path / folder, encoding, Shards(rows=2))
+
+    text = "one\ntwo\nthree\nfour\nfive\n"
+    assert run(text) == (5, 32, 0)
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()}
+    manifest = tmp_path / "v" / "_manifest.jsonl"
+    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:2]))
+    (tmp_path / "v" / "part-000001.parquet").unlink()
+    assert run(text) == (5, 32, 0)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()} == whole
+    with pytest.raises(DataError, match="rows 2 to 3 are not those"):
+        run(text.replace("three", "tree"))
+    with pytest.raises(DataError, match="rows 4 to 5 are not those"):
+        run(text + "six\n")
+    with pytest.raises(DataError, match="there is no text in it|none of the first"):
+        run("", "w")

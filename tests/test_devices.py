@@ -40,7 +40,7 @@ def start(count: int, *command: str) -> list[subprocess.CompletedProcess[str]]:
         )
     done = []
     for process in processes:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=400)
         assert process.returncode == 0, err[-3000:]
         done.append(subprocess.CompletedProcess(command, 0, out, err))
     return done
@@ -86,12 +86,11 @@ def test_the_first_process_alone_speaks_and_writes(tiny_decoder, tmp_path):
     (tmp_path / "sts.tsv").write_text(
         "score\tsentence1\tsentence2\n5\ta cat\tcat\n1\ta dog\train\n3\ttree\ttrees\n"
     )
-    stage = {"data": "texts.txt", "steps": 4, "batch_size": 4, "log_steps": 1, "held_out": 8}
+    stage = {"data": "texts.txt", "steps": 2, "batch_size": 4, "log_steps": 1, "held_out": 8}
     recipe = {
         "name": "two",
         "model": {"base": str(tiny_decoder), "max_length": 32},
         "mntp": {**stage, "block_length": 16, "eval_steps": 2},
-        "simcse": {**stage, "max_length": 16},
         "evaluate": {"tasks": ["sts.tsv"], "bootstrap": 10},
     }
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe))
@@ -101,12 +100,12 @@ def test_the_first_process_alone_speaks_and_writes(tiny_decoder, tmp_path):
         first, second = start(2, "-m", "unmasked", "run", "two.yaml", "-o", "run")
     finally:
         os.chdir(before)
-    assert "simcse" in first.stdout and "saved" in first.stdout
+    assert "bidirectional" in first.stdout and "saved" in first.stdout
     assert second.stdout == ""
     assert "mntp" not in second.stderr
     rows = [json.loads(line) for line in (tmp_path / "run/mntp/metrics.jsonl").open()]
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     assert len(list((tmp_path / "run/mntp").glob("events.out.tfevents*"))) == 1
     stages = json.loads((tmp_path / "run/results.json").read_text())["stages"]
-    assert len({s["name"] for s in stages}) == len(stages) == 6
+    assert len({s["name"] for s in stages}) == len(stages) == 5
     assert (tmp_path / "run/model/config.json").is_file()

@@ -91,9 +91,9 @@ def test_the_quick_demo_ends_with_a_folder_that_stock_loads(tmp_path):
     command = [sys.executable, "-m", "unmasked", "demo", "--quick"]
     shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     stages = json.loads((tmp_path / "runs" / "demo" / "results.json").read_text())["stages"]
-    assert [stage["name"] for stage in stages][-2:] == ["mntp", "simcse"]
+    assert [stage["name"] for stage in stages][-3:] == ["mntp", "simcse", "supervised"]
     for metric in demo.METRICS:
-        assert f"{metric}: simcse" in shown.stdout
+        assert f"{metric}: supervised" in shown.stdout
         assert all(0 <= stage["scores"][metric] <= 1 for stage in stages)
     assert shown.stdout.count("search: ") == demo.SEARCHES
     model = SentenceTransformer(str(tmp_path / "runs" / "demo" / "model"), device="cpu")

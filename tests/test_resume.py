@@ -134,7 +134,7 @@ def test_b29_three_hundred_steps_killed_ten_times(tiny_decoder, tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny_decoder, tmp_path):
     """A limit on the size of a file stands for the full disk: optimizer.pt no longer fits."""
-    recipe = recipe_of(tiny_decoder, tmp_path, 12, 2)
+    recipe = recipe_of(tiny_decoder, tmp_path, 12, 4)
     finish(recipe, tmp_path / "whole")
     path = tmp_path / "full"
     assert kill_at(recipe, path, 4, 0.0)

@@ -309,14 +309,14 @@ def test_a_full_disk_leaves_whole_shards(runner, tiny_decoder, many_texts, tmp_p
     assert contents(folder) == contents(whole)
 
 
-def test_a_write_that_fails_is_told(model, corpus, tmp_path, monkeypatch):
+def test_a_write_that_fails_is_told(tmp_path):
     import errno
 
     from unmasked.corpus import writers
 
-    with pytest.raises(OutputError, match="No space left on device. Fix: make room"):
-        with writers.written_aside(tmp_path / "x.npy"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    told = pytest.raises(OutputError, match="No space left on device. Fix: make room")
+    with told, writers.written_aside(tmp_path / "x.npy"):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.glob("*x.npy*")) and not list(tmp_path.glob(".x*"))
 
 

@@ -23,10 +23,9 @@ from unmasked.bidirectional import open_config
 from unmasked.config import Recipe, SimCSE
 from unmasked.errors import DataError, ModelError, OutputError
 from unmasked.model import LLM2Vec
-from unmasked.tokens import TextTokenizer, prepare_tokenizer
 from unmasked.train import contrastive, mntp
 from unmasked.train.contrastive import TwoViewsLoss, noise
-from unmasked.train.data import make_blocks, read_texts, split_held_out
+from unmasked.train.data import read_texts, split_held_out
 from unmasked.train.stages import Listener, Run
 
 SMALL = {
@@ -94,17 +93,6 @@ def test_held_out_texts_are_never_trained_on():
     assert sorted([*train, *held_out]) == sorted(set(texts))
     assert split_held_out(texts, 12, seed=3) == (train, held_out)
     assert len(split_held_out(texts, 100, seed=3)[1]) == 15  # at most a tenth
-
-
-def test_b32_b47_blocks_lose_only_the_last_incomplete_one(tiny_tokenizer):
-    tokens = TextTokenizer(prepare_tokenizer(tiny_tokenizer))
-    texts = ["The cat sat.", "안녕하세요", "x" * 100]
-    stream = [i for text in texts for i in tiny_tokenizer(text)["input_ids"]]
-    blocks = make_blocks(texts, tokens, 16)
-    assert blocks.ids.flatten().tolist() == stream[: len(stream) // 16 * 16]
-    assert blocks.dropped == len(stream) % 16
-    with pytest.raises(DataError, match="less than one block of 1000"):
-        make_blocks(texts, tokens, 1000)
 
 
 # --- masking ----------------------------------------------------------------------------------
@@ -392,6 +380,14 @@ def test_b29_an_interrupted_stage_ends_with_the_same_weights(recipe, tmp_path, s
         return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
     assert losses(whole) == losses(broken)
+
+
+def test_b31_the_rate_may_fall_over_more_steps_than_are_run(recipe, tmp_path):
+    section = recipe.mntp.model_copy(update={"steps": 4, "schedule_steps": 10})
+    Run(recipe.model_copy(update={"mntp": section, "simcse": None}), tmp_path / "run").run()
+    rows = [json.loads(line) for line in (tmp_path / "run/mntp/metrics.jsonl").open()]
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert rates == pytest.approx([1e-3 * (1 - step / 10) for step in range(4)])
 
 
 def test_another_recipe_in_the_same_folder_shows_the_difference(recipe, tmp_path):

@@ -151,7 +151,8 @@ class TextTraining(Training):
     """A stage that trains on plain texts."""
 
     data: Strings = []
-    """Files of texts, .txt, .txt.gz or .jsonl; a single path may stand for the list."""
+    """Files of texts (.txt, .jsonl, .csv, perhaps .gz or .zst; .parquet), folders of them, or data
+    sets on the hub (hf:NAME); one may stand for the list. MNTP's may be larger than memory."""
     max_texts: Count | None = None
     """Read no more texts than this; None reads all."""
 
@@ -163,6 +164,9 @@ class MNTP(TextTraining):
     """Blocks per batch, shared among the devices."""
     block_length: Annotated[Count, Field(ge=2)] = 512
     """Tokens per block, cut from the concatenated texts."""
+    documents: Literal["joined", "apart"] = "joined"
+    """Whether the texts that share a block see each other (``joined``, the paper's way), or each
+    itself alone with positions from 0, as when it is encoded (``apart``)."""
     micro_batch_tokens: Count | None = None
     """Tokens of a forward. A larger batch is cut into equal parts, to the same gradient in less
     memory, so that gradient checkpointing is seldom needed; None is 2048 on a CPU, 16384 on a
@@ -256,7 +260,8 @@ class Supervised(Training):
     data: Annotated[list[Pairs], BeforeValidator(_data_sets)] = []
     """Data sets; a path may stand for one, and one for the list. A batch is of one of them."""
     batch_size: Annotated[Count, Field(ge=2)] = 512
-    """Rows per batch, over all devices; the documents of all other rows are a query's negatives."""
+    """Rows per batch, shared among the devices; the documents of all other rows are a query's
+    negatives."""
     hard_negatives: Whole = 1
     """Negatives of its own that a query is shown, where its row has them."""
     max_length: Annotated[Count, Field(ge=2)] = 512
@@ -307,6 +312,8 @@ class Recipe(_Section):
     """Third stage; None leaves it out."""
     evaluate: Evaluate = Evaluate()
     """What is scored."""
+    trackers: list[Literal["wandb", "trackio"]] = []
+    """Where metrics go besides ``metrics.jsonl`` and TensorBoard, which are always written."""
 
     @model_validator(mode="after")
     def _continued(self) -> Recipe:

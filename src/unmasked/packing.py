@@ -307,3 +307,28 @@ def enable_packing(model: Any) -> str | None:
         reason = f"the packed forward fails ({type(error).__name__}: {str(error)[:100]})"
     model.set_attn_implementation(before)
     return reason
+
+
+def pack_documents(begins: Tensor) -> Packed:
+    """Plan the packing of blocks that hold several documents each, with no padding.
+
+    Args:
+        begins: (B, T) bool, where a document begins; true in the first column.
+    """
+    starts = begins.flatten().nonzero()[:, 0]  # (D,)
+    tokens = begins.numel()
+    lengths = torch.diff(starts, append=starts.new_tensor([tokens]))
+    order = lengths.argsort(descending=True, stable=True)
+    ends = torch.zeros(len(order) + 1, dtype=torch.int32, device=begins.device)
+    ends[1:] = lengths[order].cumsum(0)
+    groups, start = [], 0
+    for length, same in groupby(lengths[order].tolist()):
+        texts = len(list(same))
+        groups.append((start, texts, length))
+        start += texts * length
+    document = torch.repeat_interleave(lengths[order])  # (N,)
+    positions = torch.arange(tokens, device=begins.device) - ends[document]
+    source = starts[order][document] + positions
+    width = begins.shape[1]
+    layout = Layout(tuple(groups), tokens, ends)
+    return Packed(source // width, source % width, positions, layout)

@@ -4,7 +4,7 @@ A reader yields `Cells`: the number of the row and its columns, or what is wrong
 cannot be told apart into rows (broken quotes in .csv, half a .gz, no such column) raises
 `DataError` at once; what spoils one row only is yielded, and the caller decides.
 
-Memory: one line, or one batch of rows of .parquet. Cost: about a million lines of .txt, or 300
+Memory: one line, or one batch of rows of .parquet. Cost: about 600 thousand lines of .txt, or 280
 thousand of .jsonl, a second.
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,5 +144,6 @@ def fingerprint(model: LLM2Vec) -> str:
         words.pop("padding", None)
     else:
         words = model.tokenizer.get_vocab()
-    digest.update(json.dumps([words, vars(model.settings)], sort_keys=True).encode())
+    settings = [words, asdict(model.settings), model.backbone.tokens.counted]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -114,17 +114,24 @@ class Manifest:
     def begin(self, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Write the first line, or compare it with the one that is there.
 
+        What has no whole shard yet binds nobody: a run that failed at once may be changed.
+
         Raises:
             OutputError: the folder holds the work of other settings, inputs or another division.
         """
         header = {"format": FORMAT, "settings": settings, "inputs": inputs}
         for path in sorted(self.folder.glob("_manifest*.jsonl")):
-            with path.open("rb") as file:
-                _compare(self.folder, json.loads(file.readline() or b"{}"), header)
-        if not self.header:
+            if path != self.path or self.done:
+                with path.open("rb") as file:
+                    _compare(self.folder, json.loads(file.readline() or b"{}"), header)
+        if not self.done:
+            place, machines = self.part
+            for path in self.folder.glob("part-*"):  # renamed, and killed before it was recorded
+                if path.stem[5:].isdecimal() and int(path.stem[5:]) % machines == place - 1:
+                    path.unlink()
             with written_aside(self.path) as file:
                 file.write(_line(header))
-            self.header = header
+            self.header, self.finished = header, False
 
     def add(self, entry: dict[str, Any]) -> None:
         """Record a shard that is in its place."""

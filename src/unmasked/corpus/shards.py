@@ -154,17 +154,21 @@ def write_file(
     keep = list(zip(job.source.keep, types, strict=True))
     with written_aside(path) as file:
         writer = make_writer(job.kind, file, dtype, width, key is not None, keep)
-        while batch := list(islice(iterator, job.window)):
-            digest.add(batch)
-            numbered = list(enumerate(batch, start=first + seen))
-            window, faults = encode_window(job, model, numbered)
-            if len(window.rows):
-                writer.write(window)
-            written.rows += len(window.rows)
-            written.skipped += faults
-            seen += len(batch)
-            progress(seen)
-        writer.close()
+        try:
+            while batch := list(islice(iterator, job.window)):
+                digest.add(batch)
+                numbered = list(enumerate(batch, start=first + seen))
+                window, faults = encode_window(job, model, numbered)
+                if len(window.rows):
+                    writer.write(window)
+                written.rows += len(window.rows)
+                written.skipped += faults
+                seen += len(batch)
+                progress(seen)
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
     written.texts = digest.value()
     return written
 

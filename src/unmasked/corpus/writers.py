@@ -70,6 +70,7 @@ class Writer(Protocol):
 
     def write(self, window: Window) -> None: ...
     def close(self) -> None: ...
+    def abandon(self) -> None: ...
 
 
 class Window:
@@ -129,6 +130,9 @@ class _NpyWriter:
     def close(self) -> None:
         self.file.seek(0)
         self.write_header()
+
+    def abandon(self) -> None:
+        pass
 
     def write_header(self) -> None:
         # numpy pads the header so that the first axis can grow in place.
@@ -206,3 +210,6 @@ class _ParquetWriter:
 
     def close(self) -> None:
         self.table_writer.close()
+
+    def abandon(self) -> None:
+        self.table_writer.is_open = False  # or it would close itself later, and complain

@@ -6,13 +6,14 @@ continues from the last checkpoint, and leaves the adapter in the stage's folder
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -34,25 +35,27 @@ from unmasked.config import MNTP, SimCSE, Supervised, Training
 from unmasked.errors import RecipeError
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
-from unmasked.tokens import TextTokenizer
 from unmasked.train import devices
+from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, noise
-from unmasked.train.data import make_blocks, read_texts, split_held_out
+from unmasked.train.data import read_texts, split_held_out
 from unmasked.train.mixing import OneSourceBatches, PairCollator, measuring_batches
 from unmasked.train.mntp import (
-    BlockData,
     MaskedNextTokenModel,
     MaskedNextTokenTrainer,
     Masking,
+    block_data,
     find_mask_id,
+    micro_batch_rows,
     token_metrics,
 )
 from unmasked.train.pairs import split_rows, store_rows
 from unmasked.train.supervised import RankingLoss
-from unmasked.train.trainer import Report, RunCallback, last_checkpoint, stage_arguments
+from unmasked.train.trackers import finish_trackers, tracker_callbacks
+from unmasked.train.trainer import Report, RunCallback, stage_arguments
 
-MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
-"""Tokens of an MNTP forward: enough to keep the device busy."""
+logger = logging.getLogger(__name__)
+
 ROWS = "rows.arrow"
 """The checked rows of a supervised stage, while it trains."""
 FEWEST = 2
@@ -72,6 +75,7 @@ class Job:
         seed: of data order, masks, dropout and the adapter.
         report: told about each log.
         start: the adapter to train on from; None for a new one.
+        trackers: where metrics go besides.
     """
 
     folder: Path
@@ -80,6 +84,7 @@ class Job:
     seed: int
     report: Report
     start: str | Path | None = None
+    trackers: Sequence[str] = ()
 
 
 def fit(job: Job, stage: MNTP | SimCSE | Supervised) -> None:
@@ -98,7 +103,6 @@ def fit(job: Job, stage: MNTP | SimCSE | Supervised) -> None:
 
 def _fit_mntp(job: Job, stage: MNTP) -> None:
     tokens = job.encoder.backbone.tokens
-    train, held_out = _texts(job, stage)
     trunk: Any = job.encoder.backbone.auto_model
     dtype = next(trunk.parameters()).dtype
     language_model: Any = loading.load_causal_lm(
@@ -118,9 +122,7 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
         stage.mask_probability,
         stage.mask_style,
     )
-    evaluation = None
-    if held_out and stage.eval_steps:
-        evaluation = _blocks(job, stage, held_out, tokens, masking)
+    train, evaluation = block_data(job.folder, stage, tokens, masking, job.seed, _apart(job, stage))
     callback = _callback(job, stage)
     most_rows = micro_batch_rows(stage, job.encoder.device)
     trainer = MaskedNextTokenTrainer(
@@ -135,18 +137,12 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
             per_device_eval_batch_size=most_rows,
         ),
         data_collator=default_data_collator,
-        train_dataset=_blocks(job, stage, train, tokens, masking),
+        train_dataset=train,
         eval_dataset=evaluation,
         compute_metrics=token_metrics,
         callbacks=_callbacks(job, callback),
     )
     _fit(job, trainer, callback, model)
-
-
-def micro_batch_rows(stage: MNTP, device: torch.device) -> int:
-    """Most blocks of an MNTP forward."""
-    budget = stage.micro_batch_tokens or MICRO_BATCH.get(device.type, 8192)
-    return max(1, budget // stage.block_length)
 
 
 def _fit_simcse(job: Job, stage: SimCSE) -> None:
@@ -237,15 +233,18 @@ def _rows(job: Job, stage: Supervised) -> Dataset:
     return Dataset.from_file(str(file))
 
 
-def _blocks(
-    job: Job, stage: MNTP, texts: list[str], tokens: TextTokenizer, masking: Masking
-) -> BlockData:
-    return BlockData(make_blocks(texts, tokens, stage.block_length).ids, masking, job.seed)
-
-
-def _texts(job: Job, stage: MNTP | SimCSE) -> tuple[list[str], list[str]]:
+def _texts(job: Job, stage: SimCSE) -> tuple[list[str], list[str]]:
     texts = read_texts(stage.data, stage.max_texts)
     return split_held_out(texts, stage.held_out, job.seed)
+
+
+def _apart(job: Job, stage: MNTP) -> bool:
+    """Whether documents are kept apart; told if this family has no way to."""
+    reason = job.encoder.backbone.unpackable
+    if stage.documents == "apart" and reason is not None:
+        logger.warning("mntp.documents: joined, not apart, as %s.", reason)
+        return False
+    return stage.documents == "apart"
 
 
 def _attach(job: Job, stage: Training) -> nn.Module:
@@ -274,7 +273,8 @@ def _callbacks(job: Job, callback: RunCallback) -> list[Any]:
         return [callback]
     checkpoint = last_checkpoint(job.folder)
     hidden = checkpoint and checkpoint.step + 1  # points of steps that are trained again
-    return [callback, TensorBoardCallback(SummaryWriter(str(job.folder), purge_step=hidden))]
+    board = TensorBoardCallback(SummaryWriter(str(job.folder), purge_step=hidden))
+    return [callback, board, *tracker_callbacks(job.trackers)]
 
 
 def _fit(job: Job, trainer: Any, callback: RunCallback, model: nn.Module) -> None:
@@ -285,7 +285,10 @@ def _fit(job: Job, trainer: Any, callback: RunCallback, model: nn.Module) -> Non
         adapters.load_trained(model, checkpoint.path)  # cut off after its last step
     else:
         trainer.args.eval_on_start &= checkpoint is None
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
+        finally:
+            finish_trackers(job.trackers)
         if callback.interrupted and trainer.state.global_step < callback.steps:
             raise KeyboardInterrupt
     if devices.is_first():
@@ -307,7 +310,6 @@ def _keep(job: Job, model: nn.Module) -> None:
         if place.is_dir():
             shutil.rmtree(place)
         item.replace(place)
-    clear(job.folder)
 
 
 def is_done(folder: Path) -> bool:
@@ -316,7 +318,7 @@ def is_done(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a finished stage needs no more."""
+    """Remove what a finished stage needs no more, also after a kill in the middle of this."""
     for scrap in [*folder.glob("checkpoint-*"), *folder.glob("*.tmp")]:
         if scrap.is_dir():
             shutil.rmtree(scrap)

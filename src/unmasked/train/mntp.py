@@ -9,8 +9,10 @@ memory, to the same loss.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,20 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from unmasked.errors import ModelError
+from unmasked.config import MNTP
+from unmasked.errors import DataError, ModelError
+from unmasked.packing import pack_documents, run_packed
+from unmasked.tokens import TextTokenizer
+from unmasked.train import devices
+from unmasked.train.checkpoints import last_checkpoint
+from unmasked.train.data import Blocks, token_file
 from unmasked.train.trainer import AdapterCheckpoints
 
 IGNORED = -100
+TOKENS = "tokens"
+"""Folder of the token file, in the run folder until MNTP is done."""
+MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
+"""Tokens of a forward: enough to keep the device busy."""
 LOGITS_AT_ONCE = 1 << 27
 """Rows times vocabulary of one chunk of logits: 0.5 GB in float32."""
 
@@ -66,13 +78,14 @@ class MaskedNextTokenModel(nn.Module):
         self.config = language_model.config
         output: Any = language_model.get_output_embeddings()
         if output is not None and getattr(self.config, "tie_word_embeddings", False):
-            output.weight = trunk.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+            output.weight = trunk.get_input_embeddings().weight  # type: ignore[operator]
 
     def forward(
         self,
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
+        begins: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """MNTP loss of a batch.
@@ -81,15 +94,23 @@ class MaskedNextTokenModel(nn.Module):
             input_ids: (B, T) with masked tokens replaced.
             labels: (B, T) the original id where a token is scored, else -100.
             attention_mask: (B, T); None without padding.
+            begins: (B, T) bool, where a document begins that sees itself alone; None if all
+                tokens of a row see each other. The model must be one that can be packed.
             num_items_in_batch: scored tokens of the whole optimiser step, on all devices; those
                 of this batch if None.
 
         Returns:
             As `score`.
         """
-        states = self.trunk(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state  # (B, T, D)
+        if begins is None:
+            states: Tensor = self.trunk(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state  # (B, T, D)
+        else:
+            packed = pack_documents(begins)
+            apart = run_packed(self.trunk, input_ids, packed)  # (N, D)
+            places = (packed.rows, packed.columns)
+            states = apart.new_empty(*labels.shape, apart.shape[1]).index_put(places, apart)
         return self.score(states, labels, num_items_in_batch)
 
     def score(
@@ -149,11 +170,21 @@ class Masking:
     probability: float = 0.2
     style: str = "bert"
 
-    def __call__(self, ids: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Masked ``input_ids`` and ``labels``, each (B, T), for (B, T) ids."""
+    def __call__(
+        self,
+        ids: Tensor,
+        generator: torch.Generator | None = None,
+        begins: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Masked ``input_ids`` and ``labels``, each (B, T), for (B, T) ids.
+
+        Nothing is scored where `begins`, (B, T), says that a document begins.
+        """
         scored = torch.rand(ids.shape, generator=generator) < self.probability
         scored &= ~torch.isin(ids, torch.tensor(self.special_ids, dtype=ids.dtype))
         scored[:, 0] = False  # nothing stands before it to predict it from
+        if begins is not None:
+            scored &= ~begins
         labels = torch.where(scored, ids, IGNORED)
         if self.style == "all":
             return {"input_ids": torch.where(scored, self.mask_id, ids), "labels": labels}
@@ -196,28 +227,99 @@ class BlockData(Dataset[dict[str, Tensor]]):
     the trainer calls for training data, masks stay as they are: that is what evaluation needs.
 
     Args:
-        ids: (N, T).
+        blocks: (N, T) ids, or what gives (T,) of them for a number.
         masking: what to mask.
         seed: of the masks.
+        apart: also give ``begins``, (T,), where documents begin that see themselves alone.
     """
 
-    def __init__(self, ids: np.ndarray, masking: Masking, seed: int) -> None:
-        self.ids = torch.from_numpy(ids.astype(np.int64))
+    def __init__(
+        self, blocks: np.ndarray | Blocks, masking: Masking, seed: int, apart: bool = False
+    ) -> None:
+        self.blocks = blocks
         self.masking = masking
         self.seed = seed
+        self.apart = apart
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         (state,) = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)
         generator = torch.Generator().manual_seed(int(state))
-        batch = self.masking(self.ids[index][None], generator)
+        ids = torch.from_numpy(np.asarray(self.blocks[index], dtype=np.int64))[None]
+        begins = None
+        if self.apart and isinstance(self.blocks, Blocks):
+            begins = torch.from_numpy(self.blocks.begins(index))[None]
+        batch = self.masking(ids, generator, begins)
+        if begins is not None:
+            batch["begins"] = begins
         return {name: row[0] for name, row in batch.items()}
+
+
+def block_data(
+    folder: Path,
+    stage: MNTP,
+    tokens: TextTokenizer,
+    masking: Masking,
+    seed: int,
+    apart: bool,
+) -> tuple[BlockData, BlockData | None]:
+    """Blocks to train on and, if any texts are held out, to evaluate on.
+
+    Args:
+        folder: of the stage; it gets ``data.json``, what was read and what was left out.
+        stage: the settings.
+        tokens: how texts become ids.
+        masking, seed, apart: as in `BlockData`.
+
+    Raises:
+        DataError: as `token_file` and `Blocks`, or the texts have changed since the checkpoint.
+    """
+    file = token_file(stage.data, stage.max_texts, tokens, folder.parent / TOKENS)
+    train, held_out = file.split(stage.held_out, seed)
+    blocks = Blocks(file, train, stage.block_length)
+    if devices.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        _refuse_other_texts(folder, file.source)
+        facts = {
+            "source": file.source,
+            "texts": len(file.keys),
+            "repeated": len(file.keys) - len(train) - len(held_out),
+            "held_out": len(held_out),
+            "tokens": len(file.ids),
+            "blocks": len(blocks),
+            "dropped_tokens": blocks.dropped,
+        }
+        text = json.dumps(facts, indent=2) + "\n"
+        (folder / "data.json").write_text(text, encoding="utf-8")
+    evaluation = None
+    if len(held_out) and stage.eval_steps:
+        kept = Blocks(file, held_out, stage.block_length)
+        evaluation = BlockData(kept, masking, seed, apart)
+    return BlockData(blocks, masking, seed, apart), evaluation
+
+
+def _refuse_other_texts(folder: Path, source: str) -> None:
+    """An interrupted stage continues on the texts it began with, or not at all."""
+    facts = folder / "data.json"
+    if last_checkpoint(folder) is None or not facts.is_file():
+        return
+    if json.loads(facts.read_text(encoding="utf-8"))["source"] != source:
+        raise DataError(
+            f"the texts of {folder.name} have changed since its last checkpoint (names, sizes or "
+            "times of the files). Fix: put them back to continue, or take another output folder."
+        )
+
+
+def micro_batch_rows(stage: MNTP, device: torch.device) -> int:
+    """Most blocks of an MNTP forward."""
+    budget = stage.micro_batch_tokens or MICRO_BATCH.get(device.type, 8192)
+    return max(1, budget // stage.block_length)
 
 
 def token_metrics(prediction: EvalPrediction) -> dict[str, float]:

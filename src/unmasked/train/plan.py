@@ -1,40 +1,34 @@
-"""What a recipe will cost, before it is run: steps, tokens, FLOPs, memory, disk and, measured, time.
+"""What a recipe will cost, before it is run: steps, tokens, FLOPs, memory, disk and time.
 
-Only the config and the tokenizer are fetched, never weights. Activations are not guessed from a
-formula: the model is built on torch's meta device, one forward is run there on shapes alone, and
-what autograd keeps for the backward pass is added up, for any family. Time comes from a probe: a
-model of one and of a few layers takes real steps on this machine, and the rest follows in a line.
+Only the config and the tokenizer are fetched, never weights; sizes come from `shapes`. Time comes
+from a probe: a model of one and of a few layers takes real steps on this machine, and the rest
+follows in a line.
 """
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModel, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.masking_utils import AttentionMaskInterface
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from unmasked import adapters, loading, precision
+from unmasked import loading, precision
 from unmasked.config import MNTP, Recipe, SimCSE, Supervised
 from unmasked.errors import UnmaskedError
 from unmasked.source import Source
 from unmasked.tokens import TextTokenizer, prepare_tokenizer
 from unmasked.train import devices
-from unmasked.train.fitting import micro_batch_rows
-from unmasked.train.mntp import LOGITS_AT_ONCE
+from unmasked.train.mntp import LOGITS_AT_ONCE, micro_batch_rows
 from unmasked.train.pairs import read_rows
+from unmasked.train.shapes import Base, Stage, attach, saved_activations
 
 SAMPLE = 512
 """Texts whose length stands for all."""
-KERNEL = "unmasked-plan"
-Stage = MNTP | SimCSE | Supervised
 
 
 @dataclass(frozen=True)
@@ -128,39 +122,10 @@ def make_plan(recipe: Recipe, probe: bool = False) -> Plan:
         plan = _plan_stage(stage_name, stage, shape, base)
         if probe:
             seconds = measure_step(stage, shape, base, device) * stage.steps
-            plan = StagePlan(**{**plan.__dict__, "seconds": seconds})
+            plan = replace(plan, seconds=seconds)
         stages.append(plan)
     disk = base.parameters * dtype.itemsize + max((s.disk for s in stages), default=0)
     return Plan(base.parameters, devices.world(), str(dtype)[6:], disk, stages)
-
-
-class Base:
-    """The decoder's sizes, counted on the meta device."""
-
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
-        self.config = config
-        self.dtype = dtype
-        self.text: Any = config.get_text_config()
-        self.layers = int(self.text.num_hidden_layers)
-        trunk = self.trunk()
-        embedding: Any = trunk.get_input_embeddings()
-        self.parameters = sum(p.numel() for p in trunk.parameters())
-        self.embedding = int(embedding.weight.numel())
-        heads = int(getattr(self.text, "num_attention_heads", 0) or 0)
-        head = getattr(self.text, "head_dim", None) or self.text.hidden_size // max(heads, 1)
-        self.attention_width = heads * int(head)
-        self.heads = heads
-        tied = bool(getattr(self.text, "tie_word_embeddings", False))
-        self.head = 0 if tied else self.embedding
-
-    def trunk(self, layers: int | None = None, device: str = "meta") -> Any:
-        """The bare transformer with random weights, perhaps of fewer layers."""
-        config = _shallow(self.config, layers or self.layers)
-        kernel = KERNEL if device == "meta" else None
-        with torch.device(device):
-            return AutoModel.from_config(
-                config, dtype=self.dtype, **({"attn_implementation": kernel} if kernel else {})
-            )
 
 
 def stage_shape(stage: Stage, name: str, tokens: TextTokenizer, device: torch.device) -> Shape:
@@ -183,60 +148,48 @@ def stage_shape(stage: Stage, name: str, tokens: TextTokenizer, device: torch.de
     return Shape(part, length, forwards, twice=twice, assumed=not texts)
 
 
-def saved_activations(stage: Stage, rows: int, length: int, base: Base, layers: int) -> int:
-    """Bytes that autograd keeps from a forward of (rows, length) tokens, counted on meta tensors."""
-    lora = stage.lora
-    model = adapters.attach(base.trunk(layers), lora.rank, lora.alpha, lora.dropout, lora.targets)
-    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other gets its address
-        return tensor
-
-    model.train()
-    ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=ids, use_cache=False)
-    noise = getattr(stage, "attention_dropout", 0.0)
-    weights = rows * base.heads * length * length * layers  # kept by kernels with dropout
-    return sum(s.nbytes() for s in kept.values()) + (weights * 9 if noise else 0)
-
-
 def _plan_stage(name: str, stage: Stage, shape: Shape, base: Base) -> StagePlan:
-    lora = stage.lora
-    attached = adapters.attach(base.trunk(), lora.rank, lora.alpha, lora.dropout, lora.targets)
-    trainable = sum(p.numel() for p in attached.parameters() if p.requires_grad)
-    item = base.dtype.itemsize
-    head = base.head if isinstance(stage, MNTP) else 0
-    activations = saved_activations(stage, shape.rows, shape.length, base, base.layers)
-    if stage.gradient_checkpointing:  # one layer at a time, and the input of each
-        activations = activations // base.layers
-        activations += base.layers * shape.tokens * int(base.text.hidden_size) * item
-    vocabulary = int(base.text.vocab_size)
-    logits = min(shape.scored, max(1, LOGITS_AT_ONCE // vocabulary)) * vocabulary
+    attached = attach(base.trunk(), stage)
+    trained = [p for p in attached.parameters() if p.requires_grad]
+    trainable = sum(p.numel() for p in trained)
+    bytes_trained = sum(p.numel() * p.itemsize for p in trained)
     memory = Memory(
-        weights=(base.parameters + head) * item + trainable * 4,
-        gradients=trainable * 4,
-        optimiser=trainable * 8,
-        activations=activations,
-        logits=logits * (12 if item == 4 else 14),  # as they are, their softmax and its gradient
+        weights=_weight_bytes(stage, base, attached),
+        gradients=bytes_trained,
+        optimiser=2 * bytes_trained,
+        activations=_activation_bytes(stage, shape, base),
+        logits=_logit_bytes(shape, base),
     )
-    per_step = shape.tokens * shape.forwards * devices.world()
-    step = step_flops(stage, shape, base, trainable) * shape.forwards * devices.world()
-    checkpoint = trainable * 4 * 3
-    return StagePlan(
-        name,
-        stage.steps,
-        per_step,
-        trainable,
-        step * stage.steps,
-        memory,
-        trainable * 4 + 2 * checkpoint,
-        shape,
-    )
+    forwards = shape.forwards * devices.world()
+    flops = step_flops(stage, shape, base, trainable) * forwards * stage.steps
+    disk = 7 * bytes_trained  # the result, and two checkpoints of weights and two moments
+    tokens = shape.tokens * forwards
+    return StagePlan(name, stage.steps, tokens, trainable, flops, memory, disk, shape)
+
+
+def _weight_bytes(stage: Stage, base: Base, attached: nn.Module) -> int:
+    weights = sum(p.numel() * p.itemsize for p in attached.parameters())
+    if isinstance(stage, MNTP):
+        weights += base.head * base.dtype.itemsize
+    if stage.lora.method == "qlora":  # half a byte, and a scale for every 64
+        linear = (base.parameters - base.embedding) * base.dtype.itemsize
+        weights += round((base.parameters - base.embedding) * (0.5 + 4 / 64)) - linear
+    return weights
+
+
+def _activation_bytes(stage: Stage, shape: Shape, base: Base) -> int:
+    whole = saved_activations(stage, shape.rows, shape.length, base, base.layers)
+    if not stage.gradient_checkpointing:
+        return whole
+    inputs = shape.tokens * int(base.text.hidden_size) * base.dtype.itemsize
+    return whole // base.layers + base.layers * inputs  # one layer whole, of the others the input
+
+
+def _logit_bytes(shape: Shape, base: Base) -> int:
+    """Of a chunk: the logits in float32, their softmax and its gradient, and as they came."""
+    vocabulary = int(base.text.vocab_size)
+    rows = min(shape.scored, max(1, LOGITS_AT_ONCE // vocabulary))
+    return rows * vocabulary * (12 + base.dtype.itemsize % 4)
 
 
 def step_flops(stage: Stage, shape: Shape, base: Base, trainable: int) -> float:
@@ -248,6 +201,8 @@ def step_flops(stage: Stage, shape: Shape, base: Base, trainable: int) -> float:
     """
     again = int(stage.gradient_checkpointing) + int(shape.twice)
     weights = base.parameters - base.embedding
+    if stage.lora.method == "full":
+        trainable, weights = weights, 0
     attention = 4 * shape.length * base.attention_width * base.layers
     a_token = (4 + 2 * again) * weights + (3 + again) * attention + (6 + 2 * again) * trainable
     return float(shape.tokens * a_token + shape.scored * 4 * base.embedding)
@@ -268,9 +223,7 @@ def measure_step(stage: Stage, shape: Shape, base: Base, device: torch.device) -
 def _time_forward(
     stage: Stage, shape: Shape, base: Base, layers: int, device: torch.device
 ) -> float:
-    lora = stage.lora
-    trunk = base.trunk(layers, str(device))
-    model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets).train()
+    model = attach(base.trunk(layers, str(device)), stage).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained)
     vocabulary = int(base.text.vocab_size)
@@ -325,42 +278,3 @@ def _sample(stage: SimCSE | Supervised) -> tuple[list[str], int]:
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextTokenizer:
     return TextTokenizer(prepare_tokenizer(tokenizer, False), max_length, None, True, False)
-
-
-def _shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    config = copy.deepcopy(config)
-    text: Any = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return config
-
-
-class _Kernel(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps: its inputs, its output and a sum a row."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(query)
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, sums)
-        return out.transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, None]:
-    del module
-    return _Kernel.apply(query, key, value), None  # type: ignore[no-untyped-call]
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
-
-
-AttentionInterface.register(KERNEL, _attention)
-AttentionMaskInterface.register(KERNEL, _no_mask)

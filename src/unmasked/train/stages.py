@@ -12,6 +12,7 @@ from its last checkpoint.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,18 +26,22 @@ from sentence_transformers.util import get_device_name
 from transformers import set_seed
 
 from unmasked import __version__, folder, precision
-from unmasked.config import Recipe, Supervised
+from unmasked.config import MNTP, Recipe, Supervised
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
 from unmasked.recipe import dump_recipe, load_recipe, recipe_differences
 from unmasked.train import devices
-from unmasked.train.data import read_texts
-from unmasked.train.fitting import Job, fit, is_done
+from unmasked.train.data import read_texts, token_file
+from unmasked.train.fitting import Job, clear, fit, is_done
 from unmasked.train.mixing import prompts_of
+from unmasked.train.mntp import TOKENS
 from unmasked.train.pairs import check_rows
+from unmasked.train.trackers import require_trackers
 from unmasked.train.trainer import Report
 
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft")
+MAY_BE_THERE = {"data", "recipe.tmp", TOKENS}
+"""In a folder without a recipe: given, or left by a run that was killed early."""
 BASELINES = ("mean", "weighted_mean", "last_token")
 
 
@@ -91,6 +96,7 @@ class Run:
         devices.join()
         self.device = torch.device(get_device_name())
         self.dtype = precision.pick(recipe.model.dtype, self.device).dtype
+        require_trackers(recipe.trackers)
         self._check_folder()
 
     def run(self) -> LLM2Vec:
@@ -112,6 +118,8 @@ class Run:
             if not is_done(self.path / name):
                 self.listener.stage(name)
                 fit(self._job(name, done, start), stage)
+            if devices.is_first():
+                self._clear(name)
             done = [*([] if stage.lora.method == "full" else done), self.path / name]
             self._score(name, partial(self._encoder, done))
         encoder = self._encoder(done)
@@ -139,23 +147,38 @@ class Run:
                     + "\n  ".join(changed)
                     + "\nFix: the same settings to continue it, or another output folder."
                 )
-        elif self.path.exists() and {item.name for item in self.path.iterdir()} - {
-            "data",
-            "recipe.tmp",
-        }:
+        elif self.path.exists() and {item.name for item in self.path.iterdir()} - MAY_BE_THERE:
             raise OutputError(
                 f"{self.path} exists and is no run folder (it has no recipe.yaml). "
                 "Fix: another output folder."
             )
 
     def _check_inputs(self) -> None:
-        """Read every training text and prove the model before anything is written."""
-        for _, stage in self.recipe.stages():
-            if isinstance(stage, Supervised):
-                check_rows(stage.data)
-            else:
-                read_texts(stage.data, stage.max_texts)
-        self._encoder([self.recipe.model.base, *self.recipe.model.adapters])
+        """Prove the model and read every text of what is not done, before anything else is made."""
+        encoder = self._encoder([self.recipe.model.base, *self.recipe.model.adapters])
+        if not devices.is_first():
+            return
+        made = not self.path.exists()
+        try:
+            for name, stage in self.recipe.stages():
+                if is_done(self.path / name):
+                    continue
+                if isinstance(stage, Supervised):
+                    check_rows(stage.data)
+                elif isinstance(stage, MNTP):
+                    tokens = encoder.backbone.tokens
+                    token_file(stage.data, stage.max_texts, tokens, self.path / TOKENS)
+                else:
+                    read_texts(stage.data, stage.max_texts)
+        except BaseException:
+            if made:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def _clear(self, name: str) -> None:
+        clear(self.path / name)
+        if name == "mntp":
+            shutil.rmtree(self.path / TOKENS, ignore_errors=True)
 
     def _write_recipe(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -188,9 +211,9 @@ class Run:
 
     def _job(self, name: str, done: Sequence[str | Path], start: str | Path | None) -> Job:
         """What a stage trains: the base with the adapters before it merged."""
-        recipe, encoder = self.recipe, self._encoder(done)
+        recipe, encoder, told = self.recipe, self._encoder(done), self.listener.step
         folder = self.path / name
-        return Job(folder, encoder, recipe.model, recipe.seed, self.listener.step, start)
+        return Job(folder, encoder, recipe.model, recipe.seed, told, start, recipe.trackers)
 
     def _card(self, encoder: LLM2Vec) -> folder.Card:
         recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")

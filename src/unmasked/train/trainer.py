@@ -5,14 +5,13 @@ adapter (a few MB) beside optimiser, scheduler and random state, instead of the 
 written aside, flushed and renamed, so that a kill or a full disk never leaves half of one behind.
 
 ``metrics.jsonl`` is part of what resumes exactly: a run that was cut off, at any step and in any
-way, ends with the lines of one that was not. Its rule: whatever depends on the machine and the hour
-(speed, memory, run times) stands under ``machine`` in a line, everything else is the same each time.
+way, ends with the lines of one that was not. Its rule: what depends on the machine and the hour
+(speed, memory, run times) stands under ``machine`` in a line, all else is the same each time.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -20,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +28,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from unmasked import adapters
 from unmasked.errors import OutputError, RecipeError, nearest
 from unmasked.train import devices
+from unmasked.train.checkpoints import ASIDE, PROGRESS, put_in_place, unsaved
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called at each log with the step, the number of steps, and what was measured."""
 
-PROGRESS = "progress.json"
-"""In a checkpoint: the sums of a logging interval that was still open."""
-ASIDE = "checkpoint.tmp"
 MACHINE = ("_runtime", "_per_second", "memory_gb")
 """Ends of the names of what depends on the machine."""
 
@@ -120,10 +117,10 @@ class AdapterCheckpoints:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                _put_in_place(folder / ASIDE / name, folder / name)
+                put_in_place(folder / ASIDE / name, folder / name)
         except (OSError, RuntimeError) as error:  # torch's writer knows RuntimeError only
             shutil.rmtree(self._aside, ignore_errors=True)
-            raise OutputError(_unsaved(folder, self.state.global_step, error)) from error
+            raise OutputError(unsaved(folder, self.state.global_step, error)) from error
         finally:
             self._aside = None
         self.accelerator.wait_for_everyone()
@@ -161,32 +158,6 @@ class AdapterCheckpoints:
                     logs[name.removeprefix("mean_")] = sums[name] / sums["batches"]
             tally.close(self.state.global_step)
         super().log(logs, *rest)  # type: ignore[misc]
-
-
-def _put_in_place(written: Path, place: Path) -> None:
-    """Flush a finished checkpoint to the disk, give it its name, and remove the older ones."""
-    for file in [*written.iterdir(), written]:
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    shutil.rmtree(place, ignore_errors=True)
-    written.replace(place)
-    shutil.rmtree(written.parent, ignore_errors=True)
-    for older in place.parent.glob("checkpoint-*"):
-        if older != place:
-            shutil.rmtree(older, ignore_errors=True)
-
-
-def _unsaved(folder: Path, step: int, error: Exception) -> str:
-    last = last_checkpoint(folder)
-    kept = f"the checkpoint of step {last.step} is whole" if last else "there is none before it"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"the checkpoint of step {step} could not be written to {folder} ({reason}); {kept}. "
-        "Fix: make room on the disk and run the same command."
-    )
 
 
 def trained(model: Any) -> nn.Module:
@@ -309,23 +280,6 @@ def _step_of(line: str) -> int:
         return 1 << 62  # half a line of a killed run
 
 
-class Checkpoint(NamedTuple):
-    """A saved state of a stage, and the step it was saved after."""
-
-    step: int
-    path: Path
-
-
-def last_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of an interrupted stage; one that has its name is whole."""
-    found = [
-        Checkpoint(int(path.name.rsplit("-", 1)[1]), path)
-        for path in folder.glob("checkpoint-*")
-        if (path / PROGRESS).is_file()
-    ]
-    return max(found, default=None)
-
-
 def stage_arguments(
     settings: Any, folder: Path, seed: int, most_rows: int | None = None
 ) -> dict[str, Any]:
@@ -367,7 +321,9 @@ def stage_arguments(
         "logging_steps": settings.log_steps,
         "save_steps": settings.save_steps,
         "disable_tqdm": True,
-        "report_to": "none",
+        "report_to": "none",  # `trackers` puts in what is wanted
+        "run_name": f"{folder.parent.name}-{folder.name}",
+        "project": "unmasked",
         "seed": seed,
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and devices.world() > 1 else None,
