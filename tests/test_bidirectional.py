@@ -16,7 +16,7 @@ from unmasked.bidirectional import (
     open_mask,
     prove,
     require,
-    stock_needs_eager,
+    stock_loading,
 )
 from unmasked.errors import NotBidirectionalError
 
@@ -27,7 +27,8 @@ PARTIAL = {
     "jamba": ("0 (linear_attention)",),
     "lfm2": ("0 (conv)",),
 }
-IMPOSSIBLE = ["gpt_neo", "mamba", "mpt"]
+REPAIRED = ["gpt_neo", "mpt"]
+IMPOSSIBLE = ["mamba"]
 PRETRAINED = Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260k"
 
 
@@ -82,7 +83,7 @@ def test_b21_eager_is_proved_as_well_as_sdpa(family):
     assert (report.verdict, report.attention) == ("full", "eager")
 
 
-@pytest.mark.parametrize("family", [*FULL, *PARTIAL, *IMPOSSIBLE])
+@pytest.mark.parametrize("family", [*FULL, *PARTIAL, *REPAIRED, *IMPOSSIBLE])
 def test_b21_flag_off_reads_as_causal(family):
     report = prove(tiny.model(family))
     assert report.verdict == "impossible"
@@ -111,7 +112,7 @@ def test_families_that_cannot_be_opened_are_impossible(family):
 
 
 def test_a_forward_that_fails_is_a_verdict_that_says_how():
-    report = prove(opened("mpt"))
+    report = flag_alone("mpt", "eager")
     assert "the forward fails: AttributeError" in report.reason
     assert report.as_dict()["padding_drift"] is None
 
@@ -159,11 +160,52 @@ def test_b21_one_causal_layer_is_reported_by_its_number():
     assert prove(model).causal_layers == (1,)
 
 
+def flag_alone(family: str, attention: str) -> Report:
+    """The proof of a model that has got ``is_causal=False`` and nothing else."""
+    config = tiny.config(family)
+    config.is_causal, config.use_cache = False, False
+    return prove(tiny.model(config, attention))
+
+
 def test_b21_chunked_layers_hide_from_an_end_to_end_test_under_eager():
-    report = prove(opened("llama4", "eager"))
+    report = flag_alone("llama4", "eager")
     assert (report.verdict, report.causal_layers) == ("partial", ("0 (chunked_attention)",))
-    report = prove(opened("llama4", "sdpa"))
+    report = flag_alone("llama4", "sdpa")
     assert report.verdict == "impossible" and "depend on padding" in report.reason
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_b21_chunked_layers_become_full_ones(attention):
+    model = opened("llama4", attention)
+    assert prove(model).verdict == "full"
+    assert stock_loading(model) == "same"
+
+
+# --- what the flag does not reach is repaired in the loaded model ---
+
+
+@pytest.mark.parametrize("family", REPAIRED)
+def test_b21_a_repaired_family_is_full_here_and_causal_in_stock(family):
+    assert flag_alone(family, "eager").verdict == "impossible"
+    model = tiny.model(open_config(tiny.config(family)))
+    assert open_mask(model).verdict == open_mask(model).verdict == "full"
+    assert prove(copy.deepcopy(model)).verdict == "full"
+    assert stock_loading(model) == "causal"
+    assert prove(model).verdict == "full"
+
+
+def test_b21_a_mirrored_local_layer_sees_as_far_to_the_right():
+    model = tiny.model("gpt_neo", attention_types=[[["local"], 2]], window_size=3, num_layers=2)
+    model.h = model.h[:1]
+    open_mask(model)
+    assert reach(model, 6, 12) == [-2, -1, 0, 1, 2]
+
+
+def test_b21_a_batch_of_a_family_that_needs_a_mask():
+    model = tiny.model(open_config(tiny.config("mpt")))
+    open_mask(model)
+    text, longer = [*range(100, 107)], [*range(200, 215)]
+    assert drift(states(model, text, longer)[0], states(model, text)[0]) < 2e-5
 
 
 @pytest.mark.parametrize("family", ["stablelm", "nemotron"])
@@ -345,7 +387,7 @@ def test_a_saved_folder_reloads_with_the_same_proof(family, tmp_path):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_b22_a_saved_stablelm_needs_eager_named(attention, tmp_path):
     model = opened("stablelm", attention)
-    assert stock_needs_eager(model)
+    assert stock_loading(model) == "eager"
     assert model.config._attn_implementation == attention
     assert clear_module_flags(model) == []
     model.save_pretrained(tmp_path)
@@ -357,8 +399,8 @@ def test_b22_a_saved_stablelm_needs_eager_named(attention, tmp_path):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt2", "lfm2", "llama", "mamba"])
 def test_stock_loaders_need_nothing_more_for_most_families(family):
-    assert not stock_needs_eager(opened(family))
-    assert not stock_needs_eager(opened(family, "eager"))
+    assert stock_loading(opened(family)) == "same"
+    assert stock_loading(opened(family, "eager")) == "same"
 
 
 # --- the report ---

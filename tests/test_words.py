@@ -184,4 +184,8 @@ def test_the_development_words_load():
     if not (DATA / "ud_ewt_pos_dev.tsv").is_file():
         pytest.skip("the development data (ud_ewt_pos) is not here")
     task = load_probe(DATA / "ud_ewt_pos_dev.tsv")
-    assert (task.columns, len(task.train), len(task.test)) == (("upos", "pos"), 12_544, 2001)
+    assert task.columns == ("upos", "pos")
+    assert len(task.train) >= 12_544 and len(task.test) >= 2001  # long ones are in pieces
+    assert sum(len(words) for words, _ in task.test) == sum(
+        "\t" in line for line in (DATA / "ud_ewt_pos_dev.tsv").read_text("utf-8").splitlines()
+    )

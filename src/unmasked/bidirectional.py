@@ -1,15 +1,12 @@
-"""Take the causal mask off a decoder, and prove with forward passes that it is off.
+"""Prove with forward passes that a decoder's causal mask is off.
 
-transformers (5.2 and later) drops the mask of almost every family when ``config.is_causal`` is
-``False``. Where it does not, nothing fails: some families obey only in padded batches, some keep
-single layers causal. So no list of architectures decides: `open_config` sets the flag,
-`clear_module_flags` repairs layers that read their own, and `prove` looks at what the model does,
-in eight forwards of at most 12 rows by 16 tokens: 0.02 s for a tiny model.
+Where opening a model (`opening`) fails, nothing else does: some families obey only in padded
+batches, some keep single layers causal. So `prove` looks at what the model does, in eleven forwards
+of at most 12 rows by 16 tokens: 0.03 s for a tiny model.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,16 +15,35 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from unmasked.errors import NotBidirectionalError
+from unmasked.opening import (
+    as_stock,
+    bare,
+    clear_module_flags,
+    give_mask,
+    mirror_triangles,
+    open_config,
+    set_flag,
+    window,
+)
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-NATIVE_KEY = "use_bidirectional_attention"
+__all__ = [
+    "Report",
+    "clear_module_flags",
+    "open_config",
+    "open_mask",
+    "prove",
+    "require",
+    "stock_loading",
+]
+
 TOKENS, PADS = 11, 2  # no likely head counts, so that a (rows, tokens) shape is unmistakable
+LENGTHS = (TOKENS, 9, 6, 3)  # texts whose ends fall anywhere in blocks of 2, 4 or 8 tokens
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,7 @@ class Report:
         layers: decoder layers probed one by one; 0 if no list of layers was found.
         padding_drift: relative difference of a text's states alone and beside a longer text; NaN
             if the forward fails.
+        window: tokens to each side that sliding layers see; None if there are none.
     """
 
     verdict: Literal["full", "partial", "impossible"]
@@ -52,6 +69,7 @@ class Report:
     padding_drift: float
     attention: str
     model_type: str
+    window: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, ready for strict JSON: a list for the tuple, None for NaN."""
@@ -60,19 +78,9 @@ class Report:
 
     def summary(self) -> str:
         """One line for the terminal."""
-        return f"bidirectional: {self.verdict} ({self.model_type}, {self.attention}): {self.reason}"
-
-
-def open_config(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of ``config`` that loads a bidirectional model; survives ``save_pretrained``.
-
-    Families with a working key of their own (Gemma 3 and 4) get that one, because it also halves
-    their sliding windows; all others get ``is_causal=False``. A config that is bidirectional
-    already keeps its way, so that a saved folder loads here as it does elsewhere.
-    """
-    opened = copy.deepcopy(config)
-    _set_flag(opened, rebuild=True)
-    return opened
+        window = f"; sliding layers see {self.window} tokens to each side" if self.window else ""
+        what = f"{self.verdict} ({self.model_type}, {self.attention})"
+        return f"bidirectional: {what}: {self.reason}{window}"
 
 
 def open_mask(model: nn.Module) -> Report:
@@ -81,21 +89,19 @@ def open_mask(model: nn.Module) -> Report:
     A loaded Gemma 3 or 4 has its windows built in: here it gets ``is_causal=False``, with twice
     the reach of its own key. `open_config` before loading is the better way.
     """
-    _set_flag(_decoder(model).config, rebuild=False)
+    decoder = bare(model)
+    set_flag(decoder.config, rebuild=False)
     clear_module_flags(model)
-    return prove(model)
-
-
-def clear_module_flags(model: nn.Module) -> list[str]:
-    """Set ``is_causal=False`` on every submodule that has it ``True``; returns their names.
-
-    Repairs families whose layers lose the config's flag on the way to the attention (StableLM,
-    Nemotron), in this process only: see `stock_needs_eager`.
-    """
-    found = {n: m for n, m in model.named_modules() if getattr(m, "is_causal", None) is True}
-    for module in found.values():
-        vars(module)["is_causal"] = False
-    return list(found)
+    mirror_triangles(model)
+    report = prove(model)
+    if report.verdict != "impossible" or report.attention != "eager" or report.window:
+        return report
+    handle = give_mask(decoder)
+    masked = prove(model)
+    if masked.verdict != "impossible":
+        return masked
+    handle.remove()
+    return report
 
 
 def prove(model: nn.Module, *, tolerance: float | None = None) -> Report:
@@ -107,10 +113,10 @@ def prove(model: nn.Module, *, tolerance: float | None = None) -> Report:
             precision: kernels with and without a mask round differently, which a sound network
             of 32 layers turns into 0.04 in bfloat16, and unsound ones start at 0.28 (measured).
     """
-    decoder = _decoder(model)
+    decoder = bare(model)
     depth = getattr(decoder.config.get_text_config(), "num_hidden_layers", 0)
     attention = str(getattr(decoder.config, "_attn_implementation", None))
-    family = decoder.config.model_type
+    family, sides = decoder.config.model_type, window(decoder.config)
     try:
         with torch.no_grad(), _evaluating(decoder):
             sees, drift, limit = _end_to_end(decoder)
@@ -120,7 +126,7 @@ def prove(model: nn.Module, *, tolerance: float | None = None) -> Report:
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         # some families fail in their own forward once the mask is gone: a verdict, too
         reason = f"the forward fails: {type(error).__name__}: {error}"
-        return Report("impossible", reason, (), 0, math.nan, attention, family)
+        return Report("impossible", reason, (), 0, math.nan, attention, family, sides)
     limit = limit if tolerance is None else tolerance
     verdict: Literal["full", "partial", "impossible"] = "impossible"
     if not math.isfinite(drift):
@@ -136,9 +142,9 @@ def prove(model: nn.Module, *, tolerance: float | None = None) -> Report:
     if causal:
         shown = ", ".join(map(str, causal[:8])) + (", ..." if len(causal) > 8 else "")
         reason += f"; left-to-right in {len(causal)} of {depth} layers: {shown}"
-    elif probed < depth:
-        reason += f"; only {probed} of {depth} layers could be probed one by one"
-    return Report(verdict, reason, causal, probed, drift, attention, family)
+    elif not probed:
+        reason += "; no layers were found to be probed one by one"
+    return Report(verdict, reason, causal, probed, drift, attention, family, sides)
 
 
 def require(report: Report, *, allow_partial: bool = False) -> None:
@@ -159,69 +165,28 @@ def require(report: Report, *, allow_partial: bool = False) -> None:
     )
 
 
-def stock_needs_eager(model: nn.Module) -> bool:
-    """Whether a stock loader of the saved model would get another mask than this process has.
+def stock_loading(model: nn.Module) -> Literal["same", "eager", "causal"]:
+    """What a stock loader makes of the model once it is saved.
 
-    True for families that live from `clear_module_flags`, which no folder carries; their
-    ``config.json`` must name ``"attn_implementation": "eager"``. Proved: for a moment the model
-    runs as a fresh instance of its class would. False if it is not bidirectional here either.
+    Proved: for a moment the model runs as a fresh instance of its class would, without the repairs
+    of this process, which no folder carries.
+
+    Returns:
+        ``same``: what it is here. ``eager``: that too, if ``config.json`` names
+        ``"attn_implementation": "eager"``. ``causal``: only this package opens it.
     """
-    decoder = _decoder(model)
-    opened, here = prove(decoder), decoder.config._attn_implementation
-    config = copy.deepcopy(decoder.config)
-    config._attn_implementation = None
-    with torch.device("meta"):  # no memory for weights
-        stock = type(decoder)(config)
-    causal = (n for n, module in stock.named_modules() if getattr(module, "is_causal", None))
-    cleared = [m for m in map(decoder.get_submodule, causal) if vars(m).get("is_causal") is False]
-    try:
-        for module in cleared:
-            vars(module)["is_causal"] = True
-        decoder.set_attn_implementation(stock.config._attn_implementation)
-        closed = prove(decoder)
-    finally:
-        decoder.set_attn_implementation(here)
-        for module in cleared:
-            vars(module)["is_causal"] = False
-    same = (closed.verdict, closed.causal_layers) == (opened.verdict, opened.causal_layers)
-    return not same and opened.verdict != "impossible"
-
-
-def _set_flag(config: PretrainedConfig, *, rebuild: bool) -> None:
-    """Make ``config`` bidirectional in place; ``rebuild``: its windows may still change."""
-    text = config.get_text_config()
-    config.use_cache = text.use_cache = False  # else every forward fills a key-value cache
-    native = _native_fields(text)
-    if native and getattr(text, NATIVE_KEY) == native[NATIVE_KEY]:
-        return  # open already; is_causal on top of it would widen Gemma 3's windows
-    if native and rebuild and getattr(text, "is_causal", True):
-        vars(text).update(native)
-    else:
-        config.is_causal = text.is_causal = False
-
-
-def _native_fields(text: PretrainedConfig) -> dict[str, Any]:
-    """The fields that the family's own bidirectional key changes, or nothing.
-
-    The test: a config class that acts on the key converts its sliding window when built with it.
-    Gemma 1 declares it but stays causal in padded batches; Gemma 3 wants True, Gemma 4 "all".
-    """
-    stored = text.to_dict()
-    stored.pop("is_causal", None)
-    for value in (True, "all") if NATIVE_KEY in stored else ():
-        try:
-            rebuilt = type(text).from_dict({**stored, NATIVE_KEY: value})
-        except (StrictDataclassError, TypeError):  # not a value of this key, or no window at all
-            continue
-        if getattr(rebuilt, "sliding_window", None) != stored.get("sliding_window"):
-            names = (NATIVE_KEY, "sliding_window", "is_causal")
-            return {name: getattr(rebuilt, name) for name in names if hasattr(rebuilt, name)}
-    return {}
-
-
-def _decoder(model: Any) -> Any:
-    """The bare transformers model inside PEFT wrappers and language-model heads."""
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    decoder = bare(model)
+    here = prove(decoder)
+    if here.verdict == "impossible":
+        return "same"
+    with as_stock(decoder) as default:
+        attentions = dict.fromkeys((default, "eager"))
+        for attention in attentions:
+            decoder.set_attn_implementation(attention)
+            there = prove(decoder)
+            if (there.verdict, there.causal_layers) == (here.verdict, here.causal_layers):
+                return "same" if attention == default else "eager"
+    return "causal"
 
 
 @contextmanager
@@ -266,10 +231,13 @@ def _end_to_end(decoder: PreTrainedModel) -> tuple[list[bool], float, float]:
     text, longer = list(range(TOKENS)), list(range(6, 2 * TOKENS))
     rows = [text, *([*text[:t], t + TOKENS, *text[t + 1 :]] for t in range(1, TOKENS)), text]
     changed = [_changed(_states(decoder, rows, pads)[:, :TOKENS]) for pads in (0, PADS)]
-    alone = _states(decoder, [text])[0]
-    beside = _states(decoder, [text, longer])[0, :TOKENS]
-    drift = float((beside.float() - alone.float()).norm() / alone.float().norm())
-    limit = 1e-4 if torch.finfo(alone.dtype).bits > 16 else 0.1
+    shorter = [text[:length] for length in LENGTHS]
+    together, apart = _states(decoder, [*shorter, longer]), []
+    for beside, row in zip(together, shorter, strict=False):
+        alone = _states(decoder, [row])[0].float()
+        apart.append((beside[: len(row)].float() - alone).norm() / alone.norm())
+    drift = float(torch.stack(apart).max())
+    limit = 1e-4 if torch.finfo(together.dtype).bits > 16 else 0.1
     return [bool(rows[1:-1].diagonal().all()) for rows in changed], drift, limit
 
 
@@ -279,8 +247,7 @@ def _left_to_right(decoder: PreTrainedModel, depth: int) -> tuple[int, tuple[int
     A parallel hybrid's layers look both ways by their attention, while a mixer beside or inside
     it does not. So parts are probed too, by depth: a part's fresh input hides what is within it.
     """
-    lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList))
-    layers = next((found for found in lists if len(found) == depth), nn.ModuleList())
+    layers = _layers(decoder, depth)
     probed, causal = 0, list[str]()
     for dots, pads in ((0, 0), (0, PADS), (1, 0), (2, 0)):
         named = layers.named_modules(remove_duplicate=False)
@@ -296,6 +263,18 @@ def _left_to_right(decoder: PreTrainedModel, depth: int) -> tuple[int, tuple[int
         kind = part or (types[int(number)] if types else "")
         kinds[int(number)] = ", ".join(filter(None, (kinds.get(int(number)), kind)))
     return probed, tuple(f"{i} ({kind})" if kind else i for i, kind in sorted(kinds.items()))
+
+
+def _layers(decoder: nn.Module, depth: int) -> nn.ModuleList:
+    """The decoder's layers; those of all its stacks, if it has several and runs them in cycles."""
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    whole = next((found for found in lists if len(found) == depth), None)
+    if whole is not None:
+        return whole
+    longest = max(map(len, lists), default=0)
+    alike = {type(found[0]) for found in lists if len(found) == longest}
+    stacks = [found for found in lists if len(found) == longest] if len(alike) == 1 else []
+    return nn.ModuleList(layer for stack in stacks for layer in stack)
 
 
 def _both_ways(

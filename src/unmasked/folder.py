@@ -33,13 +33,13 @@ from transformers import PreTrainedTokenizerFast
 
 from unmasked.card import Card as Card
 from unmasked.card import render
+from unmasked.opening import NATIVE_KEY
 from unmasked.pooling import STOCK_MODES
 from unmasked.templates import PLAIN, Template
 from unmasked.tokens import MARK
 
 SETTINGS_NAME = "llm2vec_config.json"
 PROMPTS_NAME = "config_sentence_transformers.json"
-NATIVE_KEY = "use_bidirectional_attention"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unmasked import adapters, folder, loading, original
 from unmasked.batches import token_budget
-from unmasked.bidirectional import Report, open_mask, prove, stock_needs_eager
+from unmasked.bidirectional import Report, open_mask, prove, stock_loading
 from unmasked.encoder import Backbone, split_pairs
 from unmasked.inference import SENTENCE, Job, row_outputs, sentence_vectors
 from unmasked.packing import enable_packing
@@ -364,6 +364,9 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
                 tokens.template.suffix,
             )
         model = self.merged_model()
+        stock = stock_loading(model)
+        if stock == "causal":
+            logger.warning("Only unmasked opens the mask of this family; stock loaders do not.")
         prefix = tokens.template.prefix
         named = {"default": "", "query": "", "document": "", **self.prompts}
         folder.write_folder(
@@ -373,7 +376,7 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             self.settings,
             {name: prefix + prompt for name, prompt in named.items() if prompt is not None},
             fixed_tokens=tokens.fixed_tokens,
-            needs_eager=self.report.verdict != "impossible" and stock_needs_eager(model),
+            needs_eager=stock == "eager",
             card=card or folder.Card(self.base, self.report.summary()),
         )
         if not save_config:

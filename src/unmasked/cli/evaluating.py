@@ -71,6 +71,9 @@ def evaluate(
 
 def doctor(
     model: Annotated[str | None, typer.Argument(help="A model to look at, too.")] = None,
+    load: Annotated[
+        bool, typer.Option("--load", help="Fetch the weights of a hub model and look at them.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """This machine, or a model: is it really bidirectional? Exit code 2 if not."""
@@ -80,7 +83,7 @@ def doctor(
     with terminal.waiting(f"examining {model or 'this machine'}"):
         if model:
             terminal.quiet_libraries()
-        found = examine(model) if model else environment()
+        found = examine(model, load or None) if model else environment()
     if as_json:
         terminal.show(json.dumps(found, indent=2, ensure_ascii=False))
     else:

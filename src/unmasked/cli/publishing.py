@@ -18,7 +18,7 @@ def report(
     from unmasked.cli import terminal
 
     with terminal.waiting("drawing the report"):
-        from unmasked.evaluate.report import write_report
+        from unmasked.cli.running import write_report
 
         terminal.quiet_libraries()
         path = write_report(run, output)

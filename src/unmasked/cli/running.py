@@ -6,6 +6,8 @@ Training itself is `train.stages.Run`; its listener and its scores are put in he
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ import yaml
 
 from unmasked.cli import terminal, views
 from unmasked.config import Recipe
-from unmasked.evaluate.compare import CAUSAL, headlines
+from unmasked.errors import MissingExtraError
+from unmasked.evaluate.compare import CAUSAL, COMMAND, headlines
 from unmasked.evaluate.scorer import RESULTS, make_scorer
 from unmasked.recipe import load_recipe
 
@@ -55,9 +58,34 @@ def run_recipe(recipe: Recipe, path: Path) -> None:
         work = Run(recipe, path, score and _with_proof(score, line), listener(line))
         terminal.facts(_header(work), stderr=True)
         encoder = work.run()
+    keep_command(path)
     terminal.show(encoder.report.summary())
     views.stage_table(path, recipe.evaluate.bootstrap)
     close(path / "model")
+
+
+def keep_command(run: Path) -> None:
+    """Leave the command that made a run in its folder, for its report."""
+    (run / COMMAND).write_text(f"{shlex.join(['unmasked', *sys.argv[1:]])}\n", encoding="utf-8")
+
+
+def write_report(run: Path, output: Path | None = None) -> Path:
+    """The report of a run, with this machine's environment in it."""
+    from unmasked.doctor import environment, lines
+    from unmasked.evaluate.report import write_report as write
+
+    return write(run, output, lines(environment()))
+
+
+def finish_demo(run: Path) -> None:
+    """The demo's report, or what is missing to draw it, and the next command."""
+    keep_command(run)
+    try:
+        with terminal.waiting("drawing the report"):
+            terminal.show(f"report {write_report(run)}")
+    except MissingExtraError as error:
+        terminal.say(f"no report: {error}")
+    close(run / "model")
 
 
 def close(model: Path) -> None:

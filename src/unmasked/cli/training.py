@@ -42,7 +42,7 @@ def demo(
         searches = run_demo(output, quick=quick, listener=running.listener(line))
     views.stage_table(output, metrics=METRICS)
     views.show_searches(searches)
-    running.close(output / "model")
+    running.finish_demo(output)
 
 
 def run(

@@ -22,6 +22,8 @@ from unmasked.evaluate.bootstrap import Interval, TaskResult, interval, paired_d
 
 CAUSAL = "causal_"
 """What the names of the baselines begin with."""
+COMMAND = "command.txt"
+"""Where a run folder keeps the command that made it."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,16 @@ def _read_stages(folder: Path) -> list[dict[str, Any]]:
         return []
     stages: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["stages"]
     return stages
+
+
+def read_result(folder: Path, stage: str, metric: str) -> TaskResult:
+    """What one stage of a run scored on the task of a metric.
+
+    Raises:
+        DataError: the file of its items is missing.
+    """
+    scores = next(s["scores"] for s in _read_stages(folder) if s["name"] == stage)
+    return _read_result(folder, stage, metric, scores)
 
 
 def _read_result(folder: Path, stage: str, metric: str, scores: dict[str, float]) -> TaskResult:

@@ -29,6 +29,7 @@ from unmasked.evaluate.files import fault, read_lines
 from unmasked.evaluate.vectors import finite
 
 TRAIN_WORDS = 30_000  # of whole sentences, drawn from all
+LONGEST = 60  # words; what is longer is cut into pieces of this many, so no model cuts it
 STATES = {"": False, " before": True}
 _UNIVERSAL = {"ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "NOUN", "PRON", "PROPN", "SCONJ"}
 _ENTITIES = {"PER", "LOC", "ORG", "MISC", "O"}
@@ -141,7 +142,11 @@ def _read(path: Path) -> list[Sentence]:
             raise fault(path, f"no label behind {word[:40]!r}", "write: word TAB label", number)
         sentences[-1][0].append(word)
         sentences[-1][1].append(tuple(labels))
-    found = [sentence for sentence in sentences if sentence[0]]
+    found = [
+        (words[start : start + LONGEST], rows[start : start + LONGEST])
+        for words, rows in sentences
+        for start in range(0, len(words), LONGEST)
+    ]
     if not found:
         raise fault(path, "there are no words in it", "write one word a line, then its labels")
     return found

@@ -1,0 +1,71 @@
+"""What is installed here, where it runs, and what is missing for what."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from unmasked import __version__
+
+Facts = dict[str, Any]
+
+LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft")
+
+
+def environment() -> Facts:
+    """Versions, devices and extras."""
+    import torch
+
+    found: Facts = {"unmasked": __version__, "python": platform.python_version()}
+    found |= {name: _version(name) or "not installed" for name in LIBRARIES}
+    found["platform"] = platform.platform(terse=True)
+    found["devices"] = _devices()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    bfloat16 = [n for n in ("amx_bf16", "avx512_bf16", "bf16") if capabilities.get(n)]
+    found["cpu_bfloat16"] = ", ".join(bfloat16) or "no (slow: emulated; use float32)"
+    for extra, packages in _extras().items():
+        missing = [name for name in packages if _version(name) is None]
+        install = f"pip install 'unmasked[{extra}]' ({', '.join(missing)} missing)"
+        found[f"extra_{extra}"] = install if missing else "installed"
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _extras() -> dict[str, list[str]]:
+    """The packages of each extra, as our own metadata lists them."""
+    from packaging.requirements import Requirement
+
+    try:
+        listed = importlib.metadata.requires("unmasked") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}  # run from a checkout
+    extras: dict[str, list[str]] = {}
+    for requirement in map(Requirement, listed):
+        names = str(requirement.marker or "").split("extra == ")[1:]
+        for extra in (name.strip("\"'() ") for name in names):
+            if extra != "dev":
+                extras.setdefault(extra, []).append(requirement.name)
+    return extras
+
+
+def _devices() -> list[str]:
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        bfloat16 = "with" if torch.cuda.is_bf16_supported() else "without"
+        found.append(
+            f"cuda:{index} {gpu.name} {gpu.total_memory / 2**30:.0f} GiB {bfloat16} bfloat16"
+        )
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [*found, f"cpu {capability} {torch.get_num_threads()} threads"]

@@ -1,0 +1,125 @@
+"""A config of the same family and shape as another, small enough to build at random.
+
+What decides whether a decoder can be made bidirectional is its code and the fields that choose
+among its masks: kinds of layers, windows, chunks, positions. Those stay; widths, depth, vocabulary
+and experts shrink. So a miniature shows in milliseconds, and without a weight, what a model does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+WIDTH, HEADS, HEAD = 64, 4, 16
+VOCABULARY = 512
+WINDOW = 8  # shorter than the texts of the proof
+
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "lru_width"), WIDTH
+    ),
+    **dict.fromkeys(("embedding_size", "embedding_dim", "emb_dim"), WIDTH),
+    **dict.fromkeys(("attention_hidden_size", "mamba_d_ssm"), 2 * WIDTH),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "dim_ff", "dff"), 96),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
+    **dict.fromkeys(("attention_heads", "decoder_attention_heads"), HEADS),
+    **dict.fromkeys(("head_dim", "global_head_dim", "dim_head", "v_head_dim"), HEAD),
+    **dict.fromkeys(("kv_channels", "query_pre_attn_scalar"), HEAD),
+    **dict.fromkeys(("swa_head_dim", "swa_v_head_dim", "linear_head_dim", "qk_head_dim"), HEAD),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 128),
+    **dict.fromkeys(("sliding_window", "attention_window_size", "window_size"), WINDOW),
+    # mixtures of experts
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "moe_k", "moe_topk"), 2),
+    **dict.fromkeys(("num_experts_per_token", "zero_expert_num"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("expert_ffn_hidden_size", "ffn_hidden_size"), 32),
+    **dict.fromkeys(("n_group", "topk_group", "n_groups", "n_shared_experts"), 1),
+    **dict.fromkeys(("moe_num_shared_experts", "num_shared_experts", "num_expert_group"), 1),
+    **dict.fromkeys(("mamba_n_groups", "mamba_ngroups"), 1),
+    # state spaces, linear and indexed attention
+    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_n_heads"), 8),
+    **dict.fromkeys(("mamba_num_heads", "index_head_dim", "hidden_size_per_layer_input"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), HEAD),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), HEAD),
+    **dict.fromkeys(("linear_num_key_heads", "index_n_heads"), 2),
+    **dict.fromkeys(("linear_num_value_heads", "mamba_dt_rank", "time_step_rank"), 4),
+    "attention_head_dim": 2 * HEAD,
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 16),  # texts are padded to these
+    "index_topk": 64,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "intermediate_size_mlp": 96,
+    "dense_intermediate_size": 96,
+}
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
+SCHEDULES = ("layer_types", "layers_block_type", "mlp_layer_types")
+"""Fields that say of each layer what it is."""
+
+
+def miniature(
+    config: PretrainedConfig, layers: int | None = None, **fields: Any
+) -> PretrainedConfig:
+    """A small config that builds the same kinds of layers, with weights that show.
+
+    Args:
+        config: of a bare decoder or of a text trunk; unchanged.
+        layers: how many to keep; by default all. One of each kind is kept in any case.
+        fields: values that replace what would be chosen.
+
+    Raises:
+        ValueError, TypeError, AttributeError: the family cannot be shrunk by rule.
+    """
+    text = config.get_text_config()
+    given = text.to_dict()
+    depth = int(text.num_hidden_layers)
+    kept = _representatives(text, depth, layers or depth)
+    small = {name: _shrunk(name, value, given) for name, value in given.items()}
+    for name, value in given.items():
+        if isinstance(value, list | tuple) and len(value) == depth > 1:
+            small[name] = [_shrunk(name, value[i], given) for i in kept]
+        elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
+            old = {int(key): inner for key, inner in small[name].items()}
+            small[name] = {at: old[layer] for at, layer in enumerate(kept) if layer in old}
+        elif name in DEPTHS and value:
+            small[name] = max(1, round(value * len(kept) / depth))
+        elif name.endswith("token_id") and value is not None:
+            small[name] = 0
+    small["initializer_range"] = 0.2  # with usual weights attention is nearly uniform
+    return type(text).from_dict({**small, **fields})
+
+
+def _representatives(text: Any, depth: int, count: int) -> list[int]:
+    """Indices of `count` layers, in order, and of one of each kind."""
+    schedules = [s for s in (getattr(text, name, None) for name in SCHEDULES) if s]
+    kinds = list(zip(*(s for s in schedules if len(s) == depth), strict=False)) or [()] * depth
+    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    others = [i for i in range(depth) if i not in firsts]
+    return sorted((firsts + others)[: max(count, len(firsts))])
+
+
+def _shrunk(name: str, value: Any, given: dict[str, Any]) -> Any:
+    if isinstance(value, dict):
+        if "rope" in name:
+            return _plain_rope(value)
+        return {key: _shrunk(key, inner, {**given, **value}) for key, inner in value.items()}
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        return value
+    if "key_value_heads" in name or name in ("num_kv_heads", "kv_n_heads"):
+        heads = given.get("num_attention_heads") or given.get("n_heads") or value
+        return value if value == 1 else HEADS if value == heads else HEADS // 2
+    if name == "head_dim" and value == given.get("qk_rope_head_dim"):
+        return SMALL["qk_rope_head_dim"]
+    if name in SMALL:
+        return SMALL[name]
+    return min(value, VOCABULARY) if "vocab" in name else value
+
+
+def _plain_rope(value: dict[str, Any]) -> dict[str, Any]:
+    """Rotary positions without the scaling of long contexts, whose tables have the head's width."""
+    if any(isinstance(inner, dict) for inner in value.values()):  # one for each kind of layer
+        return {key: _plain_rope(inner) if inner else inner for key, inner in value.items()}
+    numbers = {key: inner for key, inner in value.items() if not isinstance(inner, list)}
+    return {**numbers, "rope_type": "default"}
