@@ -120,6 +120,16 @@ def test_save_in_the_originals_words(tiny_decoder, tmp_path):
     close(again.encode(TEXTS), model.encode(TEXTS))
 
 
+def test_the_constructor_takes_a_folder_as_from_pretrained_does(tiny_decoder, tmp_path):
+    options = {"pooling_mode": "last_token", "template": "inst", "prompts": {"sts": "Compare:"}}
+    LLM2Vec.from_pretrained(tiny_decoder, device="cpu", **options).save(tmp_path / "saved")
+    loaded = LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+    built = LLM2Vec(str(tmp_path / "saved"), device="cpu")
+    assert built.settings == loaded.settings
+    close(built.encode(TEXTS, prompt_name="sts"), loaded.encode(TEXTS, prompt_name="sts"))
+    assert LLM2Vec(tmp_path / "saved", pooling_mode="weighted_mean").pooling_mode == "weighted_mean"
+
+
 def test_a_constructor_without_a_proof_opens_the_mask_on_request(tiny_decoder, model):
     from transformers import AutoModel
 

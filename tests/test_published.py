@@ -139,6 +139,15 @@ def test_b7_b8_a_checkpoint_saved_by_us_keeps_its_template(checkpoint, tmp_path,
         )
 
 
+def test_a_compat_checkpoint_saved_by_us_stays_one(checkpoint, tmp_path):
+    _, hub, expected, _ = checkpoint
+    pairs = [(i, t) for t in [*CLEAN, *ODD] for i in ("", INSTRUCTION)]
+    load(hub, MNTP, SUPERVISED, compat="llm2vec-0.2").save(tmp_path / "saved")
+    again = LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.settings.compat == "llm2vec-0.2"
+    close(again.encode([list(pair) for pair in pairs]), expected(pairs))
+
+
 @ONE
 def test_the_mntp_repository_alone(checkpoint):
     cache, hub, _, kind = checkpoint

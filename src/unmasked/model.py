@@ -40,6 +40,17 @@ logger = logging.getLogger(__name__)
 _BY_TOKENS = sys.maxsize  # stands for "no batch_size given" in the signature we inherit
 
 
+_DEFAULTS = {
+    "pooling_mode": "mean",
+    "max_length": 512,
+    "doc_max_length": 400,
+    "skip_instruction": True,
+    "template": None,
+    "compat": None,
+}
+"""Of the constructor: given a name, what is at its default is as the folder says."""
+
+
 class LLM2Vec(original.OriginalNames, SentenceTransformer):
     """A bidirectional text encoder made from a decoder (LLM2Vec, arXiv 2404.05961).
 
@@ -83,9 +94,17 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
         enable_bidirectional: bool = False,
     ) -> None:
         if isinstance(model, str | Path):
-            loaded = loading.load(model, dtype="auto", device=device or get_device_name())
+            device = device or get_device_name()
+            loaded = loading.load(model, dtype="auto", device=device, compat=check_compat(compat))
             base = base or str(model)
             model, tokenizer, report = loaded.model, loaded.tokenizer, loaded.report
+            here = (pooling_mode, max_length, doc_max_length, skip_instruction, template, compat)
+            given = {k: v for (k, d), v in zip(_DEFAULTS.items(), here, strict=True) if v != d}
+            found = folder.read_settings(loaded.settings, given)
+            pooling_mode, max_length, doc_max_length, skip_instruction, template, compat = (
+                found.values()
+            )
+            prompts = folder.read_prompts(loaded.prompts, read_template(template)) | (prompts or {})
         if tokenizer is None:
             raise TypeError("LLM2Vec needs the tokenizer of the model: LLM2Vec(model, tokenizer)")
         settings = folder.Settings(
