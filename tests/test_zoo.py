@@ -11,6 +11,7 @@ import zoo
 from transformers import AutoModel, AutoModelForCausalLM
 
 from unmasked.bidirectional import open_config, prove
+from unmasked.opening import window
 
 TABLE = dict(
     re.findall(r"^\| ([\w-]+) (\|.*)$", zoo.TABLE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -148,6 +149,27 @@ def test_b25_a_step_of_each_stage_then_merged_saved_and_reloaded(
     assert again.report.verdict == found.verdict
     reloaded = again.encode(sentences[:3])
     assert np.linalg.norm(reloaded - trained) / np.linalg.norm(trained) < 1e-4
+
+
+WINDOWED = ["exaone4", "gemma2", "gemma3_text", "gpt_oss", "mistral", "modernbert-decoder"]
+WINDOWED += ["cohere2", "gemma4_unified_text", "mimo_v2_flash", "vaultgemma"]
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+@torch.no_grad()
+def test_b21_windows_are_symmetric_and_as_stated(family):
+    config = zoo.config(family)
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["sliding_attention"] * len(config.layer_types)
+    model = zoo.opened(config)
+    model.layers, model.config.num_hidden_layers = model.layers[:1], 1
+    middle, length = 14, 29
+    text = torch.arange(100, 100 + length)
+    rows = torch.where(torch.eye(length, dtype=torch.bool), 300, text)
+    states = model(input_ids=torch.cat([text[None], rows])).last_hidden_state[:, middle]
+    apart = (states[1:] - states[0]).norm(dim=1) / states[0].norm()
+    side = window(model.config)
+    assert apart.gt(1e-5).nonzero().flatten().tolist() == [*range(middle - side, middle + side + 1)]
 
 
 def test_at_least_a_hundred_families_are_full():
