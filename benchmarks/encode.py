@@ -136,6 +136,20 @@ def timed(encode: Encode) -> Timed:
     return run
 
 
+def _for_older_libraries(folder: Path) -> None:
+    """Rewrite a folder's tokenizer as transformers 4.44 and its tokenizers read it."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text("utf-8"))
+    merges = tokenizer["model"].get("merges", [])
+    tokenizer["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in merges]
+    path.write_text(json.dumps(tokenizer), "utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    path.write_text(json.dumps(settings), "utf-8")
+
+
 @contextmanager
 def upstream(python: str | None, folder: Path, dtype: str) -> Iterator[dict[str, Timed]]:
     """The original package in its own process, which takes its turns; nothing without `python`."""
@@ -143,6 +157,7 @@ def upstream(python: str | None, folder: Path, dtype: str) -> Iterator[dict[str,
         yield {}
         return
     script = str(Path(__file__).parent / "upstream.py")
+    _for_older_libraries(folder)
     command = [python, script, str(folder), dtype, str(torch.get_num_threads())]
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as process:
         assert process.stdin and process.stdout

@@ -19,7 +19,11 @@ def main():
     answers = sys.stdout
     sys.stdout = sys.stderr  # the package prints
     model = LLM2Vec.from_pretrained(
-        folder, torch_dtype=getattr(torch, dtype), pooling_mode="mean", max_length=512
+        folder,
+        torch_dtype=getattr(torch, dtype),
+        pooling_mode="mean",
+        max_length=512,
+        doc_max_length=512,
     )
     model.eval()
     print(json.dumps({"ready": True}), file=answers, flush=True)
