@@ -186,8 +186,8 @@ def _pooling(settings: Settings, width: int) -> dict[str, Any]:
 
 def _empty_prompt(tokenizer: PreTrainedTokenizerFast) -> str:
     """`MARK`, if there is a BOS to be left out of pooling: some tokenizer classes keep the mark."""
-    first: list[int] = tokenizer("a")["input_ids"][:1]
-    return MARK if set(first) & set(tokenizer.all_special_ids) else ""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return "" if tokenizer("a")["input_ids"][:1] == plain[:1] else MARK
 
 
 def _prompts(prompts: dict[str, str], empty: str) -> dict[str, Any]:
