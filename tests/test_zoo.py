@@ -11,6 +11,8 @@ import zoo
 from transformers import AutoModel, AutoModelForCausalLM
 
 from unmasked.bidirectional import open_config, prove
+from unmasked.errors import ModelError
+from unmasked.opening import window
 
 TABLE = dict(
     re.findall(r"^\| ([\w-]+) (\|.*)$", zoo.TABLE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -101,6 +103,8 @@ def test_b22_stock_sentence_transformers_gives_the_same_vectors(found, saved, se
 
     if found.stock == "causal":
         pytest.skip(f"{found.family}: only unmasked opens its mask, and says so when it is saved")
+    if found.family in NOT_STOCK:
+        pytest.skip(f"{found.family}: {NOT_STOCK[found.family]}")
     stock = SentenceTransformer(str(saved[1]), device="cpu").encode(sentences[:3])
     ours = saved[0].encode(sentences[:3])
     assert np.linalg.norm(stock - ours) / np.linalg.norm(ours) < 1e-5
@@ -119,7 +123,12 @@ def test_b25_a_step_of_each_stage_then_merged_saved_and_reloaded(
         pytest.skip(f"{found.family}: {NOT_TRAINED.get(found.family, found.verdict)}")
     small = zoo.config(found.family)
     model = zoo.opened(small)
-    peft_model = adapters.attach(model, rank=2)
+    try:
+        peft_model = adapters.attach(model, rank=2)
+    except ModelError as error:
+        assert "fused experts" in str(error)
+        model = zoo.opened(small)
+        peft_model = adapters.attach(model, rank=2, dropout=0)
     encoder = LLM2Vec(peft_model, tiny_tokenizer, device="cpu", report=prove(model))
     before = encoder.encode(sentences[:3])
     head = AutoModelForCausalLM.from_config(open_config(small))
@@ -150,6 +159,27 @@ def test_b25_a_step_of_each_stage_then_merged_saved_and_reloaded(
     assert np.linalg.norm(reloaded - trained) / np.linalg.norm(trained) < 1e-4
 
 
+WINDOWED = ["exaone4", "gemma2", "gemma3_text", "gpt_oss", "mistral", "modernbert-decoder"]
+WINDOWED += ["cohere2", "gemma4_unified_text", "mimo_v2_flash", "vaultgemma"]
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+@torch.no_grad()
+def test_b21_windows_are_symmetric_and_as_stated(family):
+    config = zoo.config(family)
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["sliding_attention"] * len(config.layer_types)
+    model = zoo.opened(config)
+    model.layers, model.config.num_hidden_layers = model.layers[:1], 1
+    middle, length = 14, 29
+    text = torch.arange(100, 100 + length)
+    rows = torch.where(torch.eye(length, dtype=torch.bool), 300, text)
+    states = model(input_ids=torch.cat([text[None], rows])).last_hidden_state[:, middle]
+    apart = (states[1:] - states[0]).norm(dim=1) / states[0].norm()
+    side = window(model.config)
+    assert apart.gt(1e-5).nonzero().flatten().tolist() == [*range(middle - side, middle + side + 1)]
+
+
 def test_at_least_a_hundred_families_are_full():
     verdicts = [line.split(" | ")[0] for line in TABLE.values()]
     assert verdicts.count("| full") >= 100
@@ -165,5 +195,23 @@ DIFFER = {"modernbert-decoder"}
 ONLY_HERE = {"gpt_neo", "mpt", "openai-gpt"}
 """Families that are open in this process only."""
 
-NOT_TRAINED: dict[str, str] = {}
-"""Why a step of training is not tried."""
+OWN_TOKENIZER = "stock loaders build its own tokenizer class, which keeps the mark of empty prompts"
+NOT_STOCK = {
+    "git": "sentence-transformers wants its image processor",
+    "phi4_multimodal": "sentence-transformers wants its image processor",
+    "qwen2": OWN_TOKENIZER,
+    "qwen3_5_moe_text": OWN_TOKENIZER,
+}
+"""Known gaps: vectors that stock sentence-transformers does not give."""
+
+PEFT_REFUSES = "PEFT puts no LoRA on the out_proj of its mixers, which all-linear asks for"
+NOT_TRAINED = {
+    "falcon_h1": PEFT_REFUSES,
+    "nemotron_h": PEFT_REFUSES,
+    "opt": "the MNTP head of opt asks its trunk for a decoder",
+    "llama4_text": "PEFT's LoRA fails on its router, which returns a tuple",
+    "phimoe": "PEFT's LoRA fails on its router, which returns a tuple",
+    "zamba": "LoRA on layers that are shared is merged more than once",
+    "zamba2": "LoRA on layers that are shared is merged more than once",
+}
+"""Known gaps: why a step of training is not tried."""

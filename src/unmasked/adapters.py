@@ -92,6 +92,11 @@ def attach(
     try:
         return get_peft_model(model, config)
     except ValueError as error:
+        if "lora_dropout" in str(error):
+            raise ModelError(
+                "PEFT adapts the fused experts of this family, and without dropout only. "
+                "Fix: lora.dropout=0, or lora.targets with the layers of attention alone."
+            ) from error
         linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if _is_linear(m)})
         raise ModelError(
             f"LoRA targets {targets} fit no layer. Allowed: {', '.join(linear)}."

@@ -97,7 +97,7 @@ def write_folder(
         _write_json(
             folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False}
         )
-        _write_json(folder / PROMPTS_NAME, _prompts(prompts))
+        _write_json(folder / PROMPTS_NAME, _prompts(prompts, _empty_prompt(tokenizer)))
         _write_json(folder / SETTINGS_NAME, asdict(settings))
         text = render(card or Card(), settings, width, limit)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -184,7 +184,13 @@ def _pooling(settings: Settings, width: int) -> dict[str, Any]:
     }
 
 
-def _prompts(prompts: dict[str, str]) -> dict[str, Any]:
+def _empty_prompt(tokenizer: PreTrainedTokenizerFast) -> str:
+    """`MARK`, if there is a BOS to be left out of pooling: some tokenizer classes keep the mark."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return "" if tokenizer("a")["input_ids"][:1] == plain[:1] else MARK
+
+
+def _prompts(prompts: dict[str, str], empty: str) -> dict[str, Any]:
     named = {"default": "", "query": "", "document": "", **prompts}
     return {
         "__version__": {
@@ -193,7 +199,7 @@ def _prompts(prompts: dict[str, str]) -> dict[str, Any]:
             "pytorch": torch.__version__.split("+")[0],
         },
         "model_type": "SentenceTransformer",
-        "prompts": {name: prompt or MARK for name, prompt in named.items()},
+        "prompts": {name: prompt or empty for name, prompt in named.items()},
         "default_prompt_name": "default",
         "similarity_fn_name": "cosine",
     }
