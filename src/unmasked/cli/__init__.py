@@ -33,6 +33,7 @@ VERBS = (
     training.train,
     encoding.encode,
     evaluating.evaluate,
+    evaluating.analyse,
     evaluating.doctor,
     publishing.report,
     publishing.push,
