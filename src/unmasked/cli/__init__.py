@@ -35,6 +35,7 @@ VERBS = (
     training.plan,
     encoding.encode,
     evaluating.evaluate,
+    evaluating.analyse,
     evaluating.doctor,
     publishing.report,
     publishing.push,

@@ -1,4 +1,4 @@
-"""Verbs that judge: evaluate, doctor."""
+"""Verbs that judge: evaluate, analyse, doctor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from unmasked.cli.failures import MISUSED
+from unmasked.cli.options import MODEL
 
 
 class Rival(str, Enum):
@@ -67,6 +68,39 @@ def evaluate(
     views.score_table(rows, every)
     if json_file:
         json_file.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+
+
+def analyse(
+    model: MODEL,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Texts that belong together (STS, pairs, reranking, retrieval).",
+            show_default="docstrings of this Python",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A folder for the figures.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the numbers there.")
+    ] = None,
+) -> None:
+    """A look inside: closed against open mask by layer, and the shape of the vectors."""
+    from unmasked.cli import terminal, views
+
+    with terminal.waiting(f"analysing {model}"):
+        from unmasked.evaluate.analysis import analyse as look
+        from unmasked.evaluate.analysis import draw
+
+        terminal.quiet_libraries()
+        found = look(model, task)
+    views.show_analysis(found)
+    if json_file:
+        json_file.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
+    if output:
+        for path in draw(found, output):
+            terminal.show(f"figure  {path}")
 
 
 def doctor(

@@ -6,6 +6,7 @@ Scores are shown times 100.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from unmasked.evaluate.compare import Comparison, Row, compare_stages, headline_
 if TYPE_CHECKING:
     from unmasked.config import Recipe
     from unmasked.demo import Search
+    from unmasked.evaluate.analysis import Analysis
     from unmasked.train.plan import Plan, StagePlan
 
 
@@ -123,6 +125,25 @@ def show_searches(searches: Sequence[Search]) -> None:
         for when, (rank, hit) in (("before", search.before), ("after", search.after)):
             found = "found first" if rank == 1 else f"rank {rank}; first: {hit}"
             terminal.show(f"  {when:<6}         {found}")
+
+
+def show_analysis(found: Analysis) -> None:
+    """States with the mask closed and open, layer by layer; then the shape of the vectors."""
+    if found.layers is None or found.spread is None:
+        terminal.show("no closed mask to compare with: this model was saved without one\n")
+    else:
+        names = ["embedding", *(f"layer {n}" for n in range(1, len(found.layers)))]
+        cells = [
+            [name, f"{mean:.3f}", f"[{low:.3f}, {high:.3f}]"]
+            for name, mean, (low, high) in zip(names, found.layers, found.spread, strict=True)
+        ]
+        terminal.table(["closed and open mask", "cosine", "10 to 90 % of tokens"], cells)
+    measures = asdict(next(iter(found.shapes.values())))
+    rows = [
+        [measure.replace("_", " "), *(f"{asdict(s)[measure]:.3f}" for s in found.shapes.values())]
+        for measure in measures
+    ]
+    terminal.table([f"vectors of {found.pairs} pairs", *found.shapes], rows)
 
 
 def _gained(gain: Interval | None) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -196,6 +196,41 @@ def map_figure(title: str, points: np.ndarray, groups: Sequence[str], name: str)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(title)
+    return figure
+
+
+@styled
+def layers_figure(layers: Sequence[float], spread: Sequence[tuple[float, float]]) -> Figure:
+    """How alike the states with the mask closed and open are, by layer, the embedding first."""
+    figure, axes = new_figure(2.6)
+    at = range(len(layers))
+    low, high = zip(*spread, strict=True)
+    axes.fill_between(at, low, high, color=OURS, alpha=0.2, linewidth=0)
+    axes.plot(at, layers, color=OURS, marker="o", markersize=3.5)
+    axes.set_ylim(min(0.0, *low), 1.03)
+    axes.set_xlabel("layer (band: 10 to 90 % of tokens)")
+    axes.set_title("cosine of states, mask closed and open")
+    return figure
+
+
+@styled
+def bars_figure(shapes: Mapping[str, Mapping[str, float]]) -> Figure:
+    """The same measures of several models, one small panel a measure."""
+    measures = list(next(iter(shapes.values())))
+    figure, panels = new_figure(1.0 + 0.28 * len(shapes) * len(measures), len(measures))
+    for axes, measure in zip(panels, measures, strict=True):
+        values = [shape[measure] for shape in shapes.values()]
+        colours = [CAUSAL if name == "causal" else OURS for name in shapes]
+        axes.barh(range(len(values)), values, color=colours, height=0.6)
+        for place, value in enumerate(values):
+            axes.annotate(f"{value:.3f}", (value, place), (4 if value >= 0 else -4, 0), va="center",
+                          ha="left" if value >= 0 else "right", textcoords="offset points",
+                          fontsize=8)  # fmt: skip
+        axes.set_yticks(range(len(values)), list(shapes))
+        axes.set_ylim(len(values) - 0.4, -0.6)
+        axes.margins(x=0.18)
+        axes.set_title(measure.replace("_", " "), fontsize=9)
+        axes.grid(visible=False, axis="y")
     return figure
 
 

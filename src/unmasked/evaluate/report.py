@@ -201,7 +201,8 @@ class _Page:
         )
         drawn = []
         for place, (name, encode) in zip(("before", "after"), encoders.items(), strict=True):
-            points = _plane(encoded(encode, sample.texts))
+            role = "document" if sample.queries else None  # as in searches: encoded once for both
+            points = _plane(encoded(encode, sample.texts, role))
             figure = figures.map_figure(name, points, sample.groups, place)
             drawn.append(self._figure(figure, f"map-{place}"))
         self._figures(drawn)
