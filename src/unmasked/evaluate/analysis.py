@@ -170,7 +170,8 @@ def _compare(closed: Any, opened: Any, text: str) -> np.ndarray:
                 use_cache=False,
             )
         states.append(torch.cat([layer.float() for layer in out.hidden_states]))  # (L + 1, T, D)
-    return np.asarray(torch.nn.functional.cosine_similarity(*states, dim=-1).cpu())
+    first, second = states
+    return np.asarray(torch.nn.functional.cosine_similarity(first, second, dim=-1).cpu())
 
 
 def _docstring_pairs() -> list[tuple[str, str]]:
