@@ -16,6 +16,13 @@ SENTENCES = [
 ]
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests may take an hour; the others have the limit of pyproject.toml."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level BPE with BOS, EOS and no padding token, as many decoders have."""

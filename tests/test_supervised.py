@@ -389,6 +389,7 @@ def on_one_of_two(rank, folder, limit, port):
     features, labels = features_of(model, as_rows(ROWS[:16])[rank * 8 : rank * 8 + 8])
     RankingLoss(ddp, 0.05, limit)([features], labels).backward()
     torch.save(gradients(model), f"{folder}/rank-{rank}.pt")
+    del ddp  # it would end the group while it holds the GIL, which gloo's threads wait for
     torch.distributed.destroy_process_group()
 
 

@@ -75,7 +75,8 @@ def attach(
         The `PeftModel`; for ``full`` the model itself.
 
     Raises:
-        ModelError: the targets fit no layer; MissingExtraError: no bitsandbytes for ``qlora``.
+        ModelError: the targets fit no layer, or layers that share their weights.
+        MissingExtraError: no bitsandbytes for ``qlora``.
     """
     if method == "full":
         return model.requires_grad_(True)
@@ -84,13 +85,14 @@ def attach(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets or "all-linear",
+        exclude_modules=None if targets else _left_out(model),
         bias="none",
         use_dora=method == "dora",
     )
     if method == "qlora":
         quantise(model)
     try:
-        return get_peft_model(model, config)
+        peft_model = get_peft_model(model, config)
     except ValueError as error:
         if "lora_dropout" in str(error):
             raise ModelError(
@@ -101,6 +103,37 @@ def attach(
         raise ModelError(
             f"LoRA targets {targets} fit no layer. Allowed: {', '.join(linear)}."
         ) from error
+    _check_unshared(peft_model)
+    return peft_model
+
+
+def _left_out(model: nn.Module) -> list[str]:
+    """Linear layers that "every linear layer" does not mean: a LoRA does not act on them.
+
+    Routers that return more than a product, and the way out of Mamba's mixers, whose kernels read
+    the weight itself (PEFT refuses those).
+    """
+    left_out = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            left_out.append(name)
+        if isinstance(getattr(module, "conv1d", None), nn.Conv1d):
+            left_out.append(f"{name}.out_proj")
+    return left_out
+
+
+def _check_unshared(model: nn.Module) -> None:
+    """Refuse adapters on layers that share a weight: it cannot take the sum of each of them."""
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            weight = getattr(module.get_base_layer(), "weight", module)
+            if other := seen.get(id(weight)):
+                raise ModelError(
+                    f"{other} and {name} share one weight, so that their adapters cannot be "
+                    "merged. Fix: lora.method=full, or lora.targets with other layers."
+                )
+            seen[id(weight)] = name
 
 
 def quantise(model: nn.Module) -> None:

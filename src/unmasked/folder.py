@@ -29,7 +29,7 @@ import sentence_transformers
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unmasked.card import Card as Card
 from unmasked.card import render
@@ -40,6 +40,8 @@ from unmasked.tokens import MARK
 
 SETTINGS_NAME = "llm2vec_config.json"
 PROMPTS_NAME = "config_sentence_transformers.json"
+GENERIC_TOKENIZER = "glm"
+"""A model type whose tokenizer is, in transformers, the generic class: tokenizer.json as it is."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,8 @@ def write_folder(
         _write_json(folder / "modules.json", _modules())
         (folder / "1_Pooling").mkdir()
         _write_json(folder / "1_Pooling" / "config.json", _pooling(settings, width))
-        _write_json(
-            folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False}
-        )
+        loading = {"max_seq_length": limit, "do_lower_case": False}
+        _write_json(folder / "sentence_bert_config.json", loading | _tokenizer_args(folder))
         _write_json(folder / PROMPTS_NAME, _prompts(prompts, _empty_prompt(tokenizer)))
         _write_json(folder / SETTINGS_NAME, asdict(settings))
         text = render(card or Card(), settings, width, limit)
@@ -156,6 +157,19 @@ def _complete_config(path: Path, has_native_key: bool, needs_eager: bool) -> Non
     if needs_eager:
         config["attn_implementation"] = "eager"
     _write_json(path, config)
+
+
+def _tokenizer_args(folder: Path) -> dict[str, Any]:
+    """What stock sentence-transformers must be told to load the tokenizer as it was saved.
+
+    For a few families (`qwen2`) `AutoTokenizer` builds a class of its own from the vocabulary and
+    drops the saved normalizer, so that it would keep `MARK`.
+    """
+    probe = MARK + "a"
+    saved = PreTrainedTokenizerFast.from_pretrained(folder)
+    if AutoTokenizer.from_pretrained(folder)(probe)["input_ids"] == saved(probe)["input_ids"]:
+        return {}
+    return {"tokenizer_args": {"tokenizer_type": GENERIC_TOKENIZER}}
 
 
 def _modules() -> list[dict[str, Any]]:

@@ -54,6 +54,11 @@ class StatesOnly(BaseModelOutputWithPast):
 class GivenStates(nn.Module):
     """Stands in for the trunk inside a causal LM, so that its own forward applies its head."""
 
+    @property
+    def decoder(self) -> GivenStates:
+        """What some families (opt) ask of their trunk."""
+        return self
+
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> StatesOnly:
         return StatesOnly(last_hidden_state=inputs_embeds)
 
