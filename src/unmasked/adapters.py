@@ -99,7 +99,9 @@ def attach(
                 "PEFT adapts the fused experts of this family, and without dropout only. "
                 "Fix: lora.dropout=0, or lora.targets with the layers of attention alone."
             ) from error
-        linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if _is_linear(m)})
+        linear = sorted(
+            {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        )
         raise ModelError(
             f"LoRA targets {targets} fit no layer. Allowed: {', '.join(linear)}."
         ) from error
@@ -115,9 +117,11 @@ def _left_out(model: nn.Module) -> list[str]:
     """
     left_out = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-            left_out.append(name)
-        if isinstance(getattr(module, "conv1d", None), nn.Conv1d):
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            row = module.weight.new_zeros(1, module.in_features)
+            if not isinstance(module(row), torch.Tensor):
+                left_out.append(name)
+        if hasattr(module, "out_proj") and isinstance(getattr(module, "conv1d", None), nn.Conv1d):
             left_out.append(f"{name}.out_proj")
     return left_out
 
@@ -157,10 +161,6 @@ def quantise(model: nn.Module) -> None:
         )
         packed.load_state_dict(layer.state_dict())
         model.set_submodule(name, packed.to(dtype).to(device).requires_grad_(False))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
 
 
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:

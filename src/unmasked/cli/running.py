@@ -65,8 +65,10 @@ def run_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def keep_command(run: Path) -> None:
-    """Leave the command that made a run in its folder, for its report."""
-    (run / COMMAND).write_text(f"{shlex.join(['unmasked', *sys.argv[1:]])}\n", encoding="utf-8")
+    """Leave the command that first ended a run in its folder, for its report."""
+    command = f"{shlex.join(['unmasked', *sys.argv[1:]])}\n"
+    if not (run / COMMAND).exists():
+        (run / COMMAND).write_text(command, encoding="utf-8")
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:

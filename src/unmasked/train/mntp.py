@@ -52,7 +52,14 @@ class StatesOnly(BaseModelOutputWithPast):
 
 
 class GivenStates(nn.Module):
-    """Stands in for the trunk inside a causal LM, so that its own forward applies its head."""
+    """Stands in for the trunk inside a causal LM, so that its own forward applies its head.
+
+    The numbers of the trunk are kept: some heads are scaled by one of them (falcon_h1).
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.__dict__ |= {k: v for k, v in vars(trunk).items() if isinstance(v, float)}
 
     @property
     def decoder(self) -> GivenStates:
@@ -78,10 +85,12 @@ class MaskedNextTokenModel(nn.Module):
     def __init__(self, trunk: nn.Module, language_model: PreTrainedModel) -> None:
         super().__init__()
         self.trunk = trunk
-        setattr(language_model, language_model.base_model_prefix, GivenStates())
+        output: Any = language_model.get_output_embeddings()
+        words = language_model.get_input_embeddings()
+        name, own = next(c for c in language_model.named_children() if words in c[1].modules())
+        setattr(language_model, name, GivenStates(own))
         self.head = language_model.requires_grad_(False)
         self.config = language_model.config
-        output: Any = language_model.get_output_embeddings()
         if output is not None and getattr(self.config, "tie_word_embeddings", False):
             output.weight = trunk.get_input_embeddings().weight  # type: ignore[operator]
 
