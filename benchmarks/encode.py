@@ -137,7 +137,7 @@ def timed(encode: Encode) -> Timed:
 
 
 def _for_older_libraries(folder: Path) -> None:
-    """Rewrite a folder's tokenizer as transformers 4.44 and its tokenizers read it."""
+    """Rewrite a folder's tokenizer and settings as transformers 4.44 and llm2vec 0.2.3 read them."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text("utf-8"))
     merges = tokenizer["model"].get("merges", [])
@@ -148,6 +148,7 @@ def _for_older_libraries(folder: Path) -> None:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["model_input_names"] = ["input_ids", "attention_mask"]
     path.write_text(json.dumps(settings), "utf-8")
+    (folder / "llm2vec_config.json").unlink()
 
 
 @contextmanager

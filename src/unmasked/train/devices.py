@@ -7,6 +7,8 @@ here is a constant.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from datetime import timedelta
 
@@ -40,6 +42,18 @@ def join() -> None:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
+        atexit.register(leave)
+
+
+def leave() -> None:
+    """Part from the other processes; without this, gloo may abort or hang a process that ends.
+
+    A model that is shared holds the group too, and must not be the last to: it would end the group
+    while it holds the GIL, which gloo's threads wait for.
+    """
+    gc.collect()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def wait() -> None:
