@@ -137,7 +137,7 @@ def timed(encode: Encode) -> Timed:
 
 
 def _for_older_libraries(folder: Path) -> None:
-    """Rewrite a folder's tokenizer and settings as transformers 4.44 and llm2vec 0.2.3 read them."""
+    """Rewrite a folder's tokenizer and settings as llm2vec 0.2.3's libraries read them."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text("utf-8"))
     merges = tokenizer["model"].get("merges", [])
