@@ -113,6 +113,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
+def short(number: float, unit: str = "") -> str:
+    """``6.5 M``, ``1.2 kB``, ``512 B``."""
+    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.1f} {letter}{unit}"
+    return f"{number:g} {unit}".rstrip()
+
+
 class Line:
     """The progress line: a name, how far it is, and what was measured.
 
@@ -150,18 +158,6 @@ class Line:
         self._task = self._live.add_task("", total=None, text=name)
         if self._live.disable:
             self.note(name)
-
-    def counter(self, name: str, unit: str, total: int | None) -> Callable[[int], None]:
-        """Begin to count; call the result with how many are done."""
-        self.begin(name)
-        begun = self._clock()
-        self._first = (begun, 0)
-
-        def count(done: int) -> None:
-            seconds = max(self._clock() - begun, 1e-9)
-            self.advance(done, total, f"{done / seconds:,.0f} {unit}/s")
-
-        return count
 
     def note(self, text: str) -> None:
         """A line that stays, above the progress line."""

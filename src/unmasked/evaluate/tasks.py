@@ -288,6 +288,26 @@ class ClassificationTask:
         return samples
 
 
+def alike(task: Task, share: float = 0.2) -> list[tuple[str, str]]:
+    """Texts of a task that belong together; none where it has no such.
+
+    Args:
+        task: STS, pairs, reranking or retrieval.
+        share: of scored pairs, how many of the most alike are taken.
+    """
+    if isinstance(task, StsTask | PairTask):
+        first, second = np.split(np.array(task.texts[None], dtype=object), 2)
+        best = np.flatnonzero(task.gold >= np.quantile(task.gold, 1 - share))
+        return list(zip(first[best], second[best], strict=True))
+    if isinstance(task, RerankingTask):
+        return [(query, own[0]) for query, own in zip(task.queries, task.candidates, strict=True)]
+    if isinstance(task, RetrievalTask):
+        documents, queries = task.texts["document"], task.texts["query"]
+        found = (max(grades, key=grades.__getitem__) for grades in task.grades)
+        return [(query, documents[best]) for query, best in zip(queries, found, strict=True)]
+    return []
+
+
 def evaluate(tasks: Sequence[Task], encode: Encode) -> list[TaskResult]:
     """Scores an encoder on every task, encoding each distinct text and role once.
 
