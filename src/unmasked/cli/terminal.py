@@ -10,7 +10,7 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -127,8 +127,7 @@ class Line:
     Use as a context manager. Everything is written to stderr.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._console = _console(stderr=True)
         self._live = Progress(
             SpinnerColumn(),
@@ -165,7 +164,7 @@ class Line:
 
     def advance(self, done: int, total: int | None, *notes: str) -> None:
         """Show how much is done, notes behind it, and the time left if it can be told."""
-        now = self._clock()
+        now = time.monotonic()
         begun, first = self._first = self._first or (now, done)
         count = f"{done:,}/{total:,}" if total else f"{done:,}"
         parts = [f"{self._name} {count}", *notes]

@@ -190,7 +190,7 @@ def _load_retrieval(folder: Path) -> RetrievalTask:
     asked = [queries[query] for query in tested]
     texts: Texts = {"document": list(documents.values()), "query": asked}
     name, grades_of = folder.resolve().name, list(tested.values())
-    return RetrievalTask(name, texts, list(documents), list(tested), grades_of)
+    return RetrievalTask(name, texts, list(documents), grades_of)
 
 
 def _tested(

@@ -36,6 +36,7 @@ from unmasked.evaluate.samples import Sample, draw_sample
 from unmasked.evaluate.scorer import encode_by_role
 from unmasked.evaluate.vectors import Encode, encode_once, encoded, norms, search
 from unmasked.recipe import load_recipe
+from unmasked.writing import write_text
 
 HITS = 3
 SHORT = 90  # characters of a text in a list
@@ -80,8 +81,7 @@ def write_report(
         body="\n".join(page.parts),
         texts=json.dumps(texts, ensure_ascii=False).replace("</", "<\\/"),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(written, encoding="utf-8")
+    write_text(output, written)
     return output
 
 

@@ -95,7 +95,6 @@ class RetrievalTask:
     name: str
     texts: Texts
     document_ids: list[str]
-    query_ids: list[str]
     grades: list[dict[int, float]]
     kind: str = "retrieval"
 
