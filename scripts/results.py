@@ -24,8 +24,10 @@ from unmasked import LLM2Vec
 from unmasked.config import Recipe
 from unmasked.evaluate.compare import headlines
 from unmasked.evaluate.scorer import make_scorer
+from unmasked.pooling import CAUSAL_BASELINES
 from unmasked.recipe import load_recipe
 from unmasked.train.stages import Listener, Run
+from unmasked.writing import write_text
 
 TEXTS = {"enwiki_sentences.txt.gz": 4, "kowiki_sentences.txt.gz": 6}  # file: every n-th line
 SETTINGS = ("mntp.steps=200", "simcse.steps=80", "supervised.steps=100")
@@ -38,7 +40,6 @@ TASKS = {
     "clustering/stackoverflow.tsv": "StackOverflow",
     "classification/banking77_test.tsv": "Banking77",
 }
-BASELINES = ("mean", "weighted_mean", "last_token")
 STAGES = ("mntp", "simcse", "supervised")
 NAMES = {
     "causal_mean": "causal, mean",
@@ -71,7 +72,7 @@ def recipe(data: Path, work: Path, seed: int) -> Recipe:
 
 def encoders(work: Path, seeds: list[int]) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
     """Stage, seed (None before any training) and how the encoder is loaded."""
-    for mode in BASELINES:
+    for mode in CAUSAL_BASELINES:
         yield f"causal_{mode}", None, {"pooling_mode": mode, "enable_bidirectional": False}
     yield "bidirectional", None, {}
     for seed in seeds:
@@ -94,9 +95,7 @@ def score_all(data: Path, work: Path, seeds: list[int]) -> list[dict[str, Any]]:
         values = [100 * every[metric] for metric in headlines(every)]
         rows.append({"stage": stage, "seed": seed, "scores": dict(zip(TASKS, values, strict=True))})
         print(stage, seed, [round(value, 2) for value in values], flush=True)
-        aside = file.with_suffix(".tmp")
-        aside.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        aside.replace(file)
+        write_text(file, json.dumps(rows, indent=1))
     return rows
 
 

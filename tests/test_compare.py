@@ -100,7 +100,7 @@ def test_tasks_of_one_name_are_refused_before_any_model_is_scored(tmp_path):
 def test_the_base_is_found_through_adapters_and_run_folders(tmp_path, tiny_decoder):
     from unmasked.config import Model, Recipe
     from unmasked.evaluate.baselines import causal_baselines, find_base
-    from unmasked.recipe import dump_recipe
+    from unmasked.recipe import recipe_text
 
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -109,7 +109,7 @@ def test_the_base_is_found_through_adapters_and_run_folders(tmp_path, tiny_decod
     model = tmp_path / "run" / "model"
     model.mkdir(parents=True)
     recipe = Recipe(name="x", model=Model(base=str(adapter)))
-    dump_recipe(recipe, model.parent / "recipe.yaml")
+    (model.parent / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
     for name in (tiny_decoder, adapter, model):
         assert find_base(str(name)) == str(tiny_decoder)
     names = [name for name, _ in causal_baselines(str(tiny_decoder))]

@@ -102,3 +102,11 @@ def test_the_environment_says_what_is_missing_for_what():
     found = environment()
     assert found["torch"] == torch.__version__
     assert any(device.startswith("cpu ") for device in found["devices"])
+
+
+@pytest.mark.parametrize(
+    ("has", "said"), [({"sve_bf16": True}, "sve_bf16"), ({"avx2": True}, "no (slow")]
+)
+def test_the_environment_says_whether_bfloat16_is_in_hardware(monkeypatch, has, said):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert environment()["cpu_bfloat16"].startswith(said)

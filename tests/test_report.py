@@ -76,9 +76,11 @@ def test_a_folder_that_is_no_run(tmp_path):
 def test_a_run_without_scores_or_tasks_still_has_a_report(run_folder, tmp_path):
     recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text())
     recipe["evaluate"]["tasks"] = []
+    recipe["supervised"] = {"data": "pairs.jsonl", "steps": 1200}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     page = write_report(tmp_path, environment=[("python", "3")]).read_text()
     assert "How it was made" in page and "A map of" not in page
+    assert "; mntp 3 steps, simcse 3 steps, supervised 1,200 steps" in page
 
 
 @pytest.fixture(scope="module", params=["light", "dark"])

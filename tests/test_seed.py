@@ -145,6 +145,14 @@ def test_b48_what_cannot_be_done_is_refused_with_a_reason(
     assert not (tmp_path / "results").exists()
 
 
+def test_a_value_that_no_recipe_takes_is_told(texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = r"mntp\.warmup_steps: -3 should be .* \(from the command line\)"
+    with pytest.raises(RecipeError, match=told):
+        given = ["--model_name", "nano", "--data_path", str(texts), "--warmup_steps", "-3"]
+        run("mntp", given)
+
+
 def test_b50_missing_data_says_which_flag(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"data/wiki1m_for_simcse\.txt.*--data_path"):

@@ -312,10 +312,10 @@ def test_a_full_disk_leaves_whole_shards(runner, tiny_decoder, many_texts, tmp_p
 def test_a_write_that_fails_is_told(tmp_path):
     import errno
 
-    from unmasked.corpus import writers
+    from unmasked import writing
 
     told = pytest.raises(OutputError, match="No space left on device. Fix: make room")
-    with told, writers.written_aside(tmp_path / "x.npy"):
+    with told, writing.written_aside(tmp_path / "x.npy"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.glob("*x.npy*")) and not list(tmp_path.glob(".x*"))
 

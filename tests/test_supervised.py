@@ -89,8 +89,15 @@ def test_b42_every_kind_of_file_gives_the_same_rows(tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write((tmp_path / "a.jsonl").read_text(encoding="utf-8"))
     (tmp_path / "a.csv").write_text('query,positive\n"a, b",답\n"c\nd",e\n', encoding="utf-8")
+    (tmp_path / "b.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.csv").read_bytes())
+    packed = pa.compress((tmp_path / "a.jsonl").read_bytes(), codec="zstd", asbytes=True)
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
     pq.write_table(pa.Table.from_pylist(full), tmp_path / "a.parquet")
-    for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"):
+    (tmp_path / "folder").mkdir()
+    for row, name in zip(rows, ("1.jsonl", "2.jsonl"), strict=True):
+        write(tmp_path / "folder" / name, [row])
+    names = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "b.csv", "a.parquet", "folder")
+    for name in names:
         found = list(read_rows(Pairs(path=str(tmp_path / name))))
         assert [(r.query, r.positive) for r in found] == [("a, b", "답"), ("c\nd", "e")]
     assert [r.negatives for r in read_rows(Pairs(path=str(tmp_path / "a.jsonl")))] == [["x"], []]
@@ -100,6 +107,55 @@ def test_columns_have_names_and_negatives_may_be_a_list(tmp_path):
     rows = [{"q": f"q{i}", "p": f"p{i}", "negatives": ["n1", "n2"]} for i in range(4)]
     pairs = Pairs(path=str(write(tmp_path / "a.jsonl", rows)), query="q", positive="p", max_rows=3)
     assert [r.negatives for r in read_rows(pairs)] == [["n1", "n2"]] * 3
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    pairs = pairs.model_copy(update={"path": str(tmp_path / "a.parquet")})
+    assert [r.negatives for r in read_rows(pairs)] == [["n1", "n2"]] * 3
+    with pytest.raises(DataError, match="one row, but a query"):
+        list(read_rows(pairs.model_copy(update={"max_rows": 1})))
+
+
+def test_a_column_that_is_not_there_is_named_with_its_setting(tmp_path):
+    (tmp_path / "a.csv").write_text("query,answer\na,b\nc,d\n", encoding="utf-8")
+    pq.write_table(pa.table({"query": ["a"], "answer": ["b"]}), tmp_path / "a.parquet")
+    for name, place in (("a.csv", "line 1"), ("a.parquet", "row 1")):
+        told = f"{name}, {place}: no column 'positive' among query, answer. Fix: name it with "
+        with pytest.raises(DataError, match=told + r"\{path: .*, positive: NAME\}"):
+            list(read_rows(Pairs(path=str(tmp_path / name))))
+    found = list(read_rows(Pairs(path=str(tmp_path / "a.csv"), positive="answer")))
+    assert [r.positive for r in found] == ["b", "d"]
+
+
+def test_a_data_set_of_the_hub_has_a_subset_and_a_split(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", ROWS[:4])
+    write(tmp_path / "set" / "test.jsonl", ROWS[4:6])
+    path = f"hf:{tmp_path / 'set'}"
+    assert [r.query for r in read_rows(Pairs(path=path))] == [r["query"] for r in ROWS[:4]]
+    for pairs in (Pairs(path=path, split="test"), Pairs(path=f"{path}::test")):
+        found = list(read_rows(pairs))
+        assert [(r.query, r.negatives) for r in found] == [
+            (r["query"], [r["negative"]]) for r in ROWS[4:6]
+        ]
+    with pytest.raises(DataError, match="row 1: no column 'answer' among query, positive"):
+        list(read_rows(Pairs(path=path, positive="answer")))
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *given, **more: asked.append((given, more)))
+    for pairs in (
+        Pairs(path="owner/name", subset="triplet", split="dev"),
+        Pairs(path="hf:owner/name:triplet:dev"),
+    ):
+        with pytest.raises(AttributeError):
+            list(read_rows(pairs))
+    assert asked == [(("owner/name", "triplet"), {"split": "dev", "streaming": True})] * 2
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.pdf", "-"])
+def test_what_holds_no_pairs_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    with pytest.raises(DataError, match=r"unknown kind .* Allowed: \.jsonl, \.csv, \.parquet, all"):
+        list(read_rows(Pairs(path=name)))
 
 
 @pytest.mark.parametrize(
@@ -452,6 +508,8 @@ def test_a_supervised_run_learns_and_saves(recipe, tmp_path):
     rows = [json.loads(x) for x in (tmp_path / "run/supervised/metrics.jsonl").open()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "run" / "supervised" / "rows.arrow").exists()
+    card = (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "- **Training Data:** \n    - a.jsonl\n    - b.jsonl\n" in card
 
 
 def test_b39_held_out_rows_are_measured_and_so_is_the_space(recipe, tmp_path):

@@ -274,7 +274,10 @@ def test_an_encoder_that_gives_the_wrong_shape_is_refused(tiny: Path) -> None:
         (HEADER.encode() + b"nan\ta\tb\n", "line 2: score 'nan' is no number"),
         (HEADER.encode() + b"1\ta\n", "line 2: 2 columns instead of 3"),
         (HEADER.encode() + b"1\ta\tb\tc\n", "line 2: 4 columns instead of 3"),
-        (HEADER.encode() + b"1\ta\tb\n2\tcaf\xe9\tb\n", "line 3: not UTF-8: byte 6 .* 0xe9"),
+        (
+            HEADER.encode() + b"1\ta\tb\n2\tcaf\xe9\tb\n",
+            "line 3: not UTF-8 .byte 0xe9 at position 5",
+        ),
         (HEADER.encode() + b"2\ta\tb\n2\tc\td\n", "every score is 2"),
     ],
 )
@@ -290,8 +293,8 @@ def test_bad_sts_file(tmp_path: Path, content: bytes, message: str) -> None:
     ("file", "content", "message"),
     [
         ("corpus.jsonl", b"", "the file is empty"),
-        ("corpus.jsonl", b'{"_id": "d1", "text": "a"}\n{"_id"', "line 2: .* is not JSON"),
-        ("corpus.jsonl", b'["d1", "a"]\n', "line 1: .* lacks a string '_id' or 'text'"),
+        ("corpus.jsonl", b'{"_id": "d1", "text": "a"}\n{"_id"', "line 2: not JSON"),
+        ("corpus.jsonl", b'["d1", "a"]\n', "line 1: a list"),
         ("corpus.jsonl", b'{"_id": "d1"}\n', "line 1: .* lacks a string '_id' or 'text'"),
         ("corpus.jsonl", b'{"_id": "d1", "text": "a"}\n' * 2, "line 2: id 'd1' was given above"),
         ("corpus.jsonl", b'{"_id": "d1", "text": "\xff"}\n', "line 1: not UTF-8"),

@@ -68,7 +68,7 @@ def test_texts_of_every_kind_of_file(tmp_path):
         ("a.txt", b"fine\n\xff\xfe bad\n", "line 2: not UTF-8"),
         ("a.txt", b"\n \n", "there is no text in it"),
         ("a.jsonl", b'{"text": "x"}\nnot json\n', "line 2: not JSON"),
-        ("a.jsonl", b'{"txt": "x"}\n', "line 1: no column 'text' among txt"),
+        ("a.jsonl", b'{"txt": "x"}\n', "line 1: no column 'text' among txt.* Fix: call it 'text'"),
         ("a.txt.gz", b"no gzip", "not a whole gzip file"),
         ("a.pdf", b"x", "unknown kind of file"),
     ],
@@ -402,6 +402,8 @@ def test_a_folder_that_is_no_run_is_left_alone(recipe, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(OutputError, match="is no run folder"):
         Run(recipe, tmp_path / "mine")
+    (tmp_path / "mine" / "thesis.tex").rename(tmp_path / "mine" / ".recipe.yaml.aside")
+    Run(recipe, tmp_path / "mine")  # a run that was killed as it began
 
 
 @pytest.mark.parametrize("stage", ["mntp", "simcse"])

@@ -13,11 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unmasked import __version__
+
 if TYPE_CHECKING:
     from unmasked.folder import Settings
 
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "llm2vec", "unmasked")
-LIBRARIES = ("unmasked", "sentence-transformers", "transformers", "torch", "peft")
+LIBRARIES = ("sentence-transformers", "transformers", "torch", "peft")
 _DATA = {".csv", ".gz", ".jsonl", ".parquet", ".tsv", ".txt", ".zst"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -42,6 +44,11 @@ class Card:
     stages: Sequence[Mapping[str, object]] = ()
 
 
+def versions() -> dict[str, str]:
+    """This package and the libraries that a model depends on, with their versions."""
+    return {"unmasked": __version__, **{name: version(name) for name in LIBRARIES}}
+
+
 def render(card: Card, settings: Settings, width: int, limit: int) -> str:
     """The whole README.md.
 
@@ -56,7 +63,7 @@ def render(card: Card, settings: Settings, width: int, limit: int) -> str:
     name = _public_name(card.base)
     base = f"[{name}](https://huggingface.co/{name})" if name else Path(card.base).name or card.base
     data = "".join(f"\n    - {_public_name(given) or Path(given).name}" for given in card.datasets)
-    libraries = "\n".join(f"- {library}: {version(library)}" for library in LIBRARIES)
+    libraries = "\n".join(f"- {name}: {number}" for name, number in versions().items())
     return f"""---
 {_front_matter(card)}
 ---

@@ -224,11 +224,12 @@ class Pairs(_Section):
     """A data set of queries and what answers them, and how its texts are asked for."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A .jsonl, .csv or .parquet file, the first two perhaps .gz, or a data set on the hub."""
+    """A .jsonl, .csv (each perhaps .gz or .zst) or .parquet file, a folder of such, or a data set
+    on the hub: ``OWNER/NAME``, ``hf:NAME``, or ``hf:NAME:SUBSET:SPLIT``, streamed."""
     subset: str | None = None
-    """Configuration of a data set on the hub; None is its only one."""
+    """Configuration of a data set on the hub, where the path names none; None is its only one."""
     split: str = "train"
-    """Split of a data set on the hub."""
+    """Split of a data set on the hub, where the path names none."""
     query: str = "query"
     """Column of the query."""
     positive: str = "positive"

@@ -25,6 +25,8 @@ STOCK_MODES = {
     "bos_token": "cls",
 }
 """Our pooling modes (those of LLM2Vec) and what stock sentence-transformers calls them."""
+CAUSAL_BASELINES = ("mean", "weighted_mean", "last_token")
+"""Modes of the paper's causal baselines (arXiv 2404.05961, section 3)."""
 
 
 def check_mode(mode: str) -> str:

@@ -16,7 +16,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -59,33 +59,55 @@ def kind_of(path: str) -> str | None:
     return kind if kind in KINDS and not (kind == ".parquet" and bare != path) else None
 
 
-def read(path: str, name: str, column: str, wanted: Iterable[str]) -> Iterator[Cells]:
+def called(path: str) -> str:
+    """What errors call it."""
+    return "standard input" if path == "-" else path
+
+
+def where(path: str, number: int) -> str:
+    """``a.txt, line 3``."""
+    word = "row" if path.startswith(HUB) or kind_of(path) == ".parquet" else "line"
+    return f"{called(path)}, {word} {number}"
+
+
+def read(path: str, required: Mapping[str, str], wanted: Iterable[str] = ()) -> Iterator[Cells]:
     """Every row of a file, of standard input (``-``), or of a data set (``hf:NAME``).
 
     Args:
         path: what to read; its kind is in its name.
-        name: what errors call it.
-        column: what the text is called; it has to be there.
+        required: columns that have to be there, and what mends it where one is not. A line of .txt
+            is the first of them; a row of .jsonl may still lack one.
         wanted: other columns to read where they exist.
 
     Raises:
         DataError: it cannot be told apart into rows.
     """
-    if path.startswith(HUB):
-        yield from _hub(path, name, column, wanted)
-        return
     kind = ".txt" if path == "-" else kind_of(path)
-    if kind == ".parquet":
-        yield from _parquet(path, name, column, wanted)
-        return
+    if path.startswith(HUB):
+        yield from _hub(path, required, wanted)
+    elif kind == ".parquet":
+        yield from _parquet(path, required, wanted)
+    elif kind == ".txt":
+        yield from read_lines(path, next(iter(required)))
+    else:
+        with _opened(path) as file:
+            lines = _lines(file, path)
+            yield from _csv(lines, path, required) if kind == ".csv" else _json(lines)
+
+
+def hub_parts(path: str) -> tuple[str, ...]:
+    """Name, subset and split of ``hf:NAME:SUBSET:SPLIT``, empty where they are not given."""
+    return (*path.removeprefix(HUB).split(":"), "", "")[:3]
+
+
+def read_lines(path: str, column: str) -> Iterator[Cells]:
+    """Every line of a file, whatever its name, without its line break."""
     with _opened(path) as file:
-        lines = _lines(file, name)
-        if kind == ".csv":
-            yield from _csv(lines, name, column)
-        elif kind == ".jsonl":
-            yield from _json(lines)
-        else:
-            yield from _text(lines, column)
+        for number, line in enumerate(_lines(file, path), start=1):
+            try:
+                yield Cells(number, {column: line.decode().rstrip("\r\n")})
+            except UnicodeDecodeError as error:
+                yield Cells(number, {}, _not_utf8(error))
 
 
 @contextmanager
@@ -105,33 +127,25 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
+def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
     number = 0
     try:
         for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), start=1):
             if len(line) == LONGEST_LINE:
                 given = f"longer than {LONGEST_LINE >> 20} MiB"
-                raise fault_error(f"{name}, line {number}", (given, "give one text a line"))
+                raise fault_error(where(path, number), (given, "give one text a line"))
             yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{name}: not a whole gzip file ({error}).") from error
+        raise DataError(f"{path}: not a whole gzip file ({error}).") from error
     except OSError as error:
         if error.errno is not None:
             raise
-        raise DataError(f"{name}: not a whole zstd file ({error}).") from error
+        raise DataError(f"{path}: not a whole zstd file ({error}).") from error
 
 
 def _not_utf8(error: UnicodeDecodeError) -> Fault:
     given = f"not UTF-8 (byte {error.object[error.start]:#04x} at position {error.start})"
     return given, "convert the file, as with iconv -f latin1 -t utf-8"
-
-
-def _text(lines: Iterable[bytes], column: str) -> Iterator[Cells]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield Cells(number, {column: line.decode().rstrip("\r\n")})
-        except UnicodeDecodeError as error:
-            yield Cells(number, {}, _not_utf8(error))
 
 
 def _json(lines: Iterable[bytes]) -> Iterator[Cells]:
@@ -151,14 +165,13 @@ def _json(lines: Iterable[bytes]) -> Iterator[Cells]:
                 yield Cells(number, {}, (f"a {type(row).__name__}", "one object a line"))
 
 
-def _csv(lines: Iterable[bytes], name: str, column: str) -> Iterator[Cells]:
+def _csv(lines: Iterable[bytes], path: str, required: Mapping[str, str]) -> Iterator[Cells]:
     csv.field_size_limit(2**31 - 1)
     # A row may span lines, so a byte that is no UTF-8 is carried along and found in its row.
     reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in lines), strict=True)
     try:
         header = next(reader, [])
-        if column not in header:
-            raise fault_error(f"{name}, line 1", absent(column, header))
+        _columns(path, header, required)
         for cells in reader:
             number = reader.line_num
             if not cells:
@@ -169,8 +182,8 @@ def _csv(lines: Iterable[bytes], name: str, column: str) -> Iterator[Cells]:
             else:
                 yield _decoded(number, dict(zip(header, cells, strict=True)))
     except csv.Error as error:
-        where = f"{name}, line {reader.line_num}"
-        raise fault_error(where, (f"not CSV ({error})", "mend the quotes")) from error
+        given = f"not CSV ({error})"
+        raise fault_error(where(path, reader.line_num), (given, "mend the quotes")) from error
 
 
 def _decoded(number: int, values: dict[str, str]) -> Cells:
@@ -183,16 +196,13 @@ def _decoded(number: int, values: dict[str, str]) -> Cells:
     return Cells(number, values)
 
 
-def _parquet(path: str, name: str, column: str, wanted: Iterable[str]) -> Iterator[Cells]:
+def _parquet(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> Iterator[Cells]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            if column not in there:
-                raise fault_error(f"{name}, row 1", absent(column, there))
-            columns = [word for word in dict.fromkeys((column, *wanted)) if word in there]
+            columns = _columns(path, file.schema_arrow.names, required, wanted)
             number = 0
             for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
                 for values in _batch_rows(batch, columns):
@@ -202,7 +212,7 @@ def _parquet(path: str, name: str, column: str, wanted: Iterable[str]) -> Iterat
                     else:
                         yield Cells(number, values)
     except pa.ArrowException as error:
-        raise DataError(f"{name}: not a whole Parquet file ({error}).") from error
+        raise DataError(f"{path}: not a whole Parquet file ({error}).") from error
 
 
 def _batch_rows(batch: Any, columns: list[str]) -> Iterator[dict[str, object] | UnicodeDecodeError]:
@@ -216,33 +226,53 @@ def _batch_rows(batch: Any, columns: list[str]) -> Iterator[dict[str, object] | 
                 yield error
 
 
-def _hub(path: str, name: str, column: str, wanted: Iterable[str]) -> Iterator[Cells]:
+def _hub(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> Iterator[Cells]:
     from datasets import load_dataset
 
-    word, subset, split = (*path.removeprefix(HUB).split(":"), "", "")[:3]
+    word, subset, split = hub_parts(path)
     try:
         rows = load_dataset(word, subset or None, split=split or "train", streaming=True)
-        there = rows.column_names
-        if there is not None:
-            if column not in there:
-                raise fault_error(f"{name}, row 1", absent(column, there))
-            rows = rows.select_columns([w for w in dict.fromkeys((column, *wanted)) if w in there])
+        if rows.column_names is not None:
+            rows = rows.select_columns(_columns(path, rows.column_names, required, wanted))
         for number, values in enumerate(rows, start=1):
             yield Cells(number, values)
-    except (OSError, ValueError) as error:  # its own errors are of many kinds, below these two
+    except (OSError, RuntimeError, ValueError) as error:  # its own are of many kinds, below these
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{name}: cannot be read as a Hugging Face data set: {error}") from error
+        raise DataError(
+            f"{path}: cannot be read as a Hugging Face data set: {error}. "
+            "Fix: check its name, subset and split; a file needs its suffix."
+        ) from error
 
 
-def absent(column: str, columns: Iterable[str], option: str = "--text-column") -> Fault:
-    """What is wrong where a column is not there, and how to mend it."""
-    columns = list(columns)
-    hint = nearest(column, columns).rstrip("?")
-    return (
-        f"no column '{column}' among {', '.join(columns) or 'none'}{hint}",
-        f"name it with {option}",
-    )
+def _columns(
+    path: str, there: Sequence[str], required: Mapping[str, str], wanted: Iterable[str] = ()
+) -> list[str]:
+    """Those to read; refuses a file without one that is required."""
+    for column, fix in required.items():
+        if column not in there:
+            raise fault_error(where(path, 1), absent(column, there, fix))
+    return [column for column in dict.fromkeys((*required, *wanted)) if column in there]
+
+
+def string_fault(column: str, value: object) -> Fault | None:
+    """What is wrong with a value that has to be text."""
+    if not isinstance(value, str):
+        given = "null" if value is None else f"a {type(value).__name__}"
+        return f"'{column}' is {given}", "give a string"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        given = f"half a surrogate pair in '{column}' at character {error.start}"
+        return given, "write the whole character"
+    return None
+
+
+def absent(column: str, there: Iterable[str], fix: str) -> Fault:
+    """What is said where a column is not there."""
+    there = list(there)
+    hint = nearest(column, there).rstrip("?")
+    return f"no column '{column}' among {', '.join(there) or 'none'}{hint}", fix
 
 
 def fault_error(where: str, fault: Fault) -> DataError:

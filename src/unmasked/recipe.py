@@ -39,6 +39,17 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     path = shipped_recipes().get(str(path_or_name), Path(path_or_name))
     data, lines = _parse(_read(path, str(path_or_name)), path.name)
     places = {place: f"{path.name} line {line}" for place, line in lines.items()}
+    return _checked(data, overrides, places, path.name)
+
+
+def make_recipe(settings: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe of a command's flags; `overrides` and errors are those of `load_recipe`."""
+    return _checked(dict(settings), overrides, {}, "from the command line")
+
+
+def _checked(
+    data: dict[str, Any], overrides: Sequence[str], places: dict[Place, str], name: str
+) -> Recipe:
     for override in overrides:
         place = _apply(override, data)
         places = {p: text for p, text in places.items() if p[: len(place)] != place}
@@ -47,17 +58,12 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(e, places, path.name) for e in error.errors(include_url=False)]
+        problems = [_explain(e, places, name) for e in error.errors(include_url=False)]
         raise RecipeError("\n".join(problems)) from None
 
 
-def dump_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write the recipe with every default spelt out; ``load_recipe`` reads back an equal one."""
-    Path(path).write_text(recipe_text(recipe), encoding="utf-8")
-
-
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe as YAML, with every default spelt out."""
+    """The recipe as YAML, with every default spelt out; ``load_recipe`` reads an equal one."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

@@ -18,7 +18,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unmasked.errors import DataError, nearest
-from unmasked.readers import HUB, KINDS, Cells, Fault, absent, fault_error, kind_of, read
+from unmasked.readers import (
+    HUB,
+    KINDS,
+    Cells,
+    Fault,
+    absent,
+    called,
+    fault_error,
+    kind_of,
+    read,
+    string_fault,
+    where,
+)
 
 ID_COLUMNS = ("id", "_id")
 _ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]*){0,2}")
@@ -71,7 +83,7 @@ class Source:
     @property
     def name(self) -> str:
         """What errors call it."""
-        return "standard input" if self.path == "-" else self.path
+        return called(self.path)
 
     @property
     def again(self) -> bool:
@@ -90,26 +102,7 @@ class Source:
         Raises:
             DataError: no such file, another kind of file, or a folder with none in it.
         """
-        path = Path(self.path)
-        if self.path == "-" or self.path.startswith(HUB):
-            return [self.path]
-        if path.is_dir():
-            found = [file for file in _visible(path) if kind_of(str(file))]
-            if not found:
-                raise DataError(f"{path}: there is no {', '.join(KINDS)} file in this folder.")
-            return [str(file) for file in found]
-        if kind_of(self.path) is None and not path.exists() and _ON_THE_HUB.fullmatch(self.path):
-            return [HUB + self.path]
-        if kind_of(self.path) is None:
-            raise DataError(
-                f"{self.path}: unknown kind of file. Allowed: {', '.join(KINDS)}, the first three "
-                "perhaps with .gz or .zst behind; a folder of them; hf:NAME for a Hugging Face "
-                "data set; - for standard input."
-            )
-        if not path.is_file():
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise DataError(f"{path} is not a file{nearest(path.name, siblings) or '.'}")
-        return [self.path]
+        return ["-"] if self.path == "-" else find_files(self.path)
 
     @property
     def ignored(self) -> list[str]:
@@ -134,8 +127,7 @@ class Source:
         key, _ = self.layout
         wanted = self.keep if key is None else (key, *self.keep)
         for index in range(first_file, len(self.files)):
-            path = self.files[index]
-            for cells in read(path, self._called(index), self.column, wanted):
+            for cells in read(self.files[index], self._required, wanted):
                 row = self._row(index, cells)
                 if not (self.skip_blank and row.fault is None and not row.text.strip()):
                     yield row
@@ -184,12 +176,12 @@ class Source:
 
     def where(self, row: Row) -> str:
         """``a.txt, line 3``."""
-        path = self.files[row.file]
-        word = "row" if path.startswith(HUB) or kind_of(path) == ".parquet" else "line"
-        return f"{self._called(row.file)}, {word} {row.number}"
+        return where(self.files[row.file], row.number)
 
-    def _called(self, index: int) -> str:
-        return "standard input" if self.path == "-" else self.files[index]
+    @property
+    def _required(self) -> dict[str, str]:
+        training = f"call it '{self.column}'"  # which has no such option
+        return {self.column: training if self.skip_blank else "name it with --text-column"}
 
     @cached_property
     def layout(self) -> tuple[str | None, list[str]]:
@@ -203,13 +195,13 @@ class Source:
                 raise DataError(f"{self.name}: lines of text have no columns to keep.")
             return None, []
         wanted = (*ID_COLUMNS, *self.keep)
-        for index, path in enumerate(self.files):
-            for cells in read(path, self._called(index), self.column, wanted):
+        for path in self.files:
+            for cells in read(path, self._required, wanted):
                 if cells.fault is None:
                     there = list(cells.values)
                     for name in self.keep:
                         if name not in there:
-                            raise fault_error(self._called(index), absent(name, there, "--keep"))
+                            raise fault_error(path, absent(name, there, "name it with --keep"))
                     key = next((name for name in ID_COLUMNS if name in there), None)
                     return key, [_type_name(cells.values[name]) for name in self.keep]
         return None, ["string"] * len(self.keep)
@@ -218,7 +210,7 @@ class Source:
         key, types = self.layout
         fault, values = cells.fault, cells.values
         if fault is None and self.column not in values:
-            fault = absent(self.column, values)
+            fault = absent(self.column, values, self._required[self.column])
         text = values.get(self.column)
         if fault is None:
             fault = self._text_fault(text)
@@ -231,7 +223,7 @@ class Source:
                     "give every row an id, a string or whole number",
                 )
             name = str(value)
-            fault = fault or _half_character(name)
+            fault = fault or string_fault(key, name)
         kept: tuple[object, ...] = ()
         if fault is None and self.keep:
             kept, fault = _kept_values(values, self.keep, types)
@@ -241,18 +233,48 @@ class Source:
         return Row(file, cells.number, text, name, kept)
 
     def _text_fault(self, text: object) -> Fault | None:
-        if not isinstance(text, str):
-            given = "null" if text is None else f"a {type(text).__name__}"
-            return f"'{self.column}' is {given}", "give a string"
+        if (fault := string_fault(self.column, text)) is not None:
+            return fault
+        assert isinstance(text, str)
         if not text.strip() and not self.skip_blank:
             return "an empty text, which has no vector", "remove the row"
-        if (half := _half_character(text)) is not None:
-            return half
         size = len(text.encode()) if self.max_bytes is not None else 0
         if self.max_bytes is not None and size >= self.max_bytes:
             given = f"a text of {size:,} bytes, of which only the beginning would count"
             return given, f"cut it into passages, or allow it with --max-bytes {size + 1}"
         return None
+
+
+def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
+    """What a name stands for, in the order it is read: files, or ``hf:NAME``.
+
+    Args:
+        path: a file, a folder, ``hf:NAME``, or ``OWNER/NAME`` where there is no such folder.
+        kinds: suffixes of `KINDS` that can be used.
+
+    Raises:
+        DataError: no such file, another kind of file, or a folder with none in it.
+    """
+    place = Path(path)
+    if path.startswith(HUB):
+        return [path]
+    if place.is_dir():
+        found = [str(file) for file in _visible(place) if kind_of(str(file)) in kinds]
+        if not found:
+            raise DataError(f"{path}: there is no {', '.join(kinds)} file in this folder.")
+        return found
+    if kind_of(path) is None and not place.exists() and _ON_THE_HUB.fullmatch(path):
+        return [HUB + path]
+    if kind_of(path) not in kinds:
+        raise DataError(
+            f"{path}: unknown kind of file. Allowed: {', '.join(kinds)}, all but .parquet perhaps "
+            "with .gz or .zst behind; a folder of them; hf:NAME for a Hugging Face data set"
+            f"{'; - for standard input' if '.txt' in kinds else ''}."
+        )
+    if not place.is_file():
+        siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise DataError(f"{path} is not a file{nearest(place.name, siblings) or '.'}")
+    return [path]
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -263,15 +285,6 @@ def _visible(folder: Path) -> list[Path]:
         if file.is_file()
         and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
     )
-
-
-def _half_character(text: str) -> Fault | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        given = f"half a surrogate pair at character {error.start}"
-        return given, "write the whole character"
-    return None
 
 
 _TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64"}
@@ -293,8 +306,8 @@ def _kept_values(
         elif wanted == "string":
             if not isinstance(value, str):
                 value = json.dumps(value, ensure_ascii=False, default=str)
-            if (half := _half_character(value)) is not None:
-                return (), half
+            if (fault := string_fault(name, value)) is not None:
+                return (), fault
         elif wanted == "float64" and type(value) is int:
             value = float(value)
         elif _type_name(value) != wanted or (type(value) is int and value.bit_length() > 63):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,14 +141,9 @@ def _folder(
         )
 
 
-def _counter(
-    line: terminal.Line,
-    before: int,
-    total: int | None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Progress:
+def _counter(line: terminal.Line, before: int, total: int | None) -> Progress:
     """Shows rows, and what this run does in a second; the time left follows from that."""
-    begun, tokens_before = clock(), 0
+    begun, tokens_before = time.monotonic(), 0
     line.begin("encoding")
     line.advance(before, total)
 
@@ -158,7 +152,7 @@ def _counter(
         if rows == before:  # nothing done yet but, perhaps, the ranges of int8
             tokens_before = tokens or 0
             return
-        seconds = max(clock() - begun, 1e-9)
+        seconds = max(time.monotonic() - begun, 1e-9)
         notes = [f"{(rows - before) / seconds:,.0f} texts/s"]
         if tokens is not None:
             notes.append(f"{(tokens - tokens_before) / seconds:,.0f} tokens/s")

@@ -12,6 +12,7 @@ import typer
 
 from unmasked.cli.failures import MISUSED
 from unmasked.cli.options import MODEL
+from unmasked.writing import write_text
 
 
 class Rival(str, Enum):
@@ -67,7 +68,7 @@ def evaluate(
     rows = compare_encoders({name: scored[name] for name in dict.fromkeys([*models, *scored])})
     views.score_table(rows, every)
     if json_file:
-        json_file.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+        write_text(json_file, json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
 
 
 def analyse(
@@ -97,7 +98,7 @@ def analyse(
         found = look(model, task)
     views.show_analysis(found)
     if json_file:
-        json_file.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
+        write_text(json_file, json.dumps(found.as_dict(), indent=2) + "\n")
     if output:
         for path in draw(found, output):
             terminal.show(f"figure  {path}")

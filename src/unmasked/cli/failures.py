@@ -21,14 +21,14 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except (UnmaskedError, KeyboardInterrupt, OSError, RuntimeError) as error:
-            code, message = _explain(error, str(ctx.invoked_subcommand))
+            code, message = explain(error, str(ctx.invoked_subcommand))
             if not message or ctx.params.get("debug"):
                 raise
             typer.echo(message, err=True)
             raise typer.Exit(code) from error
 
 
-def _explain(error: BaseException, verb: str) -> tuple[int, str]:
+def explain(error: BaseException, verb: str) -> tuple[int, str]:
     """Exit code and message; an empty message for what is no fault of the user's."""
     if isinstance(error, KeyboardInterrupt):
         if verb in RESUMABLE:

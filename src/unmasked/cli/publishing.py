@@ -41,19 +41,12 @@ def push(
     check_name(repository)
     files = list_files(folder)
     total = sum(size for _, size in files)
-    terminal.table(["file", "size"], [[name, _size(size)] for name, size in files])
+    terminal.table(["file", "size"], [[name, terminal.short(size, "B")] for name, size in files])
     who = "public" if public else "private"
-    terminal.show(f"{len(files)} files, {_size(total)}, to {repository} ({who})")
+    terminal.show(f"{len(files)} files, {terminal.short(total, 'B')}, to {repository} ({who})")
     if dry_run:
         terminal.show("dry run: nothing was sent")
         return
     with terminal.waiting("uploading"):
         address = upload(folder, repository, private=not public)
     terminal.show(f"pushed  {address}")
-
-
-def _size(size: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} B"

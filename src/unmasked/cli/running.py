@@ -8,19 +8,16 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from unmasked.cli import terminal, views
 from unmasked.config import Recipe
 from unmasked.errors import MissingExtraError
 from unmasked.evaluate.compare import CAUSAL, COMMAND, headlines
 from unmasked.evaluate.scorer import RESULTS, make_scorer
-from unmasked.recipe import load_recipe
+from unmasked.recipe import make_recipe
 
 if TYPE_CHECKING:
     from unmasked.train.stages import Listener, Run
@@ -36,10 +33,7 @@ def stage_recipe(
     """
     name = re.sub(r"[^\w.-]", "-", output.resolve().name).lstrip("-.") or stage
     start = {"name": name, "model": {"base": base}, stage: {"data": list(data)}}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{stage}.yaml"
-        path.write_text(yaml.safe_dump(start, allow_unicode=True), encoding="utf-8")
-        return load_recipe(path, overrides)
+    return make_recipe(start, overrides)
 
 
 def run_recipe(recipe: Recipe, path: Path) -> None:

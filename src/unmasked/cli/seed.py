@@ -12,7 +12,6 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,13 +19,15 @@ from typing import Any
 
 import yaml
 
-from unmasked.cli.failures import _explain
+from unmasked.cli.failures import explain
 from unmasked.config import Recipe
 from unmasked.errors import DataError, RecipeError, UnmaskedError, nearest
+from unmasked.recipe import make_recipe
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant_with_warmup": "constant"}
 OWN = {"seed", "weight_decay", "max_steps", "output_dir", "logging_dir"}
 """`TrainingArguments` that a recipe has a place for."""
+DEFAULT_DATA = "wiki1m_for_simcse.txt"
 KEPT = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -35,7 +36,7 @@ def main(stage: str) -> None:
     try:
         run(stage)
     except (UnmaskedError, KeyboardInterrupt, OSError, RuntimeError) as error:
-        code, message = _explain(error, "train")
+        code, message = explain(error, "train")
         if not message:
             raise
         print(message, file=sys.stderr)  # noqa: T201
@@ -216,20 +217,7 @@ def to_recipe(stage: str, flags: Any, options: dict[str, Any], name: str) -> Rec
         "max_length": longest,
     }
     content = {"name": name, "seed": flags.seed, "model": model, stage: settings}
-    return checked(content)
-
-
-DEFAULT_DATA = "wiki1m_for_simcse.txt"
-
-
-def checked(content: dict[str, Any]) -> Recipe:
-    """A recipe of plain values; faults are told as a recipe's are."""
-    from unmasked.recipe import load_recipe
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "flags.yaml"
-        path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
-        return load_recipe(path, [])
+    return make_recipe(content)
 
 
 def refuse(flags: Any) -> None:

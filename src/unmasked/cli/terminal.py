@@ -10,7 +10,7 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,14 +113,21 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
+def short(number: float, unit: str = "") -> str:
+    """``6.5 M``, ``1.2 kB``, ``512 B``."""
+    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.1f} {letter}{unit}"
+    return f"{number:g} {unit}".rstrip()
+
+
 class Line:
     """The progress line: a name, how far it is, and what was measured.
 
     Use as a context manager. Everything is written to stderr.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._console = _console(stderr=True)
         self._live = Progress(
             SpinnerColumn(),
@@ -151,25 +158,13 @@ class Line:
         if self._live.disable:
             self.note(name)
 
-    def counter(self, name: str, unit: str, total: int | None) -> Callable[[int], None]:
-        """Begin to count; call the result with how many are done."""
-        self.begin(name)
-        begun = self._clock()
-        self._first = (begun, 0)
-
-        def count(done: int) -> None:
-            seconds = max(self._clock() - begun, 1e-9)
-            self.advance(done, total, f"{done / seconds:,.0f} {unit}/s")
-
-        return count
-
     def note(self, text: str) -> None:
         """A line that stays, above the progress line."""
         self._console.print(Text(text, style="dim"), soft_wrap=True)
 
     def advance(self, done: int, total: int | None, *notes: str) -> None:
         """Show how much is done, notes behind it, and the time left if it can be told."""
-        now = self._clock()
+        now = time.monotonic()
         begun, first = self._first = self._first or (now, done)
         count = f"{done:,}/{total:,}" if total else f"{done:,}"
         parts = [f"{self._name} {count}", *notes]

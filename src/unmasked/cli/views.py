@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unmasked.cli import terminal
+from unmasked.cli.terminal import short
 from unmasked.evaluate.bootstrap import Interval
 from unmasked.evaluate.compare import Comparison, Row, compare_stages, headline_metrics, headlines
 
@@ -78,24 +79,24 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
     """What holds for all stages, then one column a stage."""
     terminal.facts(
         [
-            ("base", f"{recipe.model.base}, {_short(plan.parameters)} parameters, {plan.dtype}"),
+            ("base", f"{recipe.model.base}, {short(plan.parameters)} parameters, {plan.dtype}"),
             ("devices", str(plan.devices)),
-            ("disk", f"{_bytes(plan.disk)} at most, with the finished encoder"),
+            ("disk", f"{short(plan.disk, 'B')} at most, with the finished encoder"),
         ]
     )
     rows: list[tuple[str, Callable[[StagePlan], str]]] = [
         ("steps", lambda s: f"{s.steps:,}"),
         ("tokens a step", lambda s: f"{'~' if s.shape.assumed else ''}{s.tokens_per_step:,}"),
-        ("tokens", lambda s: _short(s.tokens_per_step * s.steps)),
+        ("tokens", lambda s: short(s.tokens_per_step * s.steps)),
         ("forwards a step", lambda s: f"{s.shape.forwards} of {s.shape.tokens:,} tokens"),
         ("trainable parameters", lambda s: f"{s.trainable:,}"),
         ("FLOPs", lambda s: f"{s.flops:.2e}"),
-        ("weights", lambda s: _bytes(s.memory.weights)),
-        ("gradients", lambda s: _bytes(s.memory.gradients)),
-        ("optimiser", lambda s: _bytes(s.memory.optimiser)),
-        ("activations", lambda s: _bytes(s.memory.activations)),
-        ("logits", lambda s: _bytes(s.memory.logits)),
-        ("memory per device", lambda s: _bytes(s.memory.total)),
+        ("weights", lambda s: short(s.memory.weights, "B")),
+        ("gradients", lambda s: short(s.memory.gradients, "B")),
+        ("optimiser", lambda s: short(s.memory.optimiser, "B")),
+        ("activations", lambda s: short(s.memory.activations, "B")),
+        ("logits", lambda s: short(s.memory.logits, "B")),
+        ("memory per device", lambda s: short(s.memory.total, "B")),
     ]
     if plan.seconds is not None:
         rows.append(("time", lambda s: terminal.duration(s.seconds or 0)))
@@ -104,17 +105,6 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
     terminal.table(["", *names], cells, [11])
     if any(stage.shape.assumed for stage in plan.stages):
         terminal.show("~ no text could be read: half of max_length is assumed for its length")
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def _short(count: int) -> str:
-    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if count >= size:
-            return f"{count / size:.1f}{letter}"
-    return str(count)
 
 
 def show_searches(searches: Sequence[Search]) -> None:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unmasked.corpus.checks import check_apart, check_keep, check_output, survey
-from unmasked.corpus.encoding import CALIBRATION, Encoding, fingerprint
+from unmasked.corpus.encoding import CALIBRATION, Encoding
 from unmasked.corpus.engines import Engine, Progress, with_tokens
 from unmasked.corpus.manifest import Manifest, Part, checksum, locked
 from unmasked.corpus.ranges import RANGES, head_texts, read_ranges, save_ranges, shared_ranges
 from unmasked.corpus.shards import Job, Stream, write_file
-from unmasked.corpus.writers import written_aside
 from unmasked.errors import DataError, OutputError
 from unmasked.source import Source
+from unmasked.writing import written_aside
 
 if TYPE_CHECKING:
     from unmasked.model import LLM2Vec
@@ -216,6 +216,8 @@ class _Facts(NamedTuple):
 
 
 def _facts(model: LLM2Vec, encoding: Encoding, shards: Shards) -> _Facts:
+    from unmasked.fingerprint import fingerprint
+
     encoding.check(model)
     return _Facts(
         fingerprint(model),

@@ -1,4 +1,4 @@
-"""How texts become the numbers that are stored, and what tells one model from another.
+"""How texts become the numbers that are stored.
 
 Vectors are cut first and made of length 1 afterwards (Matryoshka, arXiv 2205.13147), then stored as
 float32, float16, int8 or single bits. int8 needs the smallest and largest value of each dimension;
@@ -7,9 +7,7 @@ they are measured once, on the first texts, saved, and shared by every shard and
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 PRECISIONS = ("float32", "float16", "int8", "binary")
 CALIBRATION = 4096
 """Rows that the ranges of int8 are measured on."""
-_SAMPLED = 1024  # values of each weight that its fingerprint looks at
 
 
 @dataclass(frozen=True)
@@ -122,28 +119,3 @@ class Encoding:
             return self.prompt
         name = self.prompt_name or model.default_prompt_name
         return None if name is None else model.prompts[name]
-
-
-def fingerprint(model: LLM2Vec) -> str:
-    """A digest of the weights, the tokenizer and the settings of a model.
-
-    Of each weight it reads 1024 values, evenly spaced: milliseconds, and no training step leaves
-    them all as they were.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLED)]
-        digest.update(flat.to("cpu", torch.float64).numpy().tobytes())
-    backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        words = json.loads(backend.to_str())
-        words.pop("truncation", None)  # these two change as it is used
-        words.pop("padding", None)
-    else:
-        words = model.tokenizer.get_vocab()
-    settings = [words, asdict(model.settings), model.backbone.tokens.counted]
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    return digest.hexdigest()

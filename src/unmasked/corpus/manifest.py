@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unmasked.corpus.writers import not_written, written_aside
 from unmasked.errors import OutputError
+from unmasked.writing import not_written, written_aside
 
 FORMAT = 1
 Part = tuple[int, int]

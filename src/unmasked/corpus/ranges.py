@@ -11,8 +11,8 @@ from unmasked.corpus.encoding import CALIBRATION
 from unmasked.corpus.engines import Engine
 from unmasked.corpus.manifest import Part
 from unmasked.corpus.shards import Job, Stream
-from unmasked.corpus.writers import written_aside
 from unmasked.errors import DataError, OutputError
+from unmasked.writing import written_aside
 
 RANGES = "_ranges.npy"
 

@@ -1,68 +1,17 @@
 """Files of vectors, written window by window, so that none has to fit in memory.
 
-Every file is written aside, flushed to the disk and renamed: one that is there is whole, whatever
-was killed and however full the disk is. Cost: one window in memory.
+Cost: one window in memory.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import IO, Any, Protocol
 
 import numpy as np
 
-from unmasked.errors import OutputError
-
 OUTPUTS = (".npy", ".parquet", ".safetensors")
-_ASIDE = ".aside"
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place, safely on disk, when the block ends well.
-
-    Its name is fixed, so what a killed process left behind is written over by the next one.
-
-    Raises:
-        OutputError: the disk is full, or the file grew too large for it.
-    """
-    aside = path.with_name(f".{path.name}{_ASIDE}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if isinstance(error, OutputError) or error.filename not in (None, str(aside), str(path)):
-            raise  # the fault of something read meanwhile
-        raise not_written(path, error) from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def not_written(path: Path, error: OSError) -> OutputError:
-    """What is said when a write fails."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    fix = " Fix: make room, and run the same command again." if full else ""
-    return OutputError(f"{path} cannot be written: {error.strerror or error}.{fix}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder survive a loss of power, where the system can."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class Writer(Protocol):

@@ -6,24 +6,19 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from unmasked import __version__
+from unmasked.card import versions
 
 Facts = dict[str, Any]
-
-LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft")
 
 
 def environment() -> Facts:
     """Versions, devices and extras."""
-    import torch
+    from unmasked.precision import bfloat16_instructions
 
-    found: Facts = {"unmasked": __version__, "python": platform.python_version()}
-    found |= {name: _version(name) or "not installed" for name in LIBRARIES}
+    found: Facts = {**versions(), "python": platform.python_version()}
     found["platform"] = platform.platform(terse=True)
     found["devices"] = _devices()
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    bfloat16 = [n for n in ("amx_bf16", "avx512_bf16", "bf16") if capabilities.get(n)]
-    found["cpu_bfloat16"] = ", ".join(bfloat16) or "no (slow: emulated; use float32)"
+    found["cpu_bfloat16"] = bfloat16_instructions() or "no (slow: emulated; use float32)"
     for extra, packages in _extras().items():
         missing = [name for name in packages if _version(name) is None]
         install = f"pip install 'unmasked[{extra}]' ({', '.join(missing)} missing)"

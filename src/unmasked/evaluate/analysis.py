@@ -25,8 +25,9 @@ import numpy as np
 from unmasked import docstrings
 from unmasked.errors import DataError, ModelError
 from unmasked.evaluate.files import load_task
-from unmasked.evaluate.tasks import PairTask, RerankingTask, RetrievalTask, StsTask
-from unmasked.evaluate.vectors import finite, norms
+from unmasked.evaluate.scorer import encode_by_role
+from unmasked.evaluate.tasks import alike
+from unmasked.evaluate.vectors import encoded, norms
 
 TEXTS = 256  # pairs that are looked at
 READ = 32  # texts whose layers are looked at
@@ -147,12 +148,9 @@ def measure_shape(first: np.ndarray, second: np.ndarray) -> Shape:
 
 
 def _shape(model: Any, pairs: Sequence[tuple[str, str]]) -> Shape:
-    sides = []
-    for side in (0, 1):
-        texts = [pair[side] for pair in pairs]
-        vectors = np.asarray(model.encode(texts, show_progress_bar=False), dtype=np.float32)
-        sides.append(finite(vectors, texts, None).astype(np.float64))
-    return measure_shape(*sides)
+    encode = encode_by_role(model)
+    first, second = (encoded(encode, side).astype(np.float64) for side in zip(*pairs, strict=True))
+    return measure_shape(first, second)
 
 
 def _compare(closed: Any, opened: Any, text: str) -> np.ndarray:
@@ -181,18 +179,7 @@ def _docstring_pairs() -> list[tuple[str, str]]:
 
 def _task_pairs(path: str | Path) -> list[tuple[str, str]]:
     task = load_task(path)
-    found: list[tuple[str, str]] = []
-    if isinstance(task, StsTask | PairTask):
-        texts, half = list(task.texts[None]), len(task.gold)
-        alike = np.flatnonzero(task.gold >= np.quantile(task.gold, 0.8))
-        found = [(texts[i], texts[half + i]) for i in alike]
-    elif isinstance(task, RerankingTask):
-        found = [(q, own[0]) for q, own in zip(task.queries, task.candidates, strict=True)]
-    elif isinstance(task, RetrievalTask):
-        documents, queries = task.texts["document"], task.texts["query"]
-        best = [max(grades, key=grades.__getitem__) for grades in task.grades]
-        found = [(q, documents[d]) for q, d in zip(queries, best, strict=True)]
-    found = [(a, b) for a, b in found if a != b]
+    found = [(a, b) for a, b in alike(task) if a != b]
     if len(found) < 2:
         raise DataError(
             f"{path}: no texts that belong together in a task of {task.kind}. "

@@ -11,10 +11,8 @@ from pathlib import Path
 from unmasked import adapters, loading
 from unmasked.errors import ModelError
 from unmasked.model import LLM2Vec
+from unmasked.pooling import CAUSAL_BASELINES
 from unmasked.recipe import load_recipe
-
-POOLINGS = ("mean", "weighted_mean", "last_token")
-"""The poolings of the paper's causal baselines (arXiv 2404.05961, section 3)."""
 
 
 def find_base(model: str) -> str:
@@ -33,7 +31,7 @@ def find_base(model: str) -> str:
 
 
 def causal_baselines(base: str) -> Iterator[tuple[str, Callable[[], LLM2Vec]]]:
-    """Name and maker of a causal encoder for each of `POOLINGS`.
+    """Name and maker of a causal encoder for each of `CAUSAL_BASELINES`.
 
     Raises:
         ModelError: (by a maker) the decoder has no causal mask any more.
@@ -48,5 +46,5 @@ def causal_baselines(base: str) -> Iterator[tuple[str, Callable[[], LLM2Vec]]]:
             )
         return encoder
 
-    for pooling in POOLINGS:
+    for pooling in CAUSAL_BASELINES:
         yield f"causal_{pooling}", lambda pooling=pooling: make(pooling)  # type: ignore[misc]

@@ -111,7 +111,7 @@ def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> 
     last = ours[-1] if ours else None
     gain = None
     if best and last and samples:
-        a, b = (_read_result(folder, name, metric, scores[name]) for name in (last, best))
+        a, b = (read_result(folder, name, metric) for name in (last, best))
         if a.items and b.items:  # mteb's own results keep none
             gain = paired_difference(a, b, metric.rpartition(".")[2], samples)
     return Comparison(metric, column, best, last, gain)
@@ -156,11 +156,6 @@ def read_result(folder: Path, stage: str, metric: str) -> TaskResult:
         DataError: the file of its items is missing.
     """
     scores = next(s["scores"] for s in _read_stages(folder) if s["name"] == stage)
-    return _read_result(folder, stage, metric, scores)
-
-
-def _read_result(folder: Path, stage: str, metric: str, scores: dict[str, float]) -> TaskResult:
-    """What one stage scored on the task of a metric."""
     task = metric.rpartition(".")[0]
     file = folder / "scores" / f"{stage}.npz"
     if not file.is_file():

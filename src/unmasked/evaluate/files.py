@@ -13,14 +13,14 @@ Every fault names the file, the line and the fix. Cost: one pass over each file.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unmasked import readers
 from unmasked.errors import DataError, nearest
 from unmasked.evaluate.tasks import (
     ClassificationTask,
@@ -143,9 +143,7 @@ def _check_labels(path: Path, labels: Sequence[str], wanted: str) -> None:
 
 def _load_reranking(path: Path) -> RerankingTask:
     queries, candidates, relevant = [], [], []
-    for line, record in _objects(
-        path, '{"query": "...", "positive": ["..."], "negative": ["..."]}'
-    ):
+    for line, record in _checked(path, readers.read(str(path), {})):
         query = record.get("query")
         if not isinstance(query, str):
             given = f"no string 'query' among {', '.join(record) or 'no keys'}"
@@ -192,7 +190,7 @@ def _load_retrieval(folder: Path) -> RetrievalTask:
     asked = [queries[query] for query in tested]
     texts: Texts = {"document": list(documents.values()), "query": asked}
     name, grades_of = folder.resolve().name, list(tested.values())
-    return RetrievalTask(name, texts, list(documents), list(tested), grades_of)
+    return RetrievalTask(name, texts, list(documents), grades_of)
 
 
 def _tested(
@@ -215,7 +213,7 @@ def _tested(
 def _records(path: Path) -> dict[str, str]:
     """Text by id of a BEIR .jsonl file; a title goes before a text that does not repeat it."""
     texts: dict[str, str] = {}
-    for line, fields in _objects(path, '{"_id": "1", "text": "..."}'):
+    for line, fields in _checked(path, readers.read(str(path), {})):
         name, title, text = fields.get("_id"), fields.get("title") or "", fields.get("text")
         if not (isinstance(name, str) and isinstance(title, str) and isinstance(text, str)):
             fix = 'write an object of strings, such as {"_id": "1", "title": "", "text": "..."}'
@@ -227,17 +225,6 @@ def _records(path: Path) -> dict[str, str]:
     if not texts:
         raise fault(path, "the file is empty", "give one JSON object a line")
     return texts
-
-
-def _objects(path: Path, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line of a .jsonl file; an empty one for what is no object."""
-    for line, given in read_lines(path):
-        try:
-            record = json.loads(given)
-        except ValueError as error:
-            fix = f"write one object a line, such as {example}"
-            raise fault(path, f"{given[:60]!r} is not JSON ({error})", fix, line) from error
-        yield line, record if isinstance(record, dict) else {}
 
 
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -279,17 +266,21 @@ def read_lines(path: Path, blank: bool = False) -> Iterator[tuple[int, str]]:
     Raises:
         DataError: a line is not UTF-8.
     """
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                given = f"not UTF-8: byte {error.start + 1} of the line is 0x{raw[error.start]:02x}"
-                raise fault(path, given, "convert the file to UTF-8", number) from error
-            if blank or line.strip(" "):
-                yield number, line
+    for number, values in _checked(path, readers.read_lines(str(path), "line")):
+        line = values["line"]
+        if blank or line.strip(" "):
+            yield number, line
+
+
+def _checked(path: Path, rows: Iterable[readers.Cells]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Number and columns of each row; the first that could not be read is an error."""
+    for number, values, wrong in rows:
+        if wrong is not None:
+            raise fault(path, *wrong, number)
+        yield number, values
 
 
 def fault(path: Path, given: str, fix: str, line: int | None = None) -> DataError:
     """An error that says which file, which line, what is wrong there and what to do."""
-    return DataError(f"{path}{f' line {line}' if line else ''}: {given}. Fix: {fix}.")
+    where = readers.where(str(path), line) if line else str(path)
+    return readers.fault_error(where, (given, fix))

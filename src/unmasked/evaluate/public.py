@@ -13,7 +13,6 @@ Cost: importing mteb (seconds), the download of each task's data, and encoding a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ import numpy as np
 from unmasked.errors import DataError, MissingExtraError, nearest
 from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.vectors import finite
+from unmasked.fingerprint import fingerprint
 
 try:
     import mteb
@@ -136,7 +136,7 @@ class Instructed(AbsEncoder):  # type: ignore[misc]
         base = str(getattr(model, "base", "") or "model").rstrip("/").split("/")[-1]
         name = re.sub(r"[^\w.-]", "-", base)
         self.mteb_model_meta = ModelMeta.create_empty(
-            overwrites={"name": f"unmasked/{name}", "revision": fingerprint(model)}
+            overwrites={"name": f"unmasked/{name}", "revision": fingerprint(model)[:12]}
         )
 
     def encode(
@@ -150,16 +150,3 @@ class Instructed(AbsEncoder):  # type: ignore[misc]
         given: list[Any] = [[instruction, text] for text in texts] if instruction else texts
         vectors = self.model.encode(given, show_progress_bar=False)
         return finite(np.asarray(vectors, dtype=np.float32), texts, role)
-
-
-def fingerprint(model: Any) -> str:
-    """Twelve hexadecimal digits that differ between models, poolings and lengths.
-
-    Every parameter counts by its name, shape and 64 of its values.
-    """
-    digest = hashlib.sha256(repr(getattr(model, "settings", None)).encode())
-    for name, values in model.state_dict().items():
-        flat = values.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(values.shape)}".encode() + some.tobytes())
-    return digest.hexdigest()[:12]

@@ -29,13 +29,14 @@ from unmasked.evaluate.compare import (
     Comparison,
     compare_stages,
     headline_metrics,
+    read_result,
 )
-from unmasked.evaluate.compare import read_result as stage_result
 from unmasked.evaluate.files import load_task
 from unmasked.evaluate.samples import Sample, draw_sample
 from unmasked.evaluate.scorer import encode_by_role
 from unmasked.evaluate.vectors import Encode, encode_once, encoded, norms, search
 from unmasked.recipe import load_recipe
+from unmasked.writing import write_text
 
 HITS = 3
 SHORT = 90  # characters of a text in a list
@@ -72,11 +73,7 @@ def write_report(
     texts = page.vectors(recipe)
     page.facts(environment)
     template = files("unmasked.evaluate").joinpath("report.html").read_text(encoding="utf-8")
-    stages = ", ".join(
-        f"{name} {stage.steps:,} steps"
-        for name, stage in (("MNTP", recipe.mntp), ("SimCSE", recipe.simcse))
-        if stage
-    )
+    stages = ", ".join(f"{name} {stage.steps:,} steps" for name, stage in recipe.stages())
     written = Template(template).substitute(
         title=f"{_text(recipe.name)}: report",
         name=_text(recipe.name),
@@ -84,8 +81,7 @@ def write_report(
         body="\n".join(page.parts),
         texts=json.dumps(texts, ensure_ascii=False).replace("</", "<\\/"),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(written, encoding="utf-8")
+    write_text(output, written)
     return output
 
 
@@ -250,7 +246,7 @@ def _find_sample(run: Path, tasks: Sequence[str]) -> Sample | None:
 
 
 def _score(run: Path, stage: str, metric: str, value: float) -> Interval:
-    result = stage_result(run, stage, metric)
+    result = read_result(run, stage, metric)
     if not result.items:
         return Interval(value, value, value)
     return interval(result, metric.rpartition(".")[2])

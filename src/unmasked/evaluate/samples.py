@@ -19,11 +19,10 @@ from unmasked.evaluate.figures import OTHER, PALETTE
 from unmasked.evaluate.tasks import (
     ClassificationTask,
     ClusteringTask,
-    PairTask,
     RerankingTask,
     RetrievalTask,
-    StsTask,
     Task,
+    alike,
 )
 
 MAPPED = 400
@@ -59,12 +58,10 @@ def draw_sample(task: Task) -> Sample:
         return _of_retrieval(task)
     if isinstance(task, ClusteringTask | ClassificationTask):
         return _of_labels(task)
-    if isinstance(task, StsTask | PairTask):
-        return _of_pairs(task)
+    pairs = [(a, b) for a, b in alike(task, share=0.1) if a != b]
     if isinstance(task, RerankingTask):
-        rows = [(q, own[0]) for q, own in zip(task.queries, task.candidates, strict=True)]
-        return _linked(rows, "query", "relevant")
-    return Sample([], [], [])
+        return _linked(pairs, "query", "relevant")
+    return _linked([pairs[i] for i in _shuffled(len(pairs))], "first", "second")
 
 
 def _of_labels(task: ClusteringTask | ClassificationTask) -> Sample:
@@ -78,14 +75,6 @@ def _of_labels(task: ClusteringTask | ClassificationTask) -> Sample:
         if len(alike) == 2:
             pairs.append((texts[alike[0]], texts[alike[1]]))
     return Sample([texts[i] for i in order], [labels[i] for i in order], pairs)
-
-
-def _of_pairs(task: StsTask | PairTask) -> Sample:
-    half = len(task.gold)
-    texts = list(task.texts[None])
-    best = np.flatnonzero(task.gold >= np.quantile(task.gold, 0.9))
-    alike = [(texts[i], texts[half + i]) for i in best if texts[i] != texts[half + i]]
-    return _linked([alike[i] for i in _shuffled(len(alike))], "first", "second")
 
 
 def _linked(pairs: Sequence[tuple[str, str]], first: str, second: str) -> Sample:
@@ -105,9 +94,8 @@ def _of_retrieval(task: RetrievalTask) -> Sample:
         texts = [documents[i] for i in order[: MAPPED // 2]] + queries[: MAPPED // 2]
         colours = ["document"] * min(len(documents), MAPPED // 2)
         colours += ["query"] * (len(texts) - len(colours))
-    asked = [q for q in _shuffled(len(queries)) if task.grades[q]]
-    pairs = [(queries[q], documents[max(task.grades[q], key=task.grades[q].__getitem__)])
-             for q in asked[:PAIRS]]  # fmt: skip
+    asked, linked = _shuffled(len(queries)), alike(task)
+    pairs = [linked[q] for q in asked[:PAIRS]]
     wanted = {d for q in asked[:SEARCHES] for d in task.grades[q]}
     pool = sorted({*order[:SEARCHED], *wanted})
     place = {document: position for position, document in enumerate(pool)}

@@ -95,7 +95,6 @@ class RetrievalTask:
     name: str
     texts: Texts
     document_ids: list[str]
-    query_ids: list[str]
     grades: list[dict[int, float]]
     kind: str = "retrieval"
 
@@ -286,6 +285,26 @@ class ClassificationTask:
                 if seen[self.train_labels[index]] <= SAMPLES_PER_LABEL:
                     samples[-1].append(index)
         return samples
+
+
+def alike(task: Task, share: float = 0.2) -> list[tuple[str, str]]:
+    """Texts of a task that belong together; none where it has no such.
+
+    Args:
+        task: STS, pairs, reranking or retrieval.
+        share: of scored pairs, how many of the most alike are taken.
+    """
+    if isinstance(task, StsTask | PairTask):
+        first, second = np.split(np.array(task.texts[None], dtype=object), 2)
+        best = np.flatnonzero(task.gold >= np.quantile(task.gold, 1 - share))
+        return list(zip(first[best], second[best], strict=True))
+    if isinstance(task, RerankingTask):
+        return [(query, own[0]) for query, own in zip(task.queries, task.candidates, strict=True)]
+    if isinstance(task, RetrievalTask):
+        documents, queries = task.texts["document"], task.texts["query"]
+        found = (max(grades, key=grades.__getitem__) for grades in task.grades)
+        return [(query, documents[best]) for query, best in zip(queries, found, strict=True)]
+    return []
 
 
 def evaluate(tasks: Sequence[Task], encode: Encode) -> list[TaskResult]:

@@ -1,1 +1,1 @@
-"""The stages that make an encoder of a decoder: MNTP, then SimCSE."""
+"""The stages that make an encoder of a decoder: MNTP, SimCSE, supervised."""

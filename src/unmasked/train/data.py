@@ -16,12 +16,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from unmasked.errors import DataError
 from unmasked.source import Source
 from unmasked.tokens import TextTokenizer
+from unmasked.writing import written_aside
 
 _CHUNK = 4096  # texts tokenised at once
 
@@ -92,13 +94,10 @@ def token_file(
     name = _fingerprint(paths, limit, tokens)
     ids, index = folder / f"{name}.bin", folder / f"{name}.npz"
     if not index.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f"{name}.tmp"
-        ends, keys = _write_ids(aside, iterate_texts(paths, limit), tokens)
-        aside.replace(ids)
-        with aside.open("wb") as file:
+        with written_aside(ids) as file:
+            ends, keys = _write_ids(file, iterate_texts(paths, limit), tokens)
+        with written_aside(index) as file:  # last: it says that both are whole
             np.savez(file, ends=np.asarray(ends), keys=np.asarray(keys))
-        aside.replace(index)  # last: it says that both are whole
     with np.load(index) as arrays:
         ends, keys = arrays["ends"], arrays["keys"]
     mapped = np.memmap(ids, dtype=np.int32, mode="r", shape=(int(ends[-1]),))
@@ -106,17 +105,16 @@ def token_file(
 
 
 def _write_ids(
-    file: Path, texts: Iterator[str], tokens: TextTokenizer
+    file: IO[bytes], texts: Iterator[str], tokens: TextTokenizer
 ) -> tuple[array[int], array[int]]:
     ends, keys = array("q", [0]), array("Q")
-    with file.open("wb") as out:
-        while chunk := list(islice(texts, _CHUNK)):
-            rows = [np.asarray(row.ids, np.int32) for row in tokens(chunk, max_length=1 << 30)]
-            np.concatenate(rows).tofile(out)
-            for text, row in zip(chunk, rows, strict=True):
-                ends.append(ends[-1] + len(row))
-                digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                keys.append(int.from_bytes(digest, "big"))
+    while chunk := list(islice(texts, _CHUNK)):
+        rows = [np.asarray(row.ids, np.int32) for row in tokens(chunk, max_length=1 << 30)]
+        np.concatenate(rows).tofile(file)
+        for text, row in zip(chunk, rows, strict=True):
+            ends.append(ends[-1] + len(row))
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            keys.append(int.from_bytes(digest, "big"))
     return ends, keys
 
 

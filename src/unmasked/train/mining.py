@@ -20,6 +20,7 @@ from unmasked.encoder import join_instruction
 from unmasked.errors import DataError
 from unmasked.model import LLM2Vec
 from unmasked.train.pairs import read_rows
+from unmasked.writing import written_aside
 
 
 class Mined(NamedTuple):
@@ -84,12 +85,10 @@ def mine(
     for row in found:
         mined.setdefault((row["q"], row["p"]), []).append(row["negative"])
     count = without = 0
-    aside = output.with_name(output.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with written_aside(output) as file:
         for row in rows:
             texts = dict.fromkeys([*row.negatives, *mined.get((row.query, row.positive), [])])
             count, without = count + len(texts), without + (not texts)
             line = {"query": row.query, "positive": row.positive, "negatives": list(texts)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    aside.replace(output)
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
     return Mined(len(rows), count, without)

@@ -1,11 +1,11 @@
-"""The recipe, stage by stage: baselines, MNTP, SimCSE, each scored, the result saved.
+"""The recipe, stage by stage: baselines, MNTP, SimCSE, supervised, each scored; the result saved.
 
 Everything lives in a run folder, and the same command continues it: a stage that has its adapter is
 not trained again, a score that is written is not computed again, a stage that was cut off resumes
 from its last checkpoint.
 
     recipe.yaml      as resolved         results.json     scores of every stage
-    mntp/ simcse/    adapter, checkpoints, metrics.jsonl, TensorBoard events
+    mntp/ simcse/ supervised/            adapter, checkpoints, metrics.jsonl, TensorBoard events
     scores/          per-item scores, for intervals        model/    the merged encoder
 """
 
@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,11 +24,13 @@ import torch
 from sentence_transformers.util import get_device_name
 from transformers import set_seed
 
-from unmasked import __version__, folder, precision
-from unmasked.config import MNTP, Recipe, Supervised
+from unmasked import folder, precision
+from unmasked.card import versions
+from unmasked.config import MNTP, Pairs, Recipe, Supervised
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
-from unmasked.recipe import dump_recipe, load_recipe, recipe_differences
+from unmasked.pooling import CAUSAL_BASELINES
+from unmasked.recipe import load_recipe, recipe_differences, recipe_text
 from unmasked.train import devices
 from unmasked.train.data import read_texts, token_file
 from unmasked.train.fitting import Job, clear, fit, is_done
@@ -38,11 +39,11 @@ from unmasked.train.mntp import TOKENS
 from unmasked.train.pairs import check_rows
 from unmasked.train.trackers import require_trackers
 from unmasked.train.trainer import Report
+from unmasked.writing import aside_of, write_text
 
-LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft")
-MAY_BE_THERE = {"data", "recipe.tmp", TOKENS}
+RECIPE = "recipe.yaml"
+MAY_BE_THERE = {"data", aside_of(Path(RECIPE)).name, TOKENS}
 """In a folder without a recipe: given, or left by a run that was killed early."""
-BASELINES = ("mean", "weighted_mean", "last_token")
 
 
 class Scored(Protocol):
@@ -109,7 +110,7 @@ class Run:
         devices.wait()
         done: list[str | Path] = [self.recipe.model.base, *self.recipe.model.adapters]
         if self.score is not None:
-            for mode in BASELINES:
+            for mode in CAUSAL_BASELINES:
                 causal = partial(self._encoder, pooling_mode=mode, enable_bidirectional=False)
                 self._score(f"causal_{mode}", partial(causal, done))
             self._score("bidirectional", partial(self._encoder, done))
@@ -138,7 +139,7 @@ class Run:
         return stages
 
     def _check_folder(self) -> None:
-        mine = self.path / "recipe.yaml"
+        mine = self.path / RECIPE
         if mine.is_file():
             changed = recipe_differences(load_recipe(mine), self.recipe)
             if changed:
@@ -181,13 +182,8 @@ class Run:
             shutil.rmtree(self.path / TOKENS, ignore_errors=True)
 
     def _write_recipe(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        aside = self.path / "recipe.tmp"
-        dump_recipe(self.recipe, aside)
-        ran = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-        text = aside.read_text(encoding="utf-8")
-        aside.write_text(f"# unmasked {__version__}, {ran}\n{text}", encoding="utf-8")
-        aside.replace(self.path / "recipe.yaml")
+        ran = ", ".join(f"{name} {number}" for name, number in versions().items())
+        write_text(self.path / RECIPE, f"# {ran}\n{recipe_text(self.recipe)}")
 
     # Encoders
 
@@ -216,10 +212,10 @@ class Run:
         return Job(folder, encoder, recipe.model, recipe.seed, told, start, recipe.trackers)
 
     def _card(self, encoder: LLM2Vec) -> folder.Card:
-        recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")
+        recipe = (self.path / RECIPE).read_text(encoding="utf-8")
         sections = {"Recipe": f"```yaml\n{recipe}```"}
-        stages = (self.recipe.mntp, self.recipe.simcse)
-        data = dict.fromkeys(str(path) for stage in stages if stage for path in stage.data)
+        given = (item for _, stage in self.recipe.stages() for item in stage.data)
+        data = dict.fromkeys(item.path if isinstance(item, Pairs) else item for item in given)
         base, proof = str(self.recipe.model.base), encoder.report.summary()
         return folder.Card(base, proof, sections, list(data), self.results())
 
@@ -241,7 +237,5 @@ class Run:
         np.savez(self.path / "scores" / f"{name}.npz", **items)  # type: ignore[arg-type]
         scores = {f"{r.name}.{key}": float(v) for r in results for key, v in r.scores.items()}
         stages.append({"name": name, "scores": scores})
-        aside = self.path / "results.tmp"
-        aside.write_text(json.dumps({"stages": stages}, indent=2) + "\n", encoding="utf-8")
-        aside.replace(self.path / "results.json")
+        write_text(self.path / "results.json", json.dumps({"stages": stages}, indent=2) + "\n")
         self.listener.scored(name, scores)
