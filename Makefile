@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check format bench clean
+.PHONY: install demo test test-slow check format bench clean
 
 install: $(INSTALLED)
 
@@ -21,6 +21,10 @@ demo: install
 
 test: check
 	$(BIN)/python -m pytest
+
+# The full zoo, kills at random moments, plans against what runs then used.
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 check: install
 	$(BIN)/ruff format --check
