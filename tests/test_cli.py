@@ -439,6 +439,12 @@ def test_evaluate_several_models(cli, tiny_decoder, tasks, tmp_path):
     assert (code, "absent.tsv: no such file" in err) == (2, True)
 
 
+def test_evaluate_refuses_a_json_file_in_no_folder_before_it_scores(cli, tasks):
+    code, out, err = cli("evaluate", "nano", "--tasks", tasks[0], "--json", "nowhere/a.json")
+    assert (code, out) == (2, "")
+    assert err == "error: --json nowhere/a.json: there is no such folder. Fix: make it first.\n"
+
+
 def test_doctor_knows_this_machine(cli):
     import torch
 
