@@ -430,7 +430,7 @@ def test_require_names_given_allowed_and_fix(verdict, allow, said):
 def test_require_does_not_advise_the_attention_that_failed():
     with pytest.raises(NotBidirectionalError) as caught:
         require(small_report("impossible", "eager"))
-    assert "attn_implementation" not in str(caught.value)
+    assert str(caught.value).endswith("Fix: choose a decoder with attention in every layer.")
 
 
 def test_report_as_json_and_as_a_line():

@@ -181,6 +181,18 @@ def test_convert_makes_what_stock_sentence_transformers_loads(cli, tiny_decoder,
     np.testing.assert_allclose(stock, ours, atol=1e-5)
 
 
+def test_convert_passes_on_no_notes_of_the_libraries(tmp_path, tiny_tokenizer):
+    import tiny
+    from conftest import save_random
+
+    # Most decoders have a head of their own, which transformers reports as unexpected.
+    save_random(tmp_path / "decoder", tiny.config("llama"), tiny_tokenizer)
+    words = [*COMMAND, "convert", "decoder", "-o", "new"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == ["loading decoder", "saving"]
+
+
 def test_convert_refuses_an_output_before_it_loads_anything(cli, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
@@ -425,6 +437,12 @@ def test_evaluate_several_models(cli, tiny_decoder, tasks, tmp_path):
     assert "w_dev.upos before accuracy" in out and "sts.pearson" in out
     code, _, err = cli("evaluate", "model", "--tasks", "words:absent.tsv")
     assert (code, "absent.tsv: no such file" in err) == (2, True)
+
+
+def test_evaluate_refuses_a_json_file_in_no_folder_before_it_scores(cli, tasks):
+    code, out, err = cli("evaluate", "nano", "--tasks", tasks[0], "--json", "nowhere/a.json")
+    assert (code, out) == (2, "")
+    assert err == "error: --json nowhere/a.json: there is no such folder. Fix: make it first.\n"
 
 
 def test_doctor_knows_this_machine(cli):

@@ -58,6 +58,9 @@ def test_b11_shapes(model):
     assert model.encode([]).shape == (0, 32)
     assert model.encode([], convert_to_tensor=True).shape == (0, 32)
     assert model.encode([], truncate_dim=8).shape == (0, 8)
+    for precision in ("float32", "int8", "ubinary"):
+        some, none = (model.encode(t, precision=precision) for t in (TEXTS, []))
+        assert none.shape == (0, some.shape[1]) and none.dtype == some.dtype
     assert model.encode(TEXTS).shape == (len(TEXTS), 32)
     assert model.encode(TEXTS).dtype == np.float32
     assert isinstance(model.encode(TEXTS, convert_to_tensor=True), torch.Tensor)

@@ -155,12 +155,14 @@ def require(report: Report, *, allow_partial: bool = False) -> None:
     """
     if report.verdict == "full" or (report.verdict == "partial" and allow_partial):
         return
-    accept = "pass allow_partial=True to accept it, " if report.verdict == "partial" else ""
-    eager = "" if report.attention == "eager" else "load it with attn_implementation='eager', "
+    fixes = ["pass allow_partial=True to accept it"] if report.verdict == "partial" else []
+    if report.attention != "eager":
+        fixes.append("load it with attn_implementation='eager'")
+    fixes.append("choose a decoder with attention in every layer")
     raise NotBidirectionalError(
         f"'{report.model_type}' with {report.attention} attention is not bidirectional: verdict "
         f"'{report.verdict}', allowed: {'full, partial' if allow_partial else 'full'}. Reason: "
-        f"{report.reason}. Fix: {accept}{eager}or choose a decoder with attention in every layer.",
+        f"{report.reason}. Fix: {', or '.join(fixes)}.",
         report,
     )
 

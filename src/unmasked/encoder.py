@@ -6,7 +6,8 @@ and the only place that calls the transformer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
-from unmasked.errors import DataError
+from unmasked.errors import DataError, ModelError
 from unmasked.original import text_mask
 from unmasked.packing import Packed, pack, run_packed
 from unmasked.templates import PLAIN
@@ -26,6 +27,21 @@ Pair = tuple[str, str]
 
 join_instruction = PLAIN.join
 """The prompt of an instruction where there is no template."""
+
+
+def listed(inputs: Any) -> list[Any]:
+    """Inputs of `encode` as a list, whatever they come in: a tuple, an array, a generator.
+
+    Raises:
+        DataError: they are no sequence of inputs at all.
+    """
+    if isinstance(inputs, Iterable) and not isinstance(inputs, Mapping | bytes):
+        with suppress(TypeError):  # an array without an axis
+            return list(inputs)
+    raise DataError(
+        f"inputs are {_describe(inputs)}. Allowed: a string, a list of strings, or a list of "
+        "[instruction, text] pairs. Fix: encode(['a text'])."
+    )
 
 
 def split_pairs(
@@ -56,7 +72,19 @@ def split_pairs(
                 "Allowed: all strings, or all [instruction, text] pairs. "
                 "Fix: give texts without an instruction as ['', text]."
             )
+        if not (prompts[-1].isascii() and texts[-1].isascii()):
+            _check_whole(index, prompts[-1] + texts[-1])
     return texts, prompts
+
+
+def _check_whole(index: int, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"input {index} has half a surrogate pair ({text[error.start]!r}), which is no "
+            "character. Fix: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+        ) from error
 
 
 def _is_pair(item: Sequence[Any]) -> bool:
@@ -131,7 +159,16 @@ class Backbone(InputModule):
         return self.tokens(texts, [p or prompt or "" for p in prompts], max_length)
 
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
-        return collate(rows, int(self.tokenizer.pad_token_id))
+        features = collate(rows, int(self.tokenizer.pad_token_id))
+        most = int(features["input_ids"].max())
+        config: Any = self.auto_model.config
+        known = int(config.get_text_config().vocab_size)
+        if most >= known:
+            raise ModelError(
+                f"the tokenizer gives token {most} ('{self.tokenizer.convert_ids_to_tokens(most)}')"
+                f", and the model knows {known}. Fix: the tokenizer that was saved with it."
+            )
+        return features
 
     def preprocess(
         self,

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from unmasked.model import LLM2Vec
 
 SENTENCE = "sentence_embedding"
+TOKENS = "token_embeddings"
+OUTPUTS = (SENTENCE, TOKENS, None)
+"""What `encode` can be asked for; None is everything."""
 ON_DEVICE = 4096
 """Vectors that may wait on the device before they are copied to the host."""
 
@@ -108,18 +111,28 @@ def sentence_vectors(model: LLM2Vec, inputs: list[Any], job: Job) -> Tensor:
     return results[torch.from_numpy(inverse).to(results.device)]
 
 
+def no_vectors(like: Any, width: int, precision: str | None) -> Any:
+    """(0, D) vectors, as an empty list gives them: a tensor if `like` is one, else an array."""
+    kinds = {"int8": np.int8, "uint8": np.uint8, "binary": np.int8, "ubinary": np.uint8}
+    packed = precision in ("binary", "ubinary")  # a bit a number
+    shape = (0, -(-width // 8) if packed else width)
+    empty = np.empty(shape, kinds.get(precision or "", np.float32))
+    return torch.from_numpy(empty).to(like.device) if isinstance(like, Tensor) else empty
+
+
 def row_outputs(model: LLM2Vec, inputs: list[Any], job: Job) -> list[Any]:
     """Token states (T, D) of each input without padding, or every output of each input."""
     results: list[Any] = [None] * len(inputs)
     with tqdm(total=len(inputs), unit="text", disable=not job.show_progress) as bar:
         for batch, outputs in _forwards(model, inputs, job):
-            if job.output == "token_embeddings":
+            if job.output == TOKENS:
                 states = outputs[job.output]
                 rows: list[Any] = [
                     row[:n].float() for row, n in zip(states, batch.lengths, strict=True)
                 ]
             else:
-                shown = {k: v for k, v in outputs.items() if not k.startswith("packed")}
+                own = {k: v for k, v in outputs.items() if not k.startswith("packed")}
+                shown = {k: v for k, v in own.items() if isinstance(v, Tensor)}  # of each row
                 rows = [{k: v[i] for k, v in shown.items()} for i in range(len(batch.lengths))]
             for place, row in zip(batch.places, rows, strict=True):
                 results[place] = row

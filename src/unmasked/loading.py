@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -35,11 +34,9 @@ from unmasked.folder import PROMPTS_NAME, SETTINGS_NAME
 from unmasked.precision import Precision
 from unmasked.templates import PUBLISHED, detect
 from unmasked.tokens import without_blank_mask
+from unmasked.weights import BUNDLED, first_line, load_model, require_whole, why
 
 logger = logging.getLogger(__name__)
-
-BUNDLED = "nano"
-"""The name of the decoder that comes with the package."""
 
 
 def bundled_path() -> Path:
@@ -115,7 +112,8 @@ def load(
     attempts = [attention] if attention else [None, "eager"]
     for number, implementation in enumerate(attempts, start=1):
         live = open_config(config) if enable_bidirectional else config
-        model = _load_model(trunk, live, chosen.dtype, implementation, **weights)
+        model, missing = load_model(trunk, live, chosen.dtype, implementation, **weights)
+        require_whole(trunk.name, missing)
         report = open_mask(model) if enable_bidirectional else None
         try:
             if report is not None:
@@ -232,14 +230,11 @@ def load_causal_lm(
 
     source = Source(resolve_base(base), hub)
     config = open_config(_load_config(source))
-    model, info = _load_model(
-        source, config, dtype, attention, AutoModelForCausalLM, output_loading_info=True
-    )
-    if info["missing_keys"]:
+    model, missing = load_model(source, config, dtype, attention, AutoModelForCausalLM)
+    if missing:
         raise ModelError(
-            f"{source.name} has no language-model head "
-            f"({', '.join(sorted(info['missing_keys'])[:3])} missing), and MNTP predicts tokens. "
-            "Fix: start MNTP from the decoder itself."
+            f"{source.name} has no language-model head ({', '.join(missing[:3])} missing), and "
+            "MNTP predicts tokens. Fix: start MNTP from the decoder itself."
         )
     return model  # type: ignore[no-any-return]
 
@@ -277,46 +272,12 @@ def _load_config(source: Source, adapter: Source | None = None) -> PretrainedCon
         if adapter is not None:
             raise ModelError(
                 f"the adapter {adapter.name} belongs to the base {name}, which cannot be reached: "
-                f"{_first_line(error)} Fix: download {name} and name its folder: "
+                f"{first_line(error)} Fix: download {name} and name its folder: "
                 f"LLM2Vec.from_pretrained({adapter.name!r}, base='path/to/it')."
             ) from error
-        raise ModelError(_why(name, error)) from error
+        raise ModelError(why(name, error)) from error
     vars(config).pop("auto_map", None)  # code from the hub is neither run nor pointed to
     return config
-
-
-def _load_model(
-    source: Source,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    attention: str | None,
-    auto: Any = AutoModel,
-    use_safetensors: bool | None = True,
-    **options: Any,
-) -> Any:
-    extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    # the auto classes look for an adapter too, and ask the hub unless they are told here as well
-    asked = {k: v for k, v in source.hub.items() if k in ("cache_dir", "local_files_only")}
-    try:
-        return auto.from_pretrained(
-            source.name,
-            config=config,
-            dtype=dtype,
-            use_safetensors=use_safetensors,
-            trust_remote_code=False,
-            adapter_kwargs=asked,
-            **extra,
-            **source.hub,
-            **options,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        if "safetensors" in str(error) and use_safetensors:
-            raise ModelError(
-                f"{source.name} has no safetensors weights, and pickled ones are not loaded: a "
-                "pickle can run code. Fix: convert them, or, if you trust them, allow_pickle=True "
-                f"(tensors only). ({_first_line(error)})"
-            ) from error
-        raise ModelError(_why(source.name, error)) from error
 
 
 def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -331,20 +292,5 @@ def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
                 f"{name} has a model but no tokenizer that can be read (tokenizer.json). "
                 "Fix: save the tokenizer of the base model into the same folder."
             ) from error
-        raise ModelError(_why(name, error)) from error
+        raise ModelError(why(name, error)) from error
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _why(name: str, error: Exception) -> str:
-    first = _first_line(error)
-    if Path(name).exists():
-        return f"cannot load {name}: {first}"
-    return (
-        f"cannot load {name}: it is no folder here, and the hub gave: {first} "
-        f"Fix: check the name, or download the model and give its folder; '{BUNDLED}' is the "
-        "model that comes with the package."
-    )

@@ -26,8 +26,16 @@ from transformers import PreTrainedTokenizerBase
 from unmasked import adapters, folder, loading, original
 from unmasked.batches import token_budget
 from unmasked.bidirectional import Report, open_mask, prove, stock_loading
-from unmasked.encoder import Backbone, split_pairs
-from unmasked.inference import SENTENCE, Job, row_outputs, sentence_vectors
+from unmasked.encoder import Backbone, listed, split_pairs
+from unmasked.errors import DataError, unknown
+from unmasked.inference import (
+    OUTPUTS,
+    SENTENCE,
+    Job,
+    no_vectors,
+    row_outputs,
+    sentence_vectors,
+)
 from unmasked.packing import enable_packing
 from unmasked.pooling import TextPooling, check_mode
 from unmasked.precision import Precision
@@ -284,7 +292,8 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             (N, D) float32 array; (D,) for a single string; (0, D) for an empty list.
 
         Raises:
-            DataError: an input is no string and no pair, or both kinds are mixed.
+            DataError: an input is no string and no pair, or both kinds are mixed; or an
+                ``output_value`` that there is not.
         """
         inputs = kwargs.pop("sentences", inputs)
         prompt_name, prompt, kwargs = original.encode_options(
@@ -292,14 +301,17 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
         )
         batch_size = kwargs.pop("batch_size", batch_size)
         if not isinstance(inputs, str):
-            inputs = list(inputs)
+            inputs = listed(inputs)
             split_pairs(inputs)  # names the faulty index before any work is done
+        if (output := kwargs.get("output_value", SENTENCE)) not in OUTPUTS:
+            raise DataError(unknown("output_value", str(output), map(str, OUTPUTS)))
         rows = _BY_TOKENS if batch_size is None else batch_size
         stock: Any = super().encode
         vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, batch_size=rows, **kwargs)
         if isinstance(inputs, list) and not inputs and not isinstance(vectors, list):
-            width = kwargs.get("truncate_dim") or self.get_embedding_dimension()
-            vectors = vectors.reshape(0, width)
+            width = self.get_embedding_dimension() or 0
+            width = min(kwargs.get("truncate_dim") or width, width)
+            vectors = no_vectors(vectors, width, kwargs.get("precision"))
         return vectors.cpu() if self.settings.compat and isinstance(vectors, Tensor) else vectors
 
     def encode_words(

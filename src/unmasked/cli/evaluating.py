@@ -12,6 +12,7 @@ import typer
 
 from unmasked.cli.failures import MISUSED
 from unmasked.cli.options import MODEL
+from unmasked.errors import OutputError
 from unmasked.writing import write_text
 
 
@@ -53,6 +54,7 @@ def evaluate(
     from unmasked.evaluate.compare import compare_encoders
     from unmasked.evaluate.scorer import make_scorer
 
+    _check_folder(json_file)
     score = make_scorer(tasks, languages, results)
     with terminal.waiting("loading the libraries"):
         from unmasked.evaluate.baselines import causal_baselines, find_base
@@ -69,6 +71,12 @@ def evaluate(
     views.score_table(rows, every)
     if json_file:
         write_text(json_file, json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+
+
+def _check_folder(json_file: Path | None) -> None:
+    """Refuse a file that cannot be written before anything is scored for it."""
+    if json_file is not None and not json_file.parent.is_dir():
+        raise OutputError(f"--json {json_file}: there is no such folder. Fix: make it first.")
 
 
 def analyse(
@@ -90,6 +98,7 @@ def analyse(
     """A look inside: closed against open mask by layer, and the shape of the vectors."""
     from unmasked.cli import terminal, views
 
+    _check_folder(json_file)
     with terminal.waiting(f"analysing {model}"):
         from unmasked.evaluate.analysis import analyse as look
         from unmasked.evaluate.analysis import draw

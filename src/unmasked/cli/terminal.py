@@ -96,14 +96,21 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Silence the bars and notes of the libraries below; downloads from the hub still show."""
+    """Silence the bars and notes of the libraries below; downloads from the hub still show.
+
+    What matters in their notes is an error here: weights that a checkpoint lacks (`weights`), a
+    hub that cannot be reached.
+    """
     # Deprecations between the libraries are for their authors.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from datasets.utils.logging import disable_progress_bar
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     disable_progress_bar()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def duration(seconds: float) -> str:

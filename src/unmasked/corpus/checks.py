@@ -77,6 +77,14 @@ def check_keep(source: Source, kind: str) -> None:
         raise OutputError(f"--keep {','.join(source.keep)}: {word}. Fix: leave it out.")
 
 
+def check_ranges(ranges: Path | None, precision: str) -> None:
+    """Refuse ranges that nothing would use."""
+    if ranges is not None and precision != "int8":
+        raise OutputError(
+            f"--ranges {ranges}: {precision} has no ranges. Fix: --precision int8, or no --ranges."
+        )
+
+
 def check_apart(source: Source, folder: Path) -> None:
     """Refuse to write into the folder that is read, whose files would change the next reading."""
     root = Path(source.path).resolve()

@@ -11,10 +11,10 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unmasked.corpus.checks import check_apart, check_keep, check_output, survey
+from unmasked.corpus.checks import check_apart, check_keep, check_output, check_ranges, survey
 from unmasked.corpus.encoding import CALIBRATION, Encoding
 from unmasked.corpus.engines import Engine, Progress, with_tokens
-from unmasked.corpus.manifest import Manifest, Part, checksum, locked
+from unmasked.corpus.manifest import Manifest, Part, alone, checksum, locked
 from unmasked.corpus.ranges import RANGES, head_texts, read_ranges, save_ranges, shared_ranges
 from unmasked.corpus.shards import Job, Stream, write_file
 from unmasked.errors import DataError, OutputError
@@ -96,15 +96,29 @@ def encode_corpus(
     encoding, output = encoding or Encoding(), Path(output)
     check_output(output, overwrite)
     check_keep(source, output.suffix)
+    check_ranges(ranges, encoding.precision)
+    with alone(output):
+        check_output(output, overwrite)  # nobody else can make it from here on
+        window = window or WINDOW.get(model.device.type, _WINDOW)
+        shards = Shards(output.suffix, window=window, skip=skip, ranges=ranges)
+        return _one_file(model, source, output, encoding, shards, progress)
+
+
+def _one_file(
+    model: LLM2Vec,
+    source: Source,
+    output: Path,
+    encoding: Encoding,
+    shards: Shards,
+    progress: Progress,
+) -> Encoded:
     encoding.check(model)
     stream = Stream(source)
-    window = window or WINDOW.get(model.device.type, _WINDOW)
-    shards = Shards(output.suffix, window=window, skip=skip, ranges=ranges)
     job = _job(source, encoding, output.parent, shards, encoding.width(model))
     if encoding.precision == "int8":
-        saved = read_ranges(ranges, job.width) if ranges else None
+        saved = read_ranges(shards.ranges, job.width) if shards.ranges else None
         if saved is None:
-            saved = encoding.calibrate(model, head_texts(stream), window)
+            saved = encoding.calibrate(model, head_texts(stream), job.window)
         job = replace(job, ranges=saved)
         save_ranges(output.with_suffix(".ranges.npy"), saved)
     told = with_tokens(model, progress)
@@ -113,8 +127,10 @@ def encode_corpus(
     told(0)
     rows = stream.take(0, 1 << 62)
     written = write_file(job, model, output, rows, 0, told)
+    listed = output.with_suffix(".skipped.jsonl")
+    listed.unlink(missing_ok=True)  # of the file that was replaced
     if written.skipped:
-        with written_aside(output.with_suffix(".skipped.jsonl")) as file:
+        with written_aside(listed) as file:
             for fault in written.skipped:
                 file.write(json.dumps(fault, ensure_ascii=False).encode() + b"\n")
     return Encoded(written.rows, job.width, len(written.skipped))
@@ -153,6 +169,7 @@ def encode_folder(
     """
     encoding, shards, folder = encoding or Encoding(), shards or Shards(), Path(folder)
     check_keep(source, shards.kind)
+    check_ranges(shards.ranges, encoding.precision)
     check_apart(source, folder)
     if overwrite and shards.part[1] > 1:
         raise OutputError(

@@ -25,6 +25,7 @@ from unmasked.errors import OutputError
 from unmasked.writing import not_written, written_aside
 
 FORMAT = 1
+_DIVIDE = "name another folder, or divide the work with --shard 1/2 and --shard 2/2"
 Part = tuple[int, int]
 """(i, n): the i-th of n machines, from 1."""
 
@@ -200,7 +201,23 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def alone(output: Path) -> Iterator[None]:
+    """Keep other processes from writing the same file; nothing is left behind.
+
+    Raises:
+        OutputError: another process writes to it.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(f".{output.name}.lock")
+    with _lock(path, output, "or name another file"):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _lock(path: Path, output: Path | None = None, fix: str = _DIVIDE) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
@@ -208,8 +225,7 @@ def _lock(path: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise OutputError(
-            f"{path.parent}: another process is writing to it. Fix: wait for it, name another "
-            "folder, or divide the work with --shard 1/2 and --shard 2/2."
+            f"{output or path.parent}: another process is writing to it. Fix: wait for it, {fix}."
         ) from error
     try:
         yield

@@ -1,0 +1,47 @@
+"""What `encode` takes and refuses, and every kind of thing it gives."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+from unmasked.errors import DataError, ModelError
+from unmasked.model import LLM2Vec
+
+
+@pytest.fixture(scope="module")
+def model(tiny_decoder):
+    return LLM2Vec.from_pretrained(tiny_decoder)
+
+
+def test_every_output_of_each_input(model):
+    one, two = model.encode(["a b", "one longer text"], output_value=None)
+    assert sorted(one) == [
+        "attention_mask", "input_ids", "sentence_embedding", "text_mask", "token_embeddings",
+    ]  # fmt: skip
+    np.testing.assert_allclose(
+        two["sentence_embedding"], model.encode("one longer text"), atol=1e-5
+    )
+    assert one["token_embeddings"].shape == two["token_embeddings"].shape
+    with pytest.raises(DataError, match=r"unknown output_value 'token_embedings', did you mean"):
+        model.encode(["a"], output_value="token_embedings")
+
+
+@pytest.mark.parametrize("inputs", [None, 5, b"bytes", {"text": "a"}, np.array("no axis")])
+def test_what_is_no_list_of_texts_is_refused(model, inputs):
+    with pytest.raises(DataError, match=r"inputs are .*Fix: encode\(\['a text'\]\)"):
+        model.encode(inputs)
+
+
+def test_half_a_character_names_the_index(model):
+    with pytest.raises(DataError, match="input 1 has half a surrogate pair"):
+        model.encode(["한국어", "\ud800"])
+
+
+def test_a_tokenizer_of_another_model_is_told(model):
+    wrong = copy.deepcopy(model)
+    wrong.backbone.auto_model.resize_token_embeddings(100)
+    with pytest.raises(ModelError, match=r"the tokenizer gives token \d+ .* model knows 100"):
+        wrong.encode(["a text of several words"])
