@@ -193,8 +193,8 @@ def test_b54_truncation_overwrites_nothing_and_eos_is_the_tokenizers(tiny_tokeni
             tokenizer_object=backend, bos_token="<s>", eos_token=eos
         )
         prepared = prepare_tokenizer(tokenizer, append_eos=True)
-        whole = TextTokenizer(prepared, 4096, append_eos=True)(["word " * 40])[0].ids
-        cut = TextTokenizer(prepared, 16, append_eos=True)(["word " * 40])[0].ids
+        whole = TextTokenizer(prepared, 4096)(["word " * 40])[0].ids
+        cut = TextTokenizer(prepared, 16)(["word " * 40])[0].ids
         assert len(cut) == 16
         assert cut[:-1] == whole[:15]
         assert cut[-1] == whole[-1] == tokenizer.convert_tokens_to_ids(eos)

@@ -75,7 +75,7 @@ def test_the_columns_say_the_kind(tmp_path):
         ("x_test.tsv", LABELLED + "9\tb\n", "line 32: label '9' does not occur in x_train.tsv"),
         ("x.jsonl", "", "the file is empty"),
         ("x.jsonl", RANKED + "{", "line 2: not JSON"),
-        ("x.jsonl", '{"querry": "q"}\n', "line 1: no string 'query' among querry, did you mean"),
+        ("x.jsonl", '{"querry": "q"}\n', "line 1: no column 'query' among querry, did you mean"),
         ("x.jsonl", '{"query": "q", "negative": ["b"]}', "line 1: query 'q' has no relevant doc"),
         ("x.jsonl", '{"query": "q", "positive": "a", "negative": []}', "has no other documents"),
         ("x.jsonl", '["q"]\n', "line 1: a list"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from unmasked.errors import DataError, ModelError
-from unmasked.tokens import MARK, TextTokenizer, leading_ids, prepare_tokenizer
+from unmasked.tokens import MARK, TextTokenizer, prepare_tokenizer, surrounding_ids
 
 TEXTS = [
     "hello world",
@@ -43,7 +43,7 @@ def test_a_prompt_of_the_mark_alone_is_bos_and_not_a_named_special_token(tokeniz
     """The two facts that make the stock loader leave BOS out of pooling without a prompt."""
     prepared = prepare_tokenizer(tokenizer)
     ids = prepared(MARK)["input_ids"]
-    assert ids == leading_ids(tokenizer) != []
+    assert ids == surrounding_ids(tokenizer)[0] != []
     assert ids[-1] not in prepared.all_special_ids
 
 
@@ -85,7 +85,7 @@ def test_b4_truncation_counts_tokens_in_every_script(tokenizer):
 
 def test_b6_only_the_text_is_truncated(tokenizer):
     prepared = prepare_tokenizer(tokenizer, append_eos=True)
-    tokens = TextTokenizer(prepared, max_length=40, append_eos=True)
+    tokens = TextTokenizer(prepared, max_length=40)
     row = tokens(["word " * 100], "Find the passage:\n")[0]
     assert len(row.ids) == 40
     assert row.ids[-1] == tokenizer.eos_token_id
@@ -100,7 +100,7 @@ def test_b6_an_instruction_that_leaves_no_room_is_an_error(tokenizer):
 
 
 def test_b9_eos_is_appended_exactly_once(tokenizer):
-    tokens = TextTokenizer(prepare_tokenizer(tokenizer, append_eos=True), append_eos=True)
+    tokens = TextTokenizer(prepare_tokenizer(tokenizer, append_eos=True))
     for text in TEXTS:
         ids = tokens([text])[0].ids
         plain = tokenizer(text)["input_ids"]
@@ -129,3 +129,42 @@ def test_skip_instruction_false_pools_everything(tokenizer):
     tokens = TextTokenizer(prepare_tokenizer(tokenizer), skip_instruction=False)
     row = tokens(["a text"], "Instruction:\n")[0]
     assert (row.start, row.stop) == (0, len(row.ids))
+
+
+@pytest.fixture
+def bert(tiny_tokenizer, tmp_path):
+    """A base encoder of random weights whose tokenizer puts [CLS] before a text, [SEP] behind."""
+    from conftest import save_random
+    from tokenizers import Tokenizer, processors
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    named = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return save_random(tmp_path / "bert", config, tokenizer), tokenizer
+
+
+def test_a_base_encoder_keeps_its_separator_here_and_in_its_folder(bert, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    from unmasked import LLM2Vec
+
+    folder, tokenizer = bert
+    model = LLM2Vec.from_pretrained(folder, device="cpu")
+    for text in TEXTS:
+        assert model.backbone.tokens([text])[0].ids == tokenizer(text)["input_ids"]
+    model.save(tmp_path / "saved")
+    again = LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+    stock = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    texts = ["a text", "another, longer text"]
+    for vectors in (again.encode(texts), stock.encode(texts)):
+        assert abs(vectors - model.encode(texts)).max() < 1e-5
+    (words,) = model.encode_words([["a", "text"]])
+    assert words.shape == (2, 32)

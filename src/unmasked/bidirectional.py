@@ -45,6 +45,8 @@ __all__ = [
 TOKENS, PADS = 11, 2  # no likely head counts, so that a (rows, tokens) shape is unmistakable
 LENGTHS = (TOKENS, 9, 6, 3)  # texts whose ends fall anywhere in blocks of 2, 4 or 8 tokens
 
+NOT_FINITE = "the states are not finite"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -130,7 +132,7 @@ def prove(model: nn.Module, *, tolerance: float | None = None) -> Report:
     limit = limit if tolerance is None else tolerance
     verdict: Literal["full", "partial", "impossible"] = "impossible"
     if not math.isfinite(drift):
-        reason = "the states are not finite"
+        reason = NOT_FINITE
     elif not all(sees):
         where = f" {'with' if sees[0] else 'without'} padding" if any(sees) else ""
         reason = f"a token{where} does not see the next one"
@@ -156,9 +158,12 @@ def require(report: Report, *, allow_partial: bool = False) -> None:
     if report.verdict == "full" or (report.verdict == "partial" and allow_partial):
         return
     fixes = ["pass allow_partial=True to accept it"] if report.verdict == "partial" else []
-    if report.attention != "eager":
-        fixes.append("load it with attn_implementation='eager'")
-    fixes.append("choose a decoder with attention in every layer")
+    if report.reason == NOT_FINITE:
+        fixes += ["load it with dtype='float32'", "download the weights again"]
+    else:
+        if report.attention != "eager":
+            fixes.append("load it with attn_implementation='eager'")
+        fixes.append("choose a decoder with attention in every layer")
     raise NotBidirectionalError(
         f"'{report.model_type}' with {report.attention} attention is not bidirectional: verdict "
         f"'{report.verdict}', allowed: {'full, partial' if allow_partial else 'full'}. Reason: "

@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unmasked.card import Card as Card
 from unmasked.card import render
+from unmasked.errors import OutputError
 from unmasked.opening import NATIVE_KEY
 from unmasked.pooling import STOCK_MODES
 from unmasked.templates import PLAIN, Template
@@ -123,6 +124,8 @@ def read_prompts(saved: dict[str, str], template: Template = PLAIN) -> dict[str,
 @contextmanager
 def _written_aside(path: Path) -> Iterator[Path]:
     """A new folder beside `path` that takes its place when the block ends well."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file. Fix: name a folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:

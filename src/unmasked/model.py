@@ -123,13 +123,11 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             read_template(template),
             check_compat(compat),
         )
-        append_eos = pooling_mode == "eos_token"
         tokens = TextTokenizer(
-            prepare_tokenizer(tokenizer, append_eos),
+            prepare_tokenizer(tokenizer, append_eos=pooling_mode == "eos_token"),
             max_length,
             doc_max_length,
             skip_instruction,
-            append_eos,
             settings.template,
             counted=compat is not None,
         )

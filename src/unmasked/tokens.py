@@ -49,7 +49,8 @@ def prepare_tokenizer(
     """A copy of a tokenizer that yields the same ids in ours and in the stock loader.
 
     For every text it gives exactly the ids of the original: the tokens the original puts before a
-    text, then the text. What it would put behind is left out, and EOS is appended once if asked.
+    text, then the text. What it would put behind is left out, but for the separator that base
+    encoders (BERT) never saw a text without; EOS is appended once if asked.
 
     Args:
         tokenizer: any fast tokenizer; it is not changed.
@@ -66,8 +67,10 @@ def prepare_tokenizer(
             f"{type(tokenizer).__name__} has no fast implementation (tokenizer.json). "
             "Fix: load it with AutoTokenizer from a folder that has a tokenizer.json."
         )
-    prefix = leading_ids(tokenizer)
-    suffix = [*ending, *([_eos_id(tokenizer)] if append_eos else [])]
+    prefix, behind = surrounding_ids(tokenizer)
+    suffix = [*ending, *(i for i in behind if i == tokenizer.sep_token_id)]
+    if append_eos and (eos := _eos_id(tokenizer)) not in suffix[len(ending) :]:
+        suffix.append(eos)
     copy = Tokenizer.from_str(backend.to_str())
     copy.no_padding()
     copy.no_truncation()
@@ -88,14 +91,14 @@ def prepare_tokenizer(
     )
 
 
-def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special ids a tokenizer puts before every text (BOS, mostly; none for some)."""
+def surrounding_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special ids a tokenizer puts before every text (BOS, mostly) and behind it."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
-            return list(full[:start])
-    return []
+            return list(full[:start]), list(full[start + len(bare) :])
+    return [], []
 
 
 def without_blank_mask(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -147,7 +150,7 @@ def _template(
 def _token_names(tokenizer: PreTrainedTokenizerBase, hidden: int | None) -> dict[str, str]:
     """Names of special tokens to keep; padding needs one, and `hidden` must have none."""
     names: dict[str, str] = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token"):
         token = getattr(tokenizer, name, None)
         if token is not None and tokenizer.convert_tokens_to_ids(token) != hidden:
             names[name] = str(token)
@@ -166,7 +169,6 @@ class TextTokenizer:
         max_length: most tokens of an input, context included.
         doc_max_length: most tokens of the text itself; None for whatever `max_length` leaves.
         skip_instruction: pool the text only; if False, everything (BOS and instruction too).
-        append_eos: whether the prepared tokenizer ends inputs with EOS.
         template: what stands around instruction and text.
         counted: find and cut the text as the original package does; see `_counted_row`.
     """
@@ -177,7 +179,6 @@ class TextTokenizer:
         max_length: int = 512,
         doc_max_length: int | None = None,
         skip_instruction: bool = True,
-        append_eos: bool = False,
         template: Template = PLAIN,
         counted: bool = False,
     ) -> None:
@@ -185,11 +186,9 @@ class TextTokenizer:
         self.max_length = max_length
         self.doc_max_length = doc_max_length
         self.skip_instruction = skip_instruction
-        self.append_eos = append_eos
         self.template = template
         self.counted = counted
-        self.prefix = leading_ids(tokenizer)
-        self.suffix = [_eos_id(tokenizer)] if append_eos else []
+        self.prefix, self.suffix = surrounding_ids(tokenizer)
 
     def check_mode(self, pooling_mode: str) -> None:
         """Refuse a pooling mode that needs a token this tokenizer does not add."""
@@ -262,7 +261,7 @@ class TextTokenizer:
         text = ids[first:last][: max(room, 0)]
         kept = [*self.prefix, *ids[:first], *text, *ids[last:], *self.suffix]
         start = len(self.prefix) + first
-        pooled_end = self.template.pool_suffix or self.append_eos
+        pooled_end = self.template.pool_suffix or bool(self.suffix)
         stop = len(kept) if pooled_end else start + len(text)
         return self._marked(kept, start, stop)
 
@@ -319,7 +318,8 @@ class TextTokenizer:
         exact = len(ending) + len(self.suffix) <= 1 and self.template.pool_suffix
         prefix = self.template.prefix
         exact &= not prefix or prefix.endswith("\n")
-        return prepare_tokenizer(self.tokenizer, self.append_eos, ending), exact
+        append_eos = self.tokenizer.eos_token_id in self.suffix
+        return prepare_tokenizer(self.tokenizer, append_eos, ending), exact
 
     @property
     def fixed_tokens(self) -> int:

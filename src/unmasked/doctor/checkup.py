@@ -96,7 +96,7 @@ def _shape(name: str) -> Facts:
         ) from error
     stock = stock_loading(decoder)
     packed = enable_packing(decoder) if report.verdict == "full" else f"it is {report.verdict}"
-    tokenizer = prepare_tokenizer(loading.load_tokenizer(name), append_eos=False)
+    tokenizer = prepare_tokenizer(loading.load_tokenizer(name))
     return {
         "model": name,
         "examined": "the shape: a random miniature of its config; --load looks at the weights",

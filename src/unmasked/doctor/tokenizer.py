@@ -26,7 +26,7 @@ def describe(tokens: TextTokenizer, prompts: dict[str, str]) -> Facts:
         "vocabulary": len(tokenizer),
         "bos_added": tokenizer.convert_ids_to_tokens(tokens.prefix),
         "eos": tokenizer.eos_token,
-        "eos_added": bool(tokens.suffix),
+        "eos_added": tokenizer.eos_token_id in tokens.suffix,
         "padding": tokenizer.pad_token,
         "mntp_mask": mask,
         "chat_template": bool(getattr(tokenizer, "chat_template", None)),

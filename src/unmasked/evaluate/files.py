@@ -145,9 +145,11 @@ def _load_reranking(path: Path) -> RerankingTask:
     queries, candidates, relevant = [], [], []
     for line, record in _checked(path, readers.read(str(path), {})):
         query = record.get("query")
-        if not isinstance(query, str):
-            given = f"no string 'query' among {', '.join(record) or 'no keys'}"
-            raise fault(path, given + nearest("query", record).rstrip("?"), "add it", line)
+        wrong = readers.string_fault("query", query)
+        if "query" not in record:
+            wrong = readers.absent("query", record, "add it")
+        if wrong is not None:
+            raise fault(path, *wrong, line)
         sides = []
         for key in ("positive", "negative"):
             texts = record.get(key)

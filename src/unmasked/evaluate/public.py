@@ -79,7 +79,7 @@ def find_tasks(name: str, languages: Sequence[str] | None = None) -> list[Any]:
             known = [*benchmarks, *(task.metadata.name for task in mteb.get_tasks())]
             raise DataError(
                 f"{name}: no such file or folder, and mteb has no task or benchmark of that name"
-                f"{nearest(name, known)} Fix: check the path or the name."
+                f"{nearest(name, known) or '.'} Fix: check the path or the name."
             ) from error
     if languages:
         wanted = {language.partition("-")[0] for language in languages}

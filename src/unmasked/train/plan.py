@@ -277,4 +277,4 @@ def _sample(stage: SimCSE | Supervised) -> tuple[list[str], int]:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextTokenizer:
-    return TextTokenizer(prepare_tokenizer(tokenizer, False), max_length, None, True, False)
+    return TextTokenizer(prepare_tokenizer(tokenizer), max_length)
