@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -309,6 +310,10 @@ def _load_model(
             **source.hub,
             **options,
         )
+    except SafetensorError as error:
+        raise ModelError(
+            f"the weights of {source.name} are not whole ({error}). Fix: fetch or save them again."
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         if "safetensors" in str(error) and use_safetensors:
             raise ModelError(

@@ -6,6 +6,7 @@ On a terminal the progress line is live; elsewhere a plain line is written every
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import time
@@ -100,10 +101,18 @@ def quiet_libraries() -> None:
     # Deprecations between the libraries are for their authors.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging
+    from transformers.utils import logging as notes
 
     disable_progress_bar()
-    logging.disable_progress_bar()
+    notes.disable_progress_bar()
+    for handler in notes.get_logger("transformers").handlers:
+        handler.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a note of transformers says more than that an encoder leaves its decoder's head."""
+    text = record.getMessage()
+    return "LOAD REPORT" not in text or any(word in text for word in ("MISSING", "MISMATCH"))
 
 
 def duration(seconds: float) -> str:
