@@ -100,6 +100,7 @@ def quiet_libraries() -> None:
     """Silence the bars and notes of the libraries below; downloads from the hub still show."""
     # Deprecations between the libraries are for their authors.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right itself
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as notes
 
