@@ -311,9 +311,8 @@ def _load_model(
             **options,
         )
     except SafetensorError as error:
-        raise ModelError(
-            f"the weights of {source.name} are not whole ({error}). Fix: fetch or save them again."
-        ) from error
+        why = f"the weights of {source.name} are not whole ({error}). Fix: fetch them again."
+        raise ModelError(why) from error
     except (OSError, ValueError, ImportError) as error:
         if "safetensors" in str(error) and use_safetensors:
             raise ModelError(
