@@ -6,9 +6,12 @@ itself (imports, signals, pipes) runs in one of its own.
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +165,25 @@ def test_errors_of_the_user_show_no_traceback_unless_asked(cli, monkeypatch, tmp
     assert not listing(tmp_path)
 
 
+def test_a_full_disk_is_told_without_a_traceback(cli, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("unmasked.cli.running.run_recipe", write)
+    code, _, err = cli("run", "nano")
+    assert code == 2
+    assert err == "error: No space left on device. Fix: make room and run the same command.\n"
+
+
+def test_the_head_that_an_encoder_leaves_is_no_news():
+    from unmasked.cli.terminal import _is_news
+
+    report = "LlamaModel LOAD REPORT from: x\nlm_head.weight | {} |"
+    notes = [report.format("UNEXPECTED"), report.format("MISSING"), "a kernel is not installed"]
+    records = [logging.LogRecord("x", 30, "x", 1, note, None, None) for note in notes]
+    assert [_is_news(record) for record in records] == [False, True, True]
+
+
 # --- convert ------------------------------------------------------------------------------------
 
 
@@ -224,6 +246,16 @@ def test_convert_names_what_a_folder_lacks(cli, tiny_decoder, tmp_path):
     code, _, err = cli("convert", tmp_path / "none", "-o", "model")
     assert code == 2
     assert "it is no folder here" in err
+
+
+def test_convert_tells_weights_that_were_cut_off(cli, tiny_decoder, tmp_path):
+    cut = shutil.copytree(tiny_decoder, tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = cli("convert", cut, "-o", "model")
+    assert code == 2
+    assert f"the weights of {cut} are not whole" in err
+    assert not (tmp_path / "model").exists()
 
 
 # --- run and train ------------------------------------------------------------------------------
@@ -324,6 +356,13 @@ def test_mine_and_train_supervised(cli, tiny_decoder, tmp_path):
     code, _, err = cli(*mining)
     assert code == 2
     assert "mined.jsonl exists" in err
+    for output, says in (("mined.txt", "should end in .jsonl"), ("a/b.jsonl", "a is no folder")):
+        code, _, err = cli(*mining[:4], output)
+        assert (code, says in err) == (2, True)
+    code, _, err = cli(*mining[:4], "other.jsonl", "--depth", "2", "--skip", "2")
+    assert code == 2
+    assert "so that none is left. Fix: a larger --depth" in err
+    assert not (tmp_path / "other.jsonl").exists()
     few = ["supervised.steps=2", "supervised.warmup_steps=1", "supervised.batch_size=4"]
     training = ["train", "supervised", "--base", tiny_decoder, "-o", "out", *few]
     code, out, err = cli(*training, "--data", "mined.jsonl")

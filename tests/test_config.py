@@ -127,6 +127,7 @@ def test_every_problem_is_reported_at_once(recipe_file):
         ("simcse.attention_dropout=-1", "simcse.attention_dropout: -1 should be greater than or"),
         ("model.pooling=cls", "model.pooling: 'cls' should be 'mean'"),
         ("model.revision=12", "model.revision: 12 should be a valid string: put it in quotes"),
+        ("seed=4294967296", "seed: 4294967296 should be less than 4294967296"),
         ("name=a/b", "name: 'a/b' should match pattern"),
         ("model=null", "model: None should be a section with keys: base"),
     ],

@@ -13,6 +13,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     MixtralConfig,
     Qwen3Config,
@@ -20,9 +21,10 @@ from transformers import (
 
 from unmasked import adapters, loading
 from unmasked.bidirectional import open_config
-from unmasked.config import Recipe, SimCSE
-from unmasked.errors import DataError, ModelError, OutputError
+from unmasked.config import Lora, Model, Recipe, SimCSE
+from unmasked.errors import DataError, ModelError, OutputError, RecipeError, UnmaskedError
 from unmasked.model import LLM2Vec
+from unmasked.recipe import load_recipe
 from unmasked.train import contrastive, mntp
 from unmasked.train.contrastive import TwoViewsLoss, noise
 from unmasked.train.data import read_texts, split_held_out
@@ -414,6 +416,59 @@ def test_nothing_is_written_before_all_inputs_are_read(recipe, tmp_path, stage):
     with pytest.raises(DataError, match=r"bad\.txt, line 1"):
         Run(recipe.model_copy(update={stage: section}), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "says"),
+    [
+        ("mntp", {"data": []}, r"mntp\.data: nothing to train on was given"),
+        ("simcse", {"data": ["-"]}, r"standard input cannot be read again"),
+        ("simcse", {"data": ["no.txt"]}, r"no\.txt is not a file"),
+        ("mntp", {"block_length": 2048}, "the held-out text has .* less than one block of 2048"),
+        ("mntp", {"block_length": 1 << 20, "held_out": 0}, "the training text has .* tokens"),
+        ("simcse", {"batch_size": 191}, "190 different texts to train on, fewer than one batch"),
+        ("simcse", {"trainer": {"optim": "sdg"}}, r"simcse\.trainer cannot be used: .*sdg"),
+        ("simcse", {"trainer": {"adam_beta": 1}}, "'adam_beta', did you mean 'adam_beta"),
+        ("simcse", {"trainer": {"output_dir": "x"}}, "output_dir is set by the run. Fix: -o"),
+        ("simcse", {"lora": Lora(targets=["q_porj"])}, "fit no layer. Allowed: .*q_proj"),
+    ],
+)
+def test_what_a_later_stage_could_not_use_is_refused_at_once(
+    recipe, tmp_path, stage, changes, says
+):
+    section = getattr(recipe, stage).model_copy(update=changes)
+    with pytest.raises(UnmaskedError, match=says):
+        Run(recipe.model_copy(update={stage: section}), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_inputs_longer_than_the_positions_are_refused(recipe, tmp_path, tiny_tokenizer):
+    config = {"vocab_size": len(tiny_tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 2}
+    base = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(**config, n_positions=40)).save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    section = recipe.mntp.model_copy(update={"block_length": 48})
+    changed = recipe.model_copy(update={"model": Model(base=str(base)), "mntp": section})
+    with pytest.raises(RecipeError, match=r"mntp\.block_length: 48 .* Fix: mntp.block_length=40"):
+        Run(changed, tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_may_change_until_something_is_trained(recipe, tmp_path):
+    Run(recipe, tmp_path / "run")._write_recipe()
+    other = recipe.model_copy(update={"seed": 7})
+    Run(other, tmp_path / "run").run()
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == other
+    with pytest.raises(OutputError, match=r"seed: 7 -> 42"):
+        Run(recipe, tmp_path / "run")
+
+
+def test_two_runs_in_one_folder_are_refused(recipe, tmp_path):
+    recipe = recipe.model_copy(update={"mntp": None, "simcse": None})
+    first, second = (Run(recipe, tmp_path / "run") for _ in range(2))
+    with first._locked(), pytest.raises(OutputError, match="another run is at work"):
+        second.run()
+    second.run()
 
 
 def test_checkpointing_changes_nothing_but_memory(recipe, tmp_path):

@@ -43,6 +43,7 @@ def _data_sets(value: object) -> object:
 
 
 Count = Annotated[int, Field(ge=1), BeforeValidator(_number)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32), BeforeValidator(_number)]
 Whole = Annotated[int, Field(ge=0), BeforeValidator(_number)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
@@ -301,7 +302,7 @@ class Recipe(_Section):
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     """Names the run folder: letters, digits, ``.``, ``_`` and ``-``."""
-    seed: Whole = 42
+    seed: Seed = 42
     """Seed of data order, masking, dropout and adapter initialisation."""
     model: Model
     """The decoder to start from."""

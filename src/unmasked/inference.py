@@ -95,7 +95,7 @@ def sentence_vectors(model: LLM2Vec, inputs: list[Any], job: Job) -> Tensor:
         places.clear()
 
     copies = np.bincount(inverse, minlength=len(unique))
-    with tqdm(total=len(inputs), unit="text", disable=not job.show_progress) as bar:
+    with _bar(len(inputs), job.show_progress) as bar:
         for batch, outputs in _forwards(model, unique, job):
             waiting.append(_finished(outputs[SENTENCE].float(), job))
             places.append(batch.places)
@@ -120,10 +120,15 @@ def no_vectors(like: Any, width: int, precision: str | None) -> Any:
     return torch.from_numpy(empty).to(like.device) if isinstance(like, Tensor) else empty
 
 
+def _bar(texts: int, shown: bool) -> Any:
+    """A progress bar; where it is to be shown, the variable TQDM_DISABLE has the last word."""
+    return tqdm(total=texts, unit="text", **({} if shown else {"disable": True}))
+
+
 def row_outputs(model: LLM2Vec, inputs: list[Any], job: Job) -> list[Any]:
     """Token states (T, D) of each input without padding, or every output of each input."""
     results: list[Any] = [None] * len(inputs)
-    with tqdm(total=len(inputs), unit="text", disable=not job.show_progress) as bar:
+    with _bar(len(inputs), job.show_progress) as bar:
         for batch, outputs in _forwards(model, inputs, job):
             if job.output == TOKENS:
                 states = outputs[job.output]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any
 
 import typer
@@ -10,6 +12,7 @@ from typer.core import TyperGroup
 from unmasked.errors import UnmaskedError
 
 MISUSED, INTERRUPTED = 2, 130
+FULL = os.strerror(errno.ENOSPC)
 RESUMABLE = ("demo", "run", "train")
 """Verbs that keep what they have done when they are interrupted."""
 
@@ -20,7 +23,7 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
             return super().invoke(ctx)
-        except (UnmaskedError, KeyboardInterrupt, OSError, RuntimeError) as error:
+        except (KeyboardInterrupt, Exception) as error:
             code, message = explain(error, str(ctx.invoked_subcommand))
             if not message or ctx.params.get("debug"):
                 raise
@@ -36,6 +39,10 @@ def explain(error: BaseException, verb: str) -> tuple[int, str]:
         return INTERRUPTED, "interrupted: nothing was written"
     if isinstance(error, UnmaskedError):
         return MISUSED, f"error: {error}"
+    if FULL in str(error):  # of the weights' writer too, which has an error of its own
+        where = getattr(error, "filename", None)
+        place = f"{where}: " if where else ""
+        return MISUSED, f"error: {place}{FULL}. Fix: make room and run the same command."
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.filename:
         return MISUSED, f"error: {error.filename}: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would take seconds

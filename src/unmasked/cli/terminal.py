@@ -103,6 +103,7 @@ def quiet_libraries() -> None:
     """
     # Deprecations between the libraries are for their authors.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right itself
     from datasets.utils.logging import disable_progress_bar
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

@@ -96,6 +96,10 @@ def mine(
 
     if output.exists():
         raise OutputError(f"{output} exists. Fix: another name.")
+    if output.suffix != ".jsonl":
+        raise OutputError(f"{output} should end in .jsonl, which training reads.")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output.parent} is no folder. Fix: make it, or another name.")
     more = [text for _, text, _ in Source(str(corpus)).records()] if corpus else []
     with terminal.waiting(f"loading {model}"):
         from unmasked.model import LLM2Vec

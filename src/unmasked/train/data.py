@@ -110,7 +110,7 @@ def _write_ids(
     ends, keys = array("q", [0]), array("Q")
     while chunk := list(islice(texts, _CHUNK)):
         rows = [np.asarray(row.ids, np.int32) for row in tokens(chunk, max_length=1 << 30)]
-        np.concatenate(rows).tofile(file)
+        file.write(np.concatenate(rows).data)  # tofile does not say that the disk is full
         for text, row in zip(chunk, rows, strict=True):
             ends.append(ends[-1] + len(row))
             digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -135,6 +135,7 @@ class Blocks:
         file: the texts.
         order: numbers of the texts, in the order they are laid.
         length: tokens of a block.
+        held_out: they are those to measure on, which an error says.
 
     Attributes:
         dropped: tokens of the incomplete last block, which is not used.
@@ -143,7 +144,9 @@ class Blocks:
         DataError: all texts together do not fill one block.
     """
 
-    def __init__(self, file: TokenFile, order: np.ndarray, length: int) -> None:
+    def __init__(
+        self, file: TokenFile, order: np.ndarray, length: int, held_out: bool = False
+    ) -> None:
         self.length = length
         self._ids = file.ids
         self._from = file.ends[order]
@@ -152,9 +155,10 @@ class Blocks:
         total = int(self._at[-1])
         self._count, self.dropped = divmod(total, length)
         if self._count == 0:
+            name, fix = ("held-out", ", or held_out=0") if held_out else ("training", "")
             raise DataError(
-                f"the training text has {total} tokens, less than one block of {length}. "
-                "Fix: more text, or a smaller block_length."
+                f"the {name} text has {total} tokens, less than one block of {length}. "
+                f"Fix: more text, or a smaller block_length{fix}."
             )
 
     def __len__(self) -> int:

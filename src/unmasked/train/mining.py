@@ -67,6 +67,11 @@ def mine(
             "positive are no negatives. Fix: a smaller --skip, more rows, or --corpus FILE."
         )
     last = min(depth, documents - 1)
+    if last <= skip:
+        raise DataError(
+            f"of the nearest {depth} documents (--depth) the nearest {skip} are left out (--skip), "
+            "so that none is left. Fix: a larger --depth, or a smaller --skip."
+        )
     found = mine_hard_negatives(
         Dataset.from_dict({"q": [r.query for r in rows], "p": [r.positive for r in rows]}),
         model,

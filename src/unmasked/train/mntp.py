@@ -313,7 +313,7 @@ def block_data(
         (folder / "data.json").write_text(text, encoding="utf-8")
     evaluation = None
     if len(held_out) and stage.eval_steps:
-        kept = Blocks(file, held_out, stage.block_length)
+        kept = Blocks(file, held_out, stage.block_length, held_out=True)
         evaluation = BlockData(kept, masking, seed, apart)
     return BlockData(blocks, masking, seed, apart), evaluation
 

@@ -88,19 +88,6 @@ def read_rows(pairs: Pairs, source: int = 0) -> Iterator[Row]:
         )
 
 
-def check_rows(data: Sequence[Pairs]) -> None:
-    """Read everything once.
-
-    Raises:
-        DataError: as `read_rows`, or there is no data set.
-    """
-    if not data:
-        raise DataError("no pairs to train on were given. Fix: supervised.data=FILE.")
-    for pairs in data:
-        for _ in read_rows(pairs):
-            pass
-
-
 def store_rows(data: Sequence[Pairs], file: Path) -> None:
     """Write the rows of all data sets to an Arrow file, which `Dataset.from_file` maps.
 

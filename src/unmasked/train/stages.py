@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,29 +22,33 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from sentence_transformers.util import get_device_name
 from transformers import set_seed
 
 from unmasked import folder, precision
 from unmasked.card import versions
-from unmasked.config import MNTP, Pairs, Recipe, Supervised
+from unmasked.config import Pairs, Recipe
 from unmasked.errors import OutputError
 from unmasked.model import LLM2Vec
 from unmasked.pooling import CAUSAL_BASELINES
 from unmasked.recipe import load_recipe, recipe_differences, recipe_text
 from unmasked.train import devices
-from unmasked.train.data import read_texts, token_file
+from unmasked.train.checkpoints import last_checkpoint
+from unmasked.train.checks import check_inputs, check_settings
 from unmasked.train.fitting import Job, clear, fit, is_done
 from unmasked.train.mixing import prompts_of
 from unmasked.train.mntp import TOKENS
-from unmasked.train.pairs import check_rows
 from unmasked.train.trackers import require_trackers
 from unmasked.train.trainer import Report
 from unmasked.writing import aside_of, write_text
 
 RECIPE = "recipe.yaml"
-MAY_BE_THERE = {"data", aside_of(Path(RECIPE)).name, TOKENS}
+LOCK = ".lock"
+"""Held while a run is at work; it ends with the process."""
+MAY_BE_THERE = {"data", aside_of(Path(RECIPE)).name, TOKENS, LOCK}
 """In a folder without a recipe: given, or left by a run that was killed early."""
+STAGES = ("mntp", "simcse", "supervised")
 
 
 class Scored(Protocol):
@@ -74,8 +79,8 @@ class Run:
 
     Args:
         recipe: what to do.
-        path: the run folder; made, or continued if it was made with the same recipe. Only a
-            folder ``data`` may be there before.
+        path: the run folder; made, or continued if it was made with the same recipe, or with
+            another that was neither trained nor scored. Only a folder ``data`` may be there before.
         score: how an encoder is scored; none of the stages is if None.
         listener: told what happens.
 
@@ -101,7 +106,16 @@ class Run:
         self._check_folder()
 
     def run(self) -> LLM2Vec:
-        """All stages that are not done yet; returns the finished encoder."""
+        """All stages that are not done yet; returns the finished encoder.
+
+        Raises:
+            OutputError: another run is at work in the folder.
+            UnmaskedError: what `checks` refuses, or a stage could not use.
+        """
+        with self._locked():
+            return self._run()
+
+    def _run(self) -> LLM2Vec:
         set_seed(self.recipe.seed)
         self.listener.stage("checking texts and model")
         self._check_inputs()
@@ -142,39 +156,61 @@ class Run:
         mine = self.path / RECIPE
         if mine.is_file():
             changed = recipe_differences(load_recipe(mine), self.recipe)
-            if changed:
+            if changed and self._has_begun():
                 raise OutputError(
                     f"{self.path} was made with a different recipe:\n  "
                     + "\n  ".join(changed)
                     + "\nFix: the same settings to continue it, or another output folder."
                 )
+        elif self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path} is a file. Fix: another output folder.")
         elif self.path.exists() and {item.name for item in self.path.iterdir()} - MAY_BE_THERE:
             raise OutputError(
                 f"{self.path} exists and is no run folder (it has no recipe.yaml). "
                 "Fix: another output folder."
             )
 
+    def _has_begun(self) -> bool:
+        """Whether something belongs to the recipe: a score, a checkpoint, an adapter."""
+        folders = [self.path / name for name in STAGES]
+        trained = any(is_done(folder) or last_checkpoint(folder) for folder in folders)
+        return trained or bool(self.results())
+
     def _check_inputs(self) -> None:
         """Prove the model and read every text of what is not done, before anything else is made."""
+        check_settings(self.recipe, self.path)
         encoder = self._encoder([self.recipe.model.base, *self.recipe.model.adapters])
         if not devices.is_first():
             return
-        made = not self.path.exists()
         try:
-            for name, stage in self.recipe.stages():
-                if is_done(self.path / name):
-                    continue
-                if isinstance(stage, Supervised):
-                    check_rows(stage.data)
-                elif isinstance(stage, MNTP):
-                    tokens = encoder.backbone.tokens
-                    token_file(stage.data, stage.max_texts, tokens, self.path / TOKENS)
-                else:
-                    read_texts(stage.data, stage.max_texts)
+            check_inputs(self.recipe, self.path, encoder)
         except BaseException:
-            if made:
-                shutil.rmtree(self.path, ignore_errors=True)
+            if not (self.path / RECIPE).is_file():
+                shutil.rmtree(self.path / TOKENS, ignore_errors=True)
             raise
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The folder for this run alone; one that is made and left empty is removed again."""
+        if not devices.is_first():
+            yield
+            return
+        made = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise OutputError(
+                f"another run is at work in {self.path}. "
+                "Fix: wait for it, or another output folder."
+            ) from None
+        try:
+            yield
+        finally:
+            if made and {item.name for item in self.path.iterdir()} == {LOCK}:
+                shutil.rmtree(self.path)
+            lock.release()
 
     def _clear(self, name: str) -> None:
         clear(self.path / name)
