@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -173,15 +172,6 @@ def test_a_full_disk_is_told_without_a_traceback(cli, monkeypatch):
     code, _, err = cli("run", "nano")
     assert code == 2
     assert err == "error: No space left on device. Fix: make room and run the same command.\n"
-
-
-def test_the_head_that_an_encoder_leaves_is_no_news():
-    from unmasked.cli.terminal import _is_news
-
-    report = "LlamaModel LOAD REPORT from: x\nlm_head.weight | {} |"
-    notes = [report.format("UNEXPECTED"), report.format("MISSING"), "a kernel is not installed"]
-    records = [logging.LogRecord("x", 30, "x", 1, note, None, None) for note in notes]
-    assert [_is_news(record) for record in records] == [False, True, True]
 
 
 # --- convert ------------------------------------------------------------------------------------

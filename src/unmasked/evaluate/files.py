@@ -144,7 +144,7 @@ def _check_labels(path: Path, labels: Sequence[str], wanted: str) -> None:
 def _load_reranking(path: Path) -> RerankingTask:
     queries, candidates, relevant = [], [], []
     for line, record in _checked(path, readers.read(str(path), {})):
-        query = record.get("query")
+        query: Any = record.get("query")
         wrong = readers.string_fault("query", query)
         if "query" not in record:
             wrong = readers.absent("query", record, "add it")
