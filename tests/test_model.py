@@ -340,3 +340,15 @@ def test_repeated_texts_are_computed_once_and_order_survives_windows(model, monk
     np.testing.assert_allclose(model.encode(texts), alone, atol=1e-5)
     rows = model.backbone.tokenize_inputs(sorted(set(texts)))
     assert model.tokens_encoded - before == sum(len(row.ids) for row in rows)
+
+
+def test_texts_are_cut_at_the_positions_a_model_has(tiny_tokenizer, caplog):
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(
+        vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=1, n_head=4, n_positions=24
+    )
+    model = LLM2Vec(GPT2Model(config), tiny_tokenizer, max_length=64, enable_bidirectional=True)
+    assert "has 24 positions" in caplog.text
+    assert model.max_length == model.settings.max_length == 24
+    assert np.isfinite(model.encode("word " * 100)).all()

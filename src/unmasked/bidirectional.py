@@ -157,7 +157,8 @@ def require(report: Report, *, allow_partial: bool = False) -> None:
     """
     if report.verdict == "full" or (report.verdict == "partial" and allow_partial):
         return
-    fixes = ["pass allow_partial=True to accept it"] if report.verdict == "partial" else []
+    partial = "pass allow_partial=True (--allow-partial, model.allow_partial=true) to accept it"
+    fixes = [partial] if report.verdict == "partial" else []
     if report.reason == NOT_FINITE:
         fixes += ["load it with dtype='float32'", "download the weights again"]
     else:

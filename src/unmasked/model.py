@@ -36,6 +36,7 @@ from unmasked.inference import (
     row_outputs,
     sentence_vectors,
 )
+from unmasked.opening import learned_positions
 from unmasked.packing import enable_packing
 from unmasked.pooling import TextPooling, check_mode
 from unmasked.precision import Precision
@@ -57,6 +58,16 @@ _DEFAULTS = {
     "compat": None,
 }
 """Of the constructor: given a name, what is at its default is as the folder says."""
+
+
+def _longest(model: nn.Module, max_length: int) -> int:
+    """The longest input that a model can take, told where it is less than was asked for."""
+    most = learned_positions(model)
+    if most is None or max_length <= most:
+        return max_length
+    told = logger.info if max_length == _DEFAULTS["max_length"] else logger.warning
+    told("max_length %d: this model has %d positions, texts are cut there.", max_length, most)
+    return most
 
 
 class LLM2Vec(original.OriginalNames, SentenceTransformer):
@@ -115,6 +126,8 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             prompts = folder.read_prompts(loaded.prompts, read_template(template)) | (prompts or {})
         if tokenizer is None:
             raise TypeError("LLM2Vec needs the tokenizer of the model: LLM2Vec(model, tokenizer)")
+        adapters.check_nested(model)
+        max_length = _longest(model, max_length)
         settings = folder.Settings(
             check_mode(pooling_mode),
             max_length,
@@ -132,7 +145,6 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             counted=compat is not None,
         )
         tokens.check_mode(pooling_mode)
-        adapters.check_nested(model)
         if enable_bidirectional and report is None:
             report = open_mask(model)
         self.report = report or prove(model)

@@ -90,6 +90,16 @@ def window(config: PretrainedConfig) -> int | None:
     return size if getattr(text, "is_causal", True) is False else size - 1
 
 
+def learned_positions(model: Any) -> int | None:
+    """The longest input of a model that has a table of positions; None where they are computed."""
+    text = bare(model).config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or 0
+    tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    offset = 8  # some tables begin with a few rows that no token has
+    learned = any(most <= size <= most + offset for size in tables if most != text.vocab_size)
+    return int(most) if learned else None
+
+
 def bare(model: Any) -> Any:
     """The bare transformers model inside PEFT wrappers and language-model heads."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model

@@ -12,6 +12,7 @@ from unmasked.doctor import memory
 from unmasked.doctor.engines import engines
 from unmasked.doctor.machine import Facts
 from unmasked.errors import ModelError, NotBidirectionalError
+from unmasked.opening import learned_positions
 
 if TYPE_CHECKING:
     from unmasked.bidirectional import Report
@@ -164,9 +165,7 @@ def _sizes(decoder: Any, config: Any, parameters: int) -> Facts:
 def _positions(decoder: Any) -> str:
     """How a model knows where a token stands, by the modules it has."""
     text = decoder.config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None) or 0
-    tables = (m.num_embeddings for m in decoder.modules() if isinstance(m, nn.Embedding))
-    if any(most <= size <= most + 8 for size in tables if most != text.vocab_size):
+    if learned_positions(decoder) is not None:
         return "learned, absolute: no longer texts"
     if getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None):
         return "rotary"

@@ -63,7 +63,7 @@ class OneSourceBatches(SetEpochMixin, BatchSampler):
             if len(rows) < self.together:
                 raise DataError(
                     f"data set {number} of supervised.data has {len(rows)} rows to train on, fewer "
-                    f"than one batch: {batch_size} rows on {processes} devices. "
+                    f"than one batch of {self.together}. "
                     "Fix: a smaller batch_size or held_out, or more rows."
                 )
 
