@@ -115,7 +115,7 @@ def run_recipe(tiny_decoder, folder, stages: list, lora: dict, dtype: str, **sta
 @pytest.mark.parametrize(
     ("asked", "stages", "lora", "dtype"),
     [
-        ("launched", ["simcse", "supervised"], {"rank": 3, "method": "dora"}, "bfloat16"),
+        ("launched", ["supervised"], {"rank": 3, "method": "dora"}, "bfloat16"),
         ("in_recipe", ["mntp", "simcse"], {"method": "full"}, "float32"),
     ],
     ids=["launched", "in_recipe"],
