@@ -30,7 +30,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unmasked.errors import MissingExtraError, ModelError
@@ -38,7 +38,6 @@ from unmasked.errors import MissingExtraError, ModelError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
-FULL_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -163,39 +162,27 @@ def quantise(model: nn.Module) -> None:
         model.set_submodule(name, packed.to(dtype).to(device).requires_grad_(False))
 
 
-def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's own weights, on the CPU."""
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+def adapter_state(
+    model: PeftModel, state: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The adapter's own weights under the names they are saved by.
+
+    Args:
+        model: what they are attached to.
+        state: where to take them from, the `state_dict` of the model by default.
+    """
+    found = get_peft_model_state_dict(model, state, save_embedding_layers=False)
+    return {name: value.detach() for name, value in found.items()}
 
 
-def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`."""
+def save_adapter(
+    model: PeftModel, folder: str | Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, the latter from `state`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(model), str(Path(folder) / WEIGHTS_NAME), metadata={"format": "pt"})
+    weights = {k: v.cpu().contiguous() for k, v in (state or adapter_state(model)).items()}
+    save_file(weights, str(Path(folder) / WEIGHTS_NAME), metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(str(folder))
-
-
-def load_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Read the weights of a saved adapter into the one that is attached."""
-    _load_state(model, load_file(str(Path(folder) / WEIGHTS_NAME)), str(folder))
-
-
-def save_trained(model: nn.Module, folder: str | Path) -> None:
-    """Write what a stage trains: the adapter, or every weight where there is none."""
-    if isinstance(model, PeftModel):
-        save_adapter(model, folder)
-    else:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_model(model, str(Path(folder) / FULL_NAME))
-
-
-def load_trained(model: nn.Module, folder: str | Path) -> None:
-    """Read what `save_trained` wrote into the same kind of model."""
-    if isinstance(model, PeftModel):
-        load_adapter(model, folder)
-    else:
-        load_model(model, str(Path(folder) / FULL_NAME))
 
 
 def merge(model: nn.Module, adapters: Sequence[Source], allow_pickle: bool = False) -> nn.Module:
@@ -214,7 +201,7 @@ def merge(model: nn.Module, adapters: Sequence[Source], allow_pickle: bool = Fal
             config = read_config(adapter.name, **adapter.hub)
             config.inference_mode = True
             peft_model = PeftModel(model, config)
-            _load_state(peft_model, _read_weights(adapter, allow_pickle), adapter.name)
+            load_adapter_state(peft_model, _read_weights(adapter, allow_pickle), adapter.name)
             _unload(peft_model)
     return model
 
@@ -310,7 +297,12 @@ def read_config(name: str | Path, **hub: Any) -> PeftConfig:
     return config
 
 
-def _load_state(model: PeftModel, state: dict[str, torch.Tensor], source: str) -> None:
+def load_adapter_state(model: PeftModel, state: dict[str, torch.Tensor], source: str) -> None:
+    """Put the weights of a saved adapter into the one that is attached.
+
+    Raises:
+        ModelError: they do not fit; names `source`, where they are from.
+    """
     try:
         result: Any = set_peft_model_state_dict(model, state)
     except RuntimeError as error:

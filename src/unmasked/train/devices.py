@@ -10,11 +10,20 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
-from torch import distributed
+from accelerate import PartialState
+from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
+from torch import distributed, nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+from unmasked.adapters import bare
 from unmasked.errors import RecipeError
 
 LONGEST_WAIT = timedelta(days=1)
@@ -38,9 +47,10 @@ def is_first() -> bool:
 
 def join() -> None:
     """Meet the other processes; returns at once where there are none."""
-    if world() > 1 and not distributed.is_initialized():
-        from accelerate import PartialState
-
+    if world() == 1:
+        return
+    disable_fsdp_ram_efficient_loading()
+    if not distributed.is_initialized():
         PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
         atexit.register(leave)
 
@@ -62,13 +72,18 @@ def wait() -> None:
         distributed.barrier()
 
 
+def most(number: int, device: torch.device) -> int:
+    """The largest of what the processes give; all of them must ask."""
+    if not distributed.is_initialized():
+        return number
+    shared = torch.tensor(number, device=device)
+    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+    return int(shared.item())
+
+
 def any_of(flag: bool, device: torch.device) -> bool:
     """Whether the flag is up in any process; all of them must ask."""
-    if not distributed.is_initialized():
-        return flag
-    shared = torch.tensor(int(flag), device=device)
-    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
-    return bool(shared.item())
+    return bool(most(int(flag), device))
 
 
 def rows_per_device(batch_size: int, key: str) -> int:
@@ -90,3 +105,95 @@ def rows_per_device(batch_size: int, key: str) -> int:
 def micro_batch(rows: int, most: int) -> int:
     """The largest part of `rows`, at most `most`, that divides them."""
     return next(size for size in range(max(1, min(rows, most)), 0, -1) if rows % size == 0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def check_sharding(wanted: bool, key: str) -> None:
+    """Refuse to share weights (FSDP) where there are no devices to share them among.
+
+    Args:
+        wanted: whether the recipe asks for it; `accelerate launch` may have, too.
+        key: of the recipe.
+
+    Raises:
+        RecipeError: one process, or several on CPUs, where accelerate would keep them whole.
+    """
+    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if world() == 1:
+        here = "one process" if wanted else ""
+    else:
+        on_cpus = PartialState().distributed_type == DistributedType.MULTI_CPU
+        here = "no accelerator" if on_cpus and (wanted or launched) else ""
+    if here:
+        raise RecipeError(
+            f"weights are shared (FSDP) among the processes of several accelerators, and here is "
+            f"{here}. Fix: leave out {key} and --use_fsdp, or run it on a machine that has them."
+        )
+
+
+def prepare_sharding(trainer: Any, model: nn.Module, name: str) -> None:
+    """Where a trainer shares weights (FSDP2), have it do so layer by layer.
+
+    What the models of transformers say of their layers is not found in those a stage trains, and a
+    model that is not cut into layers is gathered whole in every forward. State is gathered on the
+    first process, so that a checkpoint does not depend on the number of devices. Every process
+    loads all weights first: they are proved before they are cut.
+
+    Args:
+        trainer: a transformers `Trainer`.
+        model: the trunk that it trains.
+        name: of the stage.
+
+    Raises:
+        RecipeError: FSDP1, its activation checkpointing, or weights of 4 bits.
+    """
+    if not trainer.is_fsdp_enabled:
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    _refuse_sharding(plugin, model, name)
+    there = {type(module).__name__ for module in model.modules()}
+    layers = there & set(getattr(bare(model), "_no_split_modules", None) or ())
+    plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or sorted(layers)
+    plugin.cpu_ram_efficient_loading = False
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def _refuse_sharding(plugin: Any, model: nn.Module, name: str) -> None:
+    if plugin.fsdp_version != 2:
+        raise RecipeError(
+            f"{name}: FSDP{plugin.fsdp_version} is asked for, but only FSDP2 is supported. "
+            "Fix: accelerate launch --use_fsdp --fsdp_version 2, or "
+            f"{name}.trainer.fsdp_config.version=2."
+        )
+    if plugin.activation_checkpointing:  # runs a layer again without `checkpoint_contexts`
+        raise RecipeError(
+            f"{name}: FSDP's activation checkpointing does not know where packed texts lie. "
+            f"Fix: leave it out, and {name}.gradient_checkpointing=true."
+        )
+    if not all(p.is_floating_point() for p in model.parameters()):
+        raise RecipeError(
+            f"{name}.lora.method qlora: FSDP does not share weights of 4 bits, every device would "
+            "have all of them. Fix: accelerate launch --multi_gpu, or lora.method lora."
+        )
+
+
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """What accelerate notes in the environment about sharing weights holds for the block only."""
+    names = ("ACCELERATE_USE_FSDP", "FSDP_")
+    before = {name: value for name, value in os.environ.items() if name.startswith(names)}
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith(names)]:
+            del os.environ[name]
+        os.environ.update(before)

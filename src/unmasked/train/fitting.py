@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.data_collator import (
     SentenceTransformerDataCollator,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     PrinterCallback,
@@ -35,7 +35,7 @@ from unmasked.config import MNTP, SimCSE, Supervised, Training
 from unmasked.errors import RecipeError
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
-from unmasked.train import devices
+from unmasked.train import devices, weights
 from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, noise
 from unmasked.train.data import read_texts, split_held_out
@@ -93,12 +93,13 @@ def fit(job: Job, stage: MNTP | SimCSE | Supervised) -> None:
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
     """
-    if isinstance(stage, MNTP):
-        _fit_mntp(job, stage)
-    elif isinstance(stage, SimCSE):
-        _fit_simcse(job, stage)
-    else:
-        _fit_supervised(job, stage)
+    with devices.own_environment():
+        if isinstance(stage, MNTP):
+            _fit_mntp(job, stage)
+        elif isinstance(stage, SimCSE):
+            _fit_simcse(job, stage)
+        else:
+            _fit_supervised(job, stage)
 
 
 def _fit_mntp(job: Job, stage: MNTP) -> None:
@@ -253,7 +254,7 @@ def _attach(job: Job, stage: Training) -> nn.Module:
     set_seed(job.seed)
     model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.method)
     if job.start is not None:
-        adapters.load_trained(model, job.start)
+        weights.load(model, job.start)
     job.encoder.backbone.auto_model = model
     job.encoder.model_card_data.generate_widget_examples = False
     if stage.gradient_checkpointing:
@@ -279,35 +280,40 @@ def _callbacks(job: Job, callback: RunCallback) -> list[Any]:
 
 def _fit(job: Job, trainer: Any, callback: RunCallback, model: nn.Module) -> None:
     """Train, or continue, until the stage's last step; then keep the adapter alone."""
-    if trainer.is_fsdp_enabled:
-        raise RecipeError(
-            "sharded weights (FSDP) can be trained here but not saved yet. Fix: accelerate launch "
-            "--multi_gpu, with lora.method qlora where the weights do not fit on a device."
-        )
+    devices.prepare_sharding(trainer, model, job.folder.name)
+    spare = None  # to be saved in the place of a whole model that is taken apart for good
+    if trainer.is_fsdp_enabled and not isinstance(model, PeftModel):
+        spare = weights.unfilled_copy(model)
     trainer.remove_callback(PrinterCallback)  # the report speaks
     checkpoint = last_checkpoint(job.folder)
     if checkpoint is not None and checkpoint.step >= callback.steps:
-        adapters.load_trained(model, checkpoint.path)  # cut off after its last step
+        weights.load(model, checkpoint.path)  # cut off after its last step
     else:
         trainer.args.eval_on_start &= checkpoint is None
+        if checkpoint is not None:
+            weights.check_optimizer(trainer, checkpoint.path)
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
         finally:
             finish_trackers(job.trackers)
         if callback.interrupted and trainer.state.global_step < callback.steps:
             raise KeyboardInterrupt
+    state = weights.gather(model) if spare or isinstance(model, PeftModel) else {}
     if devices.is_first():
-        _keep(job, model)
+        if spare:
+            weights.fill(spare, state)
+            job.encoder.backbone.auto_model = spare.to(job.encoder.device)
+        _keep(job, model, state)
     devices.wait()
     if callback.interrupted:
         raise KeyboardInterrupt
 
 
-def _keep(job: Job, model: nn.Module) -> None:
+def _keep(job: Job, model: nn.Module, state: dict[str, Tensor]) -> None:
     """Write the adapter, or the whole encoder; once its config is there, the stage is done."""
     aside = job.folder / "trained.tmp"
     if isinstance(model, PeftModel):
-        adapters.save_adapter(model, aside)
+        adapters.save_adapter(model, aside, state)
     else:
         job.encoder.save(aside)
     for item in sorted(aside.iterdir(), key=lambda item: item.name in DONE):

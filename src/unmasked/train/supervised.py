@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from sentence_transformers.util import all_gather, get_rank, get_world_size
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy, normalize
 
+from unmasked.train import devices
 from unmasked.train.contrastive import alignment_and_uniformity
 
 
@@ -77,11 +79,22 @@ class RankingLoss(CachedLossMixin, nn.Module):
         features: dict[str, Any] = dict(next(iter(sentence_features)))
         features["repad"] = False
         texts = Texts(len(labels), features.pop("place"), features.pop("key"))
-        limit = self.mini_batch_num_tokens
-        if limit is None or int(features["attention_mask"].sum()) <= limit:
+        limit, attention = self.mini_batch_num_tokens, features["attention_mask"]
+        if limit is None or not devices.any_of(int(attention.sum()) > limit, attention.device):
             vectors = self.model(features)["sentence_embedding"]  # (R, D)
             return self.score(vectors, texts)
         return self.forward_cached([features], texts)  # type: ignore[arg-type]
+
+    def embed_minibatch_iter(self, sentence_feature: Any, *given: Any, **named: Any) -> Any:
+        """As many forwards as on the device that has the most: sharded weights need all devices."""
+        count, mask = len(named["ranges"]), sentence_feature["attention_mask"]
+        if isinstance(self.model, FSDPModule):
+            last = (len(mask) - 1, len(mask), named["with_grad"], False)  # the shortest text
+            for _ in range(devices.most(count, mask.device) - count):
+                vectors, _ = self.embed_minibatch(sentence_feature, *last, RandContext(mask))
+                if named["with_grad"]:
+                    (0 * vectors).sum().backward()
+        yield from super().embed_minibatch_iter(sentence_feature, *given, **named)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False

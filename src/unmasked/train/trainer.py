@@ -12,10 +12,8 @@ way, ends with the lines of one that was not. Its rule: what depends on the mach
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,9 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from unmasked import adapters
 from unmasked.errors import OutputError, RecipeError, nearest
-from unmasked.train import devices
+from unmasked.train import devices, weights
 from unmasked.train.checkpoints import ASIDE, PROGRESS, put_in_place, unsaved
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -91,15 +88,27 @@ class AdapterCheckpoints:
         return found
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        model = trained(self.model)
+        state = weights.gather(model)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        adapters.save_trained(trained(self.model), folder)
-        state = json.dumps(self._run.tally.state())
-        (folder / PROGRESS).write_text(state, encoding="utf-8")
+        weights.save(model, folder, state)
+        tally = json.dumps(self._run.tally.state())
+        (folder / PROGRESS).write_text(tally, encoding="utf-8")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`_save` gathers what is sharded; the trainer would gather the frozen weights too."""
+        self._save(output_dir)
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            weights.save_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        adapters.load_trained(trained(self.model), resume_from_checkpoint)
+        weights.load(trained(self.model), resume_from_checkpoint)
         state = (Path(resume_from_checkpoint) / PROGRESS).read_text(encoding="utf-8")
         self._run.tally.load(json.loads(state), self.args.device)
 
@@ -249,7 +258,7 @@ class RunCallback(TrainerCallback):
         if "loss" in logs:
             tokens = int(self.tokens) * args.world_size
             logs["tokens_per_second"] = round(tokens / max(self._seconds, 1e-9), 1)
-            logs["memory_gb"] = round(peak_memory(args.device) / 1e9, 3)
+            logs["memory_gb"] = round(devices.peak_memory(args.device) / 1e9, 3)
             self.tokens, self._seconds = 0, 0.0
         if not state.is_world_process_zero:
             return
@@ -268,14 +277,6 @@ class RunCallback(TrainerCallback):
     ) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def _keep_lines(metrics: Path, step: int) -> None:
@@ -307,9 +308,10 @@ def stage_arguments(
             is a sum over rows. None leaves it whole.
 
     Raises:
-        RecipeError: the batch does not divide among the devices, or ``trainer`` names an argument
-            that there is not.
+        RecipeError: the batch does not divide among the devices, ``trainer`` names an argument that
+            there is not, or wants weights shared where they cannot be.
     """
+    devices.check_sharding(bool(settings.trainer.get("fsdp")), f"{folder.name}.trainer.fsdp")
     allowed = TrainingArguments.__dataclass_fields__
     for name in settings.trainer:
         if name not in allowed:
