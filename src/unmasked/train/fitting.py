@@ -35,7 +35,7 @@ from unmasked.config import MNTP, SimCSE, Supervised, Training
 from unmasked.errors import RecipeError
 from unmasked.model import LLM2Vec
 from unmasked.packing import checkpoint_contexts
-from unmasked.train import devices, weights
+from unmasked.train import devices, saving
 from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, noise
 from unmasked.train.data import read_texts, split_held_out
@@ -129,13 +129,18 @@ def _fit_mntp(job: Job, stage: MNTP) -> None:
     trainer = MaskedNextTokenTrainer(
         model=MaskedNextTokenModel(model, language_model).to(job.encoder.device),
         args=TrainingArguments(
-            **stage_arguments(stage, job.folder, job.seed, most_rows),
-            remove_unused_columns=False,
-            label_names=["labels"],
-            eval_strategy="steps" if evaluation else "no",
-            eval_steps=stage.eval_steps or None,
-            eval_on_start=evaluation is not None,
-            per_device_eval_batch_size=most_rows,
+            **stage_arguments(
+                stage,
+                job.folder,
+                job.seed,
+                most_rows,
+                remove_unused_columns=False,
+                label_names=["labels"],
+                eval_strategy="steps" if evaluation else "no",
+                eval_steps=stage.eval_steps or None,
+                eval_on_start=evaluation is not None,
+                per_device_eval_batch_size=most_rows,
+            )
         ),
         data_collator=default_data_collator,
         train_dataset=train,
@@ -204,17 +209,21 @@ def _fit_contrastive(
     **arguments: Any,
 ) -> None:
     train, held_out = rows
-    arguments |= stage_arguments(stage, job.folder, job.seed)
     measured = len(held_out) // devices.world()
     callback = _callback(job, stage)
     trainer = ContrastiveTrainer(
         model=job.encoder,
         args=SentenceTransformerTrainingArguments(
-            **arguments,
-            eval_strategy="steps" if measured >= FEWEST else "no",
-            eval_steps=stage.eval_steps,
-            eval_on_start=measured >= FEWEST,
-            per_device_eval_batch_size=min(stage.batch_size // devices.world(), measured) or 1,
+            **stage_arguments(
+                stage,
+                job.folder,
+                job.seed,
+                eval_strategy="steps" if measured >= FEWEST else "no",
+                eval_steps=stage.eval_steps,
+                eval_on_start=measured >= FEWEST,
+                per_device_eval_batch_size=min(stage.batch_size // devices.world(), measured) or 1,
+                **arguments,
+            )
         ),
         data_collator=collator,
         train_dataset=train,
@@ -254,7 +263,7 @@ def _attach(job: Job, stage: Training) -> nn.Module:
     set_seed(job.seed)
     model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.method)
     if job.start is not None:
-        weights.load(model, job.start)
+        saving.load(model, job.start)
     job.encoder.backbone.auto_model = model
     job.encoder.model_card_data.generate_widget_examples = False
     if stage.gradient_checkpointing:
@@ -283,25 +292,25 @@ def _fit(job: Job, trainer: Any, callback: RunCallback, model: nn.Module) -> Non
     devices.prepare_sharding(trainer, model, job.folder.name)
     spare = None  # to be saved in the place of a whole model that is taken apart for good
     if trainer.is_fsdp_enabled and not isinstance(model, PeftModel):
-        spare = weights.unfilled_copy(model)
+        spare = saving.unfilled_copy(model)
     trainer.remove_callback(PrinterCallback)  # the report speaks
     checkpoint = last_checkpoint(job.folder)
     if checkpoint is not None and checkpoint.step >= callback.steps:
-        weights.load(model, checkpoint.path)  # cut off after its last step
+        saving.load(model, checkpoint.path)  # cut off after its last step
     else:
         trainer.args.eval_on_start &= checkpoint is None
         if checkpoint is not None:
-            weights.check_optimizer(trainer, checkpoint.path)
+            saving.check_optimizer(trainer, checkpoint.path)
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
         finally:
             finish_trackers(job.trackers)
         if callback.interrupted and trainer.state.global_step < callback.steps:
             raise KeyboardInterrupt
-    state = weights.gather(model) if spare or isinstance(model, PeftModel) else {}
+    state = saving.gather(model) if spare or isinstance(model, PeftModel) else {}
     if devices.is_first():
         if spare:
-            weights.fill(spare, state)
+            saving.fill(spare, state)
             job.encoder.backbone.auto_model = spare.to(job.encoder.device)
         _keep(job, model, state)
     devices.wait()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from unmasked.errors import OutputError, RecipeError, nearest
-from unmasked.train import devices, weights
+from unmasked.train import devices, saving
 from unmasked.train.checkpoints import ASIDE, PROGRESS, put_in_place, unsaved
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -89,11 +89,11 @@ class AdapterCheckpoints:
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         model = trained(self.model)
-        state = weights.gather(model)
+        state = saving.gather(model)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        weights.save(model, folder, state)
+        saving.save(model, folder, state)
         tally = json.dumps(self._run.tally.state())
         (folder / PROGRESS).write_text(tally, encoding="utf-8")
 
@@ -103,12 +103,12 @@ class AdapterCheckpoints:
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         if self.is_fsdp_enabled:
-            weights.save_optimizer(self, output_dir)
+            saving.save_optimizer(self, output_dir)
         else:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights.load(trained(self.model), resume_from_checkpoint)
+        saving.load(trained(self.model), resume_from_checkpoint)
         state = (Path(resume_from_checkpoint) / PROGRESS).read_text(encoding="utf-8")
         self._run.tally.load(json.loads(state), self.args.device)
 
@@ -296,7 +296,7 @@ def _step_of(line: str) -> int:
 
 
 def stage_arguments(
-    settings: Any, folder: Path, seed: int, most_rows: int | None = None
+    settings: Any, folder: Path, seed: int, most_rows: int | None = None, **own: Any
 ) -> dict[str, Any]:
     """Arguments of `TrainingArguments` that every stage takes from its settings.
 
@@ -306,6 +306,7 @@ def stage_arguments(
         seed: of the run.
         most_rows: of a forward; a batch is cut into equal parts of no more, for stages whose loss
             is a sum over rows. None leaves it whole.
+        own: further arguments of the stage; those that the settings name under ``trainer`` win.
 
     Raises:
         RecipeError: the batch does not divide among the devices, ``trainer`` names an argument that
@@ -345,5 +346,6 @@ def stage_arguments(
         "ddp_backend": "gloo" if on_cpu and devices.world() > 1 else None,
         "ddp_find_unused_parameters": False,
         "ddp_timeout": int(devices.LONGEST_WAIT.total_seconds()),
+        **own,
         **settings.trainer,
     }
