@@ -17,6 +17,8 @@ def environment() -> Facts:
     """Versions, devices and extras."""
     import torch
 
+    from unmasked import precision
+
     found: Facts = {"unmasked": __version__, "python": platform.python_version()}
     found |= {name: _version(name) or "not installed" for name in LIBRARIES}
     found["platform"] = platform.platform(terse=True)
@@ -24,6 +26,7 @@ def environment() -> Facts:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     bfloat16 = [n for n in ("amx_bf16", "avx512_bf16", "bf16") if capabilities.get(n)]
     found["cpu_bfloat16"] = ", ".join(bfloat16) or "no (slow: emulated; use float32)"
+    found["cpu_int8"] = precision.int8_instructions() or "no (--quantize int8 gains little)"
     for extra, packages in _extras().items():
         missing = [name for name in packages if _version(name) is None]
         install = f"pip install 'unmasked[{extra}]' ({', '.join(missing)} missing)"
@@ -58,12 +61,16 @@ def _extras() -> dict[str, list[str]]:
 def _devices() -> list[str]:
     import torch
 
+    from unmasked.quantization import has_fp8
+
     found = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         bfloat16 = "with" if torch.cuda.is_bf16_supported() else "without"
+        fp8 = "with" if has_fp8(torch.device("cuda", index)) else "without"
         found.append(
-            f"cuda:{index} {gpu.name} {gpu.total_memory / 2**30:.0f} GiB {bfloat16} bfloat16"
+            f"cuda:{index} {gpu.name} {gpu.total_memory / 2**30:.0f} GiB {bfloat16} bfloat16, "
+            f"{fp8} fp8"
         )
     if torch.backends.mps.is_available():
         found.append("mps")
