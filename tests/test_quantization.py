@@ -15,6 +15,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from unmasked.corpus import Encoded, Encoding, Local, Shards, encode_folder
 from unmasked.corpus.encoding import fingerprint
+from unmasked.doctor import environment
 from unmasked.errors import ModelError, OutputError
 from unmasked.model import LLM2Vec
 from unmasked.quantization import KINDS, TEXTS, Linear8bit, check, quantize
@@ -136,7 +137,7 @@ def test_a_quantised_model_has_a_fingerprint_of_its_own(full, int8, tiny_decoder
 
 def test_what_a_device_cannot_do_is_refused(tiny_decoder, monkeypatch):
     with pytest.raises(ModelError, match="did you mean 'int8'.*Allowed: int8, fp8"):
-        load(tiny_decoder, "in8")
+        load("no-such-model", "in8")  # before anything is loaded
     with pytest.raises(ModelError, match="int8 is for CPUs, and the model goes to cuda:1.*Fix"):
         check("int8", torch.device("cuda", 1))
     with pytest.raises(ModelError, match="capability 8.9 or later, and the model goes to cpu"):
@@ -198,6 +199,9 @@ def test_a_cpu_that_gains_nothing_says_so(tiny_decoder, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         load(tiny_decoder, "int8")
     assert "no 8-bit products" in caplog.text
+    assert environment()["cpu_int8"].startswith("no ")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    assert environment()["cpu_int8"] == "avx512_vnni"
 
 
 # --- corpora --------------------------------------------------------------------------------------
