@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from types import ModuleType
+
 import pytest
 import torch
+from torch.nn.attention import varlen
 from transformers import (
     AutoModel,
     FalconConfig,
@@ -16,8 +21,9 @@ from transformers import (
     MistralConfig,
     Qwen3Config,
 )
+from transformers.utils.import_utils import is_flash_attn_2_available
 
-from unmasked import adapters
+from unmasked import adapters, packing
 from unmasked.bidirectional import open_config, open_mask
 from unmasked.packing import NAME, checkpoint_contexts, enable_packing, pack, run_packed
 
@@ -153,3 +159,146 @@ def test_gradients_with_an_adapter(checkpointing):
     assert together.keys() == alone.keys() != set()
     for name, value in together.items():
         torch.testing.assert_close(value, alone[name], atol=1e-3, rtol=1e-3)
+
+
+# --- the kernels of a GPU -------------------------------------------------------------------------
+
+
+def by_text(q, k, v, cu_seqlens, scale, softcap=0.0, dropout=0.0):
+    """(N, H, d) attention within each text, written out; H queries share G keys."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    parts = []
+    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q[start:stop], k[start:stop]) * scale
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        weights = torch.nn.functional.dropout(scores.softmax(dim=-1), dropout)
+        parts.append(torch.einsum("hqk,khd->qhd", weights, v[start:stop]))
+    return torch.cat(parts)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Pure torch in place of both kernels, with their signatures; says which were called."""
+    calls = []
+    of_torch = inspect.signature(varlen.varlen_attn)
+
+    def varlen_attn(*args, **kwargs):
+        given = of_torch.bind(*args, **kwargs).arguments
+        q, k, v, ends = (given[name] for name in ("query", "key", "value", "cu_seq_q"))
+        assert ends is given["cu_seq_k"] and ends.dtype == torch.int32
+        assert given["enable_gqa"] == (q.shape[1] != k.shape[1])
+        assert given["max_q"] == given["max_k"] == int(ends.diff().max())
+        calls.append("torch")
+        return by_text(q, k, v, ends, given["scale"])
+
+    def flash_attn_varlen_func(  # as in flash-attn 2.8
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+        block_table=None,
+    ):
+        assert cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32
+        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+        assert not causal and window_size == (-1, -1)
+        assert dropout_p == 0 or softcap == 0  # the kernel refuses them together
+        calls.append(("flash-attn", dropout_p, softcap))
+        return by_text(q, k, v, cu_seqlens_q, softmax_scale, softcap, dropout_p)
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(packing, "_on_half_gpu", lambda query: True)
+    return calls
+
+
+def attend(head=8, **options):
+    """(N, H, d) packed attention of random states, 4 heads on 2 keys."""
+    torch.manual_seed(0)
+    layout = pack(batch()[1]).layout
+    q, k, v = (torch.randn(1, heads, layout.tokens, head) for heads in (4, 2, 2))
+    with packing.packed_attention(layout):
+        mask = options.pop("mask", None)
+        return packing.attention(None, q, k, v, mask, scaling=0.3, **options)[0][0]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "softcap"])
+def test_a_kernel_takes_all_texts_at_once(monkeypatch, kernels, softcap):
+    found = attend(softcap=softcap)
+    assert kernels == ["torch" if softcap is None else ("flash-attn", 0.0, softcap)]
+    monkeypatch.setattr(packing, "_on_half_gpu", lambda query: False)
+    torch.testing.assert_close(found, attend(softcap=softcap), atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_goes_to_flash_attention(kernels):
+    dropped = attend(dropout=0.3)
+    assert kernels == [("flash-attn", 0.3, 0.0)]
+    assert (dropped - attend()).abs().max() > 0.1
+
+
+def test_what_no_kernel_has_goes_text_by_text(monkeypatch, kernels):
+    longest = torch.ones(1, 1, max(LENGTHS), max(LENGTHS), dtype=torch.bool)
+    attend(mask=longest)
+    attend(s_aux=torch.zeros(4))
+    attend(dropout=0.3, softcap=2.0)
+    attend(dropout=0.3, head=256)  # a consumer GPU has no backward pass for it
+    monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: False)
+    attend(dropout=0.3)
+    attend(softcap=2.0)
+    assert kernels == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PACKED)
+@torch.no_grad()
+def test_packed_equals_one_by_one_on_a_gpu(monkeypatch, name):
+    calls = []
+    real = varlen.varlen_attn
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **k: calls.append(1) or real(*a, **k))
+    model = build(PACKED[name]).to("cuda", torch.bfloat16)
+    ids, mask = (tensor.cuda() for tensor in batch())
+    expected = singles(model, ids, mask)
+    assert enable_packing(model) is None
+    packed = pack(mask)
+    states = run_packed(model, ids, packed)
+    assert calls or name != "llama"
+    for row, single in enumerate(expected):
+        apart = (states[packed.rows == row] - single).float().norm() / single.float().norm()
+        assert apart < 5e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
+def test_dropout_acts_on_a_gpu_with_flash_attention(monkeypatch):
+    from flash_attn import flash_attn_varlen_func as real
+
+    calls = []
+    count = lambda *a, **k: calls.append(k["dropout_p"]) or real(*a, **k)  # noqa: E731
+    monkeypatch.setattr("flash_attn.flash_attn_varlen_func", count)
+    model = build(PACKED["llama"]).to("cuda", torch.bfloat16)
+    assert enable_packing(model) is None
+    ids, mask = (tensor.cuda() for tensor in batch())
+    still = run_packed(model, ids, pack(mask))
+    for layer in model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    first, second = (run_packed(model.train(), ids, pack(mask)) for _ in range(2))
+    assert calls == [0.3] * 4
+    for one, other in ((first, second), (first, still)):
+        assert (one - other).abs().max() > 0.01
+    first.float().square().sum().backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0

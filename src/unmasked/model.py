@@ -23,11 +23,11 @@ from sentence_transformers.util import get_device_name
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from unmasked import adapters, folder, loading, original
+from unmasked import adapters, folder, loading, original, quantization
 from unmasked.batches import token_budget
 from unmasked.bidirectional import Report, open_mask, prove, stock_loading
 from unmasked.encoder import Backbone, listed, split_pairs
-from unmasked.errors import DataError, unknown
+from unmasked.errors import DataError, ModelError, unknown
 from unmasked.inference import (
     OUTPUTS,
     SENTENCE,
@@ -40,6 +40,7 @@ from unmasked.opening import learned_positions
 from unmasked.packing import enable_packing
 from unmasked.pooling import TextPooling, check_mode
 from unmasked.precision import Precision
+from unmasked.quantization import Quantization
 from unmasked.templates import Template, check_compat, read_template
 from unmasked.tokens import TextTokenizer, prepare_tokenizer
 from unmasked.words import word_vectors
@@ -94,6 +95,8 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
         compat: ``llm2vec-0.2`` for the very preprocessing of the original package.
         enable_bidirectional: open the mask of a given `model`; False leaves it as it is.
     """
+
+    quantization: Quantization | None = None  # where it was loaded with 8-bit weights
 
     def __init__(
         self,
@@ -180,6 +183,7 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
         template: Template | Mapping[str, Any] | str | None = None,
         compat: str | None = None,
         dtype: str | torch.dtype = "auto",
+        quantize: str | None = None,
         attn_implementation: str | None = None,
         allow_partial: bool = False,
         device: str | None = None,
@@ -204,6 +208,8 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             compat: as in the constructor.
             dtype: ``auto`` (what is fast here: `precision.pick`), ``checkpoint`` (the same, but
                 never less than the checkpoint has), or a torch dtype's name.
+            quantize: ``int8`` (CPU) or ``fp8`` (GPU): linear layers of 8-bit weights, faster and a
+                little off; `quantization` says how much. Such a model is for encoding only.
             attn_implementation: as in transformers; chosen by default.
             allow_partial: accept a model some of whose layers stay causal by construction.
             device: where to run.
@@ -214,10 +220,12 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
                 ``torch_dtype`` and ``device_map`` as the original took them.
 
         Raises:
-            ModelError: it cannot be loaded; NotBidirectionalError: the proof failed.
+            ModelError: it cannot be loaded or quantised; NotBidirectionalError: the proof failed.
         """
         name, device, hub = original.loading_options(dtype, device, hub)
         device = device or get_device_name()
+        if quantize is not None:
+            quantization.check(quantize, torch.device(device))
         loaded = loading.load(
             base_model_name_or_path,
             peft_model_name_or_path,
@@ -251,7 +259,26 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             base=str(base_model_name_or_path),
         )
         encoder.precision = loaded.precision
+        if quantize is not None:
+            encoder.quantization = quantization.quantize(encoder, loaded.model, quantize)
         return encoder
+
+    def train(self, mode: bool = True) -> LLM2Vec:
+        """As in torch.
+
+        Raises:
+            ModelError: to train a quantised model.
+        """
+        if mode:
+            self._require_full_precision("trained")
+        return super().train(mode)
+
+    def _require_full_precision(self, done: str) -> None:
+        if self.quantization is not None:
+            raise ModelError(
+                f"a model of {self.quantization.name} weights cannot be {done}. "
+                "Fix: load it without quantize."
+            )
 
     def _pack(self, model: nn.Module) -> str | None:
         """Switch on packed attention; returns why not, if not."""
@@ -368,7 +395,12 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
             self.train(was_training)
 
     def merged_model(self) -> nn.Module:
-        """The bare transformer with an attached adapter, if any, merged into a copy."""
+        """The bare transformer with an attached adapter, if any, merged into a copy.
+
+        Raises:
+            ModelError: it is quantised, and no stock loader would read that.
+        """
+        self._require_full_precision("saved")
         model = self.backbone.auto_model
         if isinstance(model, PeftModel):
             return adapters.merge_attached(copy.deepcopy(model))

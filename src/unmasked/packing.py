@@ -4,7 +4,8 @@ With the causal mask off, transformers separates packed texts in no backend but 
 resetting position ids silently lets texts attend to each other. So this module registers an
 attention function of its own, which transformers calls in place of its own ones. While a batch is
 packed it attends text by text: texts of equal length as one batch of plain SDPA, or all at once
-with `torch.nn.attention.varlen` on GPU. Otherwise it is SDPA with the mask it is given.
+with `torch.nn.attention.varlen` on GPU, or flash-attn, if installed, for dropout or a soft cap.
+Otherwise it is SDPA with the mask it is given.
 
 A sliding window is drawn by the family's own mask code, once for the longest text of the batch;
 windows look the same from every token, so shorter texts take the corner of it.
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 NAME = "unmasked"
 """The attention implementation registered here."""
@@ -34,6 +36,7 @@ NAME = "unmasked"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Largest relative difference between packed and single; 5e-2 in half precision."""
 
+DROPOUT_HEAD = 192  # the widest head whose backward pass has dropout in flash-attn on every GPU
 
 LONG = 64
 """Tokens from which bfloat16 attention on CPU is faster as two matrix products than as SDPA."""
@@ -116,17 +119,22 @@ def pack(attention_mask: Tensor) -> Packed:
     mask = attention_mask.cpu()
     lengths = mask.sum(dim=1)  # (B,)
     order = lengths.argsort(descending=True, stable=True)
+    layout = _lay_out(lengths[order])
+    sorted_rows, columns = mask[order].nonzero(as_tuple=True)
+    positions = torch.arange(layout.tokens) - layout.ends[sorted_rows]
+    return Packed(order[sorted_rows], columns, positions, layout).to(attention_mask.device)
+
+
+def _lay_out(lengths: Tensor) -> Layout:
+    """The layout of texts of these (B,) lengths, longest first."""
+    ends = lengths.new_zeros(len(lengths) + 1, dtype=torch.int32)
+    ends[1:] = lengths.cumsum(0)
     groups, start = [], 0
-    for length, same in groupby(lengths[order].tolist()):
+    for length, same in groupby(lengths.tolist()):
         texts = len(list(same))
         groups.append((start, texts, length))
         start += texts * length
-    ends = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    ends[1:] = lengths[order].cumsum(0)
-    sorted_rows, columns = mask[order].nonzero(as_tuple=True)
-    positions = torch.arange(start) - ends[sorted_rows]
-    packed = Packed(order[sorted_rows], columns, positions, Layout(tuple(groups), start, ends))
-    return packed.to(attention_mask.device)
+    return Layout(tuple(groups), start, ends)
 
 
 def attention(
@@ -158,9 +166,9 @@ def attention(
     layout = _LAYOUT.get()
     if layout is None:
         return _attend(query, key, value, attention_mask, *extras).transpose(1, 2), None
-    plain = attention_mask is None and softcap is None and s_aux is None and dropout == 0
-    if plain and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _attend_varlen(query, key, value, layout, scaling), None
+    plain = attention_mask is None and s_aux is None and _on_half_gpu(query)
+    if plain and _has_varlen(query.shape[-1], dropout, softcap):
+        return _attend_varlen(query, key, value, layout, scaling, dropout, softcap), None
     parts = []
     for start, texts, length in layout.groups:
         q, k, v = (
@@ -215,23 +223,39 @@ def _slow(query: Tensor, dropout: float) -> bool:
     return dropout > 0 or (query.dtype == torch.bfloat16 and query.shape[2] >= LONG)
 
 
-def _attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def _on_half_gpu(query: Tensor) -> bool:
+    """Whether the kernels for texts of any length could run: on a GPU, in half precision."""
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
+
+def _has_varlen(head: int, dropout: float, softcap: float | None) -> bool:
+    """Whether a kernel is here: torch's for neither, flash-attn's for one of the two, not both."""
+    if dropout > 0 and (softcap is not None or head > DROPOUT_HEAD):
+        return False
+    return (dropout == 0 and softcap is None) or is_flash_attn_2_available()
+
+
+def _attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (N, heads, d)
-    out: Any = varlen_attn(
-        q,
-        k,
-        v,
-        layout.ends,
-        layout.ends,
-        layout.longest,
-        layout.longest,
-        scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    texts = (layout.ends, layout.ends, layout.longest, layout.longest)
+    if dropout == 0 and softcap is None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        grouped = q.shape[1] != k.shape[1]
+        out: Any = varlen_attn(q, k, v, *texts, scale=scaling, enable_gqa=grouped)
+    else:
+        from flash_attn import flash_attn_varlen_func
+
+        extra = {"dropout_p": dropout} if softcap is None else {"softcap": softcap}
+        out = flash_attn_varlen_func(q, k, v, *texts, softmax_scale=scaling, **extra)
     return out[None]  # type: ignore[no-any-return]
 
 
@@ -316,19 +340,11 @@ def pack_documents(begins: Tensor) -> Packed:
         begins: (B, T) bool, where a document begins; true in the first column.
     """
     starts = begins.flatten().nonzero()[:, 0]  # (D,)
-    tokens = begins.numel()
-    lengths = torch.diff(starts, append=starts.new_tensor([tokens]))
+    lengths = torch.diff(starts, append=starts.new_tensor([begins.numel()]))
     order = lengths.argsort(descending=True, stable=True)
-    ends = torch.zeros(len(order) + 1, dtype=torch.int32, device=begins.device)
-    ends[1:] = lengths[order].cumsum(0)
-    groups, start = [], 0
-    for length, same in groupby(lengths[order].tolist()):
-        texts = len(list(same))
-        groups.append((start, texts, length))
-        start += texts * length
+    layout = _lay_out(lengths[order])
     document = torch.repeat_interleave(lengths[order])  # (N,)
-    positions = torch.arange(tokens, device=begins.device) - ends[document]
+    positions = torch.arange(layout.tokens, device=begins.device) - layout.ends[document]
     source = starts[order][document] + positions
     width = begins.shape[1]
-    layout = Layout(tuple(groups), tokens, ends)
     return Packed(source // width, source % width, positions, layout)

@@ -17,7 +17,8 @@ from unmasked.errors import ModelError, unknown
 NAMES = ("auto", "checkpoint", "float32", "bfloat16", "float16")
 NARROW = 512
 """Hidden sizes below this stay in float32 on CPU."""
-_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+_INT8 = ("avx512_vnni", "amx_int8", "avx_vnni")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,17 @@ class Precision:
 
 def bfloat16_instructions() -> str | None:
     """The instruction set with which this CPU multiplies bfloat16; None if it has none."""
+    return _first_of(_BFLOAT16)
+
+
+def int8_instructions() -> str | None:
+    """The instruction set with which this CPU multiplies 8-bit integers; None if it has none."""
+    return _first_of(_INT8)
+
+
+def _first_of(instructions: tuple[str, ...]) -> str | None:
     found: Any = torch.cpu.get_capabilities()
-    return next((name for name in _INSTRUCTIONS if found.get(name)), None)
+    return next((name for name in instructions if found.get(name)), None)
 
 
 def pick(name: str, device: torch.device, config: Any = None) -> Precision:

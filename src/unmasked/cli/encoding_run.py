@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 
 def encode(
-    model: str,
-    dtype: str,
+    load: Loader,
     source: Source,
     output: str,
     encoding: Encoding,
@@ -41,8 +40,7 @@ def encode(
     """Encode into a file or a folder, as the name says, and tell of it.
 
     Args:
-        model: hub name or folder.
-        dtype: of its weights.
+        load: gives the model.
         source: the texts.
         output: a folder where it has no suffix, or ends in a slash.
         encoding: how texts become vectors.
@@ -51,7 +49,6 @@ def encode(
         overwrite: replace what is there.
     """
     path = Path(output)
-    load = Loader(model, dtype)
     if source.ignored:
         terminal.say(f"not read, of another kind: {', '.join(source.ignored[:5])}")
     if path.suffix and not output.endswith("/"):
@@ -70,18 +67,24 @@ def encode(
 
 
 class Loader:
-    """Loads the model when it is called, here or on another machine."""
+    """Loads the model when it is called, here or on another machine.
 
-    def __init__(self, name: str, dtype: str) -> None:
+    Args:
+        name: hub name or folder.
+        dtype: of its weights.
+        quantize: 8-bit numbers in its linear layers; see `LLM2Vec.from_pretrained`.
+    """
+
+    def __init__(self, name: str, dtype: str, quantize: str | None = None) -> None:
         # Another machine's working directory is another one.
         self.name = str(Path(name).resolve()) if Path(name).exists() else name
-        self.dtype = dtype
+        self.dtype, self.quantize = dtype, quantize
 
     def __call__(self) -> LLM2Vec:
         from unmasked.model import LLM2Vec
 
         terminal.quiet_libraries()
-        return LLM2Vec.from_pretrained(self.name, dtype=self.dtype)
+        return LLM2Vec.from_pretrained(self.name, dtype=self.dtype, quantize=self.quantize)
 
 
 def _one_file(

@@ -28,5 +28,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Quantize(str, Enum):
+    """8-bit numbers in the linear layers of the model."""
+
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 MODEL = Annotated[str, typer.Argument(help="Hub name, folder, or 'nano', the bundled decoder.")]
 DTYPE = Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware has it.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unmasked.corpus.checks import check_apart, check_keep, check_output, check_ranges, survey
 from unmasked.corpus.encoding import CALIBRATION, Encoding
-from unmasked.corpus.engines import Engine, Progress, with_tokens
+from unmasked.corpus.engines import Engine, Local, Progress, with_tokens
 from unmasked.corpus.manifest import Manifest, Part, alone, checksum, locked
 from unmasked.corpus.ranges import RANGES, head_texts, read_ranges, save_ranges, shared_ranges
 from unmasked.corpus.shards import Job, Stream, write_file
@@ -23,6 +24,9 @@ from unmasked.writing import written_aside
 
 if TYPE_CHECKING:
     from unmasked.model import LLM2Vec
+    from unmasked.quantization import Quantization
+
+logger = logging.getLogger(__name__)
 
 Announce = Callable[[str], AbstractContextManager[None]]
 
@@ -180,6 +184,8 @@ def encode_folder(
             inputs, counts = survey(source, shards.skip, manifest, engine.needs_counts)
         with announce("loading the model"):
             facts = engine.ask(partial(_facts, encoding=encoding, shards=shards))
+        if facts.quantization is not None and not isinstance(engine, Local):
+            logger.warning("%s", facts.quantization)  # where it was loaded nobody hears it
         shards = replace(shards, window=facts.window)
         job = _job(source, encoding, folder, shards, facts.width, counts)
         stream = Stream(source, counts)
@@ -227,6 +233,7 @@ class _Facts(NamedTuple):
 
     model: str
     dtype: str
+    quantization: Quantization | None
     prompt: str | None
     width: int
     window: int
@@ -239,6 +246,7 @@ def _facts(model: LLM2Vec, encoding: Encoding, shards: Shards) -> _Facts:
     return _Facts(
         fingerprint(model),
         str(model.dtype).removeprefix("torch."),
+        model.quantization,
         encoding.resolved_prompt(model),
         encoding.width(model),
         min(shards.rows, shards.window or WINDOW.get(model.device.type, _WINDOW)),
@@ -272,6 +280,7 @@ def _settings(job: Job, shards: Shards, facts: _Facts) -> dict[str, Any]:
     return {
         "model": facts.model,
         "dtype": facts.dtype,
+        "quantize": facts.quantization.name if facts.quantization else None,
         "prompt": facts.prompt,
         "batch_size": job.encoding.batch_size,
         "normalize": job.encoding.normalize,

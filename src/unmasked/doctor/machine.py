@@ -13,12 +13,13 @@ Facts = dict[str, Any]
 
 def environment() -> Facts:
     """Versions, devices and extras."""
-    from unmasked.precision import bfloat16_instructions
+    from unmasked.precision import bfloat16_instructions, int8_instructions
 
     found: Facts = {**versions(), "python": platform.python_version()}
     found["platform"] = platform.platform(terse=True)
     found["devices"] = _devices()
     found["cpu_bfloat16"] = bfloat16_instructions() or "no (slow: emulated; use float32)"
+    found["cpu_int8"] = int8_instructions() or "no (--quantize int8 gains little)"
     for extra, packages in _extras().items():
         missing = [name for name in packages if _version(name) is None]
         install = f"pip install 'unmasked[{extra}]' ({', '.join(missing)} missing)"
@@ -53,12 +54,16 @@ def _extras() -> dict[str, list[str]]:
 def _devices() -> list[str]:
     import torch
 
+    from unmasked.quantization import has_fp8
+
     found = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         bfloat16 = "with" if torch.cuda.is_bf16_supported() else "without"
+        fp8 = "with" if has_fp8(torch.device("cuda", index)) else "without"
         found.append(
-            f"cuda:{index} {gpu.name} {gpu.total_memory / 2**30:.0f} GiB {bfloat16} bfloat16"
+            f"cuda:{index} {gpu.name} {gpu.total_memory / 2**30:.0f} GiB {bfloat16} bfloat16, "
+            f"{fp8} fp8"
         )
     if torch.backends.mps.is_available():
         found.append("mps")
