@@ -14,9 +14,9 @@ from torch.nn.functional import cosine_similarity
 from transformers import GPT2Config, LlamaConfig
 
 from unmasked.corpus import Encoded, Encoding, Local, Shards, encode_folder
-from unmasked.corpus.encoding import fingerprint
 from unmasked.doctor import environment
 from unmasked.errors import ModelError, OutputError
+from unmasked.fingerprint import fingerprint
 from unmasked.model import LLM2Vec
 from unmasked.quantization import KINDS, TEXTS, Linear8bit, check, quantize
 from unmasked.source import Source
