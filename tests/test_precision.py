@@ -52,4 +52,4 @@ def test_an_encoder_says_why(tiny_decoder):
     model = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
     assert model.precision is not None
     assert model.precision.dtype == model.dtype == torch.float32
-    assert "gains nothing" in model.precision.reason or "no bfloat16" in model.precision.reason
+    assert "quick in float32" in model.precision.reason or "no bfloat16" in model.precision.reason
