@@ -52,7 +52,7 @@ SMOLLM_135M = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 2048,
 }
-QUICK = {"short": 72, "passages": 24, "mixed": 96, "korean": 48}
+QUICK = {"short": 64, "passages": 20, "mixed": 80, "korean": 40}
 FULL = {"short": 512, "passages": 128, "mixed": 640, "korean": 256}
 """Texts a mix. In a small `mixed`, batches of 32 that hold both kinds of text weigh more."""
 

@@ -59,7 +59,7 @@ from unmasked.train.mntp import MaskedNextTokenModel, Masking
 from unmasked.train.supervised import RankingLoss
 
 BLOCK, MASKED, DROPOUT, TEMPERATURE = 512, 0.2, 0.3, 0.05
-QUICK = {"mntp": 2, "simcse": 16, "supervised": 6}
+QUICK = {"mntp": 2, "simcse": 14, "supervised": 4}
 FULL = {"mntp": 8, "simcse": 128, "supervised": 32}
 """Blocks, sentences and triplets a step. Larger batches pad more: the quick ones favour us less."""
 
