@@ -2,8 +2,8 @@
 
 On a CPU with bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16), a wide model runs 2 to 3 times
 faster in bfloat16 than in float32; without it, tens of times slower. float16 is slow on every CPU.
-Narrow models (`NARROW`) stay in float32: they are quick as they are, though bfloat16 is 1.7 times as
-fast at a width of 256, too (`benchmarks/quantize.py`).
+Narrow models (`NARROW`) stay in float32: they are quick as they are, though bfloat16 is 1.7 times
+as fast at a width of 256, too (`benchmarks/quantize.py`).
 """
 
 from __future__ import annotations
