@@ -39,9 +39,10 @@ from sentence_transformers.util import get_device_name
 from transformers import AutoConfig, AutoModel, AutoTokenizer, LlamaConfig
 
 from benchmarks.texts import build_mixes, read_sentences
-from unmasked import LLM2Vec, __version__, precision
-from unmasked.loading import bundled_path
-from unmasked.quantization import KINDS
+from unmasked import LLM2Vec, __version__
+from unmasked.checkpoint.loading import bundled_path
+from unmasked.forward import precision
+from unmasked.forward.quantization import KINDS
 
 SMOLLM_135M = {
     "vocab_size": 49152,

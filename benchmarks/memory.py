@@ -105,7 +105,7 @@ def encode(folder: str, rows: str, kind: str) -> None:
     """One size, in this process; prints its facts as JSON."""
     from unmasked import LLM2Vec
     from unmasked.corpus import Encoding, Local, Shards, encode_folder
-    from unmasked.source import Source
+    from unmasked.files.source import Source
 
     root = Path(folder)
     model = LLM2Vec.from_pretrained(root / "model", device="cpu")

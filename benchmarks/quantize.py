@@ -27,8 +27,8 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig
 from benchmarks.encode import SMOLLM_135M
 from benchmarks.texts import read_sentences
 from unmasked import LLM2Vec
-from unmasked.loading import bundled_path
-from unmasked.quantization import quantize
+from unmasked.checkpoint.loading import bundled_path
+from unmasked.forward.quantization import quantize
 
 SHAPES = {
     256: {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6},

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
-from unmasked import docstrings
+from unmasked.files import docstrings
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SENTENCES = 6000  # of each language; more than any mix needs

@@ -49,14 +49,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.encode import SMOLLM_135M, environment
 from benchmarks.texts import read_sentences
-from unmasked import LLM2Vec, adapters, docstrings, loading
-from unmasked.config import Pairs
-from unmasked.tokens import TextTokenizer
-from unmasked.train.contrastive import TwoViewsLoss
-from unmasked.train.data import Blocks, token_file
-from unmasked.train.mixing import PairCollator
-from unmasked.train.mntp import MaskedNextTokenModel, Masking
-from unmasked.train.supervised import RankingLoss
+from unmasked import LLM2Vec
+from unmasked.checkpoint import adapters, loading
+from unmasked.files import docstrings
+from unmasked.recipe.schema import Pairs
+from unmasked.text.tokens import TextTokenizer
+from unmasked.train.data.mixing import PairCollator
+from unmasked.train.data.texts import Blocks, token_file
+from unmasked.train.losses.mntp import MaskedNextTokenModel, Masking
+from unmasked.train.losses.simcse import TwoViewsLoss
+from unmasked.train.losses.supervised import RankingLoss
 
 BLOCK, MASKED, DROPOUT, TEMPERATURE = 512, 0.2, 0.3, 0.05
 QUICK = {"mntp": 2, "simcse": 14, "supervised": 4}

@@ -28,14 +28,16 @@ keep them out of this one. Written by `python scripts/faults.py` from the names 
 def collect(tests: Path) -> dict[int, list[tuple[str, str]]]:
     """Fault number → (what holds, ``file::test``), in the order of files and lines."""
     held: dict[int, list[tuple[str, str]]] = {}
-    for file in sorted(tests.glob("test_*.py")):
+    for file in sorted(tests.rglob("test_*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.FunctionDef) or not (match := NAMED.match(node.name)):
                 continue
             said = (ast.get_docstring(node) or match[2].replace("_", " ")).splitlines()[0]
             what = said[0].upper() + said[1:].rstrip(".:")
             for number in re.findall(r"\d+", match[1]):
-                held.setdefault(int(number), []).append((what, f"{file.name}::{node.name}"))
+                held.setdefault(int(number), []).append(
+                    (what, f"{file.relative_to(tests)}::{node.name}")
+                )
     return held
 
 

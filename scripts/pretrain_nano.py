@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from unmasked.docstrings import collect
+from unmasked.files.docstrings import collect
 
 VOCABULARY, CONTEXT = 8192, 512
 LONG_SHARE = 0.25  # last steps, at full context; those before see half of it, a third faster
@@ -220,7 +220,7 @@ Trained from scratch by `scripts/pretrain_nano.py` on {tokens:.1f} M tokens:
 {rows}
 
 Docstrings are those of the Python packages installed where it was trained, without the fifth of
-all modules that `unmasked.docstrings.is_held_out` names; Wikipedia text is CC BY-SA 3.0.
+all modules that `unmasked.files.docstrings.is_held_out` names; Wikipedia text is CC BY-SA 3.0.
 """
 
 

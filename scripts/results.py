@@ -21,13 +21,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from unmasked import LLM2Vec
-from unmasked.config import Recipe
 from unmasked.evaluate.compare import headlines
 from unmasked.evaluate.scorer import make_scorer
-from unmasked.pooling import CAUSAL_BASELINES
-from unmasked.recipe import load_recipe
-from unmasked.train.stages import Listener, Run
-from unmasked.writing import write_text
+from unmasked.files.writing import write_text
+from unmasked.forward.pooling import CAUSAL_BASELINES
+from unmasked.recipe.files import load_recipe
+from unmasked.recipe.schema import Recipe
+from unmasked.train.run import Listener, Run
 
 TEXTS = {"enwiki_sentences.txt.gz": 4, "kowiki_sentences.txt.gz": 6}  # file: every n-th line
 SETTINGS = ("mntp.steps=200", "simcse.steps=80", "supervised.steps=100")

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.tiny import save_random
 
 SENTENCES = [
     "The cat sat on the warm mat in the morning sun.",
@@ -43,18 +44,6 @@ def tiny_tokenizer():
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-
-
-def save_random(folder: Path, config, tokenizer=None) -> Path:
-    """A random causal language model of a config, in a folder."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

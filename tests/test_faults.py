@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from support import tiny
 from transformers import AutoModel, PreTrainedTokenizerFast
 
-from unmasked.bidirectional import open_config
-from unmasked.config import Recipe
 from unmasked.errors import ModelError, NotBidirectionalError
+from unmasked.mask.proof import open_config
 from unmasked.model import LLM2Vec, get_device_name
-from unmasked.templates import named
-from unmasked.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.recipe.schema import Recipe
+from unmasked.text.templates import named
+from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["one text", "another, longer one", "한국어 문장", ""]
@@ -120,7 +120,7 @@ def test_b26_errors_name_what_was_given(tiny_mamba, tiny_decoder):
 
 def test_b31_the_schedule_spans_what_it_says(tiny_decoder, tmp_path):
     """Decay over the steps by default; over more on request, as the paper did."""
-    from unmasked.train.stages import Run
+    from unmasked.train.run import Run
 
     (tmp_path / "texts.txt").write_text("\n".join(f"a text of words {i}" for i in range(60)))
 
@@ -169,7 +169,7 @@ def test_b45_without_bos_no_word_and_no_label_is_lost(tiny_decoder, tiny_tokeniz
 
 def test_b46_entity_f1_stands_beside_token_accuracy(model, tmp_path):
     """The original called token accuracy with all the ``O`` precision."""
-    from unmasked.evaluate.probe import load_probe
+    from unmasked.evaluate.tasks.probe import load_probe
 
     rows = "Anna\tB-PER\nin\tO\nOslo\tB-LOC\n"
     for name in ("x_train.tsv", "x_dev.tsv"):

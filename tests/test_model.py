@@ -13,10 +13,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from unmasked.bidirectional import open_config, prove
 from unmasked.errors import DataError, ModelError, NotBidirectionalError
+from unmasked.forward.pooling import STOCK_MODES, pool
+from unmasked.mask.proof import open_config, prove
 from unmasked.model import LLM2Vec
-from unmasked.pooling import STOCK_MODES, pool
 
 TEXTS = [
     "hello world",
@@ -36,7 +36,7 @@ def model(tiny_decoder):
 
 @pytest.fixture(scope="module")
 def sentencepiece_decoder(tiny_decoder, sentencepiece_tokenizer, tmp_path_factory):
-    from conftest import save_random
+    from support.tiny import save_random
     from transformers import LlamaConfig
 
     config = LlamaConfig.from_pretrained(tiny_decoder)
@@ -334,8 +334,8 @@ def test_saving_over_a_folder_keeps_what_is_not_ours(model, tmp_path):
 def test_repeated_texts_are_computed_once_and_order_survives_windows(model, monkeypatch):
     texts = [f"text number {i % 7}" + " and more" * (i % 5) for i in range(50)]
     alone = model.encode(texts[::-1])[::-1]
-    monkeypatch.setattr("unmasked.inference.WINDOW", 8)
-    monkeypatch.setattr("unmasked.inference.ON_DEVICE", 3)
+    monkeypatch.setattr("unmasked.forward.loop.WINDOW", 8)
+    monkeypatch.setattr("unmasked.forward.loop.ON_DEVICE", 3)
     before = model.tokens_encoded
     np.testing.assert_allclose(model.encode(texts), alone, atol=1e-5)
     rows = model.backbone.tokenize_inputs(sorted(set(texts)))

@@ -26,7 +26,7 @@ def heavy_modules_after(code: str) -> set[str]:
 def test_public_names():
     assert unmasked.__all__ == ["LLM2Vec", "Recipe", "__version__"]
     assert set(unmasked.__all__) <= set(dir(unmasked))
-    assert unmasked.Recipe.__module__ == "unmasked.config"
+    assert unmasked.Recipe.__module__ == "unmasked.recipe.schema"
     with pytest.raises(AttributeError, match="no attribute 'LLM3Vec'"):
         unmasked.LLM3Vec  # noqa: B018
 
@@ -40,7 +40,7 @@ def test_version_is_the_installed_one():
 
 
 def test_import_loads_nothing_heavy():
-    assert heavy_modules_after("import unmasked, unmasked.config, unmasked.errors") == set()
+    assert heavy_modules_after("import unmasked, unmasked.recipe.schema, unmasked.errors") == set()
     assert heavy_modules_after("import unmasked, torch") == {"torch"}, "the probe sees nothing"
 
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmasked.config import Recipe
-from unmasked.docstrings import Docstring, collect, pairs
 from unmasked.errors import DataError
 from unmasked.evaluate.scorer import make_scorer
+from unmasked.files.docstrings import Docstring, collect, pairs
 from unmasked.model import LLM2Vec
-from unmasked.recipe import load_recipe
+from unmasked.recipe.files import load_recipe
+from unmasked.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from unmasked.train.stages import Listener
+    from unmasked.train.run import Listener
 
 TASK = "docstrings"
 METRICS = (f"{TASK}.ndcg@10", f"{TASK}.recall@1", f"{TASK}.recall@10")
@@ -120,7 +120,7 @@ def run_demo(folder: Path, *, quick: bool, listener: Listener) -> list[Search]:
     Returns:
         Searches with the untouched decoder (mean pooling) and with the result.
     """
-    from unmasked.train.stages import Run
+    from unmasked.train.run import Run
 
     size = QUICK if quick else FULL
     recipe = demo_recipe(folder, size)

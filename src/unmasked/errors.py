@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unmasked.bidirectional import Report
+    from unmasked.mask.proof import Report
 
 
 class UnmaskedError(Exception):

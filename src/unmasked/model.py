@@ -23,12 +23,13 @@ from sentence_transformers.util import get_device_name
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from unmasked import adapters, folder, loading, original, quantization
-from unmasked.batches import token_budget
-from unmasked.bidirectional import Report, open_mask, prove, stock_loading
-from unmasked.encoder import Backbone, listed, split_pairs
+from unmasked.checkpoint import adapters, folder, loading
+from unmasked.compat import llm2vec as original
 from unmasked.errors import DataError, ModelError, unknown
-from unmasked.inference import (
+from unmasked.forward import quantization
+from unmasked.forward.backbone import Backbone, listed, split_pairs
+from unmasked.forward.batches import token_budget
+from unmasked.forward.loop import (
     OUTPUTS,
     SENTENCE,
     Job,
@@ -36,14 +37,15 @@ from unmasked.inference import (
     row_outputs,
     sentence_vectors,
 )
-from unmasked.opening import learned_positions
-from unmasked.packing import enable_packing
-from unmasked.pooling import TextPooling, check_mode
-from unmasked.precision import Precision
-from unmasked.quantization import Quantization
-from unmasked.templates import Template, check_compat, read_template
-from unmasked.tokens import TextTokenizer, prepare_tokenizer
-from unmasked.words import word_vectors
+from unmasked.forward.packing import enable_packing
+from unmasked.forward.pooling import TextPooling, check_mode
+from unmasked.forward.precision import Precision
+from unmasked.forward.quantization import Quantization
+from unmasked.forward.words import word_vectors
+from unmasked.mask.opening import learned_positions
+from unmasked.mask.proof import Report, open_mask, prove, stock_loading
+from unmasked.text.templates import Template, check_compat, read_template
+from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
 

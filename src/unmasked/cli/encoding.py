@@ -161,7 +161,7 @@ def encode(
     if format is not None and name.suffix and not output.endswith("/"):
         raise OutputError(f"{output} is one file, whose suffix says its kind. Fix: no --format.")
     from unmasked.corpus import Encoding, Shards, parse_part
-    from unmasked.source import Source
+    from unmasked.files.source import Source
 
     encoding_run.encode(
         encoding_run.Loader(model, dtype.value, quantize.value if quantize else None),

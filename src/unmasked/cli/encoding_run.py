@@ -21,7 +21,7 @@ from unmasked.corpus import (
     encode_folder,
 )
 from unmasked.errors import OutputError
-from unmasked.source import Source
+from unmasked.files.source import Source
 
 if TYPE_CHECKING:
     from unmasked.corpus.engines import Engine, Progress

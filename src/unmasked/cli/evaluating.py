@@ -13,7 +13,7 @@ import typer
 from unmasked.cli.failures import MISUSED
 from unmasked.cli.options import MODEL
 from unmasked.errors import OutputError
-from unmasked.writing import write_text
+from unmasked.files.writing import write_text
 
 
 class Rival(str, Enum):

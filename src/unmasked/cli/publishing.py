@@ -34,9 +34,9 @@ def push(
     ] = False,
 ) -> None:
     """Puts a saved model on the Hugging Face hub, private by default."""
+    from unmasked.checkpoint.push import check_name, list_files
+    from unmasked.checkpoint.push import push as upload
     from unmasked.cli import terminal
-    from unmasked.push import check_name, list_files
-    from unmasked.push import push as upload
 
     check_name(repository)
     files = list_files(folder)

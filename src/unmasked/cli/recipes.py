@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="The recipes that come with the pac
 def list_recipes() -> None:
     """Names and base models."""
     from unmasked.cli import terminal
-    from unmasked.recipe import load_recipe, shipped_recipes
+    from unmasked.recipe.files import load_recipe, shipped_recipes
 
     recipes = {name: load_recipe(name) for name in shipped_recipes()}
     terminal.facts([(name, recipe.model.base) for name, recipe in recipes.items()])
@@ -44,7 +44,7 @@ def copy(
 
 
 def _shipped(name: str) -> Path:
-    from unmasked.recipe import shipped_recipes
+    from unmasked.recipe.files import shipped_recipes
 
     recipes = shipped_recipes()
     if name not in recipes:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmasked.cli import terminal, views
-from unmasked.config import Recipe
 from unmasked.errors import MissingExtraError
 from unmasked.evaluate.compare import CAUSAL, COMMAND, headlines
 from unmasked.evaluate.scorer import RESULTS, make_scorer
-from unmasked.recipe import make_recipe
+from unmasked.recipe.files import make_recipe
+from unmasked.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from unmasked.train.stages import Listener, Run
+    from unmasked.train.run import Listener, Run
 
 
 def stage_recipe(
@@ -45,7 +45,7 @@ def run_recipe(recipe: Recipe, path: Path) -> None:
     tasks = recipe.evaluate.tasks
     score = make_scorer(tasks, results=path / RESULTS) if tasks else None
     with terminal.waiting("loading the libraries"):
-        from unmasked.train.stages import Run
+        from unmasked.train.run import Run
 
         terminal.quiet_libraries()
     with terminal.Line() as line:
@@ -68,7 +68,7 @@ def keep_command(run: Path) -> None:
 def write_report(run: Path, output: Path | None = None) -> Path:
     """The report of a run, with this machine's environment in it."""
     from unmasked.doctor import environment, lines
-    from unmasked.evaluate.report import write_report as write
+    from unmasked.evaluate.report.page import write_report as write
 
     return write(run, output, lines(environment()))
 
@@ -123,7 +123,7 @@ class _RunView:
 
 def listener(line: terminal.Line) -> Listener:
     """A listener for `train.stages.Run` that shows everything on a progress line."""
-    from unmasked.train.stages import Listener
+    from unmasked.train.run import Listener
 
     view = _RunView(line)
     return Listener(view.stage, view.step, view.scored)

@@ -55,7 +55,7 @@ def run(
 ) -> None:
     """All stages of a recipe, scored before and after each. The same command continues."""
     from unmasked.cli.running import run_recipe
-    from unmasked.recipe import load_recipe
+    from unmasked.recipe.files import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     run_recipe(resolved, output or Path("runs") / resolved.name)
@@ -91,8 +91,8 @@ def mine(
 ) -> None:
     """Hard negatives for supervised training: what the encoder takes for the answer wrongly."""
     from unmasked.cli import terminal
-    from unmasked.config import Pairs
-    from unmasked.source import Source
+    from unmasked.files.source import Source
+    from unmasked.recipe.schema import Pairs
 
     if output.exists():
         raise OutputError(f"{output} exists. Fix: another name.")
@@ -103,7 +103,7 @@ def mine(
     more = [text for _, text, _ in Source(str(corpus)).records()] if corpus else []
     with terminal.waiting(f"loading {model}"):
         from unmasked.model import LLM2Vec
-        from unmasked.train.mining import mine
+        from unmasked.train.data.mining import mine
 
         terminal.quiet_libraries()
         encoder = LLM2Vec.from_pretrained(model)
@@ -130,11 +130,11 @@ def plan(
 ) -> None:
     """What a recipe would cost: steps, tokens, FLOPs, memory, disk, time. Fetches no weights."""
     from unmasked.cli import terminal, views
-    from unmasked.recipe import load_recipe, recipe_text
+    from unmasked.recipe.files import load_recipe, recipe_text
 
     resolved = load_recipe(recipe, overrides or [])
     with terminal.waiting("measuring" if probe else "counting"):
-        from unmasked.train.plan import make_plan
+        from unmasked.train.plan.cost import make_plan
 
         terminal.quiet_libraries()
         found = make_plan(resolved, probe)

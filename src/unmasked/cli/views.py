@@ -16,10 +16,10 @@ from unmasked.evaluate.bootstrap import Interval
 from unmasked.evaluate.compare import Comparison, Row, compare_stages, headline_metrics, headlines
 
 if TYPE_CHECKING:
-    from unmasked.config import Recipe
     from unmasked.demo import Search
     from unmasked.evaluate.analysis import Analysis
-    from unmasked.train.plan import Plan, StagePlan
+    from unmasked.recipe.schema import Recipe
+    from unmasked.train.plan.cost import Plan, StagePlan
 
 
 def stage_table(

@@ -9,7 +9,7 @@ from typing import Any
 from unmasked.corpus.manifest import Manifest, Part, checksum
 from unmasked.corpus.writers import OUTPUTS
 from unmasked.errors import DataError, OutputError
-from unmasked.source import Source
+from unmasked.files.source import Source
 
 
 def parse_part(text: str) -> Part:

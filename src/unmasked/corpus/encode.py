@@ -19,12 +19,12 @@ from unmasked.corpus.manifest import Manifest, Part, alone, checksum, locked
 from unmasked.corpus.ranges import RANGES, head_texts, read_ranges, save_ranges, shared_ranges
 from unmasked.corpus.shards import Job, Stream, write_file
 from unmasked.errors import DataError, OutputError
-from unmasked.source import Source
-from unmasked.writing import written_aside
+from unmasked.files.source import Source
+from unmasked.files.writing import written_aside
 
 if TYPE_CHECKING:
+    from unmasked.forward.quantization import Quantization
     from unmasked.model import LLM2Vec
-    from unmasked.quantization import Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class _Facts(NamedTuple):
 
 
 def _facts(model: LLM2Vec, encoding: Encoding, shards: Shards) -> _Facts:
-    from unmasked.fingerprint import fingerprint
+    from unmasked.checkpoint.fingerprint import fingerprint
 
     encoding.check(model)
     return _Facts(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from unmasked.corpus.shards import Digest, Job, Stream, write_shard
 from unmasked.errors import DataError
-from unmasked.source import Row
+from unmasked.files.source import Row
 
 if TYPE_CHECKING:
     from unmasked.model import LLM2Vec

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from unmasked.errors import OutputError
-from unmasked.writing import not_written, written_aside
+from unmasked.files.writing import not_written, written_aside
 
 FORMAT = 1
 _DIVIDE = "name another folder, or divide the work with --shard 1/2 and --shard 2/2"

@@ -12,7 +12,7 @@ from unmasked.corpus.engines import Engine
 from unmasked.corpus.manifest import Part
 from unmasked.corpus.shards import Job, Stream
 from unmasked.errors import DataError, OutputError
-from unmasked.writing import written_aside
+from unmasked.files.writing import written_aside
 
 RANGES = "_ranges.npy"
 

@@ -20,8 +20,8 @@ from unmasked.corpus.encoding import Encoding
 from unmasked.corpus.manifest import checksum
 from unmasked.corpus.writers import Window, make_writer
 from unmasked.errors import DataError
-from unmasked.source import Row, Source
-from unmasked.writing import written_aside
+from unmasked.files.source import Row, Source
+from unmasked.files.writing import written_aside
 
 if TYPE_CHECKING:
     from unmasked.model import LLM2Vec

@@ -12,10 +12,10 @@ from unmasked.doctor import memory
 from unmasked.doctor.engines import engines
 from unmasked.doctor.machine import Facts
 from unmasked.errors import ModelError, NotBidirectionalError
-from unmasked.opening import learned_positions
+from unmasked.mask.opening import learned_positions
 
 if TYPE_CHECKING:
-    from unmasked.bidirectional import Report
+    from unmasked.mask.proof import Report
     from unmasked.model import LLM2Vec
 
 SHRINKING = (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError)
@@ -34,14 +34,14 @@ def examine(name: str, load: bool | None = None) -> Facts:
     Raises:
         ModelError: it cannot be read at all.
     """
-    from unmasked.loading import resolve_base
+    from unmasked.checkpoint.loading import resolve_base
 
     local = Path(resolve_base(name)).is_dir()
     return _weights(name) if (local if load is None else load) else _shape(name)
 
 
 def _weights(name: str) -> Facts:
-    from unmasked.bidirectional import stock_loading
+    from unmasked.mask.proof import stock_loading
     from unmasked.model import LLM2Vec
 
     examined = {"model": name, "examined": "the weights"}
@@ -76,12 +76,13 @@ def _shape(name: str) -> Facts:
     """Config and tokenizer only; what is proved is a random miniature of the config."""
     from transformers import AutoModel
 
-    from unmasked import loading, precision
-    from unmasked.bidirectional import stock_loading
+    from unmasked.checkpoint import loading
     from unmasked.doctor.miniature import miniature
     from unmasked.doctor.tokenizer import describe
-    from unmasked.packing import enable_packing
-    from unmasked.tokens import TextTokenizer, prepare_tokenizer
+    from unmasked.forward import precision
+    from unmasked.forward.packing import enable_packing
+    from unmasked.mask.proof import stock_loading
+    from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 
     config = loading.load_config(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +118,7 @@ def _random(config: Any) -> tuple[Any, Report]:
     """A random model of a config, opened as `loading.load` does, and the proof."""
     from transformers import AutoModel
 
-    from unmasked.bidirectional import open_config, open_mask
+    from unmasked.mask.proof import open_config, open_mask
 
     report = None
     for attention in ({}, {"attn_implementation": "eager"}):

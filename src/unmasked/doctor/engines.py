@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unmasked.bidirectional import Report
+from unmasked.mask.proof import Report
 
 VLLM = (
     "apertus",

@@ -6,14 +6,14 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from unmasked.card import versions
+from unmasked.checkpoint.card import versions
 
 Facts = dict[str, Any]
 
 
 def environment() -> Facts:
     """Versions, devices and extras."""
-    from unmasked.precision import bfloat16_instructions, int8_instructions
+    from unmasked.forward.precision import bfloat16_instructions, int8_instructions
 
     found: Facts = {**versions(), "python": platform.python_version()}
     found["platform"] = platform.platform(terse=True)
@@ -54,7 +54,7 @@ def _extras() -> dict[str, list[str]]:
 def _devices() -> list[str]:
     import torch
 
-    from unmasked.quantization import has_fp8
+    from unmasked.forward.quantization import has_fp8
 
     found = []
     for index in range(torch.cuda.device_count()):

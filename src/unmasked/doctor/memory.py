@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from unmasked.batches import token_budget
 from unmasked.errors import UnmaskedError
+from unmasked.forward.batches import token_budget
 
 
 def to_encode(config: Any, parameters: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -23,8 +23,8 @@ def to_encode(config: Any, parameters: int, dtype: torch.dtype, device: torch.de
 
 def to_train(name: str) -> str:
     """MNTP with LoRA as the default recipe has it, counted on the meta device."""
-    from unmasked.config import Recipe
-    from unmasked.train.plan import make_plan
+    from unmasked.recipe.schema import Recipe
+    from unmasked.train.plan.cost import make_plan
 
     given = {"name": "plan", "model": {"base": name}, "mntp": {"data": "-"}}
     try:

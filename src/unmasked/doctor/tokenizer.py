@@ -6,7 +6,7 @@ from typing import Any
 
 from unmasked.doctor.machine import Facts
 from unmasked.errors import ModelError
-from unmasked.tokens import TextTokenizer
+from unmasked.text.tokens import TextTokenizer
 
 PROBES = ("foo", "A sentence.", " after a space", '"quoted"', "1984", "한국어 문장", "\nnew line")
 """Beginnings of texts that merge with what stands before them in one tokenizer or another."""
@@ -15,7 +15,7 @@ ENDINGS = {"newline": "Find the answer:\n", "colon": "query:", "space": "query: 
 
 def describe(tokens: TextTokenizer, prompts: dict[str, str]) -> Facts:
     """Special tokens, chat template, and the border of each prompt (or of three usual endings)."""
-    from unmasked.train.mntp import find_mask_id
+    from unmasked.train.losses.mntp import find_mask_id
 
     tokenizer: Any = tokens.tokenizer
     try:

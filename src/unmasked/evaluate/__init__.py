@@ -7,9 +7,9 @@ numpy alone: importing it costs no torch.
 from __future__ import annotations
 
 from unmasked.evaluate.bootstrap import Interval, TaskResult, interval, paired_difference
-from unmasked.evaluate.files import load_task
-from unmasked.evaluate.tasks import Task, evaluate
-from unmasked.evaluate.vectors import Encode, encode_once, search
+from unmasked.evaluate.tasks.files import load_task
+from unmasked.evaluate.tasks.kinds import Task, evaluate
+from unmasked.evaluate.tasks.vectors import Encode, encode_once, search
 
 __all__ = [
     "Encode",

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from unmasked import docstrings
 from unmasked.errors import DataError, ModelError
-from unmasked.evaluate.files import load_task
 from unmasked.evaluate.scorer import encode_by_role
-from unmasked.evaluate.tasks import alike
-from unmasked.evaluate.vectors import encoded, norms
+from unmasked.evaluate.tasks.files import load_task
+from unmasked.evaluate.tasks.kinds import alike
+from unmasked.evaluate.tasks.vectors import encoded, norms
+from unmasked.files import docstrings
 
 TEXTS = 256  # pairs that are looked at
 READ = 32  # texts whose layers are looked at
@@ -114,7 +114,7 @@ def draw(analysis: Analysis, folder: Path) -> list[Path]:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    from unmasked.evaluate import figures
+    from unmasked.evaluate.report import figures
 
     drawn = {"shape": figures.bars_figure({k: asdict(s) for k, s in analysis.shapes.items()})}
     if analysis.layers is not None and analysis.spread is not None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from unmasked import adapters, loading
+from unmasked.checkpoint import adapters, loading
 from unmasked.errors import ModelError
+from unmasked.forward.pooling import CAUSAL_BASELINES
 from unmasked.model import LLM2Vec
-from unmasked.pooling import CAUSAL_BASELINES
-from unmasked.recipe import load_recipe
+from unmasked.recipe.files import load_recipe
 
 
 def find_base(model: str) -> str:

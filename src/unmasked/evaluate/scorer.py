@@ -17,9 +17,9 @@ import numpy as np
 
 from unmasked.errors import DataError
 from unmasked.evaluate.bootstrap import TaskResult
-from unmasked.evaluate.files import load_task
-from unmasked.evaluate.tasks import evaluate
-from unmasked.evaluate.vectors import Encode, encode_once
+from unmasked.evaluate.tasks.files import load_task
+from unmasked.evaluate.tasks.kinds import evaluate
+from unmasked.evaluate.tasks.vectors import Encode, encode_once
 
 WORDS = "words:"
 RESULTS = "mteb"
@@ -79,14 +79,14 @@ def _read(
 ) -> list[tuple[str, Callable[[Any, Encode], TaskResult]]]:
     """Name and scoring function of each task behind what was given."""
     if given.startswith(WORDS):
-        from unmasked.evaluate.probe import load_probe
+        from unmasked.evaluate.tasks.probe import load_probe
 
         probe = load_probe(given.removeprefix(WORDS))
         return [(probe.name, lambda model, _: probe.score(model))]
     if Path(given).exists() or _FILE.search(given):
         local = load_task(given)
         return [(local.name, lambda _, encode: evaluate([local], encode)[0])]
-    from unmasked.evaluate.public import find_tasks, score_public
+    from unmasked.evaluate.tasks.public import find_tasks, score_public
 
     def public(task: Any) -> Callable[[Any, Encode], TaskResult]:
         return lambda model, _: score_public(task, model, results)

@@ -16,18 +16,18 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from unmasked.config import MNTP, Recipe, SimCSE, Supervised
 from unmasked.errors import DataError, MissingExtraError, RecipeError
+from unmasked.files.source import Source
 from unmasked.model import LLM2Vec
-from unmasked.source import Source
+from unmasked.recipe.schema import MNTP, Recipe, SimCSE, Supervised
 from unmasked.train import devices
-from unmasked.train.contrastive import noise
-from unmasked.train.data import Blocks, read_texts, split_held_out, token_file
+from unmasked.train.data.mixing import OneSourceBatches
+from unmasked.train.data.pairs import read_rows, split_rows
+from unmasked.train.data.texts import Blocks, read_texts, split_held_out, token_file
 from unmasked.train.fitting import is_done
-from unmasked.train.mixing import OneSourceBatches
-from unmasked.train.mntp import TOKENS
-from unmasked.train.pairs import read_rows, split_rows
-from unmasked.train.shapes import attach
+from unmasked.train.losses.mntp import TOKENS
+from unmasked.train.losses.simcse import noise
+from unmasked.train.plan.shapes import attach
 from unmasked.train.trainer import stage_arguments
 
 Named = tuple[str, MNTP | SimCSE | Supervised]

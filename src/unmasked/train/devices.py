@@ -24,7 +24,7 @@ from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
 from torch import distributed, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from unmasked.adapters import bare
+from unmasked.checkpoint.adapters import bare
 from unmasked.errors import RecipeError
 
 LONGEST_WAIT = timedelta(days=1)

@@ -30,17 +30,18 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from unmasked import adapters, config, loading
-from unmasked.config import MNTP, SimCSE, Supervised, Training
+from unmasked.checkpoint import adapters, loading
 from unmasked.errors import RecipeError
+from unmasked.forward.packing import checkpoint_contexts
 from unmasked.model import LLM2Vec
-from unmasked.packing import checkpoint_contexts
+from unmasked.recipe import schema as config
+from unmasked.recipe.schema import MNTP, SimCSE, Supervised, Training
 from unmasked.train import devices, saving
 from unmasked.train.checkpoints import last_checkpoint
-from unmasked.train.contrastive import ContrastiveTrainer, TwoViewsLoss, noise
-from unmasked.train.data import read_texts, split_held_out
-from unmasked.train.mixing import OneSourceBatches, PairCollator, measuring_batches
-from unmasked.train.mntp import (
+from unmasked.train.data.mixing import OneSourceBatches, PairCollator, measuring_batches
+from unmasked.train.data.pairs import split_rows, store_rows
+from unmasked.train.data.texts import read_texts, split_held_out
+from unmasked.train.losses.mntp import (
     MaskedNextTokenModel,
     MaskedNextTokenTrainer,
     Masking,
@@ -49,8 +50,8 @@ from unmasked.train.mntp import (
     micro_batch_rows,
     token_metrics,
 )
-from unmasked.train.pairs import split_rows, store_rows
-from unmasked.train.supervised import RankingLoss
+from unmasked.train.losses.simcse import ContrastiveTrainer, TwoViewsLoss, noise
+from unmasked.train.losses.supervised import RankingLoss
 from unmasked.train.trackers import finish_trackers, tracker_callbacks
 from unmasked.train.trainer import Report, RunCallback, stage_arguments
 

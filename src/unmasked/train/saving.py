@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 
-from unmasked import adapters
+from unmasked.checkpoint import adapters
 from unmasked.errors import RecipeError
 
 FULL_NAME = "model.safetensors"

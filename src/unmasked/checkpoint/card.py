@@ -1,0 +1,172 @@
+"""The model card: README.md of a saved folder, in the format of sentence-transformers and the hub.
+
+The front matter (library, tags, base model, data, scores as ``model-index``) is what the hub reads;
+below it stands what a person needs. Cost: importing huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unmasked import __version__
+
+if TYPE_CHECKING:
+    from unmasked.checkpoint.folder import Settings
+
+TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "llm2vec", "unmasked")
+LIBRARIES = ("sentence-transformers", "transformers", "torch", "peft")
+_DATA = {".csv", ".gz", ".jsonl", ".parquet", ".tsv", ".txt", ".zst"}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card says beyond the settings.
+
+    Attributes:
+        base: hub name or folder of the decoder.
+        bidirectional: the proof, in a sentence.
+        sections: title → Markdown, put below the rest.
+        datasets: what it was trained on, hub names or files.
+        stages: ``{"name": ..., "scores": {"TASK.METRIC": fraction}}``, in order; the last is the
+            model itself.
+    """
+
+    base: str = "a decoder-only language model"
+    bidirectional: str = ""
+    sections: dict[str, str] = field(default_factory=dict)
+    datasets: Sequence[str] = ()
+    stages: Sequence[Mapping[str, object]] = ()
+
+
+def versions() -> dict[str, str]:
+    """This package and the libraries that a model depends on, with their versions."""
+    return {"unmasked": __version__, **{name: version(name) for name in LIBRARIES}}
+
+
+def render(card: Card, settings: Settings, width: int, limit: int) -> str:
+    """The whole README.md.
+
+    Args:
+        card: what to say.
+        settings: pooling and lengths of the folder.
+        width: numbers in a vector.
+        limit: tokens at which a text is cut.
+    """
+    sections = {**card.sections, "Scores": _scores(card)} if card.stages else card.sections
+    told = "\n".join(f"\n## {title}\n\n{text}" for title, text in sections.items())
+    name = _public_name(card.base)
+    base = f"[{name}](https://huggingface.co/{name})" if name else Path(card.base).name or card.base
+    data = "".join(f"\n    - {_public_name(given) or Path(given).name}" for given in card.datasets)
+    libraries = "\n".join(f"- {name}: {number}" for name, number in versions().items())
+    return f"""---
+{_front_matter(card)}
+---
+
+# Text encoder based on {name or base}
+
+This is a [sentence-transformers](https://www.SBERT.net) model: {base}, a decoder-only language
+model, with its causal mask removed (LLM2Vec), made with [unmasked](https://pypi.org/project/unmasked).
+It maps a text to {width} numbers, to be compared by cosine: for search, clustering, classification.
+
+## Model Details
+
+- **Model Type:** Sentence Transformer
+- **Base model:** {base}
+- **Maximum Sequence Length:** {limit} tokens
+- **Output Dimensionality:** {width} dimensions
+- **Similarity Function:** Cosine Similarity
+- **Pooling:** `{settings.pooling_mode}` over the text's own tokens, without BOS and prompt
+- **Attention:** {card.bidirectional or "not examined"}
+- **Training Data:** {data or "none"}
+
+## Usage
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/to/this/folder")
+vectors = model.encode(["a text", "another text"])
+print(model.similarity(vectors, vectors))
+```
+
+A prompt should end in a newline, or in a colon with nothing behind it: after a space, the text's
+first word merges with the prompt, and this loader then leaves it out of the vector.
+{told}
+
+## Framework Versions
+
+{libraries}
+
+## Citation
+
+```bibtex
+@inproceedings{{llm2vec,
+    title = {{LLM2Vec: Large Language Models Are Secretly Powerful Text Encoders}},
+    author = {{BehnamGhader, Parishad and Adlakha, Vaibhav and Mosbach, Marius and Bahdanau, Dzmitry
+              and Chapados, Nicolas and Reddy, Siva}},
+    booktitle = {{COLM}},
+    year = {{2024}},
+    url = {{https://arxiv.org/abs/2404.05961}},
+}}
+```
+"""
+
+
+def _front_matter(card: Card) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    scores = card.stages[-1]["scores"] if card.stages else {}
+    assert isinstance(scores, dict)
+    results = [
+        EvalResult(
+            task_type="sentence-similarity",
+            task_name="Sentence Similarity",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=_metric_type(metric),
+            metric_name=metric,
+            metric_value=float(value),
+        )
+        for (task, _, metric), value in ((key.rpartition("."), v) for key, v in scores.items())
+    ]
+    named = Path(card.base).name or card.base
+    data = ModelCardData(
+        base_model=_public_name(card.base),
+        datasets=[given for given in card.datasets if _public_name(given)] or None,
+        eval_results=results or None,
+        library_name="sentence-transformers",
+        model_name=f"Text encoder based on {named}" if results else None,
+        pipeline_tag="sentence-similarity",
+        tags=list(TAGS),
+    )
+    return str(data.to_yaml()).strip()
+
+
+def _metric_type(metric: str) -> str:
+    """A metric's name as a word of the hub: letters, digits and underscores."""
+    return re.sub(r"\W+", "_", metric.replace("@", "_at_"))
+
+
+def _public_name(given: str) -> str | None:
+    """The name itself if it can be one of the hub; a file or folder of this machine is none."""
+    local = Path(given).exists() or Path(given).suffix in _DATA
+    return given if _HUB_NAME.fullmatch(given) and not local else None
+
+
+def _scores(card: Card) -> str:
+    """Every stage's scores times 100, a column a metric."""
+    rows = [(str(stage["name"]), stage["scores"]) for stage in card.stages]
+    first = rows[0][1]
+    assert isinstance(first, dict)
+    lines = ["| stage | " + " | ".join(first) + " |", "|---" + "|---:" * len(first) + "|"]
+    for name, scores in rows:
+        assert isinstance(scores, dict)
+        cells = (f"{100 * float(scores[metric]):.2f}" for metric in first)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\nTimes 100. The last stage is this model."

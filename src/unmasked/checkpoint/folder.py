@@ -1,0 +1,222 @@
+"""The saved folder: plain files that stock loaders read, without this package or remote code.
+
+Written for transformers (`AutoModel`, still bidirectional), sentence-transformers, and servers
+that parse the older sentence-transformers schema: the compact one that version 6 writes makes some
+of them pool the wrong token without a word, so the files here follow the older one throughout.
+
+    config.json, model.safetensors       the transformer, `is_causal: false`
+    tokenizer.json, tokenizer_config.json
+    modules.json, 1_Pooling/config.json, sentence_bert_config.json
+    config_sentence_transformers.json    prompts; an empty one is `tokens.MARK`, see there
+    llm2vec_config.json                  what only this package and the original read
+    README.md                            model card
+
+A folder is written aside and moved into place, so an interrupted save leaves the old one whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import sentence_transformers
+import torch
+import transformers
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from unmasked.checkpoint.card import Card as Card
+from unmasked.checkpoint.card import render
+from unmasked.errors import OutputError
+from unmasked.forward.pooling import STOCK_MODES
+from unmasked.mask.opening import NATIVE_KEY
+from unmasked.text.templates import PLAIN, Template
+from unmasked.text.tokens import MARK
+
+SETTINGS_NAME = "llm2vec_config.json"
+PROMPTS_NAME = "config_sentence_transformers.json"
+GENERIC_TOKENIZER = "glm"
+"""A model type whose tokenizer is, in transformers, the generic class: tokenizer.json as it is."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a folder says about turning texts into vectors.
+
+    The first four keys are the original package's; a folder without a ``template`` is one of its.
+    """
+
+    pooling_mode: str = "mean"
+    max_length: int = 512
+    doc_max_length: int | None = None
+    skip_instruction: bool = True
+    template: Template = PLAIN
+    compat: str | None = None
+
+
+def write_folder(
+    path: str | Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Settings,
+    prompts: dict[str, str],
+    fixed_tokens: int,
+    needs_eager: bool = False,
+    card: Card | None = None,
+) -> None:
+    """Write a whole model folder, or replace one.
+
+    Args:
+        path: folder to write.
+        model: bare transformer, adapters merged.
+        tokenizer: as made by `tokens.prepare_tokenizer`.
+        settings: pooling and lengths.
+        prompts: name → prompt; an empty prompt leaves BOS out of pooling all the same.
+        fixed_tokens: tokens of an input that are not its text (BOS, EOS).
+        needs_eager: stock loaders must use eager attention for this family.
+        card: what the README says.
+    """
+    with _written_aside(Path(path)) as folder:
+        model.save_pretrained(folder)  # type: ignore[operator]
+        for weights in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", weights)  # safetensors makes them private
+        native = hasattr(model.config, NATIVE_KEY)
+        _complete_config(folder / "config.json", native, needs_eager)
+        limit = settings.max_length
+        if settings.doc_max_length is not None:
+            limit = min(limit, settings.doc_max_length + fixed_tokens)
+        tokenizer.model_max_length = limit
+        tokenizer.save_pretrained(folder)
+        width = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+        _write_json(folder / "modules.json", _modules())
+        (folder / "1_Pooling").mkdir()
+        _write_json(folder / "1_Pooling" / "config.json", _pooling(settings, width))
+        loading = {"max_seq_length": limit, "do_lower_case": False}
+        _write_json(folder / "sentence_bert_config.json", loading | _tokenizer_args(folder))
+        _write_json(folder / PROMPTS_NAME, _prompts(prompts, _empty_prompt(tokenizer)))
+        _write_json(folder / SETTINGS_NAME, asdict(settings))
+        text = render(card or Card(), settings, width, limit)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def read_settings(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Every setting by name: as given (not None), else as saved, else the default."""
+    known = {field.name: getattr(Settings(), field.name) for field in fields(Settings)}
+    found = {key: saved[key] for key in known if key in saved}
+    return known | found | {key: value for key, value in given.items() if value is not None}
+
+
+def read_prompts(saved: dict[str, str], template: Template = PLAIN) -> dict[str, str]:
+    """The prompts as a folder has them, without the template and the mark for an empty one."""
+    prompts = {
+        name: (prompt or "").removeprefix(MARK).removeprefix(template.prefix)
+        for name, prompt in saved.items()
+    }
+    return {name: prompt for name, prompt in prompts.items() if name != "default"}
+
+
+@contextmanager
+def _written_aside(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place when the block ends well."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file. Fix: name a folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        aside.chmod(0o755)
+        yield aside
+        if path.exists():
+            _replace_files(aside, path)
+        else:
+            aside.replace(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace_files(source: Path, target: Path) -> None:
+    for item in sorted(source.rglob("*")):
+        place = target / item.relative_to(source)
+        if item.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            item.replace(place)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _complete_config(path: Path, has_native_key: bool, needs_eager: bool) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["use_cache"] = False
+    if config.get("is_causal") is False and not has_native_key:
+        config[NATIVE_KEY] = True  # what text-embeddings-inference reads; others ignore it
+    if needs_eager:
+        config["attn_implementation"] = "eager"
+    _write_json(path, config)
+
+
+def _tokenizer_args(folder: Path) -> dict[str, Any]:
+    """What stock sentence-transformers must be told to load the tokenizer as it was saved.
+
+    For a few families (`qwen2`) `AutoTokenizer` builds a class of its own from the vocabulary and
+    drops the saved normalizer, so that it would keep `MARK`.
+    """
+    probe = MARK + "a"
+    saved = PreTrainedTokenizerFast.from_pretrained(folder)
+    if AutoTokenizer.from_pretrained(folder)(probe)["input_ids"] == saved(probe)["input_ids"]:
+        return {}
+    return {"tokenizer_args": {"tokenizer_type": GENERIC_TOKENIZER}}
+
+
+def _modules() -> list[dict[str, Any]]:
+    names = (("Transformer", ""), ("Pooling", "1_Pooling"))
+    return [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in enumerate(names)
+    ]
+
+
+def _pooling(settings: Settings, width: int) -> dict[str, Any]:
+    mode = STOCK_MODES[settings.pooling_mode]
+    flags = {
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_max_tokens": "max",
+        "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+        "pooling_mode_weightedmean_tokens": "weightedmean",
+        "pooling_mode_lasttoken": "lasttoken",
+    }
+    return {
+        "word_embedding_dimension": width,
+        **{flag: mode == stock for flag, stock in flags.items()},
+        "pooling_mode": mode,
+        "include_prompt": not settings.skip_instruction or mode == "cls",
+    }
+
+
+def _empty_prompt(tokenizer: PreTrainedTokenizerFast) -> str:
+    """`MARK`, if there is a BOS to be left out of pooling: some tokenizer classes keep the mark."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return "" if tokenizer("a")["input_ids"][:1] == plain[:1] else MARK
+
+
+def _prompts(prompts: dict[str, str], empty: str) -> dict[str, Any]:
+    named = {"default": "", "query": "", "document": "", **prompts}
+    return {
+        "__version__": {
+            "sentence_transformers": sentence_transformers.__version__,
+            "transformers": transformers.__version__,
+            "pytorch": torch.__version__.split("+")[0],
+        },
+        "model_type": "SentenceTransformer",
+        "prompts": {name: prompt or empty for name, prompt in named.items()},
+        "default_prompt_name": "default",
+        "similarity_fn_name": "cosine",
+    }

@@ -1,0 +1,115 @@
+"""The weights of a checkpoint, all of them and of the right shapes, in a transformer.
+
+transformers fills what a checkpoint lacks with random numbers and says so in a log; a model half of
+which is random passes every proof and encodes nonsense. Here that is an error, as is half a file.
+
+Cost: that of `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModel, PretrainedConfig
+
+from unmasked.checkpoint.adapters import Source
+from unmasked.errors import ModelError
+
+BUNDLED = "nano"
+"""The name of the decoder that comes with the package."""
+_BEHIND = "pooler."
+"""Where base encoders keep what comes after the last states; it is never run."""
+
+
+def load_model(
+    source: Source,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    auto: Any = AutoModel,
+    use_safetensors: bool | None = True,
+) -> tuple[Any, list[str]]:
+    """A transformer, and the names of those of its weights that the checkpoint lacks.
+
+    Args:
+        source: folder or hub repository.
+        config: of the model to build.
+        dtype: of the weights.
+        attention: as in transformers; None lets it choose.
+        auto: the auto class.
+        use_safetensors: None allows pickles, too.
+
+    Raises:
+        ModelError: no weights, half a file, or weights of other shapes than the config says.
+    """
+    extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    # the auto classes look for an adapter too, and ask the hub unless they are told here as well
+    asked = {k: v for k, v in source.hub.items() if k in ("cache_dir", "local_files_only")}
+    try:
+        model, info = auto.from_pretrained(
+            source.name,
+            config=config,
+            dtype=dtype,
+            use_safetensors=use_safetensors,
+            trust_remote_code=False,
+            adapter_kwargs=asked,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+            **extra,
+            **source.hub,
+        )
+    except SafetensorError as error:
+        raise ModelError(
+            f"{source.name}: a .safetensors file is broken ({error}). "
+            "Fix: download or save it again."
+        ) from error
+    except (OSError, ValueError, ImportError) as error:
+        if "safetensors" in str(error) and use_safetensors:
+            raise ModelError(
+                f"{source.name} has no safetensors weights, and pickled ones are not loaded: a "
+                "pickle can run code. Fix: convert them, or, if you trust them, allow_pickle=True "
+                f"(tensors only). ({first_line(error)})"
+            ) from error
+        raise ModelError(why(source.name, error)) from error
+    if other := sorted(info["mismatched_keys"]):
+        name, there, here = other[0]
+        raise ModelError(
+            f"{source.name}: {len(other)} weights have other shapes than its config.json says, "
+            f"first {name}: {tuple(there)} there, {tuple(here)} by the config. Fix: the "
+            "config.json that was saved with these weights."
+        )
+    return model, sorted(info["missing_keys"])
+
+
+def require_whole(name: str, missing: Sequence[str]) -> None:
+    """Refuse a checkpoint that lacks weights which the states depend on.
+
+    Raises:
+        ModelError: it does; names the first ones.
+    """
+    if lacking := [key for key in missing if not key.startswith(_BEHIND)]:
+        raise ModelError(
+            f"{name} lacks {len(lacking)} weights of its model ({', '.join(lacking[:3])}), which "
+            "would be random. Fix: download or save it again, whole; an adapter is given as `peft`."
+        )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def why(name: str, error: Exception) -> str:
+    """What is said of a name that cannot be loaded."""
+    first = first_line(error)
+    if Path(name).exists():
+        return f"cannot load {name}: {first}"
+    return (
+        f"cannot load {name}: it is no folder here, and the hub gave: {first} "
+        f"Fix: check the name, or download the model and give its folder; '{BUNDLED}' is the "
+        "model that comes with the package."
+    )

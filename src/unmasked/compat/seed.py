@@ -1,0 +1,306 @@
+"""The commands of the seed system, `train_mntp.py` and `train_simcse.py`: its flags as a recipe.
+
+Every flag either acts or is refused with a reason; `docs/migrating.md` has the table. Results are
+where they were: the adapter, a tokenizer and `llm2vec_config.json` in ``results/NAME-STAGE``,
+events for TensorBoard in ``logs/NAME-STAGE``. The folder is a run folder too, so the same command
+continues it, and its ``model`` is the merged encoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unmasked.cli.failures import explain
+from unmasked.errors import DataError, RecipeError, UnmaskedError, nearest
+from unmasked.recipe.files import make_recipe
+from unmasked.recipe.schema import Recipe
+
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant_with_warmup": "constant"}
+OWN = {"seed", "weight_decay", "max_steps", "output_dir", "logging_dir"}
+"""`TrainingArguments` that a recipe has a place for."""
+DEFAULT_DATA = "wiki1m_for_simcse.txt"
+KEPT = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def main(stage: str) -> None:
+    """One of the two commands on the process's command line; what the user can mend is told."""
+    try:
+        run(stage)
+    except (UnmaskedError, KeyboardInterrupt, OSError, RuntimeError) as error:
+        code, message = explain(error, "train")
+        if not message:
+            raise
+        print(message, file=sys.stderr)  # noqa: T201
+        raise SystemExit(code) from error
+
+
+def run(stage: str, arguments: Sequence[str] | None = None) -> None:
+    """One of the two commands.
+
+    Args:
+        stage: ``mntp`` or ``simcse``.
+        arguments: the command line; None is the process's.
+
+    Raises:
+        UnmaskedError: a flag, a file or a model cannot be used.
+    """
+    read_environment(Path(".env"))
+    flags, further = parser(stage).parse_known_args(arguments)
+    prepare_environment(flags)
+    flags.model_name = flags.model_name.rstrip("/")
+    name = f"{Path(flags.model_name).name.lower()}-{stage}"
+    folder = Path(flags.output_dir) / name
+    recipe = to_recipe(stage, flags, trainer_options(further), name)
+    from unmasked.cli.running import run_recipe
+
+    link_logs(folder / stage, Path(flags.logging_dir) / name)
+    run_recipe(recipe, folder)
+    publish(folder, stage, recipe)
+    events = Path(flags.logging_dir) / name
+    if not events.exists():
+        shutil.copytree(folder / stage, events, ignore=shutil.ignore_patterns("adapter_*"))
+
+
+def parser(stage: str) -> argparse.ArgumentParser:
+    """The flags of a command, with the seed system's defaults where they were of use."""
+    made = argparse.ArgumentParser(prog=f"train_{stage}.py", allow_abbrev=False)
+
+    def flag(name: str, kind: Any = str, default: Any = None, **more: Any) -> None:
+        made.add_argument(f"--{name}", type=kind, default=default, **more)
+
+    simcse = stage == "simcse"
+    flag("model_name", required=True)
+    flag("peft_model_name_or_path", required=simcse)
+    flag("device_map", default="auto", choices=["auto", "cuda", "cpu"])
+    flag("trust_remote_code", truth, False)
+    flag("cache_dir")
+    flag("torch_dtype", default="torch.bfloat16")
+    flag("attn_implementation", choices=["eager", "sdpa", "flash_attention_2"])
+    flag("bidirectional", truth, True)
+    flag("merge_peft", truth, True)
+    flag("simcse_dropout", float, 0.3)
+    flag("loss_scale", float, 20.0)
+    flag("lora_dropout", float, 0.05)
+    flag("pooling_mode", default="mean")
+    flag("data_path", nargs="+")
+    flag("data_dir", default="data/")
+    flag("validation_split_percentage", float, 0.05)
+    flag("mlm_probability", float, 0.2)
+    flag("mask_style", default="bert", choices=["bert", "all"])
+    flag("mask_token_type", default="blank", choices=["blank", "eos", "mask"])
+    flag("max_seq_length", int, 4096)
+    flag("model_max_length", int, 512 if simcse else 4096)
+    flag("output_dir", default="results/")
+    flag("logging_dir", default="logs/")
+    flag("num_train_epochs", float, 1.0)
+    flag("max_steps", int, -1)
+    flag("per_device_train_batch_size", int, 16 if simcse else 4)
+    flag("gradient_accumulation_steps", int, 4 if simcse else 16)
+    flag("learning_rate", float, 1e-5)
+    flag("lr_scheduler_type", default="cosine")
+    flag("warmup_steps", int, 800)
+    flag("weight_decay", float, 0.0)
+    flag("max_grad_norm", float, 1.0)
+    flag("seed", int, 42)
+    flag("logging_steps", int, 10)
+    flag("report_to", default="tensorboard")
+    flag("gradient_checkpointing", truth, True)
+    flag("save_strategy", default="steps", choices=["no", "steps", "epoch"])
+    flag("save_steps", int, 20000 if simcse else 500)
+    flag("do_train", truth, True)
+    flag("do_eval", truth, False)
+    made.add_argument(
+        "--evaluation_strategy", "--eval_strategy", choices=["no", "steps", "epoch"], default="no"
+    )
+    flag("eval_steps", int)
+    return made
+
+
+def truth(text: str) -> bool:
+    """``True`` or ``False`` as they stand on a command line."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def trainer_options(further: Sequence[str]) -> dict[str, Any]:
+    """``--name value`` flags that `TrainingArguments` has and a recipe has no place for.
+
+    Raises:
+        RecipeError: there is no such argument, or its value is missing.
+    """
+    from transformers import TrainingArguments
+
+    allowed = set(TrainingArguments.__dataclass_fields__) - OWN
+    words = [part for word in further for part in word.split("=", 1)]
+    options: dict[str, Any] = {}
+    for flag, value in zip(words[::2], [*words[1::2], "--"], strict=False):
+        name = flag.removeprefix("--")
+        if name not in allowed or not flag.startswith("--"):
+            raise RecipeError(f"unknown flag '{flag}'{nearest(name, allowed)}")
+        if value.startswith("--"):
+            raise RecipeError(f"{flag} has no value. Fix: {flag} VALUE")
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+def to_recipe(stage: str, flags: Any, options: dict[str, Any], name: str) -> Recipe:
+    """The recipe that the flags of a command stand for.
+
+    Raises:
+        RecipeError: a flag's value cannot be used here.
+        DataError: there is no training text.
+    """
+    refuse(flags)
+    data = [str(path) for path in flags.data_path or [Path(flags.data_dir) / DEFAULT_DATA]]
+    length, longest = longest_input(flags.model_name, flags.max_seq_length, flags.model_max_length)
+    texts, tokens = measure(flags.model_name, data)
+    per_step = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
+    rows = tokens // length if stage == "mntp" else texts
+    epoch = max(1, rows // per_step)
+    steps = flags.max_steps if flags.max_steps > 0 else max(1, int(epoch * flags.num_train_epochs))
+    evaluated = flags.do_eval or flags.evaluation_strategy != "no"
+    every = {"no": steps, "epoch": epoch}
+    if flags.report_to not in ("tensorboard", "none"):
+        options = {"report_to": flags.report_to, **options}
+    if flags.lr_scheduler_type not in (*SCHEDULES, "constant"):
+        options = {"lr_scheduler_type": flags.lr_scheduler_type, **options}
+    settings: dict[str, Any] = {
+        "data": data,
+        "held_out": int(texts * flags.validation_split_percentage) if evaluated else 0,
+        "steps": steps,
+        "batch_size": flags.per_device_train_batch_size,
+        "gradient_accumulation": flags.gradient_accumulation_steps,
+        "learning_rate": flags.learning_rate,
+        "schedule": SCHEDULES.get(flags.lr_scheduler_type, "constant"),
+        "warmup_steps": min(flags.warmup_steps, steps - 1),
+        "weight_decay": flags.weight_decay,
+        "max_grad_norm": flags.max_grad_norm,
+        "lora": {"rank": 16, "alpha": 32, "dropout": flags.lora_dropout},
+        "gradient_checkpointing": flags.gradient_checkpointing,
+        "log_steps": flags.logging_steps,
+        "eval_steps": flags.eval_steps or every.get(flags.evaluation_strategy, 100),
+        "save_steps": every.get(flags.save_strategy, flags.save_steps),
+        "trainer": options,
+    }
+    if stage == "mntp":
+        settings |= {
+            "block_length": length,
+            "mask_token": flags.mask_token_type,
+            "mask_style": flags.mask_style,
+            "mask_probability": flags.mlm_probability,
+        }
+    else:
+        settings |= {
+            "max_length": length,
+            "attention_dropout": flags.simcse_dropout,
+            "temperature": 1 / flags.loss_scale,
+        }
+    model = {
+        "base": flags.model_name,
+        "adapters": [flags.peft_model_name_or_path] if flags.peft_model_name_or_path else [],
+        "bidirectional": flags.bidirectional,
+        "dtype": flags.torch_dtype.removeprefix("torch."),
+        "attention": flags.attn_implementation,
+        "pooling": flags.pooling_mode,
+        "max_length": longest,
+    }
+    content = {"name": name, "seed": flags.seed, "model": model, stage: settings}
+    return make_recipe(content)
+
+
+def refuse(flags: Any) -> None:
+    """Values that are understood and cannot be had.
+
+    Raises:
+        RecipeError: names the flag and the reason.
+    """
+    if flags.trust_remote_code:
+        raise RecipeError(
+            "--trust_remote_code True: code from the hub is never run. Fix: leave out"
+        )
+    if not flags.do_train:
+        raise RecipeError(
+            "--do_train False leaves nothing to do. Fix: unmasked convert MODEL -o DIR"
+        )
+    if not flags.merge_peft:
+        raise RecipeError(
+            "--merge_peft False: the adapter given is always merged, and a new one trained. "
+            "Fix: a recipe whose second stage says lora.start: continue"
+        )
+
+
+def longest_input(model: str, *lengths: int) -> list[int]:
+    """Lengths, cut to what a model's positions allow."""
+    from unmasked.checkpoint.loading import read_config
+
+    most = getattr(read_config(model).get_text_config(), "max_position_embeddings", None)
+    return [min(length, most or length) for length in lengths]
+
+
+def measure(model: str, data: Sequence[str]) -> tuple[int, int]:
+    """(texts, tokens) of training files, for the number of steps in an epoch."""
+    from unmasked.checkpoint.loading import read_tokenizer
+    from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
+    from unmasked.train.data.texts import read_texts
+
+    for path in data:
+        if not Path(path).exists():
+            raise DataError(
+                f"there is no training text at {path}. Fix: --data_path FILE, plain text with a "
+                "sentence a line (the seed system looked in /data)."
+            )
+    texts = list(dict.fromkeys(read_texts(data)))
+    tokens = TextTokenizer(prepare_tokenizer(read_tokenizer(model)))
+    count = 0
+    for start in range(0, len(texts), 4096):
+        rows = tokens(texts[start : start + 4096], max_length=1 << 30)
+        count += sum(len(row.ids) for row in rows)
+    return len(texts), count
+
+
+def read_environment(file: Path) -> None:
+    """The ``NAME=value`` lines of a file, as environment variables that are not set yet."""
+    if not file.is_file():
+        return
+    for line in file.read_text(encoding="utf-8").splitlines():
+        name, found, value = line.strip().removeprefix("export ").partition("=")
+        if found and not name.startswith("#"):
+            os.environ.setdefault(name.strip(), value.strip().strip("'\""))
+
+
+def prepare_environment(flags: Any) -> None:
+    """What libraries read when they are imported: the cache, and which devices there are."""
+    if flags.cache_dir:
+        os.environ["HF_HUB_CACHE"] = flags.cache_dir
+    if flags.device_map == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def link_logs(events: Path, logs: Path) -> None:
+    """Make `logs` show the events of a stage from its start, where links can be made."""
+    logs.parent.mkdir(parents=True, exist_ok=True)
+    if not (logs.exists() or logs.is_symlink()):
+        with suppress(OSError):
+            logs.symlink_to(events.resolve(), target_is_directory=True)
+
+
+def publish(folder: Path, stage: str, recipe: Recipe) -> None:
+    """Put the adapter, the base's tokenizer and the settings where the seed system had them."""
+    from unmasked.checkpoint.loading import read_tokenizer
+
+    for name in KEPT:
+        shutil.copyfile(folder / stage / name, folder / name)
+    read_tokenizer(recipe.model.base).save_pretrained(folder)
+    shutil.copyfile(folder / "model" / "llm2vec_config.json", folder / "llm2vec_config.json")

@@ -1,0 +1,154 @@
+"""Public tasks and benchmarks by their mteb name, each with the published instruction of LLM2Vec.
+
+mteb runs them, and its result files stay in the folder given, one a task, so that a run that was
+cut off goes on and nothing is computed twice. The revision they are kept under is a fingerprint of
+the weights: another model never inherits a score.
+
+Instructions: those the paper evaluated with (arXiv 2404.05961, appendix; instructions.json), given
+as ``[instruction, text]``, so that they are joined as the model was trained; for a task not among
+them, mteb's own; documents have none.
+
+Cost: importing mteb (seconds), the download of each task's data, and encoding all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmasked.checkpoint.fingerprint import fingerprint
+from unmasked.errors import DataError, MissingExtraError, nearest
+from unmasked.evaluate.bootstrap import TaskResult
+from unmasked.evaluate.tasks.vectors import finite
+
+try:
+    import mteb
+    from mteb.models import ModelMeta
+    from mteb.models.abs_encoder import AbsEncoder
+except ImportError as error:
+    raise MissingExtraError("mteb", "eval") from error
+
+_VARIANT = re.compile(r"(HardNegatives|Retrieval|Summarization)?(\.v\d+)?$")
+
+
+@cache
+def published_instructions() -> dict[str, str]:
+    """Task name → instruction, as the paper evaluated with."""
+    text = (
+        files("unmasked.evaluate.tasks").joinpath("instructions.json").read_text(encoding="utf-8")
+    )
+    return dict(json.loads(text))
+
+
+def find_instruction(name: str, own: str = "") -> str:
+    """The instruction put before the texts of a task, with a colon; empty if there is none.
+
+    Args:
+        name: mteb's name; a later variant (``.v2``, ``HardNegatives``) has that of the first.
+        own: mteb's instruction, for a task that the paper did not evaluate on.
+    """
+    known = published_instructions()
+    for candidate in (name, _VARIANT.sub("", name)):
+        if candidate in known:
+            return known[candidate]
+    return f"{own.rstrip('.:')}:" if own else ""
+
+
+def find_tasks(name: str, languages: Sequence[str] | None = None) -> list[Any]:
+    """The tasks of a public benchmark, or the one task of that name.
+
+    Args:
+        name: of a benchmark (``MTEB(eng, v2)``) or a task (``STSBenchmark``).
+        languages: keep only these (ISO 639-3, such as ``eng``); by default all.
+
+    Raises:
+        DataError: there is no such name, or nothing of it is in these languages.
+    """
+    benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
+    if name in benchmarks:
+        tasks = list(benchmarks[name].tasks)
+    else:
+        try:
+            tasks = [mteb.get_task(name)]
+        except KeyError as error:
+            known = [*benchmarks, *(task.metadata.name for task in mteb.get_tasks())]
+            raise DataError(
+                f"{name}: no such file or folder, and mteb has no task or benchmark of that name"
+                f"{nearest(name, known) or '.'} Fix: check the path or the name."
+            ) from error
+    if languages:
+        wanted = {language.partition("-")[0] for language in languages}
+        tasks = [
+            task.filter_languages(list(languages))
+            for task in tasks
+            if wanted & set(task.metadata.languages)
+        ]
+        if not tasks:
+            raise DataError(
+                f"{name}: nothing of it is in {', '.join(languages)}. "
+                "Fix: languages are ISO 639-3 codes, such as eng, kor, deu."
+            )
+    return tasks
+
+
+def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
+    """Scores a model on a public task, or reads the score that lies in the folder.
+
+    Args:
+        task: as `find_tasks` returns them.
+        model: an `LLM2Vec`.
+        folder: where mteb's results are kept: ``results/NAME/FINGERPRINT/TASK.json``.
+
+    Returns:
+        mteb's main score, averaged over its splits and languages; no items, so no interval.
+
+    Raises:
+        DataError: the data cannot be loaded, or a vector is not finite.
+    """
+    name = task.metadata.name
+    try:
+        found = mteb.evaluate(
+            Instructed(model),
+            task,
+            cache=mteb.ResultCache(Path(folder)),
+            overwrite_strategy="only-missing",
+            show_progress_bar=False,
+            co2_tracker=False,
+        )
+    except OSError as error:
+        raise DataError(
+            f"mteb task {name}: its data cannot be loaded ({str(error).splitlines()[0][:200]}). "
+            "Fix: a network, or a machine that has the data in its Hugging Face cache."
+        ) from error
+    return TaskResult(name, {task.metadata.main_score: float(found[0].get_score())}, {})
+
+
+class Instructed(AbsEncoder):  # type: ignore[misc]
+    """An `LLM2Vec` as mteb calls it, every text behind its task's instruction."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        base = str(getattr(model, "base", "") or "model").rstrip("/").split("/")[-1]
+        name = re.sub(r"[^\w.-]", "-", base)
+        self.mteb_model_meta = ModelMeta.create_empty(
+            overwrites={"name": f"unmasked/{name}", "revision": fingerprint(model)[:12]}
+        )
+
+    def encode(
+        self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any
+    ) -> np.ndarray:
+        texts = [text for batch in inputs for text in batch["text"]]
+        role, instruction = prompt_type and prompt_type.value, ""
+        if role != "document":
+            own = self.get_instruction(task_metadata, prompt_type)
+            instruction = find_instruction(task_metadata.name, own)
+        given: list[Any] = [[instruction, text] for text in texts] if instruction else texts
+        vectors = self.model.encode(given, show_progress_bar=False)
+        return finite(np.asarray(vectors, dtype=np.float32), texts, role)

@@ -1,0 +1,223 @@
+"""The one way from texts to hidden states: tokenise, batch, run the backbone, drop the padding.
+
+Encoding, training and evaluating all come through `Backbone`; it is the first module of `LLM2Vec`
+and the only place that calls the transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor, nn
+
+from unmasked.compat.llm2vec import text_mask
+from unmasked.errors import DataError, ModelError
+from unmasked.forward.packing import Packed, pack, run_packed
+from unmasked.text.templates import PLAIN
+from unmasked.text.tokens import TextTokenizer, TokenRow
+
+Pair = tuple[str, str]
+"""(instruction, text)"""
+
+
+join_instruction = PLAIN.join
+"""The prompt of an instruction where there is no template."""
+
+
+def listed(inputs: Any) -> list[Any]:
+    """Inputs of `encode` as a list, whatever they come in: a tuple, an array, a generator.
+
+    Raises:
+        DataError: they are no sequence of inputs at all.
+    """
+    if isinstance(inputs, Iterable) and not isinstance(inputs, Mapping | bytes):
+        with suppress(TypeError):  # an array without an axis
+            return list(inputs)
+    raise DataError(
+        f"inputs are {_describe(inputs)}. Allowed: a string, a list of strings, or a list of "
+        "[instruction, text] pairs. Fix: encode(['a text'])."
+    )
+
+
+def split_pairs(
+    inputs: Sequence[Any], join: Callable[[str], str] = PLAIN.join
+) -> tuple[list[str], list[str]]:
+    """(texts, prompts) of inputs that are all strings, or all ``[instruction, text]`` pairs.
+
+    Args:
+        inputs: the inputs.
+        join: how an instruction becomes a prompt.
+
+    Raises:
+        DataError: an input is neither, or strings and pairs are mixed; names the index.
+    """
+    pairs = bool(inputs) and isinstance(inputs[0], list | tuple)
+    texts, prompts = [], []
+    for index, item in enumerate(inputs):
+        if isinstance(item, str) and not pairs:
+            texts.append(item)
+            prompts.append("")
+        elif pairs and isinstance(item, list | tuple) and _is_pair(item):
+            texts.append(item[1])
+            prompts.append(join(item[0]))
+        else:
+            expected = "an [instruction, text] pair like the first" if pairs else "a string"
+            raise DataError(
+                f"input {index} is {_describe(item)}, expected {expected}. "
+                "Allowed: all strings, or all [instruction, text] pairs. "
+                "Fix: give texts without an instruction as ['', text]."
+            )
+        if not (prompts[-1].isascii() and texts[-1].isascii()):
+            _check_whole(index, prompts[-1] + texts[-1])
+    return texts, prompts
+
+
+def _check_whole(index: int, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"input {index} has half a surrogate pair ({text[error.start]!r}), which is no "
+            "character. Fix: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+        ) from error
+
+
+def _is_pair(item: Sequence[Any]) -> bool:
+    # The original package also passed [instruction, text, 0]; its third item has no meaning.
+    return len(item) in (2, 3) and isinstance(item[0], str) and isinstance(item[1], str)
+
+
+def _describe(item: Any) -> str:
+    return (
+        f"{type(item).__name__} of {len(item)}"
+        if isinstance(item, list | tuple)
+        else (type(item).__name__)
+    )
+
+
+def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
+    """Right-padded batch of token rows.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``text_mask``, each (B, T) int64.
+    """
+    width = max(len(row.ids) for row in rows)
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)  # (B, T)
+    attention = np.zeros_like(ids)
+    text = np.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = row.ids
+        attention[index, : len(row.ids)] = 1
+        text[index, row.start : row.stop] = 1
+    arrays = {"input_ids": ids, "attention_mask": attention, "text_mask": text}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class Backbone(InputModule):
+    """A bidirectional transformer behind the preprocessing that decides what is pooled.
+
+    Args:
+        model: a bare transformer (`AutoModel`), perhaps wrapped by PEFT.
+        tokens: how texts become ids.
+        unpackable: why batches are padded; None if `packing.enable_packing` accepted the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokens: TextTokenizer, unpackable: str | None = None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.auto_model = model
+        self.tokens = tokens
+        self.unpackable = unpackable
+
+    @property
+    def tokenizer(self) -> Any:  # type: ignore[override]
+        return self.tokens.tokenizer
+
+    @property
+    def max_seq_length(self) -> int:
+        return self.tokens.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.tokens.max_length = value
+
+    def get_embedding_dimension(self) -> int:
+        config: Any = self.auto_model.config
+        return int(config.get_text_config().hidden_size)
+
+    def tokenize_inputs(
+        self, inputs: Sequence[Any], prompt: str | None = None, max_length: int | None = None
+    ) -> list[TokenRow]:
+        """Rows of ids for strings or pairs; `prompt` stands before every one that has no own."""
+        texts, prompts = split_pairs(inputs, self.tokens.join)
+        return self.tokens(texts, [p or prompt or "" for p in prompts], max_length)
+
+    def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+        features = collate(rows, int(self.tokenizer.pad_token_id))
+        most = int(features["input_ids"].max())
+        config: Any = self.auto_model.config
+        known = int(config.get_text_config().vocab_size)
+        if most >= known:
+            raise ModelError(
+                f"the tokenizer gives token {most} ('{self.tokenizer.convert_ids_to_tokens(most)}')"
+                f", and the model knows {known}. Fix: the tokenizer that was saved with it."
+            )
+        return features
+
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        *,
+        max_length: int | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        return self.collate(self.tokenize_inputs(inputs, prompt, max_length))
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Run the transformer over the real tokens.
+
+        Args:
+            features: as `preprocess` makes them. With ``repad: False`` among them the padded
+                ``token_embeddings`` are not made.
+
+        Returns:
+            The features, ``token_embeddings`` (B, T, D), and what pooling reads: states (N, D),
+            row, position and "is text" of the N real tokens.
+        """
+        ids, attention = features["input_ids"], features["attention_mask"]
+        if self.unpackable is None:
+            packed: Packed = features.get("packed") or pack(attention)
+            rows, columns, positions = packed.rows, packed.columns, packed.positions
+            states = run_packed(self.auto_model, ids, packed)  # (N, D)
+            padded = None
+        else:
+            padded = self.auto_model(
+                input_ids=ids, attention_mask=attention, use_cache=False
+            ).last_hidden_state  # (B, T, D)
+            rows, columns = attention.nonzero(as_tuple=True)
+            positions = columns - attention.argmax(dim=1)[rows]
+            states = padded[rows, columns]
+        if features.get("repad", True):
+            if padded is None:
+                padded = states.new_zeros(*ids.shape, states.shape[1])
+                padded = padded.index_put((rows, columns), states)
+            features = {**features, "token_embeddings": padded}
+        return {
+            **features,
+            "packed_states": states,
+            "packed_rows": rows,
+            "packed_positions": positions,
+            "packed_is_text": text_mask(features)[rows, columns].bool(),
+        }
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Write weights, config and tokenizer; the rest of the folder is `export`'s."""
+        self.auto_model.save_pretrained(output_path)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(output_path)

@@ -1,0 +1,235 @@
+"""8-bit weights on request, and a measurement of what they do to the vectors.
+
+The linear layers of a loaded trunk multiply 8-bit numbers. Each output of a layer has a scale for
+its weights, set once, and each token one for its states, set anew in every forward; embeddings,
+norms, rotary positions and attention stay as they are. With a scale a token, a vector still does
+not depend on the batch it was computed in, and a token with huge states (the first one, in most
+decoders) costs the others nothing.
+
+int8 runs on a CPU with torch's own integer product, fp8 on a GPU of compute capability 8.9 or later
+with `torch.nn.functional.scaled_mm`. Measured for int8, against the libraries: `docs/design.md`.
+fp8 has not been run on a GPU yet; its arithmetic is tested on a CPU.
+
+What it does to the vectors is measured on the loaded model: `Quantization.least_cosine`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+
+from unmasked.errors import ModelError, unknown
+from unmasked.forward import precision
+
+logger = logging.getLogger(__name__)
+
+FP8_CAPABILITY = (8, 9)
+"""The first compute capability (Ada; Hopper is 9.0) whose tensor cores multiply fp8."""
+ALIGNMENT = 16
+"""Both sides of a layer have to be multiples of this: the fp8 product asks for it."""
+_SMALLEST = 1e-12  # a row of zeros has a scale, too
+
+_SHORT_TEXTS = (
+    "How do I sort a list of numbers?",
+    "Water boils at a lower temperature on a mountain than by the sea.",
+    "The court found that the contract had been broken, but awarded no damages, because the buyer "
+    "had known of the fault and had used the machine for three years without a word of complaint.",
+    "def mean(values): return sum(values) / len(values)",
+    "Die Bibliothek ist am Sonntag geschlossen.",
+    "물은 바닷가보다 산 위에서 더 낮은 온도에 끓는다.",
+    "Invoice 2041: 1,204.50 EUR, due on 31 March.",
+    "No.",
+)
+TEXTS = [*_SHORT_TEXTS, " ".join(_SHORT_TEXTS)]
+"""What the cosine to full precision is measured on."""
+
+
+def _int8_product(
+    states: Tensor, state_scales: Tensor, weights: Tensor, weight_scales: Tensor
+) -> Tensor:
+    """(N, M) float32 product of (N, K) and (M, K) int8 numbers with scales (N, 1) and (M, 1)."""
+    sums = torch._int_mm(states, weights.t())  # int32; torch has no public name for it
+    return sums.float().mul_(state_scales).mul_(weight_scales.t())
+
+
+def _fp8_product(
+    states: Tensor, state_scales: Tensor, weights: Tensor, weight_scales: Tensor
+) -> Tensor:
+    """(N, M) bfloat16 product of (N, K) and (M, K) fp8 numbers with scales (N, 1) and (M, 1)."""
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    rows = ScalingType.RowWise
+    return scaled_mm(
+        states,
+        weights.t(),
+        state_scales,
+        rows,
+        weight_scales.t(),
+        rows,
+        output_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of 8-bit number.
+
+    Attributes:
+        dtype: of the numbers.
+        largest: what the largest number of a row becomes.
+        product: of states and weights with their scales.
+    """
+
+    dtype: torch.dtype
+    largest: float
+    product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, K) numbers as 8-bit ones, and the (N, 1) float32 scales that undo it."""
+        rows = rows.float()
+        scales = rows.abs().amax(dim=1, keepdim=True).clamp_(min=_SMALLEST) / self.largest
+        scaled = rows * scales.reciprocal()
+        if not self.dtype.is_floating_point:
+            scaled.round_()
+        return scaled.to(self.dtype), scales
+
+
+KINDS = {
+    "int8": Kind(torch.int8, 127, _int8_product),
+    "fp8": Kind(torch.float8_e4m3fn, 448, _fp8_product),
+}
+
+
+class Linear8bit(nn.Module):
+    """A linear layer of 8-bit weights that quantises its input, a scale a row; for inference only.
+
+    Its weights are not called ``weight``: code that reads those of a layer by itself fails, where
+    it would compute nonsense.
+    """
+
+    values: Tensor  # (M, K)
+    scales: Tensor  # (M, 1)
+
+    def __init__(self, layer: nn.Linear, kind: Kind) -> None:
+        super().__init__()
+        self.kind = kind
+        values, scales = kind.quantize(layer.weight.detach())
+        self.register_buffer("values", values)
+        self.register_buffer("scales", scales)
+        self.bias = layer.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., K) states to (..., M), of the same dtype."""
+        rows = states.reshape(-1, states.shape[-1])
+        product = self.kind.product(*self.kind.quantize(rows), self.values, self.scales)
+        if self.bias is not None:
+            product += self.bias
+        return product.to(states.dtype).reshape(*states.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What was done to a model, and what that did to its vectors.
+
+    Attributes:
+        name: ``int8`` or ``fp8``.
+        layers: linear layers of 8-bit weights.
+        full: dtype of the model before.
+        least_cosine: the least one between the vectors of `TEXTS` before and after.
+    """
+
+    name: str
+    layers: int
+    full: str
+    least_cosine: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} weights in {self.layers} linear layers: cosine to {self.full} at least "
+            f"{self.least_cosine:.4f} ({len(TEXTS)} texts)"
+        )
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies fp8 numbers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+def check(name: str, device: torch.device) -> None:
+    """Refuse what a device cannot do, before anything is loaded.
+
+    Raises:
+        ModelError: an unknown name, int8 elsewhere than on a CPU, fp8 on a device without it.
+    """
+    if name not in KINDS:
+        raise ModelError(unknown("quantize", name, KINDS))
+    if name == "int8" and device.type != "cpu":
+        raise ModelError(
+            f"quantize int8 is for CPUs, and the model goes to {device}. Fix: device cpu, no "
+            "quantize, or quantize fp8 on a GPU that has it (compute capability 8.9 or later)."
+        )
+    if name == "fp8" and not has_fp8(device):
+        least = ".".join(map(str, FP8_CAPABILITY))
+        raise ModelError(
+            f"quantize fp8 needs a GPU of compute capability {least} or later, and the model goes "
+            f"to {device}. Fix: quantize int8 on a CPU, or no quantize."
+        )
+
+
+@torch.no_grad()
+def quantize(encoder: SentenceTransformer, trunk: nn.Module, name: str) -> Quantization:
+    """Put the linear layers of a trunk into 8 bits in place, and measure what it does to vectors.
+
+    Experts that lie in one three-dimensional weight, and layers whose sides are not multiples of
+    16, stay as they are. Costs two encodings of nine texts.
+
+    Args:
+        encoder: made of the trunk, on the device where it will run; it cannot be trained any more.
+        trunk: a bare transformer.
+        name: ``int8`` or ``fp8``.
+
+    Raises:
+        ModelError: see `check`; or the trunk has no such layers, or does not run with them.
+    """
+    check(name, encoder.device)
+    if name == "int8" and precision.int8_instructions() is None:
+        logger.warning("This CPU has no 8-bit products (VNNI, AMX): int8 is hardly faster here.")
+    chosen = [
+        name
+        for name, layer in trunk.named_modules()
+        if type(layer) is nn.Linear and not any(side % ALIGNMENT for side in layer.weight.shape)
+    ]
+    if not chosen:
+        raise ModelError(
+            f"{type(trunk).__name__} has no linear layers (nn.Linear) to put into 8 bits. "
+            "Fix: no quantize."
+        )
+    full = str(next(trunk.parameters()).dtype).removeprefix("torch.")
+    encoder.eval().requires_grad_(False)
+    before = _encode(encoder)
+    for layer in chosen:
+        trunk.set_submodule(layer, Linear8bit(trunk.get_submodule(layer), KINDS[name]))  # type: ignore[arg-type]
+    try:
+        after = _encode(encoder)
+    except (AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"{type(trunk).__name__} does not run with 8-bit layers ({type(error).__name__}: "
+            f"{str(error)[:100]}). Fix: no quantize."
+        ) from error
+    cosines = nn.functional.cosine_similarity(before, after, dim=1)
+    done = Quantization(name, len(chosen), full, float(cosines.min()))
+    logger.warning("%s", done)
+    return done
+
+
+def _encode(encoder: SentenceTransformer) -> Tensor:
+    """(N, D) float32 vectors of `TEXTS`."""
+    vectors: Any = encoder.encode(TEXTS, convert_to_tensor=True, show_progress_bar=False)
+    return vectors.float()  # type: ignore[no-any-return]

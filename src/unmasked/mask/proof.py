@@ -1,0 +1,336 @@
+"""Prove with forward passes that a decoder's causal mask is off.
+
+Where opening a model (`opening`) fails, nothing else does: some families obey only in padded
+batches, some keep single layers causal. So `prove` looks at what the model does, in eleven forwards
+of at most 12 rows by 16 tokens: 0.03 s for a tiny model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unmasked.errors import NotBidirectionalError
+from unmasked.mask.opening import (
+    as_stock,
+    bare,
+    clear_module_flags,
+    give_mask,
+    mirror_triangles,
+    open_config,
+    set_flag,
+    window,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "Report",
+    "clear_module_flags",
+    "open_config",
+    "open_mask",
+    "prove",
+    "require",
+    "stock_loading",
+]
+
+TOKENS, PADS = 11, 2  # no likely head counts, so that a (rows, tokens) shape is unmistakable
+LENGTHS = (TOKENS, 9, 6, 3)  # texts whose ends fall anywhere in blocks of 2, 4 or 8 tokens
+
+NOT_FINITE = "the states are not finite"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the forwards showed.
+
+    Attributes:
+        verdict: ``full``: every layer looks both ways. ``partial``: every token sees the next
+            one, but some layers, or parts of them, stay left-to-right. ``impossible``: neither,
+            or the states depend on padding, or the forward fails.
+        causal_layers: those that stay left-to-right: a number, or ``"0 (conv)"`` with the type
+            that the config declares or the part of the layer that it is.
+        layers: decoder layers probed one by one; 0 if no list of layers was found.
+        padding_drift: relative difference of a text's states alone and beside a longer text; NaN
+            if the forward fails.
+        window: tokens to each side that sliding layers see; None if there are none.
+    """
+
+    verdict: Literal["full", "partial", "impossible"]
+    reason: str
+    causal_layers: tuple[int | str, ...]
+    layers: int
+    padding_drift: float
+    attention: str
+    model_type: str
+    window: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, ready for strict JSON: a list for the tuple, None for NaN."""
+        drift = self.padding_drift if math.isfinite(self.padding_drift) else None
+        return asdict(self) | {"causal_layers": list(self.causal_layers), "padding_drift": drift}
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        window = f"; sliding layers see {self.window} tokens to each side" if self.window else ""
+        what = f"{self.verdict} ({self.model_type}, {self.attention})"
+        return f"bidirectional: {what}: {self.reason}{window}"
+
+
+def open_mask(model: nn.Module) -> Report:
+    """Make a loaded model bidirectional and prove it.
+
+    A loaded Gemma 3 or 4 has its windows built in: here it gets ``is_causal=False``, with twice
+    the reach of its own key. `open_config` before loading is the better way.
+    """
+    decoder = bare(model)
+    set_flag(decoder.config, rebuild=False)
+    clear_module_flags(model)
+    mirror_triangles(model)
+    report = prove(model)
+    if report.verdict != "impossible" or report.attention != "eager" or report.window:
+        return report
+    handle = give_mask(decoder)
+    masked = prove(model)
+    if masked.verdict != "impossible":
+        return masked
+    handle.remove()
+    return report
+
+
+def prove(model: nn.Module, *, tolerance: float | None = None) -> Report:
+    """Run the self-check on a loaded model and change nothing about it.
+
+    Args:
+        model: a bare ``*Model``, a ``*ForCausalLM`` or a PEFT model around either.
+        tolerance: the largest ``padding_drift`` accepted. By default 1e-4, and 0.1 in half
+            precision: kernels with and without a mask round differently, which a sound network
+            of 32 layers turns into 0.04 in bfloat16, and unsound ones start at 0.28 (measured).
+    """
+    decoder = bare(model)
+    depth = getattr(decoder.config.get_text_config(), "num_hidden_layers", 0)
+    attention = str(getattr(decoder.config, "_attn_implementation", None))
+    family, sides = decoder.config.model_type, window(decoder.config)
+    try:
+        with torch.no_grad(), _evaluating(decoder):
+            sees, drift, limit = _end_to_end(decoder)
+            probed, causal = _left_to_right(decoder, depth)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        # some families fail in their own forward once the mask is gone: a verdict, too
+        reason = f"the forward fails: {type(error).__name__}: {error}"
+        return Report("impossible", reason, (), 0, math.nan, attention, family, sides)
+    limit = limit if tolerance is None else tolerance
+    verdict: Literal["full", "partial", "impossible"] = "impossible"
+    if not math.isfinite(drift):
+        reason = NOT_FINITE
+    elif not all(sees):
+        where = f" {'with' if sees[0] else 'without'} padding" if any(sees) else ""
+        reason = f"a token{where} does not see the next one"
+    elif drift > limit:
+        reason = f"the states depend on padding (relative difference {drift:.1e} > {limit:.0e})"
+    else:
+        verdict = "partial" if causal else "full"
+        reason = f"every token sees the next one, padding drift {drift:.0e}"
+    if causal:
+        shown = ", ".join(map(str, causal[:8])) + (", ..." if len(causal) > 8 else "")
+        reason += f"; left-to-right in {len(causal)} of {depth} layers: {shown}"
+    elif not probed:
+        reason += "; no layers were found to be probed one by one"
+    return Report(verdict, reason, causal, probed, drift, attention, family, sides)
+
+
+def require(report: Report, *, allow_partial: bool = False) -> None:
+    """Refuse a model that did not pass.
+
+    Raises:
+        NotBidirectionalError: unless the verdict is ``full``, or ``partial`` and allowed.
+    """
+    if report.verdict == "full" or (report.verdict == "partial" and allow_partial):
+        return
+    partial = "pass allow_partial=True (--allow-partial, model.allow_partial=true) to accept it"
+    fixes = [partial] if report.verdict == "partial" else []
+    if report.reason == NOT_FINITE:
+        fixes += ["load it with dtype='float32'", "download the weights again"]
+    else:
+        if report.attention != "eager":
+            fixes.append("load it with attn_implementation='eager'")
+        fixes.append("choose a decoder with attention in every layer")
+    raise NotBidirectionalError(
+        f"'{report.model_type}' with {report.attention} attention is not bidirectional: verdict "
+        f"'{report.verdict}', allowed: {'full, partial' if allow_partial else 'full'}. Reason: "
+        f"{report.reason}. Fix: {', or '.join(fixes)}.",
+        report,
+    )
+
+
+def stock_loading(model: nn.Module) -> Literal["same", "eager", "causal"]:
+    """What a stock loader makes of the model once it is saved.
+
+    Proved: for a moment the model runs as a fresh instance of its class would, without the repairs
+    of this process, which no folder carries.
+
+    Returns:
+        ``same``: what it is here. ``eager``: that too, if ``config.json`` names
+        ``"attn_implementation": "eager"``. ``causal``: only this package opens it.
+    """
+    decoder = bare(model)
+    here = prove(decoder)
+    if here.verdict == "impossible":
+        return "same"
+    with as_stock(decoder) as default:
+        attentions = dict.fromkeys((default, "eager"))
+        for attention in attentions:
+            decoder.set_attn_implementation(attention)
+            there = prove(decoder)
+            if (there.verdict, there.causal_layers) == (here.verdict, here.causal_layers):
+                return "same" if attention == default else "eager"
+    return "causal"
+
+
+@contextmanager
+def _evaluating(decoder: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every training flag is as it was."""
+    training = [module for module in decoder.modules() if module.training]
+    decoder.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _states(decoder: PreTrainedModel, rows: list[list[int]], pads: int = 0) -> Tensor:
+    """Last states (B, T, D) of rows, right-padded to the longest of them and by ``pads``.
+
+    The numbers in a row, all below 22, stand for distinct tokens of the vocabulary's middle half,
+    where families keep no special ones.
+    """
+    vocabulary = decoder.config.get_text_config().vocab_size
+    width, device = max(map(len, rows)) + pads, decoder.device
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[int(i < len(row)) for i in range(width)] for row in rows], device=device)
+    ids = vocabulary // 4 + ids * vocabulary // (4 * TOKENS)
+    states: Tensor = decoder(input_ids=ids, attention_mask=mask)[0]
+    return states
+
+
+def _changed(states: Tensor) -> Tensor:
+    """Which states of (B, T, ...) differ from row 0's; the last row equals row 0 but for noise."""
+    flat = states.float().flatten(2)
+    change: Tensor = (flat - flat[:1]).norm(dim=-1) / flat[:1].norm(dim=-1).clamp_min(1e-30)
+    return change.gt((4 * change[-1].max()).clamp_min(1e-6))
+
+
+def _end_to_end(decoder: PreTrainedModel) -> tuple[list[bool], float, float]:
+    """Whether every token sees the next one, alone and padded; padding drift, and its limit.
+
+    The next token, not a far one: a sliding window may be shorter than the probe.
+    """
+    text, longer = list(range(TOKENS)), list(range(6, 2 * TOKENS))
+    rows = [text, *([*text[:t], t + TOKENS, *text[t + 1 :]] for t in range(1, TOKENS)), text]
+    changed = [_changed(_states(decoder, rows, pads)[:, :TOKENS]) for pads in (0, PADS)]
+    shorter = [text[:length] for length in LENGTHS]
+    together, apart = _states(decoder, [*shorter, longer]), []
+    for beside, row in zip(together, shorter, strict=False):
+        alone = _states(decoder, [row])[0].float()
+        apart.append((beside[: len(row)].float() - alone).norm() / alone.norm())
+    drift = float(torch.stack(apart).max())
+    limit = 1e-4 if torch.finfo(together.dtype).bits > 16 else 0.1
+    return [bool(rows[1:-1].diagonal().all()) for rows in changed], drift, limit
+
+
+def _left_to_right(decoder: PreTrainedModel, depth: int) -> tuple[int, tuple[int | str, ...]]:
+    """How many layers were probed, and those that are left-to-right, wholly or in a part.
+
+    A parallel hybrid's layers look both ways by their attention, while a mixer beside or inside
+    it does not. So parts are probed too, by depth: a part's fresh input hides what is within it.
+    """
+    layers = _layers(decoder, depth)
+    probed, causal = 0, list[str]()
+    for dots, pads in ((0, 0), (0, PADS), (1, 0), (2, 0)):
+        named = layers.named_modules(remove_duplicate=False)
+        modules = {path: part for path, part in named if path and path.count(".") == dots}
+        found = _both_ways(decoder, modules, pads)
+        probed = probed or len(found)
+        new = [path for path, both in found.items() if not both]
+        causal += [path for path in new if not any(f"{path}.".startswith(f"{c}.") for c in causal)]
+    types = getattr(decoder.config.get_text_config(), "layer_types", None)
+    kinds: dict[int, str] = {}
+    for path in causal:
+        number, _, part = path.partition(".")
+        kind = part or (types[int(number)] if types else "")
+        kinds[int(number)] = ", ".join(filter(None, (kinds.get(int(number)), kind)))
+    return probed, tuple(f"{i} ({kind})" if kind else i for i, kind in sorted(kinds.items()))
+
+
+def _layers(decoder: nn.Module, depth: int) -> nn.ModuleList:
+    """The decoder's layers; those of all its stacks, if it has several and runs them in cycles."""
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    whole = next((found for found in lists if len(found) == depth), None)
+    if whole is not None:
+        return whole
+    longest = max(map(len, lists), default=0)
+    alike = {type(found[0]) for found in lists if len(found) == longest}
+    stacks = [found for found in lists if len(found) == longest] if len(alike) == 1 else []
+    return nn.ModuleList(layer for stack in stacks for layer in stack)
+
+
+def _both_ways(
+    decoder: PreTrainedModel, modules: dict[str, nn.Module], pads: int
+) -> dict[str, bool]:
+    """Whether each module that ran looks both ways, or does not mix tokens at all.
+
+    One forward of four equal rows serves all modules. On entry to each, the rows are made equal
+    again, then the right half of row 1 and the left half of row 2 are perturbed; on exit, the
+    other halves show what reached them. Row 3 shows the noise.
+    """
+    half, size, found = TOKENS // 2, (4, TOKENS + pads), dict[str, bool]()
+
+    def perturbed(value: Any) -> Any:
+        if _rows(value, size) is None:
+            return value
+        value = value.clone()
+        states: Any = _rows(value, size)
+        states[1:] = states[:1]
+        states[1, half:TOKENS] = states[0, half:TOKENS].flip(-1)  # another vector, same length
+        states[2, :half] = states[0, :half].flip(-1)
+        return value
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return tuple(map(perturbed, args)), {k: perturbed(v) for k, v in kwargs.items()}
+
+    def leave(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        for value in output if isinstance(output, tuple | list) else [output]:
+            if (states := _rows(value, size)) is not None:
+                changed = _changed(states[:, :TOKENS])
+                leftward, rightward = changed[1, :half].any(), changed[2, half:].any()
+                found[name] = found.get(name, True) and bool(leftward or not rightward)
+                return
+
+    hooks = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in modules.values()]
+    hooks += [m.register_forward_hook(partial(leave, name)) for name, m in modules.items()]
+    try:
+        _states(decoder, [list(range(TOKENS))] * size[0], pads)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _rows(value: object, size: tuple[int, int]) -> Tensor | None:
+    """A view (rows, tokens, ...) of states; some families stack streams in front of the rows."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        for at in range(value.dim() - 2):
+            if value.shape[at : at + 2] == size:
+                return value.movedim((at, at + 1), (0, 1))
+    return None

@@ -1,0 +1,346 @@
+"""From texts to token ids, and the exact answer to "which of them are the text?".
+
+Context (BOS, the instruction) steers the model but is not pooled. Earlier implementations looked
+for the border with a separator string or by counting tokens of the text alone, and were wrong
+whenever a token spans the border. Here instruction and text are tokenised together and the border
+is read from the character offsets. Truncation shortens the text only.
+
+The same tokenizer is used in the process and written into the saved folder, where stock
+sentence-transformers has to reach the same result. It excludes "the prompt" from pooling and
+measures it by tokenising it alone, so with a prompt BOS is left out, and without one it is pooled.
+`prepare_tokenizer` closes that gap with `MARK`: one leading noncharacter that the normalizer
+removes. A prompt made of it alone is no text at all, yet it is a prompt: BOS is left out. BOS is
+also no longer *named* (it keeps its id and is still added), because the stock loader does not count
+a named special token at a prompt's end.
+
+Cost: one tokenisation a text. Rows with an instruction or a template need offsets, about half as
+fast; so do all rows under ``compat``, which also tokenises each text alone, as the original did.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, normalizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from unmasked.errors import DataError, ModelError
+from unmasked.text.templates import PLAIN, Template
+
+MARK = "\ufdd0"
+"""A Unicode noncharacter, never part of a text; only a leading one is removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """The ids of one input; those in ``[start, stop)`` are pooled."""
+
+    ids: list[int]
+    start: int
+    stop: int
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, append_eos: bool = False, ending: Sequence[int] = ()
+) -> PreTrainedTokenizerFast:
+    """A copy of a tokenizer that yields the same ids in ours and in the stock loader.
+
+    For every text it gives exactly the ids of the original: the tokens the original puts before a
+    text, then the text. What it would put behind is left out, but for the separator that base
+    encoders (BERT) never saw a text without; EOS is appended once if asked.
+
+    Args:
+        tokenizer: any fast tokenizer; it is not changed.
+        append_eos: end every input with EOS (for ``eos_token`` pooling).
+        ending: ids that end every input, before EOS (a template's suffix); named special, so that
+            the stock loader does not count the last of them to a prompt.
+
+    Raises:
+        ModelError: the tokenizer is slow, or EOS is wanted and there is none.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            f"{type(tokenizer).__name__} has no fast implementation (tokenizer.json). "
+            "Fix: load it with AutoTokenizer from a folder that has a tokenizer.json."
+        )
+    prefix, behind = surrounding_ids(tokenizer)
+    suffix = [*ending, *(i for i in behind if i == tokenizer.sep_token_id)]
+    if append_eos and (eos := _eos_id(tokenizer)) not in suffix[len(ending) :]:
+        suffix.append(eos)
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    strip_mark = normalizers.Replace(Regex("^" + MARK), "")
+    if not _strips_mark(copy):
+        rest = [copy.normalizer] if copy.normalizer else []
+        copy.normalizer = normalizers.Sequence([strip_mark, *rest])
+    copy.post_processor = _template(copy, prefix, suffix)
+    names: dict[str, Any] = _token_names(tokenizer, hidden=prefix[-1] if prefix else None)
+    if ending:
+        names["extra_special_tokens"] = [str(tokenizer.convert_ids_to_tokens(ending[-1]))]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=copy,
+        padding_side="right",
+        truncation_side="right",
+        chat_template=getattr(tokenizer, "chat_template", None),
+        **names,
+    )
+
+
+def surrounding_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special ids a tokenizer puts before every text (BOS, mostly) and behind it."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return list(full[:start]), list(full[start + len(bare) :])
+    return [], []
+
+
+def without_blank_mask(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer whose ``_`` is an ordinary token again.
+
+    The original's MNTP saves ``_`` as mask token, and from then on the tokenizer splits
+    ``foo_bar`` at it.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or str(tokenizer.mask_token or "") != "_":
+        return tokenizer
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "_"]
+    if "_" not in content["model"]["vocab"]:
+        return tokenizer  # a token of its own, with an embedding of its own
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        **{name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None)},
+    )
+
+
+def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "pooling 'eos_token' needs an EOS token and this tokenizer names none. "
+            "Fix: use pooling 'last_token', or set tokenizer.eos_token."
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def _strips_mark(backend: Tokenizer) -> bool:
+    return backend.normalizer is not None and MARK not in backend.normalizer.normalize_str(MARK)
+
+
+def _template(
+    backend: Tokenizer, prefix: list[int], suffix: list[int]
+) -> processors.TemplateProcessing:
+    tokens = {backend.id_to_token(i): i for i in [*prefix, *suffix]}
+    before = [backend.id_to_token(i) for i in prefix]
+    after = [backend.id_to_token(i) for i in suffix]
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", "$B", *after],
+        special_tokens=list(tokens.items()),
+    )
+
+
+def _token_names(tokenizer: PreTrainedTokenizerBase, hidden: int | None) -> dict[str, str]:
+    """Names of special tokens to keep; padding needs one, and `hidden` must have none."""
+    names: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token"):
+        token = getattr(tokenizer, name, None)
+        if token is not None and tokenizer.convert_tokens_to_ids(token) != hidden:
+            names[name] = str(token)
+    if "pad_token" not in names:
+        # Any token does: padding is masked everywhere. Prefer EOS, as the original package does.
+        fallback = names.get("eos_token") or names.get("unk_token")
+        names["pad_token"] = fallback or str(tokenizer.convert_ids_to_tokens(int(hidden == 0)))
+    return names
+
+
+class TextTokenizer:
+    """Turns (prompt, text) into ids and the span of the text.
+
+    Args:
+        tokenizer: as made by `prepare_tokenizer`.
+        max_length: most tokens of an input, context included.
+        doc_max_length: most tokens of the text itself; None for whatever `max_length` leaves.
+        skip_instruction: pool the text only; if False, everything (BOS and instruction too).
+        template: what stands around instruction and text.
+        counted: find and cut the text as the original package does; see `_counted_row`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_length: int = 512,
+        doc_max_length: int | None = None,
+        skip_instruction: bool = True,
+        template: Template = PLAIN,
+        counted: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.doc_max_length = doc_max_length
+        self.skip_instruction = skip_instruction
+        self.template = template
+        self.counted = counted
+        self.prefix, self.suffix = surrounding_ids(tokenizer)
+
+    def check_mode(self, pooling_mode: str) -> None:
+        """Refuse a pooling mode that needs a token this tokenizer does not add."""
+        if pooling_mode == "bos_token" and not self.prefix:
+            raise ModelError(
+                "pooling 'bos_token' needs a tokenizer that puts BOS before every text; this one "
+                "does not. Fix: use pooling 'mean' or 'last_token'."
+            )
+
+    def join(self, instruction: str) -> str:
+        """The prompt of an instruction."""
+        if self.counted:
+            return instruction.strip() + " " if instruction else ""
+        return self.template.join(instruction)
+
+    def __call__(
+        self, texts: Sequence[str], prompts: str | Sequence[str] = "", max_length: int | None = None
+    ) -> list[TokenRow]:
+        """Tokenise texts, each behind its prompt.
+
+        Args:
+            texts: N texts, taken verbatim.
+            prompts: one for all, or one a text; put directly before the text, verbatim.
+            max_length: overrides the tokenizer's own limit for this call.
+
+        Returns:
+            N rows, in order.
+
+        Raises:
+            DataError: a prompt leaves no room for any token of its text.
+        """
+        limit = max_length or self.max_length
+        if isinstance(prompts, str):
+            prompts = [prompts] * len(texts)
+        if self.counted:
+            texts = [self._cut_by_words(text, limit) for text in texts]
+        start, end = self.template.prefix, self.template.suffix
+        contexts = [start + prompt.removeprefix(MARK) for prompt in prompts]
+        joined = [MARK + c + t + end for c, t in zip(contexts, texts, strict=True)]
+        backend = self.tokenizer.backend_tokenizer
+        if self.counted:
+            encodings = backend.encode_batch_fast(joined, add_special_tokens=False)
+            alone = backend.encode_batch_fast([t + end for t in texts], add_special_tokens=False)
+            return [
+                self._counted_row(whole.ids, len(text.ids), limit)
+                for whole, text in zip(encodings, alone, strict=True)
+            ]
+        if not any(contexts) and not end:
+            encodings = backend.encode_batch_fast(joined, add_special_tokens=False)
+            return [self._row(e.ids, 0, len(e.ids), limit) for e in encodings]
+        encodings = backend.encode_batch(joined, add_special_tokens=False)
+        rows = []
+        for encoding, context, whole in zip(encodings, contexts, joined, strict=True):
+            first = _reaching(encoding.offsets, len(MARK) + len(context)) if context else 0
+            last = _starting(encoding.offsets, len(whole) - len(end)) if end else len(encoding.ids)
+            rows.append(self._row(encoding.ids, first, max(first, last), limit))
+        return rows
+
+    def _row(self, ids: list[int], first: int, last: int, limit: int) -> TokenRow:
+        """Add the fixed tokens, cut the text (`ids[first:last]`), and mark what is pooled."""
+        fixed = len(self.prefix) + first + len(ids) - last + len(self.suffix)
+        room = limit - fixed
+        if room < 1 and last > first:
+            raise DataError(
+                f"the instruction takes {fixed} of the {limit} tokens of max_length, which leaves "
+                "no room for the text. Fix: a shorter instruction, or a larger max_length."
+            )
+        if self.doc_max_length is not None:
+            room = min(room, self.doc_max_length)
+        text = ids[first:last][: max(room, 0)]
+        kept = [*self.prefix, *ids[:first], *text, *ids[last:], *self.suffix]
+        start = len(self.prefix) + first
+        pooled_end = self.template.pool_suffix or bool(self.suffix)
+        stop = len(kept) if pooled_end else start + len(text)
+        return self._marked(kept, start, stop)
+
+    def _marked(self, kept: list[int], start: int, stop: int) -> TokenRow:
+        if not kept:
+            kept = [self.tokenizer.pad_token_id]  # "" without BOS: one token to look at
+            stop = 1
+        if start >= stop or not self.skip_instruction:
+            start, stop = 0, len(kept)  # an empty text has the vector of its context
+        return TokenRow(kept, start, stop)
+
+    def _counted_row(self, ids: list[int], count: int, limit: int) -> TokenRow:
+        """The original's rule: cut at the right, pool as many tokens as the text has alone.
+
+        Where a token spans the border this pools a token too few or too many, and a long
+        instruction pushes the text out; published vectors were made so.
+        """
+        kept = [*self.prefix, *ids][: limit - len(self.suffix)] + self.suffix
+        count = min(min(count, limit) + len(self.suffix), len(kept))
+        return self._marked(kept, len(kept) - count, len(kept))
+
+    def _cut_by_words(self, text: str, limit: int) -> str:
+        """The original's way to `doc_max_length`: whole words, white space collapsed.
+
+        It left nothing of a text without spaces; such a text is cut by tokens here.
+        """
+        backend = self.tokenizer.backend_tokenizer
+
+        def count(part: str) -> int:
+            return min(len(backend.encode(part, add_special_tokens=False).ids), limit)
+
+        most = self.doc_max_length
+        while most is not None and (length := count(text)) > most:
+            words = text.split()
+            kept = int(len(words) * most / length)
+            if kept == 0:
+                end = backend.encode(text, add_special_tokens=False).offsets[most - 1][1]
+                text = text[:end]
+                break
+            text = " ".join(words[:kept])
+        return text.rstrip() if self.template.suffix else text
+
+    def for_stock(self) -> tuple[PreTrainedTokenizerFast, bool]:
+        """The tokenizer to save, and whether the stock loader can reach the same vectors with it.
+
+        A template's suffix is appended by the saved tokenizer, its prefix is part of every saved
+        prompt. The stock loader measures a prompt by tokenising it alone, less one special token
+        at its end, so that the suffix has to be one token, and the prefix must not merge.
+        """
+        if not (self.template.prefix or self.template.suffix):
+            return self.tokenizer, True
+        encode = self.tokenizer.backend_tokenizer.encode
+        ending = encode(self.template.suffix, add_special_tokens=False).ids
+        exact = len(ending) + len(self.suffix) <= 1 and self.template.pool_suffix
+        prefix = self.template.prefix
+        exact &= not prefix or prefix.endswith("\n")
+        append_eos = self.tokenizer.eos_token_id in self.suffix
+        return prepare_tokenizer(self.tokenizer, append_eos, ending), exact
+
+    @property
+    def fixed_tokens(self) -> int:
+        """Tokens of an input that are neither instruction nor text."""
+        around = self.template.prefix, self.template.suffix
+        encode = self.tokenizer.backend_tokenizer.encode
+        lengths = [len(encode(part, add_special_tokens=False).ids) for part in around if part]
+        return len(self.prefix) + len(self.suffix) + sum(lengths)
+
+
+def _reaching(offsets: Sequence[tuple[int, int]], character: int) -> int:
+    """Index of the first token that reaches beyond a character position."""
+    for index, (_, end) in enumerate(offsets):
+        if end > character:
+            return index
+    return len(offsets)
+
+
+def _starting(offsets: Sequence[tuple[int, int]], character: int) -> int:
+    """Index of the first token that starts at or behind a character position."""
+    for index in range(len(offsets) - 1, -1, -1):
+        if offsets[index][0] < character:
+            return index + 1
+    return 0

@@ -1,0 +1,188 @@
+"""Texts to train on: read once, split, and for MNTP kept as token ids in a file.
+
+Blank lines are skipped, everything else is taken verbatim. MNTP's corpus may be larger than memory:
+it is tokenised as it is read, into a file of int32 that is mapped, not loaded; memory holds two
+numbers a text (16 bytes). The file is written aside and renamed, and is used again on resume, so
+nothing is read twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from unmasked.errors import DataError
+from unmasked.files.source import Source
+from unmasked.files.writing import written_aside
+from unmasked.text.tokens import TextTokenizer
+
+_CHUNK = 4096  # texts tokenised at once
+
+
+def iterate_texts(paths: Sequence[str | Path], limit: int | None = None) -> Iterator[str]:
+    """The texts of files, in order, one at a time.
+
+    Args:
+        paths: what `Source` reads.
+        limit: no more than this many.
+
+    Raises:
+        DataError: a file is missing, of another kind, not UTF-8, or has no text in it.
+    """
+    if not paths:
+        raise DataError("no training text was given. Fix: data=FILE (or [FILE, ...]).")
+    sources = (Source(str(path), skip_blank=True) for path in paths)
+    yield from islice((text for source in sources for _, text, _ in source.records()), limit)
+
+
+def read_texts(paths: Sequence[str | Path], limit: int | None = None) -> list[str]:
+    """The same, all at once."""
+    return list(iterate_texts(paths, limit))
+
+
+def split_held_out(texts: Sequence[str], held_out: int, seed: int) -> tuple[list[str], list[str]]:
+    """Shuffle, and set aside `held_out` texts (at most a tenth) that are never trained on."""
+    shuffled = list(dict.fromkeys(texts))  # a repeated text must not be on both sides
+    random.Random(seed).shuffle(shuffled)
+    count = min(held_out, len(shuffled) // 10)
+    return shuffled[count:], shuffled[:count]
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Texts as token ids, each behind its own BOS, in the order they were read.
+
+    Attributes:
+        ids: (N,) int32, mapped from the file.
+        ends: (D + 1,) where each of D texts begins and ends.
+        keys: (D,) equal for equal texts.
+        source: changes with the files it was made from.
+    """
+
+    ids: np.ndarray
+    ends: np.ndarray
+    keys: np.ndarray
+    source: str
+
+    def split(self, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `split_held_out`, numbers of texts: those to train on, shuffled, and the others."""
+        _, first = np.unique(self.keys, return_index=True)  # a repeated text counts once
+        shuffled = np.random.default_rng(seed).permutation(np.sort(first))
+        count = min(held_out, len(shuffled) // 10)
+        return shuffled[count:], shuffled[:count]
+
+
+def token_file(
+    paths: Sequence[str | Path], limit: int | None, tokens: TextTokenizer, folder: Path
+) -> TokenFile:
+    """The token file of some texts in a folder; made if it is not there.
+
+    Its name says which files (by size and time), how many texts and which tokenizer it came from.
+
+    Raises:
+        DataError: as `iterate_texts`.
+    """
+    name = _fingerprint(paths, limit, tokens)
+    ids, index = folder / f"{name}.bin", folder / f"{name}.npz"
+    if not index.is_file():
+        with written_aside(ids) as file:
+            ends, keys = _write_ids(file, iterate_texts(paths, limit), tokens)
+        with written_aside(index) as file:  # last: it says that both are whole
+            np.savez(file, ends=np.asarray(ends), keys=np.asarray(keys))
+    with np.load(index) as arrays:
+        ends, keys = arrays["ends"], arrays["keys"]
+    mapped = np.memmap(ids, dtype=np.int32, mode="r", shape=(int(ends[-1]),))
+    return TokenFile(mapped, ends, keys, name)
+
+
+def _write_ids(
+    file: IO[bytes], texts: Iterator[str], tokens: TextTokenizer
+) -> tuple[array[int], array[int]]:
+    ends, keys = array("q", [0]), array("Q")
+    while chunk := list(islice(texts, _CHUNK)):
+        rows = [np.asarray(row.ids, np.int32) for row in tokens(chunk, max_length=1 << 30)]
+        file.write(np.concatenate(rows).data)  # tofile does not say that the disk is full
+        for text, row in zip(chunk, rows, strict=True):
+            ends.append(ends[-1] + len(row))
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            keys.append(int.from_bytes(digest, "big"))
+    return ends, keys
+
+
+def _fingerprint(paths: Sequence[str | Path], limit: int | None, tokens: TextTokenizer) -> str:
+    facts: list[object] = [limit, tokens.tokenizer.backend_tokenizer.to_str()]
+    for path in paths:
+        source = Source(str(path), skip_blank=True)
+        for file in source.files:
+            found = Path(file).stat() if source.on_disk else None
+            facts.append([file, found and [found.st_size, found.st_mtime_ns]])
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+
+
+class Blocks:
+    """Texts one after the other, cut into blocks of one length, without padding.
+
+    Args:
+        file: the texts.
+        order: numbers of the texts, in the order they are laid.
+        length: tokens of a block.
+        held_out: they are those to measure on, which an error says.
+
+    Attributes:
+        dropped: tokens of the incomplete last block, which is not used.
+
+    Raises:
+        DataError: all texts together do not fill one block.
+    """
+
+    def __init__(
+        self, file: TokenFile, order: np.ndarray, length: int, held_out: bool = False
+    ) -> None:
+        self.length = length
+        self._ids = file.ids
+        self._from = file.ends[order]
+        sizes = file.ends[order + 1] - self._from
+        self._at = np.concatenate([[0], np.cumsum(sizes)])  # where each text is laid
+        total = int(self._at[-1])
+        self._count, self.dropped = divmod(total, length)
+        if self._count == 0:
+            name, fix = ("held-out", ", or held_out=0") if held_out else ("training", "")
+            raise DataError(
+                f"the {name} text has {total} tokens, less than one block of {length}. "
+                f"Fix: more text, or a smaller block_length{fix}."
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """(T,) int64 ids of a block."""
+        return np.concatenate([self._ids[a:b] for a, b in self._pieces(index)]).astype(np.int64)
+
+    def begins(self, index: int) -> np.ndarray:
+        """(T,) where a text, or what is left of one, begins in a block."""
+        sizes = [b - a for a, b in self._pieces(index)]
+        found = np.zeros(self.length, dtype=bool)
+        found[np.concatenate([[0], np.cumsum(sizes[:-1])]).astype(np.int64)] = True
+        return found
+
+    def _pieces(self, index: int) -> list[tuple[int, int]]:
+        """Where the tokens of a block stand in the file."""
+        start, stop = index * self.length, (index + 1) * self.length
+        text = int(np.searchsorted(self._at, start, side="right")) - 1
+        pieces = []
+        while start < stop:
+            until = min(stop, int(self._at[text + 1]))
+            begin = int(self._from[text] + start - self._at[text])
+            pieces.append((begin, begin + until - start))
+            start, text = until, text + 1
+        return pieces

@@ -1,0 +1,154 @@
+"""Supervised contrastive training: a query finds its document among those of the whole batch.
+
+InfoNCE with hard negatives (LLM2Vec, arXiv 2404.05961, section 3.2), where a document that answers
+the query after all does not count as a negative. All texts of a batch are one packed forward;
+sentence-transformers runs one for each column. With GradCache (Gao et al., arXiv 2101.06983) the
+batch no longer has to fit: texts are embedded twice, some tokens at a time, for half as much
+computing again, to the same gradient.
+
+Shapes: B rows of this device, R = (2 + K) B texts with K hard negatives, W devices, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
+from sentence_transformers.util import all_gather, get_rank, get_world_size
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import cross_entropy, normalize
+
+from unmasked.train import devices
+from unmasked.train.losses.simcse import alignment_and_uniformity
+
+
+class Texts(NamedTuple):
+    """What the loss knows of the R texts of a batch besides their vectors.
+
+    Attributes:
+        rows: B.
+        place: (R,) where each vector belongs among queries, positives and negatives.
+        key: (R,) equal for equal texts, in that order.
+    """
+
+    rows: int
+    place: Tensor
+    key: Tensor
+
+
+class RankingLoss(CachedLossMixin, nn.Module):
+    """Cross-entropy of each query's own positive among the documents of all rows and devices.
+
+    The mean over the rows of this device is returned. Gradients of gathered documents are summed
+    over devices and then averaged with all others by DDP, so a step on W devices equals one on a
+    device with the whole batch.
+
+    Args:
+        model: the encoder.
+        temperature: of the cosines (0.02 in the paper).
+        mini_batch_tokens: most tokens of a forward; None runs each batch at once.
+        margin: documents this much closer to a query than its positive are no negatives; None
+            leaves out only those that are the same text as the query or a positive of it.
+        dimensions: lengths of the vector's beginning that are trained too (Matryoshka).
+    """
+
+    mini_batch_size = 1 << 62  # cut by tokens alone
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float = 0.02,
+        mini_batch_tokens: int | None = None,
+        margin: float | None = None,
+        dimensions: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.mini_batch_num_tokens = mini_batch_tokens
+        self.margin = margin
+        self.dimensions = dimensions
+        self.measured: dict[str, Tensor] = {}
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """Scalar loss of the features that `PairCollator` makes."""
+        features: dict[str, Any] = dict(next(iter(sentence_features)))
+        features["repad"] = False
+        texts = Texts(len(labels), features.pop("place"), features.pop("key"))
+        limit, attention = self.mini_batch_num_tokens, features["attention_mask"]
+        if limit is None or not devices.any_of(int(attention.sum()) > limit, attention.device):
+            vectors = self.model(features)["sentence_embedding"]  # (R, D)
+            return self.score(vectors, texts)
+        return self.forward_cached([features], texts)  # type: ignore[arg-type]
+
+    def embed_minibatch_iter(self, sentence_feature: Any, *given: Any, **named: Any) -> Any:
+        """As many forwards as on the device that has the most: sharded weights need all devices."""
+        count, mask = len(named["ranges"]), sentence_feature["attention_mask"]
+        if isinstance(self.model, FSDPModule):
+            last = (len(mask) - 1, len(mask), named["with_grad"], False)  # the shortest text
+            for _ in range(devices.most(count, mask.device) - count):
+                vectors, _ = self.embed_minibatch(sentence_feature, *last, RandContext(mask))
+                if named["with_grad"]:
+                    (0 * vectors).sum().backward()
+        yield from super().embed_minibatch_iter(sentence_feature, *given, **named)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of the vectors of all mini-batches, as `CachedLossMixin` asks for it."""
+        (parts,) = reps
+        loss = self.score(torch.cat(parts), labels)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def score(self, vectors: Tensor, texts: Texts) -> Tensor:
+        """Scalar loss of (R, D) vectors, the mean over all trained lengths of the vector."""
+        vectors = torch.empty_like(vectors).index_copy(0, texts.place, vectors).float()
+        queries, documents = vectors.split([texts.rows, len(vectors) - texts.rows])
+        self.measured = alignment_and_uniformity(queries, documents[: texts.rows])
+        query_keys, keys = texts.key.split([len(queries), len(documents)])
+        documents = _gathered(documents, with_grad=True)  # (W (1 + K) B, D)
+        own = get_rank() * len(keys) + torch.arange(texts.rows, device=vectors.device)
+        same = _same(query_keys, keys, own)
+        widths = {*self.dimensions, vectors.shape[1]}
+        losses = [self._infonce(queries[:, :w], documents[:, :w], own, same) for w in widths]
+        return torch.stack(losses).mean()
+
+    def _infonce(self, queries: Tensor, documents: Tensor, own: Tensor, same: Tensor) -> Tensor:
+        cosines = normalize(queries, dim=1) @ normalize(documents, dim=1).T
+        left_out = same
+        if self.margin is not None:
+            positive = cosines.detach().gather(1, own[:, None])
+            left_out = left_out | (cosines.detach() > positive + self.margin)
+        left_out = left_out.scatter(1, own[:, None], False)
+        return cross_entropy((cosines / self.temperature).masked_fill(left_out, -torch.inf), own)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "margin": self.margin}
+
+
+def _same(query_keys: Tensor, keys: Tensor, own: Tensor) -> Tensor:
+    """(B, W (1 + K) B): documents that are the query itself or one of its positives."""
+    rows = len(query_keys)
+    every_document = _gathered(keys)
+    asked = query_keys.new_zeros(len(keys))  # the query of each document that is a positive
+    asked[:rows] = query_keys
+    is_positive = torch.arange(len(keys), device=keys.device) < rows
+    of_same_query = (_gathered(asked)[None] == query_keys[:, None]) & _gathered(is_positive)[None]
+    positive = every_document[own]
+    return (
+        of_same_query
+        | (every_document[None] == positive[:, None])
+        | (every_document[None] == query_keys[:, None])
+    )
+
+
+def _gathered(tensor: Tensor, with_grad: bool = False) -> Tensor:
+    """The same of all devices, one after the other."""
+    return all_gather(tensor, with_grad=with_grad) if get_world_size() > 1 else tensor

@@ -1,0 +1,103 @@
+"""The model card, and what goes to the hub."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from unmasked import LLM2Vec
+from unmasked.checkpoint.card import Card, render
+from unmasked.checkpoint.folder import Settings
+from unmasked.checkpoint.push import list_files, push
+from unmasked.errors import ModelError, OutputError
+
+STAGES = [
+    {"name": "causal_mean", "scores": {"sts.spearman": 0.4, "my.docs.ndcg@10": 0.1}},
+    {"name": "mntp", "scores": {"sts.spearman": 0.512345, "my.docs.ndcg@10": 0.2}},
+]
+
+
+@pytest.fixture
+def saved(tiny_decoder, tmp_path):
+    LLM2Vec.from_pretrained(tiny_decoder, device="cpu").save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_card_is_one_of_sentence_transformers():
+    card = Card(
+        "org/decoder", "bidirectional: full", {"Recipe": "```yaml\nname: x\n```"},
+        ["org/texts", "mine/corpus.txt.gz"], STAGES,
+    )  # fmt: skip
+    text = render(card, Settings(), 256, 512)
+    read = ModelCard(text)
+    assert read.data.library_name == "sentence-transformers"
+    assert read.data.pipeline_tag == "sentence-similarity"
+    assert read.data.base_model == "org/decoder"
+    assert read.data.datasets == ["org/texts"]
+    assert "- corpus.txt.gz" in text
+    assert {"sentence-transformers", "feature-extraction", "llm2vec"} <= set(read.data.tags)
+    results = {r.metric_name: r for r in read.data.eval_results}
+    assert results["spearman"].metric_value == 0.512345
+    assert results["ndcg@10"].dataset_name == "my.docs"
+    for wanted in (
+        "512 tokens",
+        "256 dimensions",
+        "| mntp | 51.23 | 20.00 |",
+        "name: x",
+        "## Usage",
+    ):
+        assert wanted in text
+    assert yaml.safe_load(text.split("---\n")[1])["model-index"]
+
+
+def test_a_base_that_is_a_folder_is_not_named_as_one_of_the_hub(saved, tiny_decoder):
+    text = (saved / "README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert "base_model" not in front and "model-index" not in front
+    assert tiny_decoder.name in text and "{" not in front
+    assert "32 dimensions" in text and "bidirectional: full" in text
+
+
+def test_what_would_be_sent(saved):
+    (saved / "optimizer.pt").write_bytes(b"x")
+    (saved / "checkpoint-3").mkdir()
+    (saved / "checkpoint-3" / "model.safetensors").write_bytes(b"x")
+    names = [name for name, size in list_files(saved) if size]
+    assert {"model.safetensors", "config.json", "README.md", "1_Pooling/config.json"} <= set(names)
+    assert {"modules.json", "tokenizer.json", "llm2vec_config.json"} <= set(names)
+    assert not {name for name in names if "checkpoint" in name or name.endswith(".pt")}
+
+
+def test_what_cannot_be_pushed(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=r"holds no model.*did you mean .*model\?"):
+        push(saved.parent, "org/x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="holds no model.*Fix"):
+        push(tmp_path / "empty", "org/x")
+    with pytest.raises(OutputError, match="no name of a repository.*Fix"):
+        push(saved, "a/b/c")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OutputError, match="org/x: the hub did not take it.*Fix: log in"):
+        push(saved, "org/x")
+
+
+def test_dry_run(saved, monkeypatch, capsys):
+    from unmasked.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["unmasked", "push", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    code, out, err = run(saved, "org/x", "--dry-run")
+    assert not code, err
+    assert "model.safetensors" in out and "kB" in out
+    assert "to org/x (private)" in out and "nothing was sent" in out
+    assert "(public)" in run(saved, "org/x", "--dry-run", "--public")[1]
+    code, _, err = run(saved.parent, "org/x", "--dry-run")
+    assert code == 2 and "holds no model" in err

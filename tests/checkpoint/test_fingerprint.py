@@ -1,0 +1,114 @@
+"""A fingerprint is the same for the same model alone, whatever its weights are packed in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from unmasked import LLM2Vec
+from unmasked.checkpoint.fingerprint import fingerprint
+
+
+@pytest.fixture(scope="module")
+def model(tiny_decoder):
+    return LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+
+
+def test_another_model_is_told_apart(model, tiny_decoder):
+    assert fingerprint(model) == fingerprint(LLM2Vec.from_pretrained(tiny_decoder, device="cpu"))
+    for option in ({"pooling_mode": "last_token"}, {"max_length": 64}, {"dtype": "bfloat16"}):
+        other = LLM2Vec.from_pretrained(tiny_decoder, device="cpu", **option)
+        assert fingerprint(other) != fingerprint(model)
+    changed = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    changed.backbone.auto_model.norm.weight.data += 0.1
+    assert fingerprint(changed) != fingerprint(model)
+
+
+def test_encoding_leaves_it_as_it_is(model):
+    before = fingerprint(model)
+    model.encode(["a text", "a longer text, to be padded"])
+    assert fingerprint(model) == before
+
+
+def of_state(model, **entries):
+    """The fingerprint of a model with a state dict of its own."""
+    backbone, settings, tokenizer = model.backbone, model.settings, model.tokenizer
+    return fingerprint(
+        SimpleNamespace(
+            state_dict=lambda: entries, backbone=backbone, settings=settings, tokenizer=tokenizer
+        )
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_packed_weights_count_by_their_values(model):
+    layer = nn.Linear(8, 4)
+
+    def packed():
+        layers = nn.Sequential(layer)
+        return torch.ao.quantization.quantize_dynamic(layers, {nn.Linear}).state_dict()
+
+    first = packed()
+    assert any(isinstance(value, tuple) for value in first.values())
+    assert of_state(model, **first) == of_state(model, **packed())
+    with torch.no_grad():
+        layer.weight[3, 3] += 1
+    assert of_state(model, **first) != of_state(model, **packed())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int64, torch.bool])
+def test_every_type_of_number_counts(model, dtype):
+    ones, zeros = torch.ones(3, 4).to(dtype), torch.zeros(3, 4).to(dtype)
+    assert of_state(model, a=ones) == of_state(model, a=ones.clone())
+    assert len({of_state(model, a=ones), of_state(model, a=zeros), of_state(model, b=ones)}) == 3
+    assert of_state(model, a=ones) != of_state(model, a=ones.reshape(4, 3))
+
+
+class Scaled(torch.Tensor):
+    """Weights kept as whole numbers and a scale, as quantising libraries keep them."""
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float32)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        raise NotImplementedError(f"{function} of packed weights")
+
+
+def test_a_tensor_made_of_others_counts_by_them(model):
+    numbers = torch.arange(12, dtype=torch.int8).reshape(3, 4)
+    kept = of_state(model, a=Scaled(numbers, torch.ones(3)))
+    assert kept == of_state(model, a=Scaled(numbers.clone(), torch.ones(3)))
+    assert kept != of_state(model, a=Scaled(numbers + 1, torch.ones(3)))
+    assert kept != of_state(model, a=Scaled(numbers, torch.full((3,), 2.0)))
+
+
+def test_what_is_no_tensor_is_the_same_in_every_process(model):
+    class Opaque:
+        """Shows its address, as most objects do."""
+
+    first, second = Opaque(), Opaque()
+    assert of_state(model, a=first) == of_state(model, a=second)
+    assert of_state(model, a={"x": 1, "y": [2]}) == of_state(model, a={"y": [2], "x": 1})
+    assert of_state(model, a={"x": 1}) != of_state(model, a={"x": 2})
+
+
+def test_another_process_finds_the_same(model, tiny_decoder):
+    code = (
+        "from unmasked import LLM2Vec; from unmasked.checkpoint.fingerprint import fingerprint; "
+        f"print(fingerprint(LLM2Vec.from_pretrained({str(tiny_decoder)!r}, device='cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == fingerprint(model)

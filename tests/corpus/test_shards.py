@@ -1,0 +1,436 @@
+"""A folder of shards: the same bytes however often it was interrupted, and only whole ones."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.encoding_process import Runner
+
+from unmasked.corpus import Encoding, Local, Shards, encode_folder, verify
+from unmasked.errors import DataError, OutputError
+from unmasked.files.source import Source
+
+
+@pytest.fixture(scope="module")
+def model(tiny_decoder):
+    from unmasked.model import LLM2Vec
+
+    return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def runner():
+    return Runner()
+
+
+def make(model, source, folder, shards=None, encoding=None, **options):
+    source = source if isinstance(source, Source) else Source(str(source))
+    return encode_folder(Local(lambda: model), source, folder, encoding, shards, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but locks, which are empty."""
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    return {name: data for name, data in files.items() if not name.endswith(".lock")}
+
+
+def said(folder: Path, name: str = "_manifest.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def corpus(tmp_path, sentences) -> Path:
+    """Twenty rows in three files of three kinds; four have no text."""
+    folder = tmp_path / "corpus"
+    (folder / "b").mkdir(parents=True)
+    rows = [
+        json.dumps({"id": f"a{i}", "text": text, "year": i}) for i, text in enumerate(sentences)
+    ]
+    rows[3] = '{"id": "a3", "text": null, "year": 3}'
+    (folder / "a.jsonl").write_text("\n\n".join(rows) + "\n")
+    cells = [f'b{i},{i},"{text}"' for i, text in enumerate(sentences[:6])]
+    raw = "\n".join(["id,year,text", *cells]).encode().replace(b"Masks", b"M\xe9sks")
+    (folder / "b" / "b.csv.gz").write_bytes(gzip.compress(raw))
+    texts = [*sentences[:4], "  ", "word " * 300]
+    table = {"text": texts, "id": [f"c{i}" for i in range(6)], "year": list(range(6))}
+    pq.write_table(pa.table(table), folder / "c.parquet")
+    (folder / "_SUCCESS").touch()
+    return folder
+
+
+SKIPPING = {"keep": ("year",), "max_bytes": 1000}
+
+
+def test_parts_together_hold_every_row_once(model, corpus, tmp_path):
+    source = Source(str(corpus), **{**SKIPPING, "keep": ()})
+    folder = tmp_path / "v"
+    done = make(model, source, folder, Shards(rows=7, window=3, skip=True))
+    assert done == (16, 32, 4)
+    lines = said(folder)
+    assert [line["file"] for line in lines[1:-1]] == [f"part-00000{i}.parquet" for i in range(3)]
+    assert [line["first_row"] for line in lines[1:-1]] == [0, 7, 14]
+    assert lines[-1] == {"finished": True, "rows": 16, "skipped": 4}
+    skipped = [fault for line in lines[1:-1] for fault in line["skipped"]]
+    assert [(f["row"], f["file"], f["line"]) for f in skipped] == [
+        (3, "a.jsonl", 7),
+        (10, "b/b.csv.gz", 4),
+        (18, "c.parquet", 5),
+        (19, "c.parquet", 6),
+    ]
+    reasons = ["'text' is null", "not UTF-8 (byte 0xe9", "an empty text", "a text of 1,500 bytes"]
+    assert all(f["reason"].startswith(word) for f, word in zip(skipped, reasons, strict=True))
+    table = pq.read_table(folder)
+    rows = table["row"].to_pylist()
+    assert sorted([*rows, *(fault["row"] for fault in skipped)]) == list(range(20))
+    good = [row for row in source.rows() if row.fault is None]
+    assert table["id"].to_pylist() == [row.id for row in good]
+    expected = model.encode([row.text for row in good], show_progress_bar=False)
+    np.testing.assert_allclose(np.array(table["vector"].to_pylist()), expected, atol=1e-5)
+    assert verify(folder) == 3
+
+
+def test_kinds_and_precisions_of_shards(model, corpus, tmp_path):
+    from safetensors.numpy import load_file
+    from sentence_transformers.util import quantize_embeddings
+
+    source = Source(str(corpus), max_bytes=1000)
+    good = [row.text for row in source.rows() if row.fault is None]
+    for normalize in (False, True):
+        exact = model.encode(
+            good, show_progress_bar=False, truncate_dim=20, normalize_embeddings=normalize
+        )
+        for precision in ("float32", "float16", "int8", "binary"):
+            encoding = Encoding(normalize=normalize, truncate_dim=20, precision=precision)
+            stored = {}
+            for kind in (".npy", ".safetensors", ".parquet"):
+                folder = tmp_path / f"{normalize}{precision}{kind}"
+                make(model, source, folder, Shards(kind, 7, 3, skip=True), encoding)
+                parts = sorted(folder.glob("part-*"))
+                if kind == ".npy":
+                    stored[kind] = np.concatenate([np.load(p) for p in parts])
+                elif kind == ".safetensors":
+                    stored[kind] = np.concatenate([load_file(p)["vectors"] for p in parts])
+                else:
+                    vectors = pq.read_table(folder)["vector"].combine_chunks()
+                    stored[kind] = vectors.flatten().to_numpy().reshape(len(vectors), -1)
+            first = stored[".npy"]
+            assert all(np.array_equal(first, other) for other in stored.values())
+            assert all(first.dtype == other.dtype for other in stored.values())
+            if precision == "int8":
+                ranges = np.load(folder / "_ranges.npy")
+                np.testing.assert_allclose(ranges, [exact.min(0), exact.max(0)], atol=1e-5)
+                off = np.abs(first.astype(int) - quantize_embeddings(exact, "int8", ranges=ranges))
+                assert off.max() <= 1
+                restored = (first.astype(float) + 128.5) / 255 * np.ptp(ranges, 0) + ranges[0]
+                assert np.abs(restored - exact).max() < np.ptp(ranges, 0).max() / 200
+            elif precision == "binary":
+                assert first.shape == (16, 3) and first.dtype == np.uint8
+                assert (np.unpackbits(first, axis=1)[:, :20] != (exact > 0)).mean() < 0.01
+            else:
+                np.testing.assert_allclose(first, exact, atol=1e-2 if "16" in precision else 1e-5)
+
+
+def test_columns_are_kept(model, corpus, tmp_path):
+    make(model, Source(str(corpus), **SKIPPING), tmp_path / "w", Shards(rows=7, skip=True))
+    # .csv has strings where .jsonl has numbers: those rows cannot share a column, and are listed.
+    assert pq.read_table(tmp_path / "w")["year"].to_pylist() == [0, 1, 2, 4, 5, 6, 7, 0, 1, 2, 3]
+    reasons = [f["reason"] for line in said(tmp_path / "w")[1:-1] for f in line["skipped"]]
+    assert "'year' is '0', though the first row has a int64" in reasons
+    only = corpus / "a.jsonl"
+    make(model, Source(str(only), keep=("year", "text")), tmp_path / "x", Shards(skip=True))
+    table = pq.read_table(tmp_path / "x")
+    assert table.column_names == ["row", "id", "year", "text", "vector"]
+    assert table.schema.field("year").type == pa.int64()
+    for keep, words in [(("yaer",), "did you mean 'year'"), (("row",), "column of the output")]:
+        with pytest.raises((DataError, OutputError), match=words):
+            make(model, Source(str(only), keep=keep), tmp_path / "y", Shards(skip=True))
+    with pytest.raises(OutputError, match="vectors only"):
+        make(model, Source(str(only), keep=("year",)), tmp_path / "y", Shards(".npy"))
+
+
+def test_machines_write_what_one_would(model, corpus, tmp_path):
+    source, encoding = Source(str(corpus), max_bytes=1000), Encoding(precision="int8")
+    make(model, source, tmp_path / "one", Shards(rows=3, window=2, skip=True), encoding)
+    for i in (2, 3, 1):
+        shards = Shards(rows=3, window=2, skip=True, part=(i, 3))
+        make(model, source, tmp_path / "many", shards, encoding)
+    one, many = contents(tmp_path / "one"), contents(tmp_path / "many")
+    parts = {name for name in one if name.startswith("part-")}
+    assert len(parts) == 7
+    assert all(one[name] == many[name] for name in {*parts, "_ranges.npy"})
+    lines = [f"_manifest-{i}-of-3.jsonl" for i in (1, 2, 3)]
+    assert set(many) == {*parts, "_ranges.npy", *lines}
+    written = sorted(
+        (line for name in lines for line in said(tmp_path / "many", name)[1:-1]),
+        key=lambda line: line["shard"],
+    )
+    assert written == said(tmp_path / "one")[1:-1]
+    assert verify(tmp_path / "many") == 7
+    with pytest.raises(OutputError, match="machines: 3 there, 2 now"):
+        make(model, source, tmp_path / "many", Shards(rows=3, window=2, skip=True, part=(1, 2)))
+    # Another folder, another machine: the saved ranges are enough to get the same bytes.
+    shards = Shards(rows=3, window=2, skip=True, ranges=tmp_path / "one" / "_ranges.npy")
+    make(model, source, tmp_path / "far", shards, encoding)
+    assert contents(tmp_path / "far") == one
+    other = tmp_path / "other.npy"
+    np.save(other, np.zeros((2, 32), "f4"))
+    with pytest.raises(OutputError, match="other ranges"):
+        shards = Shards(rows=3, window=2, skip=True, ranges=other)
+        make(model, source, tmp_path / "far", shards, encoding)
+    np.save(other, np.zeros((2, 31), "f4"))
+    with pytest.raises(DataError, match=r"shape \(2, 31\). Fix: \(2, 32\)"):
+        make(model, source, tmp_path / "else", shards, encoding)
+
+
+# --- interrupted --------------------------------------------------------------------------------
+
+
+def test_what_a_crash_leaves_is_mended(model, corpus, tmp_path):
+    source = Source(str(corpus), max_bytes=1000)
+    shards, folder = Shards(rows=3, window=2, skip=True), tmp_path / "v"
+    make(model, source, folder, shards)
+    whole = contents(folder)
+    manifest = folder / "_manifest.jsonl"
+    lines = manifest.read_bytes().splitlines(keepends=True)
+
+    def cut_line():
+        manifest.write_bytes(b"".join(lines[:4]) + lines[4][:20])
+
+    def lost_line():
+        manifest.write_bytes(b"".join(lines[:3]))
+
+    def no_last_line():
+        manifest.write_bytes(b"".join(lines[:-1]))
+
+    def only_aside():
+        manifest.unlink()
+        (folder / "._manifest.jsonl.aside").write_bytes(lines[0][:9])
+
+    def lost_shard():
+        (folder / "part-000002.parquet").unlink()
+
+    def cut_shard():
+        (folder / "part-000000.parquet").write_bytes(b"PAR1")
+        (folder / ".part-000000.parquet.aside").write_bytes(b"PAR1")
+
+    for crash in (cut_line, lost_line, no_last_line, only_aside, lost_shard, cut_shard):
+        crash()
+        make(model, source, folder, shards)
+        assert contents(folder) == whole, crash.__name__
+    (folder / "part-000001.parquet").write_bytes(whole["part-000001.parquet"][:-1] + b"x")
+    with pytest.raises(OutputError, match="part-000001.parquet is not what"):
+        verify(folder)
+
+
+def test_whole_shards_are_not_made_again(model, corpus, tmp_path):
+    source, shards = Source(str(corpus), max_bytes=1000), Shards(rows=3, window=2, skip=True)
+    make(model, source, tmp_path / "v", shards)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "v").iterdir()}
+    seen = []
+    make(model, source, tmp_path / "v", shards, begin=lambda *begun: lambda *_: seen.append(begun))
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "v").iterdir()}
+    assert {k: v for k, v in before.items() if not k.endswith("lock")} == {
+        k: v for k, v in after.items() if not k.endswith("lock")
+    }
+    assert set(seen) == {(20, 20)}
+
+
+def kill_and_compare(runner, model, texts: Path, folder: Path, times: int, **options) -> None:
+    plain = {"shards": {"rows": 96, "window": 32, "skip": True}, **options}
+    source = {"path": str(texts), "max_bytes": 2000}
+    whole = folder / "whole"
+    seconds = runner.run(model, source, whole, **plain)
+    moments, killed = random.Random(0), 0
+    for _ in range(times):
+        # So that the last blows fall near the end, and what is done already is not gone through.
+        after = moments.uniform(0, 2.2 * seconds / times)
+        killed += runner.kill(after, model, source, folder / "killed", **plain)
+        there = {p.name for p in (folder / "killed").glob("part-*")}
+        assert there <= set(contents(whole))
+    runner.run(model, source, folder / "killed", **plain)
+    assert killed >= times / 3
+    assert contents(folder / "killed") == contents(whole)
+
+
+@pytest.fixture
+def many_texts(tmp_path, sentences) -> Path:
+    def write(count: int) -> Path:
+        picked = random.Random(1)
+        lines = [" ".join(picked.choices(sentences, k=picked.randint(1, 3))) for _ in range(count)]
+        lines[5::97] = ["" for _ in lines[5::97]]
+        (tmp_path / "many.txt").write_text("\n".join(lines) + "\n")
+        return tmp_path / "many.txt"
+
+    return write
+
+
+def test_killed_three_times_ends_with_the_same_bytes(runner, tiny_decoder, many_texts, tmp_path):
+    kill_and_compare(runner, tiny_decoder, many_texts(2000), tmp_path, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "encoding": {"precision": "int8", "normalize": True},
+            "shards": {"rows": 100, "window": 32, "skip": True, "kind": ".npy"},
+        },
+    ],
+    ids=["parquet", "int8"],
+)
+def test_killed_twenty_times_ends_with_the_same_bytes(
+    runner, tiny_decoder, many_texts, tmp_path, options
+):
+    kill_and_compare(runner, tiny_decoder, many_texts(8000), tmp_path, 20, **options)
+
+
+def test_a_full_disk_leaves_whole_shards(runner, tiny_decoder, many_texts, tmp_path):
+    """A limit on the size of a file stands for a full disk: the same write fails."""
+    source = {"path": str(many_texts(300)), "max_bytes": 2000}
+    shards = {"shards": {"rows": 96, "window": 32, "skip": True}}
+    whole, folder = tmp_path / "whole", tmp_path / "v"
+    runner.run(tiny_decoder, source, whole, **shards)
+    size = (whole / "part-000003.parquet").stat().st_size  # the last is the smallest
+    process = runner.start(tiny_decoder, source, folder, limits={"bytes": size}, **shards)
+    process.join(60)
+    assert process.exitcode == 1
+    assert [p.name for p in folder.iterdir() if not p.name.startswith(".")] == ["_manifest.jsonl"]
+    assert len(said(folder)) == 1
+    runner.run(tiny_decoder, source, folder, **shards)
+    assert contents(folder) == contents(whole)
+
+
+def test_a_write_that_fails_is_told(tmp_path):
+    import errno
+
+    from unmasked.files import writing
+
+    told = pytest.raises(OutputError, match="No space left on device. Fix: make room")
+    with told, writing.written_aside(tmp_path / "x.npy"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.glob("*x.npy*")) and not list(tmp_path.glob(".x*"))
+
+
+def test_two_processes_do_not_share_a_folder(runner, model, tiny_decoder, many_texts, tmp_path):
+    texts = many_texts(4000)
+    shards = {"rows": 96, "window": 32, "skip": True}
+    process = runner.start(tiny_decoder, {"path": str(texts)}, tmp_path / "v", shards=shards)
+    while not (tmp_path / "v" / "_manifest.jsonl").exists():
+        assert process.is_alive()
+    with pytest.raises(OutputError, match="another process is writing to it"):
+        make(model, texts, tmp_path / "v", Shards(**shards))
+    with pytest.raises(OutputError, match="another process is writing to it"):
+        make(model, texts, tmp_path / "v", Shards(**shards), overwrite=True)
+    process.kill()
+    process.join()
+
+
+# --- refused ------------------------------------------------------------------------------------
+
+
+def test_other_settings_are_named(model, corpus, tmp_path, tiny_decoder):
+    source, folder = Source(str(corpus / "a.jsonl")), tmp_path / "v"
+    make(model, source, folder, Shards(rows=3, skip=True))
+    before = contents(folder)
+
+    def refused(words, *arguments, **options):
+        with pytest.raises(OutputError, match=words):
+            make(*arguments, **options)
+        assert contents(folder) == before
+
+    shards = Shards(rows=3, skip=True)
+    refused("shard_rows: 3 there, 4 now", model, source, folder, Shards(rows=4, skip=True))
+    refused(
+        "normalize: false there, true now",
+        model,
+        source,
+        folder,
+        shards,
+        Encoding(None, None, None, True),
+    )
+    refused('"format|format: "parquet" there, "npy" now', model, source, folder, Shards(".npy", 3))
+    refused('prompt: null there, "x" now', model, source, folder, shards, Encoding("x"))
+    from unmasked.model import LLM2Vec
+
+    longer = LLM2Vec.from_pretrained(tiny_decoder, max_length=33, device="cpu")
+    refused("model: ", longer, source, folder, shards)
+    with (corpus / "a.jsonl").open("a") as file:
+        file.write('{"id": 8, "text": "more"}\n')
+    refused("inputs changed: a.jsonl", model, source, folder, shards)
+    assert make(model, source, folder, shards, overwrite=True).rows == 8
+    # What only says how to take faults may change.
+    clean = tmp_path / "clean.txt"
+    clean.write_text("a\nb\n")
+    make(model, clean, tmp_path / "w")
+    make(model, clean, tmp_path / "w", Shards(skip=True))
+
+
+def test_folders_that_are_refused(model, corpus, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="other things .thesis.tex"):
+            make(model, corpus, tmp_path / "mine", overwrite=overwrite)
+    with pytest.raises(OutputError, match="is a file"):
+        make(model, corpus, corpus / "a.jsonl" if False else _touch(tmp_path / "f"))
+    with pytest.raises(OutputError, match="in the folder that is read"):
+        make(model, corpus, corpus / "v")
+    with pytest.raises(OutputError, match="delete the shards of other machines"):
+        make(model, corpus, tmp_path / "v", Shards(part=(1, 2)), overwrite=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no \.txt, \.jsonl, \.csv, \.parquet file in this folder"):
+        make(model, tmp_path / "empty", tmp_path / "v")
+    with pytest.raises(DataError, match=r"a.jsonl, line 7: 'text' is null.*--on-error skip"):
+        make(model, Source(str(corpus), max_bytes=1000), tmp_path / "v")
+    assert [p.name for p in (tmp_path / "v").iterdir()] == ["._manifest.jsonl.lock"]
+
+
+def _touch(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+# --- many processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_bytes(tiny_decoder, many_texts, tmp_path):
+    """A real cluster of this machine's own: two actors, the folder of one process."""
+    pytest.importorskip("ray", reason="the extra 'corpus' is not installed")
+    import torch
+
+    from unmasked.corpus.cluster import OnRay
+    from unmasked.model import LLM2Vec
+
+    def load():
+        return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
+
+    torch.set_num_threads(1)
+    source = Source(str(many_texts(700)), max_bytes=2000)
+    shards, encoding = Shards(rows=96, window=32, skip=True), Encoding(precision="int8")
+    here, there = tmp_path / "here", tmp_path / "there"
+    expected = encode_folder(Local(load), source, here, encoding, shards)
+    with OnRay(load, workers=2, threads=1) as engine:
+        assert encode_folder(engine, source, there, encoding, shards) == expected
+        assert contents(there) == contents(here)
+        # What is missing is made again, and nothing else.
+        (there / "part-000003.parquet").unlink()
+        before = (there / "part-000002.parquet").stat().st_mtime_ns
+        encode_folder(engine, source, there, encoding, shards)
+        assert contents(there) == contents(here)
+        assert (there / "part-000002.parquet").stat().st_mtime_ns == before
+        with pytest.raises(DataError, match="line 6: an empty text"):
+            encode_folder(engine, source, tmp_path / "x", encoding, Shards(rows=96))
+        with pytest.raises(DataError, match="truncate_dim 99"):
+            encode_folder(engine, source, tmp_path / "x", Encoding(truncate_dim=99), shards)
+        with pytest.raises(DataError, match="cannot be shared among workers"):
+            encode_folder(engine, Source("-"), tmp_path / "x", None, shards)

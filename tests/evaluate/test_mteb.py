@@ -1,0 +1,209 @@
+"""Our scores are mteb's on the same vectors; its own tasks run by name, resumed, instructed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mteb", reason="mteb is not installed (extra 'eval')")
+
+import mteb
+from support import mteb_tasks as local
+
+from unmasked import LLM2Vec
+from unmasked.checkpoint.fingerprint import fingerprint
+from unmasked.errors import DataError
+from unmasked.evaluate import load_task
+from unmasked.evaluate.compare import compare_encoders
+from unmasked.evaluate.scorer import make_scorer
+from unmasked.evaluate.tasks.public import (
+    find_instruction,
+    find_tasks,
+    published_instructions,
+    score_public,
+)
+
+
+def theirs(task) -> dict:
+    result = mteb.evaluate(local.LookUp(), task, cache=None, show_progress_bar=False)
+    return result.task_results[0].scores["test"][0]
+
+
+def ours(path: Path) -> dict[str, float]:
+    def encode(texts: Sequence[str], role: str | None) -> np.ndarray:
+        return np.array([local.vector(text) for text in texts])
+
+    return load_task(path).score(encode).scores
+
+
+def table(path: Path, header: str, rows) -> Path:
+    lines = [header, *("\t".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_sts(tmp_path):
+    rows = [(score, *pair) for score, pair in zip(local.SCORES, local.PAIRS, strict=True)]
+    got = ours(table(tmp_path / "sts.tsv", "score\tsentence1\tsentence2", rows))
+    expected = theirs(local.LocalSTS())
+    assert got["spearman"] == pytest.approx(expected["cosine_spearman"], abs=1e-6)
+    assert got["pearson"] == pytest.approx(expected["cosine_pearson"], abs=1e-6)
+
+
+def test_pair_classification(tmp_path):
+    labels = local.LocalPairs.data["test"]["labels"]
+    rows = [(label, *pair) for label, pair in zip(labels, local.PAIRS, strict=True)]
+    got = ours(table(tmp_path / "pairs.tsv", "label\tsentence1\tsentence2", rows))
+    expected = theirs(local.LocalPairs())
+    assert got["max_ap"] == pytest.approx(expected["max_ap"], abs=1e-6)
+    assert got["cosine_ap"] == pytest.approx(expected["cosine_ap"], abs=1e-6)
+    assert got["max_ap"] > got["cosine_ap"], "one similarity alone decides nothing here"
+
+
+def test_clustering(tmp_path):
+    rows = zip(local.LABELS, local.TEXTS, strict=True)
+    got = ours(table(tmp_path / "topics.tsv", "label\ttext", rows))
+    expected = theirs(local.LocalClustering())
+    assert 0.05 < got["v_measure"] < 0.95
+    assert got["v_measure"] == pytest.approx(expected["v_measure"], abs=1e-6)
+
+
+def test_classification(tmp_path):
+    rows = list(zip(local.LABELS, local.TEXTS, strict=True))
+    table(tmp_path / "intent_train.tsv", "label\ttext", rows[:60])
+    got = ours(table(tmp_path / "intent_test.tsv", "label\ttext", rows[60:]))
+    expected = theirs(local.LocalClassification())
+    assert 0.3 < got["accuracy"] < 1
+    assert got["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-6)
+
+
+def test_retrieval(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    for name, texts in (("corpus", local.DOCUMENTS), ("queries", local.QUERIES)):
+        lines = (json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items())
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    rows = [(q, d, 1) for q, grades in local.QRELS.items() for d in grades]
+    table(tmp_path / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore", rows)
+    got, expected = ours(tmp_path), theirs(local.LocalRetrieval())
+    pairs = {"ndcg@10": "ndcg_at_10", "recall@10": "recall_at_10", "mrr@10": "mrr_at_10"}
+    for mine, its in pairs.items():
+        assert got[mine] == pytest.approx(expected[its], abs=5.1e-6), mine  # rounded by mteb
+
+
+def test_reranking(tmp_path):
+    lines = []
+    for query, text in local.QUERIES.items():
+        own = local.CANDIDATES[query]
+        relevant = [local.DOCUMENTS[d] for d in own if d in local.QRELS[query]]
+        other = list(dict.fromkeys(local.DOCUMENTS[d] for d in own if d not in local.QRELS[query]))
+        lines.append(json.dumps({"query": text, "positive": relevant, "negative": other}))
+    (tmp_path / "rerank.jsonl").write_text("\n".join(lines))
+    got, expected = ours(tmp_path / "rerank.jsonl"), theirs(local.LocalReranking())
+    assert got["map"] == pytest.approx(expected["map_at_1000"], abs=5.1e-6)  # rounded by mteb
+    assert got["mrr@10"] == pytest.approx(expected["mrr_at_10"], abs=5.1e-6)
+
+
+# Public tasks
+
+
+@pytest.fixture(scope="module")
+def model(tiny_decoder):
+    return LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+
+
+class Spy:
+    """A model that remembers what it was asked, and how often."""
+
+    def __init__(self, model) -> None:
+        self.model, self.asked = model, []
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def encode(self, texts, **options):
+        self.asked.append(texts[0])
+        return self.model.encode(texts, **options)
+
+
+def test_mteb_takes_an_llm2vec_as_it_is(model):
+    result = mteb.evaluate(model, local.LocalSTS(), cache=None, show_progress_bar=False)
+    assert -1 <= result[0].get_score() <= 1
+
+
+def test_only_what_is_missing_is_computed(model, tmp_path):
+    spy = Spy(model)
+    first = score_public(local.LocalSTS(), spy, tmp_path)
+    assert list(first.scores) == ["cosine_spearman"] and len(spy.asked) == 2
+    again = score_public(local.LocalSTS(), spy, tmp_path)
+    assert again.scores == pytest.approx(first.scores, abs=1e-6)  # a file of mteb has six digits
+    assert len(spy.asked) == 2
+    score_public(local.LocalPairs(), spy, tmp_path)
+    (kept,) = tmp_path.glob("results/*/*/LocalSTS.json")
+    assert json.loads(kept.read_text())["scores"]["test"][0]["cosine_spearman"] == pytest.approx(
+        first.scores["cosine_spearman"], abs=1e-6
+    )
+    assert mteb.results.TaskResult.from_disk(kept).get_score() == pytest.approx(
+        first.scores["cosine_spearman"], abs=1e-6
+    )
+    assert kept.parent.name == fingerprint(model)[:12]
+
+
+def test_another_model_inherits_no_score(model, tiny_decoder, tmp_path):
+    score_public(local.LocalSTS(), model, tmp_path)
+    spy = Spy(LLM2Vec.from_pretrained(tiny_decoder, device="cpu", pooling_mode="last_token"))
+    score_public(local.LocalSTS(), spy, tmp_path)
+    assert len(spy.asked) == 2
+
+
+def test_queries_are_instructed_and_documents_are_not(model, tmp_path, monkeypatch):
+    spy = Spy(model)
+    monkeypatch.setitem(published_instructions(), "LocalRetrieval", "Find it:")
+    score_public(local.LocalRetrieval(), spy, tmp_path)
+    queries, documents = sorted(spy.asked, key=lambda given: isinstance(given, str))
+    assert queries == ["Find it:", "query 0"]
+    assert isinstance(documents, str)
+    spy.asked.clear()
+    score_public(local.LocalClustering(), spy, tmp_path)
+    assert {instruction for instruction, _ in spy.asked} == {
+        "Identify categories in user passages:"
+    }
+
+
+def test_published_instructions():
+    assert len(published_instructions()) == 67
+    assert all(text.endswith(":") for text in published_instructions().values())
+    assert find_instruction("BiorxivClusteringP2P.v2").startswith("Identify the main category")
+    assert find_instruction("FEVERHardNegatives") == published_instructions()["FEVER"]
+    assert find_instruction("Unheard of") == ""
+    assert find_instruction("Unheard of", "Do it.") == "Do it:"
+
+
+def test_names_benchmarks_and_languages():
+    assert len(find_tasks("MTEB(eng, v2)")) == 41
+    assert [task.metadata.name for task in find_tasks("STS12")] == ["STS12"]
+    (korean,) = find_tasks("STS17", ["kor"])
+    assert korean.hf_subsets == ["ko-ko"]
+    with pytest.raises(DataError, match="STS12: nothing of it is in kor.*Fix"):
+        find_tasks("STS12", ["kor"])
+    with pytest.raises(DataError, match=r"no task or benchmark.*did you mean 'SICK-R'.*Fix"):
+        make_scorer(["SICK-RR"])
+
+
+def test_vectors_that_are_nan_are_named(model, tmp_path):
+    class Broken(Spy):
+        def encode(self, texts, **options):
+            return np.full((len(texts), 4), np.nan)
+
+    with pytest.raises(DataError, match="NaN or infinite vectors for 90 of 90 texts.*'text 0"):
+        score_public(local.LocalSTS(), Broken(model), tmp_path)
+
+
+def test_scores_without_items_have_no_interval(model, tmp_path):
+    result = score_public(local.LocalSTS(), model, tmp_path)
+    first, second = compare_encoders({"a": [result], "b": [result]})
+    assert first.score.low == first.score.high == first.score.difference
+    assert second.gain is None

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from unmasked.errors import RecipeError
+from unmasked.recipe.files import load_recipe, recipe_differences, recipe_text, shipped_recipes
+from unmasked.recipe.schema import MNTP, Evaluate, Lora, Model, Pairs, Recipe, SimCSE, Supervised
+
+SMALL = "name: small\nmodel:\n  base: nano\nmntp:\n  steps: 100\n"
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def error_of(*args) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(*args)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_and_keeps_its_name(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.mntp
+    assert recipe.simcse or recipe.supervised
+
+
+def test_defaults_are_the_papers_numbers():
+    stages = {"mntp": {}, "simcse": {}, "supervised": {}}
+    recipe = Recipe.model_validate({"name": "x", "model": {"base": "x"}, **stages})
+    mntp = {"steps": 1000, "batch_size": 32, "block_length": 512, "learning_rate": 5e-5}
+    simcse = {"steps": 1000, "batch_size": 128, "max_length": 128, "learning_rate": 3e-5}
+    supervised = {"steps": 1000, "batch_size": 512, "max_length": 512, "learning_rate": 2e-4}
+    supervised |= {"temperature": 0.02, "hard_negatives": 1}
+    lora = {"rank": 16, "alpha": 32, "dropout": 0.05, "targets": None, "method": "lora"}
+    for stage, expected in zip(recipe.stages(), (mntp, simcse, supervised), strict=True):
+        warmup = 300 if stage[0] == "supervised" else 0
+        expected |= {"warmup_steps": warmup, "weight_decay": 0, "max_grad_norm": 1}
+        assert expected.items() <= stage[1].model_dump().items()
+        assert lora.items() <= stage[1].lora.model_dump().items()
+    assert (recipe.mntp.mask_style, recipe.mntp.mask_probability) == ("bert", 0.2)
+    assert (recipe.simcse.temperature, recipe.simcse.attention_dropout) == (0.05, 0.3)
+    mistral = load_recipe("mistral-7b").mntp
+    assert (mistral.mask_style, mistral.mask_probability) == ("all", 0.8)
+    assert load_recipe("sheared-llama-1.3b").simcse.batch_size == 32
+
+
+def test_b34_the_e5_mix_has_its_data_sets_and_instructions():
+    recipe = load_recipe("e5-public")
+    data = {pairs.path.removeprefix("echo-data/"): pairs for pairs in recipe.supervised.data}
+    assert len(data) == 14
+    assert [name for name, pairs in data.items() if pairs.symmetric] == [
+        "allnli.jsonl",
+        "quora_duplicates.jsonl",
+    ]
+    assert all(len(pairs.instruction) == 1 + pairs.symmetric for pairs in data.values())
+    texts = [text for pairs in data.values() for text in pairs.instruction]
+    assert len(set(texts)) == 12
+    assert not any(text.endswith((".", ":", " ")) for text in texts)
+
+
+def test_a_fault_in_one_of_many_data_sets_is_named_with_its_line(recipe_file):
+    text = SMALL + "supervised:\n  data:\n    - a.jsonl\n    - path: b.jsonl\n      wieght: 2\n"
+    message = error_of(recipe_file(text))
+    line = text[: text.index("wieght")].count("\n") + 1
+    assert message.startswith("supervised.data.1.wieght: unknown key, did you mean 'weight'?")
+    assert f"line {line}" in message
+
+
+def test_an_adapter_that_goes_on_needs_one_to_go_on_from(recipe_file):
+    message = error_of("nano", ["mntp.lora.start=continue"])
+    assert "mntp.lora.start continue: the adapter of the stage before does not exist" in message
+    load_recipe("nano", ["simcse.lora.start=continue"])
+    other = ["simcse.lora.start=continue", "simcse.lora.rank=4"]
+    assert "is of another shape" in error_of("nano", other)
+
+
+def test_unknown_key_names_the_nearest_and_the_line(recipe_file):
+    message = error_of(recipe_file(SMALL + "  learning_rte: 1e-4\n"))
+    expected = "mntp.learning_rte: unknown key, did you mean 'learning_rate'? (recipe.yaml line 6)"
+    assert message == expected
+
+
+def test_a_key_like_no_other_lists_the_allowed_ones(recipe_file):
+    message = error_of(recipe_file(SMALL + "evaluate:\n  zzz: 1\n"))
+    expected = "evaluate.zzz: unknown key. Allowed: tasks, bootstrap. (recipe.yaml line 7)"
+    assert message == expected
+
+
+def test_every_problem_is_reported_at_once(recipe_file):
+    text = SMALL + "  lora: {rnk: 2}\n  schedule: linar\nsimcse: 5\n"
+    assert error_of(recipe_file(text)).splitlines() == [
+        "mntp.schedule: 'linar' should be 'linear', 'cosine' or 'constant', "
+        "did you mean 'linear'? (recipe.yaml line 7)",
+        "mntp.lora.rnk: unknown key, did you mean 'rank'? (recipe.yaml line 6)",
+        "simcse: 5 should be a section with keys: "
+        + ", ".join(type(load_recipe("nano").simcse).model_fields)
+        + " (recipe.yaml line 8)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mntp.stepz=5", "mntp.stepz: unknown key, did you mean 'steps'?"),
+        ("supervise.steps=5", "supervise: unknown key, did you mean 'supervised'?"),
+        ("mntp.steps=0", "mntp.steps: 0 should be greater than or equal to 1"),
+        ("mntp.steps=1.5", "mntp.steps: 1.5 should be a valid integer"),
+        ("mntp.steps=true", "mntp.steps: True should be a number"),
+        ("mntp.steps=many", "mntp.steps: 'many' should be a number"),
+        ("mntp.steps=", "mntp.steps: None should be a valid integer"),
+        ("mntp.mask_probability=0", "mntp.mask_probability: 0 should be greater than 0"),
+        ("mntp.mask_probability=1.2", "mntp.mask_probability: 1.2 should be less than or equal"),
+        ("mntp.learning_rate=.nan", "mntp.learning_rate: nan should be a finite number"),
+        ("mntp.block_length=1", "mntp.block_length: 1 should be greater than or equal to 2"),
+        ("mntp.lora.dropout=1", "mntp.lora.dropout: 1 should be less than 1"),
+        ("simcse.attention_dropout=-1", "simcse.attention_dropout: -1 should be greater than or"),
+        ("model.pooling=cls", "model.pooling: 'cls' should be 'mean'"),
+        ("model.revision=12", "model.revision: 12 should be a valid string: put it in quotes"),
+        ("seed=4294967296", "seed: 4294967296 should be less than 4294967296"),
+        ("name=a/b", "name: 'a/b' should match pattern"),
+        ("model=null", "model: None should be a section with keys: base"),
+    ],
+)
+def test_a_bad_override_is_named(override, message):
+    found = error_of("nano", [override])
+    assert found.startswith(message)
+    assert found.endswith(f"(override '{override}')")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mntp.steps", "override 'mntp.steps' should look like mntp.steps=500"),
+        ("mntp..steps=1", "override 'mntp..steps=1' should look like"),
+        ("name.first=1", "name has no keys (override 'name.first=1')"),
+        ("mntp.data=[a", "override 'mntp.data=[a': the value is not YAML"),
+    ],
+)
+def test_an_override_that_is_none_is_refused(override, message):
+    assert error_of("nano", [override]).startswith(message)
+
+
+def test_overrides_are_typed_and_can_add_or_drop_a_stage(recipe_file):
+    recipe = load_recipe(
+        recipe_file(SMALL),
+        [
+            "mntp.learning_rate=2e-4",
+            "mntp.steps=1e3",
+            "mntp.data=[a.txt, b.jsonl]",
+            "mntp.lora.targets=q_proj",
+            "simcse.data=c=d.txt",
+            "model.allow_partial=true",
+        ],
+    )
+    assert recipe.mntp.learning_rate == 2e-4
+    assert recipe.mntp.steps == 1000
+    assert recipe.mntp.data == ["a.txt", "b.jsonl"]
+    assert recipe.mntp.lora.targets == ["q_proj"]
+    assert recipe.simcse.data == ["c=d.txt"]
+    assert recipe.model.allow_partial is True
+    assert load_recipe("nano", ["simcse=null"]).simcse is None
+
+
+def test_an_override_reaches_only_its_own_section(recipe_file):
+    text = SMALL + "  lora: &adapter {rank: 4}\nsimcse:\n  lora: *adapter\n"
+    recipe = load_recipe(recipe_file(text), ["mntp.lora.rank=8"])
+    assert (recipe.mntp.lora.rank, recipe.simcse.lora.rank) == (8, 4)
+
+
+def test_scientific_notation_that_yaml_reads_as_text_is_a_number(recipe_file):
+    recipe = load_recipe(recipe_file(SMALL + "  learning_rate: 2e-4\n  max_texts: 1e3\n"))
+    assert recipe.mntp.learning_rate == 2e-4
+    assert recipe.mntp.max_texts == 1000
+
+
+def test_b31_a_schedule_that_ends_early_is_refused():
+    message = error_of("nano", ["mntp.steps=500", "mntp.schedule_steps=400"])
+    assert message.startswith("mntp: schedule_steps 400 should be null or at least the 500 steps")
+    constant = ["mntp.steps=500", "mntp.schedule_steps=400", "mntp.schedule=constant"]
+    assert load_recipe("nano", constant).mntp.schedule_steps == 400
+    assert "warmup_steps 300 should be less" in error_of("nano", ["mntp.warmup_steps=300"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "recipe.yaml is empty"),
+        ("- a\n", "recipe.yaml holds a list, not keys"),
+        ("name: [\n", "recipe.yaml line 2 is not YAML"),
+        ("day: 2024-13-45\n", "recipe.yaml is not YAML: month must be in 1..12"),
+        ("[" * 2000, "recipe.yaml is not YAML"),
+        (b"name: \xff\n", "recipe.yaml is not UTF-8 text (byte 6). Fix: save it as UTF-8."),
+        (SMALL + "  steps: 5\n", "mntp.steps: given twice (recipe.yaml lines 5 and 6)"),
+        ("name: x\nmodel: {}\n", "model.base: missing (recipe.yaml line 2)"),
+        ("name: x\n", "model: missing (recipe.yaml)"),
+    ],
+)
+def test_a_broken_file_says_what_is_wrong(recipe_file, text, message):
+    assert message in error_of(recipe_file(text))
+
+
+def test_a_missing_file_names_the_nearest_shipped_recipe(tmp_path):
+    assert "no recipe 'mistral', did you mean 'mistral-7b'?" in error_of("mistral")
+    message = error_of(tmp_path / "zzz.yaml")
+    assert "no such file" in message
+    assert "Shipped recipes: e5-public, gemma-3-1b" in message
+    assert "Is a directory" in error_of(tmp_path)
+
+
+def test_byte_order_mark_is_ignored(recipe_file):
+    assert load_recipe(recipe_file(b"\xef\xbb\xbf" + SMALL.encode())).name == "small"
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_written_and_read_is_equal(name, tmp_path):
+    recipe = load_recipe(name, ["mntp.data=자료.txt", "simcse.learning_rate=3.7e-07"])
+    (tmp_path / "resolved.yaml").write_text(recipe_text(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    assert "자료.txt" in (tmp_path / "resolved.yaml").read_text(encoding="utf-8")
+
+
+def test_differences_name_every_changed_setting_and_nothing_else():
+    old = load_recipe("nano", ["mntp.steps=100"])
+    changes = ["mntp.steps=200", "mntp.lora.rank=4", "mntp.data=a.txt", "simcse=null"]
+    assert recipe_differences(old, load_recipe("nano", changes)) == [
+        "mntp.steps: 100 -> 200",
+        "mntp.lora.rank: 16 -> 4",
+        "mntp.data: [] -> ['a.txt']",
+        "simcse: set -> None",
+    ]
+    assert recipe_differences(old, old) == []
+
+
+@pytest.mark.parametrize(
+    "section", [Recipe, Model, MNTP, SimCSE, Supervised, Pairs, Lora, Evaluate]
+)
+def test_every_setting_is_described(section):
+    assert [name for name, field in section.model_fields.items() if not field.description] == []

@@ -1,0 +1,170 @@
+"""What is pooled: the text's own tokens, exactly, in every script and for both tokenizer kinds."""
+
+from __future__ import annotations
+
+import pytest
+
+from unmasked.errors import DataError, ModelError
+from unmasked.text.tokens import MARK, TextTokenizer, prepare_tokenizer, surrounding_ids
+
+TEXTS = [
+    "hello world",
+    "",
+    " leading space",
+    "trailing \t\n",
+    "안녕하세요 세계",
+    "price !@#$%^&*() tag end",
+    "</s> in a text",
+    "x" * 50,
+    "\nnew line",
+    MARK + "marked",
+]
+
+
+@pytest.fixture(params=["byte_level", "sentencepiece"])
+def tokenizer(request, tiny_tokenizer, sentencepiece_tokenizer):
+    return tiny_tokenizer if request.param == "byte_level" else sentencepiece_tokenizer
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_prepared_tokenizer_gives_the_same_ids(tokenizer, text):
+    prepared = prepare_tokenizer(tokenizer)
+    assert prepared(MARK + text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert TextTokenizer(prepared)([text])[0].ids == tokenizer(text)["input_ids"]
+
+
+def test_the_given_tokenizer_is_not_changed(tokenizer):
+    before = tokenizer.backend_tokenizer.to_str()
+    prepare_tokenizer(tokenizer, append_eos=True)
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_a_prompt_of_the_mark_alone_is_bos_and_not_a_named_special_token(tokenizer):
+    """The two facts that make the stock loader leave BOS out of pooling without a prompt."""
+    prepared = prepare_tokenizer(tokenizer)
+    ids = prepared(MARK)["input_ids"]
+    assert ids == surrounding_ids(tokenizer)[0] != []
+    assert ids[-1] not in prepared.all_special_ids
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("prompt", ["Retrieve:", "Retrieve:\n", "Ask: ", "질문\n", "a"])
+def test_b5_the_span_is_the_text_and_nothing_else(tokenizer, prompt, text):
+    tokens = TextTokenizer(prepare_tokenizer(tokenizer))
+    row = tokens([text], prompt)[0]
+    whole = tokens.tokenizer(MARK + prompt + text)["input_ids"]
+    assert row.ids == whole
+    if not text:
+        assert (row.start, row.stop) == (0, len(row.ids))
+        return
+    # A token belongs to the text if and only if it reaches beyond the prompt's last character.
+    encoding = tokens.tokenizer.backend_tokenizer.encode(
+        MARK + prompt + text, add_special_tokens=False
+    )
+    ends = [end for _, end in encoding.offsets]
+    inside = [end > len(MARK + prompt) for end in ends]
+    assert row.start == len(tokens.prefix) + inside.index(True)
+    assert row.stop == len(row.ids)
+
+
+def test_b3_a_separator_like_text_is_kept_verbatim(tiny_tokenizer):
+    text = "price !@#$%^&*() tag end"
+    tokens = TextTokenizer(prepare_tokenizer(tiny_tokenizer))
+    row = tokens([text])[0]
+    assert tokens.tokenizer.decode(row.ids[row.start : row.stop]) == text
+
+
+def test_b4_truncation_counts_tokens_in_every_script(tokenizer):
+    tokens = TextTokenizer(prepare_tokenizer(tokenizer), max_length=512, doc_max_length=20)
+    for text in ("가" * 140, "word " * 140, "\t\n" * 140):
+        row = tokens([text])[0]
+        assert row.stop - row.start == 20
+        whole = TextTokenizer(prepare_tokenizer(tokenizer), max_length=4096)([text])[0]
+        assert row.ids == whole.ids[: len(row.ids)]
+
+
+def test_b6_only_the_text_is_truncated(tokenizer):
+    prepared = prepare_tokenizer(tokenizer, append_eos=True)
+    tokens = TextTokenizer(prepared, max_length=40)
+    row = tokens(["word " * 100], "Find the passage:\n")[0]
+    assert len(row.ids) == 40
+    assert row.ids[-1] == tokenizer.eos_token_id
+    bare = tokens.tokenizer("Find the passage:\n", add_special_tokens=False)["input_ids"]
+    assert row.ids[: row.start] == [*tokens.prefix, *bare]
+
+
+def test_b6_an_instruction_that_leaves_no_room_is_an_error(tokenizer):
+    tokens = TextTokenizer(prepare_tokenizer(tokenizer), max_length=16)
+    with pytest.raises(DataError, match="leaves no room for the text"):
+        tokens(["text"], "a very long instruction " * 5)
+
+
+def test_b9_eos_is_appended_exactly_once(tokenizer):
+    tokens = TextTokenizer(prepare_tokenizer(tokenizer, append_eos=True))
+    for text in TEXTS:
+        ids = tokens([text])[0].ids
+        plain = tokenizer(text)["input_ids"]
+        assert ids == [*plain, tokenizer.eos_token_id]
+
+
+def test_b10_bos_pooling_without_bos_is_refused(tokenizer):
+    prepared = prepare_tokenizer(tokenizer)
+    tokens = TextTokenizer(prepared)
+    tokens.check_mode("bos_token")
+    tokens.prefix = []
+    with pytest.raises(ModelError, match="needs a tokenizer that puts BOS"):
+        tokens.check_mode("bos_token")
+
+
+def test_b12_an_existing_padding_token_is_kept(tiny_tokenizer):
+    import copy
+
+    with_pad = copy.deepcopy(tiny_tokenizer)
+    with_pad.pad_token = "!"
+    assert prepare_tokenizer(with_pad).pad_token == "!"
+    assert prepare_tokenizer(tiny_tokenizer).pad_token == "</s>"
+
+
+def test_skip_instruction_false_pools_everything(tokenizer):
+    tokens = TextTokenizer(prepare_tokenizer(tokenizer), skip_instruction=False)
+    row = tokens(["a text"], "Instruction:\n")[0]
+    assert (row.start, row.stop) == (0, len(row.ids))
+
+
+@pytest.fixture
+def bert(tiny_tokenizer, tmp_path):
+    """A base encoder of random weights whose tokenizer puts [CLS] before a text, [SEP] behind."""
+    from support.tiny import save_random
+    from tokenizers import Tokenizer, processors
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    named = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return save_random(tmp_path / "bert", config, tokenizer), tokenizer
+
+
+def test_a_base_encoder_keeps_its_separator_here_and_in_its_folder(bert, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    from unmasked import LLM2Vec
+
+    folder, tokenizer = bert
+    model = LLM2Vec.from_pretrained(folder, device="cpu")
+    for text in TEXTS:
+        assert model.backbone.tokens([text])[0].ids == tokenizer(text)["input_ids"]
+    model.save(tmp_path / "saved")
+    again = LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+    stock = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    texts = ["a text", "another, longer text"]
+    for vectors in (again.encode(texts), stock.encode(texts)):
+        assert abs(vectors - model.encode(texts)).max() < 1e-5
+    (words,) = model.encode_words([["a", "text"]])
+    assert words.shape == (2, 32)

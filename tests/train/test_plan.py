@@ -1,0 +1,172 @@
+"""What `unmasked plan` says, against what a real step then does."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import time
+
+import pytest
+import torch
+import yaml
+from torch.profiler import ProfilerActivity, profile
+from typer.testing import CliRunner
+
+from unmasked.checkpoint import adapters
+from unmasked.recipe.schema import Recipe
+from unmasked.train.plan.cost import make_plan
+from unmasked.train.plan.shapes import Base, saved_activations
+
+PROCESSES = multiprocessing.get_context("spawn")
+SHAPE = {
+    "vocab_size": 8000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
+    "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512,
+    "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def plan_of(base, data, probe=False, **stages):
+    sections = {name: {"data": str(data), **stage} for name, stage in stages.items()}
+    recipe = Recipe.model_validate({"name": "t", "model": {"base": str(base)}, **sections})
+    return recipe, make_plan(recipe, probe)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    lines = [f"the cat sat on the mat and looked at dog {i}" for i in range(400)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path / "texts.txt"
+
+
+def test_steps_tokens_and_parameters(tiny_decoder, texts):
+    _, plan = plan_of(
+        tiny_decoder, texts,
+        mntp={"steps": 7, "batch_size": 6, "block_length": 16, "lora": {"rank": 4},
+              "gradient_accumulation": 2, "micro_batch_tokens": 32},
+        simcse={"steps": 3, "batch_size": 8, "max_length": 16},
+    )  # fmt: skip
+    mntp, simcse = plan.stages
+    assert (mntp.steps, mntp.tokens_per_step) == (7, 6 * 16 * 2)
+    assert (mntp.shape.rows, mntp.shape.forwards) == (2, 6)
+    assert simcse.shape.rows == 16 and not simcse.shape.assumed
+    assert 10 <= simcse.shape.length <= 16
+    trunk = Base(make_base(tiny_decoder), torch.float32)
+    config = make_base(tiny_decoder)
+    model = adapters.attach(torch_trunk(config), rank=4)
+    assert mntp.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.parameters == trunk.parameters
+    assert mntp.memory.optimiser == 2 * mntp.memory.gradients == 8 * mntp.trainable
+    assert simcse.memory.logits == 0
+
+
+def make_base(folder):
+    from unmasked.checkpoint.loading import load_config
+
+    return load_config(folder)
+
+
+def torch_trunk(config):
+    from transformers import AutoModel
+
+    torch.manual_seed(0)
+    return AutoModel.from_config(config)
+
+
+@pytest.mark.parametrize("length", [16, 48])
+def test_activations_are_what_autograd_keeps_of_a_real_forward(tiny_decoder, texts, length):
+    recipe, _ = plan_of(tiny_decoder, texts, mntp={"lora": {"rank": 4}})
+    base = Base(make_base(tiny_decoder), torch.float32)
+    counted = saved_activations(recipe.mntp, 3, length, base, base.layers)
+    model = adapters.attach(torch_trunk(make_base(tiny_decoder)), rank=4).train()
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=torch.zeros(3, length, dtype=torch.int64), use_cache=False)
+    real = sum(storage.nbytes() for storage in kept.values())
+    assert counted == pytest.approx(real, rel=0.05)
+
+
+def test_gradient_checkpointing_and_full_training_are_counted(tiny_decoder, texts):
+    stage = {"batch_size": 4, "block_length": 64, "lora": {"rank": 1}}
+    plain, checkpointed, full = (
+        plan_of(tiny_decoder, texts, mntp={**stage, **change})[1].stages[0]
+        for change in ({}, {"gradient_checkpointing": True}, {"lora": {"method": "full"}})
+    )
+    assert checkpointed.memory.activations < plain.memory.activations
+    assert checkpointed.flops > 1.3 * plain.flops
+    assert full.trainable > plain.trainable and full.flops > plain.flops
+
+
+def test_the_command(tiny_decoder, tmp_path, texts):
+    from unmasked.cli import app
+
+    recipe = {
+        "name": "t",
+        "model": {"base": str(tiny_decoder)},
+        "mntp": {"data": str(texts), "steps": 5, "batch_size": 2, "block_length": 16},
+        "simcse": {"data": str(tmp_path / "missing.txt"), "steps": 5},
+    }
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(recipe))
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path / "t.yaml"), "mntp.steps=6", "--recipe"])
+    assert shown.exit_code == 0, shown.output
+    for word in ("memory per device", "tokens a step", "steps: 6", "is assumed"):
+        assert word in shown.output
+    assert "time" not in shown.stdout.splitlines()[-1]
+
+
+def use(folder, recipe, result) -> None:
+    """A stage in a process of its own: (bytes that torch held at most, seconds of a step).
+
+    What Python's own libraries take is no part of the plan, so the allocator is asked.
+    """
+    torch.set_num_threads(1)
+    from unmasked.train.run import Listener, Run
+
+    times = []
+    listener = Listener(step=lambda *_: times.append(time.perf_counter()))
+    Run(Recipe.model_validate(recipe), folder / "timed", None, listener).run()
+    gaps = sorted(b - a for a, b in itertools.pairwise(times))
+    (name,) = {"mntp", "simcse"} & {key for key, section in recipe.items() if section}
+    short = Recipe.model_validate({**recipe, name: {**recipe[name], "steps": 2}})
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        Run(short, folder / "measured").run()
+    events = measured.profiler.kineto_results.events()
+    sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = itertools.accumulate(size for _, size in sorted(sizes, key=lambda pair: pair[0]))
+    result.put((max(held), gaps[len(gaps) // 2]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+def test_memory_and_time_are_within_a_quarter_of_what_a_run_uses(
+    stage, tiny_tokenizer, tmp_path, texts, record_property
+):
+    """At 20 M parameters, where what Python and the allocator keep is small beside it."""
+    from support.tiny import save_random
+    from transformers import LlamaConfig
+
+    base = save_random(tmp_path / "base", LlamaConfig(**SHAPE), tiny_tokenizer)
+    section = {"steps": 8, "log_steps": 1, "held_out": 0, "save_steps": 100}
+    section |= {
+        "mntp": {"batch_size": 8, "block_length": 256, "micro_batch_tokens": 2048},
+        "simcse": {"batch_size": 64, "max_length": 64},
+    }[stage]
+    torch.set_num_threads(1)
+    recipe, plan = plan_of(base, texts, probe=True, **{stage: section})
+    result = PROCESSES.Queue()
+    process = PROCESSES.Process(target=use, args=(tmp_path / "run", recipe.model_dump(), result))
+    process.start()
+    memory, seconds = result.get(timeout=280)
+    process.join()
+    (planned,) = plan.stages
+    figures = (planned.memory.total, memory, planned.seconds / planned.steps, seconds)
+    record_property("planned and used, bytes and seconds of a step", figures)
+    assert memory == pytest.approx(planned.memory.total, rel=0.25), figures
+    assert seconds == pytest.approx(planned.seconds / planned.steps, rel=0.25), figures
