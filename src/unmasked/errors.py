@@ -69,3 +69,8 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
     """A message for a word that is not one of the allowed ones."""
     allowed = list(allowed)
     return f"unknown {what} '{given}'{nearest(given, allowed)} Allowed: {', '.join(allowed)}."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

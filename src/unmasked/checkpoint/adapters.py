@@ -1,12 +1,12 @@
-"""What trains: LoRA on the trunk, or all of it; attach, save, load, merge.
+"""The weights that train: a LoRA on the trunk, or the whole trunk; attached, saved, loaded, merged.
 
 Adapters sit on the bare transformer, so their keys are those of published LLM2Vec checkpoints
-(``base_model.model.layers.N...``) and the language-model head is never trained. Merging is done in
+(``base_model.model.layers.N...``), and the language-model head is never trained. Merging is done in
 float32, layer by layer, and cast back at the end, because merging in bfloat16 moves weights by up
 to 4e-3. Nothing else is cast: a rotary embedding in bfloat16 loses its positions.
 
-An adapter whose keys do not fit loads nothing, silently, in PEFT; here that is an error. Nor is a
-pickled adapter read unless it is asked for.
+PEFT silently loads nothing from an adapter whose keys do not fit; here that is an error. A pickled
+adapter is read only where it is asked for. Cost of merging: one float32 copy of each adapted layer.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -33,23 +30,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from unmasked.checkpoint.location import Location
 from unmasked.errors import MissingExtraError, ModelError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A folder or hub repository, and how the hub is asked for it.
-
-    Attributes:
-        hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
-    """
-
-    name: str
-    hub: dict[str, Any] = field(default_factory=dict)
 
 
 def attach(
@@ -89,7 +75,7 @@ def attach(
         use_dora=method == "dora",
     )
     if method == "qlora":
-        quantise(model)
+        quantize(model)
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
@@ -139,7 +125,7 @@ def _check_unshared(model: nn.Module) -> None:
             seen[id(weight)] = name
 
 
-def quantise(model: nn.Module) -> None:
+def quantize(model: nn.Module) -> None:
     """Put the linear layers of a trunk into 4 bits (NF4) in place, an eighth of float32.
 
     Only for training: the adapter is merged into the weights as they were.
@@ -185,7 +171,7 @@ def save_adapter(
     model.peft_config["default"].save_pretrained(str(folder))
 
 
-def merge(model: nn.Module, adapters: Sequence[Source], allow_pickle: bool = False) -> nn.Module:
+def merge(model: nn.Module, adapters: Sequence[Location], allow_pickle: bool = False) -> nn.Module:
     """Add saved adapters to the weights of a trunk, one after the other, in float32.
 
     Args:
@@ -198,7 +184,7 @@ def merge(model: nn.Module, adapters: Sequence[Source], allow_pickle: bool = Fal
     """
     with _kept_dtypes(model):
         for adapter in adapters:
-            config = read_config(adapter.name, **adapter.hub)
+            config = read_adapter_config(adapter)
             config.inference_mode = True
             peft_model = PeftModel(model, config)
             load_adapter_state(peft_model, _read_weights(adapter, allow_pickle), adapter.name)
@@ -258,8 +244,8 @@ def _kept_dtypes(model: nn.Module) -> Iterator[None]:
         parameter.data = parameter.data.to(dtype)
 
 
-def _read_weights(adapter: Source, allow_pickle: bool) -> dict[str, torch.Tensor]:
-    if path := fetch(adapter.name, WEIGHTS_NAME, **adapter.hub):
+def _read_weights(adapter: Location, allow_pickle: bool) -> dict[str, torch.Tensor]:
+    if path := adapter.fetch(WEIGHTS_NAME):
         return load_file(path)
     if not allow_pickle:
         raise ModelError(
@@ -267,26 +253,31 @@ def _read_weights(adapter: Source, allow_pickle: bool) -> dict[str, torch.Tensor
             "run code. Fix: convert it to safetensors, or, if you trust it, allow_pickle=True "
             f"(reads {PICKLED_NAME}, tensors only)."
         )
-    path = fetch(adapter.name, PICKLED_NAME, **adapter.hub)
+    path = adapter.fetch(PICKLED_NAME)
     if path is None:
         raise ModelError(
-            f"{adapter.name} holds no adapter weights. Looked for: {WEIGHTS_NAME}, {PICKLED_NAME}."
+            f"{adapter.name} does not hold the weights of an adapter. "
+            f"Looked for: {WEIGHTS_NAME}, {PICKLED_NAME}."
         )
     weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights
 
 
-def is_adapter(name: str | Path, **hub: Any) -> bool:
+def is_adapter(location: Location) -> bool:
     """Whether a folder or hub repository holds an adapter."""
-    return fetch(name, CONFIG_NAME, **hub) is not None
+    return location.fetch(CONFIG_NAME) is not None
 
 
-def read_config(name: str | Path, **hub: Any) -> PeftConfig:
-    """The `adapter_config.json` of a folder or hub repository."""
-    path = fetch(name, CONFIG_NAME, **hub)
+def read_adapter_config(location: Location) -> PeftConfig:
+    """The `adapter_config.json` of a folder or hub repository.
+
+    Raises:
+        ModelError: it has none.
+    """
+    path = location.fetch(CONFIG_NAME)
     if path is None:
         raise ModelError(
-            f"{name} holds no adapter ({CONFIG_NAME} is missing). "
+            f"{location.name} does not hold an adapter ({CONFIG_NAME} is missing). "
             "Fix: give the folder that has it, or leave the adapter out."
         )
     config: PeftConfig = PeftConfig.from_pretrained(str(Path(path).parent))
@@ -321,22 +312,3 @@ def load_adapter_state(model: PeftModel, state: dict[str, torch.Tensor], source:
             f"({', '.join(missing[:3])}), {len(unexpected)} unexpected "
             f"({', '.join(unexpected[:3])}). It was made for {base}. Fix: load it on that base."
         )
-
-
-def fetch(name: str | Path, filename: str, **hub: Any) -> str | None:
-    """Path of one file of a folder or hub repository; None if it has no such file.
-
-    Args:
-        name: of the folder or repository.
-        filename: of the file in it.
-        hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
-    """
-    if Path(name).is_dir():
-        path = Path(name) / filename
-        return str(path) if path.is_file() else None
-    if Path(name).is_absolute() or str(name).count("/") != 1:
-        return None
-    try:
-        return str(hf_hub_download(str(name), filename, **hub))
-    except (EntryNotFoundError, OSError):
-        return None

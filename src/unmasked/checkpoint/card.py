@@ -11,12 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from unmasked import __version__
-
-if TYPE_CHECKING:
-    from unmasked.checkpoint.folder import Settings
 
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "llm2vec", "unmasked")
 LIBRARIES = ("sentence-transformers", "transformers", "torch", "peft")
@@ -49,14 +45,14 @@ def versions() -> dict[str, str]:
     return {"unmasked": __version__, **{name: version(name) for name in LIBRARIES}}
 
 
-def render(card: Card, settings: Settings, width: int, limit: int) -> str:
+def render(card: Card, pooling_mode: str, width: int, limit: int) -> str:
     """The whole README.md.
 
     Args:
         card: what to say.
-        settings: pooling and lengths of the folder.
-        width: numbers in a vector.
-        limit: tokens at which a text is cut.
+        pooling_mode: how token states become a vector.
+        width: D, the numbers of a vector.
+        limit: number of tokens at which a text is cut.
     """
     sections = {**card.sections, "Scores": _scores(card)} if card.stages else card.sections
     told = "\n".join(f"\n## {title}\n\n{text}" for title, text in sections.items())
@@ -81,7 +77,7 @@ It maps a text to {width} numbers, to be compared by cosine: for search, cluster
 - **Maximum Sequence Length:** {limit} tokens
 - **Output Dimensionality:** {width} dimensions
 - **Similarity Function:** Cosine Similarity
-- **Pooling:** `{settings.pooling_mode}` over the text's own tokens, without BOS and prompt
+- **Pooling:** `{pooling_mode}` over the text's own tokens, without BOS and prompt
 - **Attention:** {card.bidirectional or "not examined"}
 - **Training Data:** {data or "none"}
 
@@ -154,7 +150,7 @@ def _metric_type(metric: str) -> str:
 
 
 def _public_name(given: str) -> str | None:
-    """The name itself if it can be one of the hub; a file or folder of this machine is none."""
+    """The name if it can be one of the hub; None for a file or folder of this machine."""
     local = Path(given).exists() or Path(given).suffix in _DATA
     return given if _HUB_NAME.fullmatch(given) and not local else None
 

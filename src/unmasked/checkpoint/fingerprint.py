@@ -1,51 +1,50 @@
-"""What tells one model from another, so that scores and vectors are never taken for another's."""
+"""A digest that tells one model from another, so that scores and vectors are never mixed up.
+
+Cost: milliseconds; of each weight, `SAMPLED` values are read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from unmasked.model import LLM2Vec
-
-_SAMPLED = 1024  # values looked at of each tensor
+SAMPLED = 1024
+"""Values, evenly spaced, that are read of each weight; no training step leaves all as they were."""
 _PLAIN = (bool, bytes, float, int, str, torch.dtype, type(None))
 
 
-def fingerprint(model: LLM2Vec) -> str:
-    """A digest, in hexadecimal, of the weights, the tokenizer and the settings of a model.
+def fingerprint(state: Mapping[str, object], tokenizer: Any, settings: list[Any]) -> str:
+    """A digest of a model, in hexadecimal.
 
-    Of each weight it reads 1024 values, evenly spaced: milliseconds, and no training step leaves
-    them all as they were.
+    Args:
+        state: its `state_dict`.
+        tokenizer: its tokenizer; what changes while it is used (padding, truncation) is left out.
+        settings: anything else that decides the vectors, as JSON can hold it.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(name.encode())
         for part in _parts(value):
             digest.update(part)
-    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     if backend is not None:
-        words = json.loads(backend.to_str())
-        words.pop("truncation", None)  # these two change as it is used
+        words.pop("truncation", None)
         words.pop("padding", None)
-    else:
-        words = model.tokenizer.get_vocab()
-    settings = [words, asdict(model.settings), model.backbone.tokens.counted]
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update(json.dumps([words, *settings], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
 def _parts(value: object) -> Iterator[bytes]:
-    """What is looked at of an entry of a state dict; quantised layers pack theirs.
+    """The bytes that stand for an entry of a state dict; quantized layers pack theirs.
 
-    Of an object that is neither a tensor nor a plain value its type alone counts: what it shows of
-    itself may differ from process to process.
+    Of an object that is neither a tensor nor a plain value only the type counts, because its
+    representation may differ from process to process.
     """
     if isinstance(value, Mapping):
         value = sorted(value.items())
@@ -60,5 +59,5 @@ def _parts(value: object) -> Iterator[bytes]:
             yield from _parts([getattr(value, name) for name in value.__tensor_flatten__()[0]])
             return
         plain = value.detach().dequantize() if value.is_quantized else value.detach()
-        flat = plain.reshape(-1)[:: max(1, plain.numel() // _SAMPLED)]
+        flat = plain.reshape(-1)[:: max(1, plain.numel() // SAMPLED)]
         yield flat.cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,8 +1,8 @@
 """The saved folder: plain files that stock loaders read, without this package or remote code.
 
-Written for transformers (`AutoModel`, still bidirectional), sentence-transformers, and servers
-that parse the older sentence-transformers schema: the compact one that version 6 writes makes some
-of them pool the wrong token without a word, so the files here follow the older one throughout.
+It is written for transformers (`AutoModel`, still bidirectional), sentence-transformers, and
+servers that parse the older sentence-transformers schema. The compact schema that version 6 writes
+makes some servers silently pool the wrong token, so the files here follow the older one.
 
     config.json, model.safetensors       the transformer, `is_causal: false`
     tokenizer.json, tokenizer_config.json
@@ -12,6 +12,8 @@ of them pool the wrong token without a word, so the files here follow the older 
     README.md                            model card
 
 A folder is written aside and moved into place, so an interrupted save leaves the old one whole.
+Cost: the weights are written once; the tokenizer is loaded twice to see what `AutoTokenizer` makes
+of it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,10 +33,8 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from unmasked.checkpoint.card import Card as Card
-from unmasked.checkpoint.card import render
+from unmasked.checkpoint.card import Card, render
 from unmasked.errors import OutputError
-from unmasked.forward.pooling import STOCK_MODES
 from unmasked.mask.opening import NATIVE_KEY
 from unmasked.text.templates import PLAIN, Template
 from unmasked.text.tokens import MARK
@@ -47,9 +47,17 @@ GENERIC_TOKENIZER = "glm"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a folder says about turning texts into vectors.
+    """What a folder says about turning texts into vectors, in `llm2vec_config.json`.
 
-    The first four keys are the original package's; a folder without a ``template`` is one of its.
+    The first four keys are those of the original package; its folders have no ``template``.
+
+    Attributes:
+        pooling_mode: how token states become a vector.
+        max_length: maximum number of tokens of an input, instruction and special tokens included.
+        doc_max_length: maximum number of tokens of a text; None for whatever `max_length` leaves.
+        skip_instruction: whether only the tokens of the text are pooled.
+        template: what stands around a text.
+        compat: name of the rules by which another package found and cut the text; None for ours.
     """
 
     pooling_mode: str = "mean"
@@ -65,6 +73,7 @@ def write_folder(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
     settings: Settings,
+    stock_pooling: Mapping[str, Any],
     prompts: dict[str, str],
     fixed_tokens: int,
     needs_eager: bool = False,
@@ -77,8 +86,9 @@ def write_folder(
         model: bare transformer, adapters merged.
         tokenizer: as made by `tokens.prepare_tokenizer`.
         settings: pooling and lengths.
+        stock_pooling: ``pooling_mode`` and ``include_prompt`` of the stock `Pooling` module.
         prompts: name → prompt; an empty prompt leaves BOS out of pooling all the same.
-        fixed_tokens: tokens of an input that are not its text (BOS, EOS).
+        fixed_tokens: number of tokens of an input that are not its text (BOS, EOS).
         needs_eager: stock loaders must use eager attention for this family.
         card: what the README says.
     """
@@ -96,12 +106,12 @@ def write_folder(
         width = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
         _write_json(folder / "modules.json", _modules())
         (folder / "1_Pooling").mkdir()
-        _write_json(folder / "1_Pooling" / "config.json", _pooling(settings, width))
+        _write_json(folder / "1_Pooling" / "config.json", _pooling(stock_pooling, width))
         loading = {"max_seq_length": limit, "do_lower_case": False}
         _write_json(folder / "sentence_bert_config.json", loading | _tokenizer_args(folder))
         _write_json(folder / PROMPTS_NAME, _prompts(prompts, _empty_prompt(tokenizer)))
         _write_json(folder / SETTINGS_NAME, asdict(settings))
-        text = render(card or Card(), settings, width, limit)
+        text = render(card or Card(), settings.pooling_mode, width, limit)
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -183,8 +193,8 @@ def _modules() -> list[dict[str, Any]]:
     ]
 
 
-def _pooling(settings: Settings, width: int) -> dict[str, Any]:
-    mode = STOCK_MODES[settings.pooling_mode]
+def _pooling(stock: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """The stock pooling in the older schema, one flag per mode."""
     flags = {
         "pooling_mode_cls_token": "cls",
         "pooling_mode_mean_tokens": "mean",
@@ -195,9 +205,9 @@ def _pooling(settings: Settings, width: int) -> dict[str, Any]:
     }
     return {
         "word_embedding_dimension": width,
-        **{flag: mode == stock for flag, stock in flags.items()},
-        "pooling_mode": mode,
-        "include_prompt": not settings.skip_instruction or mode == "cls",
+        **{flag: stock["pooling_mode"] == mode for flag, mode in flags.items()},
+        "pooling_mode": stock["pooling_mode"],
+        "include_prompt": stock["include_prompt"],
     }
 
 

@@ -1,19 +1,16 @@
-"""From a name to a transformer and its tokenizer: the hub, local folders, adapters, `nano`.
+"""From a name to a transformer with an open, proved mask: hub, folders, adapters, ``nano``.
 
-Nothing from a repository is executed: no remote code, and no pickles unless asked for. Whatever
-goes wrong is told as a `ModelError` with the fix.
+Nothing from a repository is executed: no remote code, and no pickles unless they are asked for.
+Whatever goes wrong is raised as a `ModelError` with the fix. Loading has two steps, because the
+dtype is chosen by the config: `find` reads everything but weights, `load` reads these.
 
-A checkpoint of the original package is an adapter that names its base, with a config beside it that
-points to code; the config and the code are never used. It is read with the preprocessing it was
-made with (`templates`), because its `llm2vec_config.json` does not say.
+Cost: reading the weights once, and the proof (eleven forwards of a few tokens).
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from dataclasses import dataclass, field
-from importlib.resources import files
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,94 +24,103 @@ from transformers import (
 )
 
 from unmasked.checkpoint import adapters
-from unmasked.checkpoint.adapters import Source
 from unmasked.checkpoint.folder import PROMPTS_NAME, SETTINGS_NAME
-from unmasked.checkpoint.weights import BUNDLED, first_line, load_model, require_whole, why
-from unmasked.errors import ModelError, NotBidirectionalError
-from unmasked.forward import precision
-from unmasked.forward.precision import Precision
-from unmasked.mask.proof import Report, open_config, open_mask, require
-from unmasked.text.templates import PUBLISHED, detect
-from unmasked.text.tokens import without_blank_mask
-
-logger = logging.getLogger(__name__)
-
-
-def bundled_path() -> Path:
-    """Folder of the bundled decoder."""
-    return Path(str(files("unmasked"))) / BUNDLED
-
-
-def resolve_base(base: str | Path) -> str:
-    """A folder or hub name; `nano` is the bundled decoder (a folder is ``./nano``)."""
-    return str(bundled_path()) if str(base) == BUNDLED else str(base).rstrip("/") or "/"
+from unmasked.checkpoint.location import Location, locate, locate_adapter
+from unmasked.checkpoint.weights import load_model, require_whole
+from unmasked.errors import ModelError, NotBidirectionalError, first_line
+from unmasked.mask.opening import open_config
+from unmasked.mask.proof import Report, open_mask, require
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A transformer, its tokenizer, and what its folder says.
+class Found:
+    """A checkpoint of which everything but the weights was read.
 
     Attributes:
-        report: the proof; None if the model was left causal on purpose.
-        precision: of the weights, and why.
-        settings: how texts become vectors, as far as the folder says.
+        given: what was named: a decoder, an encoder or an adapter.
+        trunk: the decoder below all adapters.
+        merged: the adapters on it, first trained first, those that were given extra last.
+        extra: how many of `merged` were given extra.
+        config: of the decoder, with its mask as it is there.
+        tokenizer: as it is there.
+        settings: content of the first `llm2vec_config.json` among the extra adapters, last first,
+            and `given`; empty if none has one.
         prompts: name → text put before inputs, as saved.
     """
 
-    model: PreTrainedModel
+    given: Location
+    trunk: Location
+    merged: Sequence[Location]
+    extra: int
+    config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    report: Report | None
-    precision: Precision
-    settings: dict[str, Any] = field(default_factory=dict)
-    prompts: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any]
+    prompts: dict[str, str]
 
 
-def load(
+def find(
     name: str | Path,
     peft: str | Path | list[str | Path] | None = None,
-    enable_bidirectional: bool = True,
-    dtype: str = "float32",
-    device: str = "cpu",
-    attention: str | None = None,
-    allow_partial: bool = False,
     base: str | Path | None = None,
-    allow_pickle: bool = False,
-    compat: str | None = None,
     **hub: Any,
-) -> Loaded:
-    """Load a bare transformer, open its mask, prove it, and merge adapters into it.
+) -> Found:
+    """Read all of a checkpoint but its weights.
 
     Args:
-        name: `nano`, a folder or a hub name; one with an adapter stands for its base plus it.
-        peft: adapter or adapters to merge, in this order; ``owner/name@revision`` is a revision.
-        enable_bidirectional: False leaves the model as it was trained.
-        dtype: of the weights; see `precision.pick`.
-        device: where it will run; only `dtype` looks at it.
-        attention: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None lets transformers choose,
-            and eager is tried where that choice stays causal.
-        allow_partial: accept a model with causal mixing layers beside attention.
+        name: ``nano``, a folder or a hub name; one with an adapter stands for its base plus it.
+        peft: adapter or adapters to merge, in this order; ``OWNER/NAME@REVISION`` is a revision.
         base: where the base of an adapter is, if not where the adapter says.
-        allow_pickle: read weights that are there as pickles only (tensors only, no code).
-        compat: keep the tokenizer exactly as a checkpoint of the original package has it.
         hub: ``revision`` (of `name`), ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
-        ModelError: not found, no tokenizer, pickled weights, an adapter that does not fit.
-        NotBidirectionalError: the proof failed.
+        ModelError: not found, or there is no tokenizer.
     """
-    given = Source(resolve_base(name), hub)
-    added = [_peft_source(item, hub) for item in _listed(peft)]
+    given = locate(name, **hub)
+    listed = peft if isinstance(peft, list) else [] if peft is None else [peft]
+    added = [locate_adapter(item, **hub) for item in listed]
     trunk, chain = _resolve_chain(given, base)
     config = _load_config(trunk, given if chain else None)
-    chosen = precision.pick(dtype, torch.device(device), config)
-    original = is_original(given) or any(is_original(source) for source in added)
-    tokenizer = _load_tokenizer(given if chain and _has_tokenizer(given) else trunk)
+    tokenizer = _load_tokenizer(given if chain and given.has_tokenizer() else trunk)
+    stated = (location.read_json(SETTINGS_NAME) for location in [*reversed(added), given])
+    settings = next(filter(None, stated), {})
+    prompts = given.read_json(PROMPTS_NAME).get("prompts") or {}
+    return Found(
+        given, trunk, [*chain, *added], len(added), config, tokenizer, settings, prompts
+    )
+
+
+def load(
+    found: Found,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    enable_bidirectional: bool = True,
+    allow_partial: bool = False,
+    allow_pickle: bool = False,
+) -> tuple[PreTrainedModel, Report | None]:
+    """Load the bare transformer, open its mask, prove it, and merge the adapters into it.
+
+    Args:
+        found: as `find` gives it.
+        dtype: of the weights.
+        attention: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None lets transformers choose,
+            and eager is tried where that choice stays causal.
+        enable_bidirectional: False leaves the model as it was trained.
+        allow_partial: accept a model with causal mixing layers beside attention.
+        allow_pickle: read weights that exist only as pickles (tensors only, no code).
+
+    Returns:
+        The model in evaluation mode, and the proof; None if the mask was left closed.
+
+    Raises:
+        ModelError: pickled or missing weights, or an adapter that does not fit.
+        NotBidirectionalError: the proof failed.
+    """
     weights = {"use_safetensors": None if allow_pickle else True}
     attempts = [attention] if attention else [None, "eager"]
     for number, implementation in enumerate(attempts, start=1):
-        live = open_config(config) if enable_bidirectional else config
-        model, missing = load_model(trunk, live, chosen.dtype, implementation, **weights)
-        require_whole(trunk.name, missing)
+        config = open_config(found.config) if enable_bidirectional else found.config
+        model, missing = load_model(found.trunk, config, dtype, implementation, **weights)
+        require_whole(found.trunk.name, missing)
         report = open_mask(model) if enable_bidirectional else None
         try:
             if report is not None:
@@ -123,52 +129,55 @@ def load(
         except NotBidirectionalError:
             if number == len(attempts) or report is None or report.attention == "eager":
                 raise
-    adapters.merge(model, [*chain, *added], allow_pickle)
-    settings = _settings([*reversed(added), given])
-    if original:
-        if compat is None:
-            tokenizer = without_blank_mask(tokenizer)
-        settings = {"doc_max_length": 400} | settings
-        if settings.get("template") is None:
-            found = detect(tokenizer.chat_template, tokenizer.get_vocab())
-            settings["template"] = found or PUBLISHED
-            logger.info("original checkpoint %s: %s", given.name, settings["template"])
-    saved = _read_json(given, PROMPTS_NAME).get("prompts") or {}
-    return Loaded(model.eval(), tokenizer, report, chosen, settings, saved)
+    adapters.merge(model, found.merged, allow_pickle)
+    return model.eval(), report
 
 
-def is_original(source: Source) -> bool:
-    """Whether a folder or repository comes from the original package (or the seed system).
+def load_config(name: str | Path, **hub: Any) -> PretrainedConfig:
+    """The config of a decoder, mask open; nothing else is fetched.
 
-    Its encoders have an `llm2vec_config.json` that says nothing of a template; its MNTP stage
-    leaves an adapter with a tokenizer beside it.
+    Raises:
+        ModelError: there is none here or on the hub.
     """
-    settings = _read_json(source, SETTINGS_NAME)
-    if settings:
-        return "template" not in settings
-    return adapters.is_adapter(source.name, **source.hub) and _has_tokenizer(source)
+    return open_config(_load_config(locate(name, **hub)))
 
 
-def _listed(peft: str | Path | list[str | Path] | None) -> list[str | Path]:
-    if peft is None:
-        return []
-    return peft if isinstance(peft, list) else [peft]
+def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a decoder, as it is; nothing else is fetched.
+
+    Raises:
+        ModelError: there is none here or on the hub.
+    """
+    return _load_tokenizer(locate(name, **hub))
 
 
-def _peft_source(given: str | Path, hub: dict[str, Any]) -> Source:
-    rest = {key: value for key, value in hub.items() if key != "revision"}
-    name, _, revision = str(given).partition("@")
-    if revision and not Path(given).exists():
-        return Source(name, {**rest, "revision": revision})
-    return Source(resolve_base(given), rest)
+def load_causal_lm(
+    name: str | Path, dtype: torch.dtype, attention: str | None = None, **hub: Any
+) -> PreTrainedModel:
+    """A decoder with its language-model head, mask open (for MNTP); its trunk must be proved.
+
+    Raises:
+        ModelError: the folder has no head, as one that was saved as an encoder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    location = locate(name, **hub)
+    config = open_config(_load_config(location))
+    model, missing = load_model(location, config, dtype, attention, AutoModelForCausalLM)
+    if missing:
+        raise ModelError(
+            f"{location.name} has no language-model head ({', '.join(missing[:3])} missing), and "
+            "MNTP predicts tokens. Fix: start MNTP from the decoder itself."
+        )
+    return model  # type: ignore[no-any-return]
 
 
-def _resolve_chain(given: Source, base: str | Path | None) -> tuple[Source, list[Source]]:
+def _resolve_chain(given: Location, base: str | Path | None) -> tuple[Location, list[Location]]:
     """The decoder behind a name, and the adapters on the way to it, first trained first."""
-    trunk, chain = given, list[Source]()
-    while adapters.is_adapter(trunk.name, **trunk.hub):
+    trunk, chain = given, list[Location]()
+    while adapters.is_adapter(trunk):
         chain.insert(0, trunk)
-        config = adapters.read_config(trunk.name, **trunk.hub)
+        config = adapters.read_adapter_config(trunk)
         stated = base or config.base_model_name_or_path
         if not stated:
             raise ModelError(
@@ -177,7 +186,7 @@ def _resolve_chain(given: Source, base: str | Path | None) -> tuple[Source, list
             )
         rest = {key: value for key, value in given.hub.items() if key != "revision"}
         revision = None if base else config.revision
-        trunk = Source(resolve_base(stated), rest | ({"revision": revision} if revision else {}))
+        trunk = locate(stated, **rest, **({"revision": revision} if revision else {}))
         if any(trunk.name == passed.name for passed in chain):
             raise ModelError(
                 f"{chain[-1].name} names itself as its base. "
@@ -186,88 +195,16 @@ def _resolve_chain(given: Source, base: str | Path | None) -> tuple[Source, list
     return trunk, chain
 
 
-def _settings(sources: list[Source]) -> dict[str, Any]:
-    """What the first of the sources that has an `llm2vec_config.json` says."""
-    return next((found for s in sources if (found := _read_json(s, SETTINGS_NAME))), {})
-
-
-def _read_json(source: Source, filename: str) -> dict[str, Any]:
-    path = adapters.fetch(source.name, filename, **source.hub)
-    if path is None:
-        return {}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{source.name}/{filename} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{source.name}/{filename} is no JSON object.")
-    return content
-
-
-def _has_tokenizer(source: Source) -> bool:
-    names = "tokenizer.json", "tokenizer.model", "vocab.json"
-    return any(adapters.fetch(source.name, name, **source.hub) for name in names)
-
-
-def read_config(name: str | Path, **hub: Any) -> PretrainedConfig:
-    """The config of a decoder."""
-    return _load_config(Source(resolve_base(name), hub))
-
-
-def read_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a decoder, as it is."""
-    return _load_tokenizer(Source(resolve_base(name), hub))
-
-
-def load_causal_lm(
-    base: str | Path, dtype: torch.dtype, attention: str | None = None, **hub: Any
-) -> PreTrainedModel:
-    """The base with its language-model head, mask open (for MNTP). The trunk must be proved.
-
-    Raises:
-        ModelError: the folder has no head, as one that was saved as an encoder.
-    """
-    from transformers import AutoModelForCausalLM
-
-    source = Source(resolve_base(base), hub)
-    config = open_config(_load_config(source))
-    model, missing = load_model(source, config, dtype, attention, AutoModelForCausalLM)
-    if missing:
-        raise ModelError(
-            f"{source.name} has no language-model head ({', '.join(missing[:3])} missing), and "
-            "MNTP predicts tokens. Fix: start MNTP from the decoder itself."
-        )
-    return model  # type: ignore[no-any-return]
-
-
-def load_config(base: str | Path, **hub: Any) -> PretrainedConfig:
-    """The config alone, mask open: nothing else is fetched.
-
-    Raises:
-        ModelError: there is none here or on the hub.
-    """
-    return open_config(_load_config(Source(resolve_base(base), hub)))
-
-
-def load_tokenizer(base: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer alone.
-
-    Raises:
-        ModelError: there is none here or on the hub.
-    """
-    return _load_tokenizer(Source(resolve_base(base), hub))
-
-
-def _load_config(source: Source, adapter: Source | None = None) -> PretrainedConfig:
-    name = source.name
+def _load_config(location: Location, adapter: Location | None = None) -> PretrainedConfig:
+    name = location.name
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(
-            f"{name} is a folder without a config.json, so it holds no model. "
+            f"{name} is a folder without a config.json, so it does not hold a model. "
             "Fix: give the folder that save_pretrained wrote."
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            name, trust_remote_code=False, **source.hub
+            name, trust_remote_code=False, **location.hub
         )
     except (OSError, ValueError, KeyError) as error:
         if adapter is not None:
@@ -276,16 +213,17 @@ def _load_config(source: Source, adapter: Source | None = None) -> PretrainedCon
                 f"{first_line(error)} Fix: download {name} and name its folder: "
                 f"LLM2Vec.from_pretrained({adapter.name!r}, base='path/to/it')."
             ) from error
-        raise ModelError(why(name, error)) from error
-    vars(config).pop("auto_map", None)  # code from the hub is neither run nor pointed to
+        raise location.unreadable(error) from error
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # code from the hub is neither run nor pointed to
     return config
 
 
-def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    name = source.name
+def _load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
+    name = location.name
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, **source.hub
+            name, trust_remote_code=False, **location.hub
         )
     except (OSError, ValueError, KeyError) as error:
         if Path(name).is_dir() and (Path(name) / "config.json").is_file():
@@ -293,5 +231,5 @@ def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
                 f"{name} has a model but no tokenizer that can be read (tokenizer.json). "
                 "Fix: save the tokenizer of the base model into the same folder."
             ) from error
-        raise ModelError(why(name, error)) from error
+        raise location.unreadable(error) from error
     return tokenizer

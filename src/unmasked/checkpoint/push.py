@@ -1,42 +1,40 @@
-"""Puts a saved model folder on the Hugging Face hub: private unless told otherwise.
+"""Uploads a saved model folder to the Hugging Face hub: private unless told otherwise.
 
-What would be sent is listed first, with its size; training checkpoints and whatever is no part of a
-model folder never are. Cost: the upload.
+Only what is part of a model is sent, never training checkpoints or anything else that lies beside
+it. Cost: the upload.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from unmasked.errors import ModelError, OutputError
+from unmasked.errors import ModelError, OutputError, first_line
 
 PARTS = (
     "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*",
     "1_Pooling/config.json",
 )  # fmt: skip
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def list_files(folder: Path) -> list[tuple[str, int]]:
-    """Path and bytes of each file that is part of the model.
+    """Path and size in bytes of each file that is part of the model.
 
     Raises:
-        ModelError: the folder holds no model.
+        ModelError: the folder does not hold a model.
     """
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         inner = folder / "model"
-        hint = f"did you mean {inner}?" if (inner / "config.json").is_file() else "save one there"
-        raise ModelError(f"{folder} holds no model (no config.json). Fix: {hint}.")
+        hint = f"did you mean {inner}?" if (inner / "config.json").is_file() else "save one there."
+        raise ModelError(f"{folder} does not hold a model (no config.json). Fix: {hint}")
     found = {file for part in PARTS for file in folder.glob(part) if file.is_file()}
     return [(str(file.relative_to(folder)), file.stat().st_size) for file in sorted(found)]
 
 
 def push(folder: Path, repository: str, private: bool = True, message: str = "Add model") -> str:
-    """Upload a model folder; the repository is made if it is not there.
+    """Upload a model folder; the repository is made if it does not exist.
 
     Args:
-        folder: as `LLM2Vec.save` writes it.
+        folder: as `TextEncoder.save` writes it.
         repository: ``NAME`` or ``ORGANISATION/NAME``.
         private: who may see a repository that is made now; an existing one stays as it is.
         message: of the commit.
@@ -45,8 +43,8 @@ def push(folder: Path, repository: str, private: bool = True, message: str = "Ad
         The address of what was uploaded.
 
     Raises:
-        ModelError: the folder holds no model.
-        OutputError: the name cannot be one, nobody is logged in, or the hub refuses.
+        ModelError: the folder does not hold a model.
+        OutputError: the name is not valid, nobody is logged in, or the hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -56,24 +54,28 @@ def push(folder: Path, repository: str, private: bool = True, message: str = "Ad
     try:
         made = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(
-            repo_id=made.repo_id,
-            folder_path=folder,
-            allow_patterns=names,
-            commit_message=message,
+            repo_id=made.repo_id, folder_path=folder, allow_patterns=names, commit_message=message
         )
     except Exception as error:  # every layer below (http, auth, xet) has errors of its own
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OutputError(
-            f"{repository}: the hub did not take it ({reason[:200]}). "
+            f"{repository}: the hub did not take it ({first_line(error)[:200]}). "
             "Fix: log in with 'hf auth login' or set HF_TOKEN, with the right to write there."
         ) from error
     return str(made)
 
 
 def check_name(repository: str) -> None:
-    """Refuse what cannot be the name of a repository."""
-    if not _NAME.fullmatch(repository):
+    """Refuse what cannot be the name of a repository, by the hub's own rule.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
         raise OutputError(
-            f"'{repository}' is no name of a repository. "
+            f"'{repository}' is not a valid name of a repository. "
             "Fix: NAME or ORGANISATION/NAME, of letters, digits, '.', '_' and '-'."
-        )
+        ) from error

@@ -1,7 +1,8 @@
-"""The weights of a checkpoint, all of them and of the right shapes, in a transformer.
+"""Reads the weights of a checkpoint: all of them and of the right shapes, or it is an error.
 
-transformers fills what a checkpoint lacks with random numbers and says so in a log; a model half of
-which is random passes every proof and encodes nonsense. Here that is an error, as is half a file.
+transformers fills what a checkpoint lacks with random numbers and only logs it. A model of which
+half is random passes every proof and encodes nonsense, so missing weights and truncated files are
+errors here.
 
 Cost: that of `from_pretrained`.
 """
@@ -9,24 +10,21 @@ Cost: that of `from_pretrained`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModel, PretrainedConfig
 
-from unmasked.checkpoint.adapters import Source
-from unmasked.errors import ModelError
+from unmasked.checkpoint.location import Location
+from unmasked.errors import ModelError, first_line
 
-BUNDLED = "nano"
-"""The name of the decoder that comes with the package."""
 _BEHIND = "pooler."
 """Where base encoders keep what comes after the last states; it is never run."""
 
 
 def load_model(
-    source: Source,
+    source: Location,
     config: PretrainedConfig,
     dtype: torch.dtype,
     attention: str | None,
@@ -74,7 +72,7 @@ def load_model(
                 "pickle can run code. Fix: convert them, or, if you trust them, allow_pickle=True "
                 f"(tensors only). ({first_line(error)})"
             ) from error
-        raise ModelError(why(source.name, error)) from error
+        raise source.unreadable(error) from error
     if other := sorted(info["mismatched_keys"]):
         name, there, here = other[0]
         raise ModelError(
@@ -96,20 +94,3 @@ def require_whole(name: str, missing: Sequence[str]) -> None:
             f"{name} lacks {len(lacking)} weights of its model ({', '.join(lacking[:3])}), which "
             "would be random. Fix: download or save it again, whole; an adapter is given as `peft`."
         )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def why(name: str, error: Exception) -> str:
-    """What is said of a name that cannot be loaded."""
-    first = first_line(error)
-    if Path(name).exists():
-        return f"cannot load {name}: {first}"
-    return (
-        f"cannot load {name}: it is no folder here, and the hub gave: {first} "
-        f"Fix: check the name, or download the model and give its folder; '{BUNDLED}' is the "
-        "model that comes with the package."
-    )

@@ -1,7 +1,10 @@
-"""The one way from texts to hidden states: tokenise, batch, run the backbone, drop the padding.
+"""The one way from texts to hidden states: tokenise, pad into a batch, drop the padding, run.
 
-Encoding, training and evaluating all come through `Backbone`; it is the first module of `LLM2Vec`
-and the only place that calls the transformer.
+Encoding, training and evaluating all go through `Backbone`. It is the first module of a
+`TextEncoder` and the only place that calls the transformer. Cost: that of the transformer on the
+real tokens of a batch; padding is dropped before the first layer.
+
+Shapes: B rows of a batch, T tokens of its longest row, N real tokens of all rows, D width.
 """
 
 from __future__ import annotations
@@ -15,25 +18,20 @@ import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
-from unmasked.compat.llm2vec import text_mask
 from unmasked.errors import DataError, ModelError
 from unmasked.forward.packing import Packed, pack, run_packed
 from unmasked.text.templates import PLAIN
 from unmasked.text.tokens import TextTokenizer, TokenRow
-
-Pair = tuple[str, str]
-"""(instruction, text)"""
-
 
 join_instruction = PLAIN.join
 """The prompt of an instruction where there is no template."""
 
 
 def listed(inputs: Any) -> list[Any]:
-    """Inputs of `encode` as a list, whatever they come in: a tuple, an array, a generator.
+    """The inputs of `encode` as a list, also where they are a tuple, an array or a generator.
 
     Raises:
-        DataError: they are no sequence of inputs at all.
+        DataError: they are not a sequence of inputs.
     """
     if isinstance(inputs, Iterable) and not isinstance(inputs, Mapping | bytes):
         with suppress(TypeError):  # an array without an axis
@@ -82,7 +80,7 @@ def _check_whole(index: int, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"input {index} has half a surrogate pair ({text[error.start]!r}), which is no "
+            f"input {index} has half a surrogate pair ({text[error.start]!r}), which is not a "
             "character. Fix: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
         ) from error
 
@@ -93,11 +91,8 @@ def _is_pair(item: Sequence[Any]) -> bool:
 
 
 def _describe(item: Any) -> str:
-    return (
-        f"{type(item).__name__} of {len(item)}"
-        if isinstance(item, list | tuple)
-        else (type(item).__name__)
-    )
+    of = f" of {len(item)}" if isinstance(item, list | tuple) else ""
+    return f"{type(item).__name__}{of}"
 
 
 def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
@@ -118,14 +113,23 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+BY_TOKENS = "by_tokens"
+"""Option of `encode` that fills each forward up to a number of tokens, not of rows."""
+
+
 class Backbone(InputModule):
     """A bidirectional transformer behind the preprocessing that decides what is pooled.
 
     Args:
         model: a bare transformer (`AutoModel`), perhaps wrapped by PEFT.
         tokens: how texts become ids.
-        unpackable: why batches are padded; None if `packing.enable_packing` accepted the model.
+        unpackable: why batches stay padded; None if `packing.enable_packing` accepted the model.
+
+    Attributes:
+        tokens_encoded: real tokens that went through `encode` so far, for measuring speed.
     """
+
+    forward_kwargs = {BY_TOKENS}  # noqa: RUF012 (sentence-transformers declares it like this)
 
     def __init__(
         self, model: nn.Module, tokens: TextTokenizer, unpackable: str | None = None
@@ -134,6 +138,7 @@ class Backbone(InputModule):
         self.auto_model = model
         self.tokens = tokens
         self.unpackable = unpackable
+        self.tokens_encoded = 0
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]
@@ -154,19 +159,25 @@ class Backbone(InputModule):
     def tokenize_inputs(
         self, inputs: Sequence[Any], prompt: str | None = None, max_length: int | None = None
     ) -> list[TokenRow]:
-        """Rows of ids for strings or pairs; `prompt` stands before every one that has no own."""
+        """Rows of ids of strings or pairs; `prompt` is put before each that has none of its own."""
         texts, prompts = split_pairs(inputs, self.tokens.join)
         return self.tokens(texts, [p or prompt or "" for p in prompts], max_length)
 
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+        """Padded features of token rows.
+
+        Raises:
+            ModelError: the tokenizer yields an id for which the model has no embedding.
+        """
         features = collate(rows, int(self.tokenizer.pad_token_id))
         most = int(features["input_ids"].max())
         config: Any = self.auto_model.config
         known = int(config.get_text_config().vocab_size)
         if most >= known:
             raise ModelError(
-                f"the tokenizer gives token {most} ('{self.tokenizer.convert_ids_to_tokens(most)}')"
-                f", and the model knows {known}. Fix: the tokenizer that was saved with it."
+                f"the tokenizer yields token {most} "
+                f"('{self.tokenizer.convert_ids_to_tokens(most)}'), but the model has only {known} "
+                "embeddings. Fix: use the tokenizer that was saved with the model."
             )
         return features
 
@@ -214,10 +225,10 @@ class Backbone(InputModule):
             "packed_states": states,
             "packed_rows": rows,
             "packed_positions": positions,
-            "packed_is_text": text_mask(features)[rows, columns].bool(),
+            "packed_is_text": features.get("text_mask", attention)[rows, columns].bool(),
         }
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Write weights, config and tokenizer; the rest of the folder is `export`'s."""
+        """Write weights, config and tokenizer; `checkpoint.folder` writes the whole folder."""
         self.auto_model.save_pretrained(output_path)  # type: ignore[operator]
         self.tokenizer.save_pretrained(output_path)

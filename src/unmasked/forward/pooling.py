@@ -1,10 +1,11 @@
-"""From the states of the tokens to one vector a text.
+"""Turns the states of tokens into one vector per text.
 
-Works on packed states, (N, D) for the N real tokens of a batch, so padding cannot be pooled by any
-mistake. Sums are taken in float32. Cost: one pass over the states.
+Pooling works on packed states, (N, D) for the N real tokens of a batch, so padding cannot be pooled
+by mistake. Sums are taken in float32. Cost: one pass over the states.
 
-The positions used by `weighted_mean` count from the first token of the input, BOS included, as the
-stock sentence-transformers `Pooling` counts them, so that a saved folder gives the same vectors.
+``weighted_mean`` weighs a token by its position, counted from 1 at the first token of the input
+(BOS included), as the `Pooling` of sentence-transformers counts, so that a saved folder gives the
+same vectors in both.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ def pool(
     is_text: Tensor,
     batch: int,
     mode: str,
-    from_text: bool = False,
 ) -> Tensor:
     """Pool packed token states into one vector a row (LLM2Vec, arXiv 2404.05961, section 2).
 
@@ -54,8 +54,6 @@ def pool(
         is_text: (N,) which tokens are pooled; at least one in each row.
         batch: B, the number of rows.
         mode: a key of `STOCK_MODES`.
-        from_text: ``weighted_mean`` counts from the first token that is pooled, as the original
-            package does, and not from the input's first, as the stock module does.
 
     Returns:
         (B, D) vectors in the dtype of the states.
@@ -63,10 +61,6 @@ def pool(
     if mode in ("mean", "weighted_mean"):
         weights = is_text.to(torch.float32)
         if mode == "weighted_mean":
-            if from_text:
-                late = torch.where(is_text, positions, positions.amax())
-                first = late.new_full((batch,), int(positions.amax())) if len(late) else late
-                positions = positions - first.scatter_reduce(0, rows, late, "amin")[rows]
             weights = weights * (positions + 1)
         sums = states.new_zeros(batch, states.shape[1], dtype=torch.float32)
         sums = sums.index_add(0, rows, states.float() * weights[:, None])
@@ -82,21 +76,20 @@ def pool(
 
 
 class TextPooling(Pooling):
-    """The stock `Pooling` module, made to pool exactly the text of each row."""
+    """The stock `Pooling` module, restricted to the tokens of each row that are its text.
 
-    def __init__(
-        self,
-        embedding_dimension: int,
-        mode: str,
-        skip_instruction: bool = True,
-        from_text: bool = False,
-    ) -> None:
-        # BOS is context: the stock loader may only find it where the prompt is not left out.
+    Args:
+        width: D, the width of the states.
+        mode: a key of `STOCK_MODES`.
+        skip_instruction: False pools BOS and the instruction as well.
+    """
+
+    def __init__(self, width: int, mode: str, skip_instruction: bool = True) -> None:
+        # BOS counts as the prompt: the stock loader finds it only where the prompt is included.
         include = not skip_instruction or mode == "bos_token"
         stock_mode: Any = STOCK_MODES[check_mode(mode)]
-        super().__init__(embedding_dimension, pooling_mode=stock_mode, include_prompt=include)
+        super().__init__(width, pooling_mode=stock_mode, include_prompt=include)
         self.mode = mode
-        self.from_text = from_text
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         features["sentence_embedding"] = pool(
@@ -106,6 +99,5 @@ class TextPooling(Pooling):
             features["packed_is_text"],
             features["input_ids"].shape[0],
             self.mode,
-            self.from_text,
         )
         return features

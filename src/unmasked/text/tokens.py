@@ -13,13 +13,12 @@ removes. A prompt made of it alone is no text at all, yet it is a prompt: BOS is
 also no longer *named* (it keeps its id and is still added), because the stock loader does not count
 a named special token at a prompt's end.
 
-Cost: one tokenisation a text. Rows with an instruction or a template need offsets, about half as
-fast; so do all rows under ``compat``, which also tokenises each text alone, as the original did.
+Cost: one tokenisation per text. Rows with an instruction or a template need character offsets,
+which halves the speed of the tokenizer.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,26 +100,6 @@ def surrounding_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     return [], []
 
 
-def without_blank_mask(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer whose ``_`` is an ordinary token again.
-
-    The original's MNTP saves ``_`` as mask token, and from then on the tokenizer splits
-    ``foo_bar`` at it.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or str(tokenizer.mask_token or "") != "_":
-        return tokenizer
-    content = json.loads(backend.to_str())
-    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "_"]
-    if "_" not in content["model"]["vocab"]:
-        return tokenizer  # a token of its own, with an embedding of its own
-    names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
-        **{name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None)},
-    )
-
-
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -170,7 +149,6 @@ class TextTokenizer:
         doc_max_length: most tokens of the text itself; None for whatever `max_length` leaves.
         skip_instruction: pool the text only; if False, everything (BOS and instruction too).
         template: what stands around instruction and text.
-        counted: find and cut the text as the original package does; see `_counted_row`.
     """
 
     def __init__(
@@ -180,14 +158,12 @@ class TextTokenizer:
         doc_max_length: int | None = None,
         skip_instruction: bool = True,
         template: Template = PLAIN,
-        counted: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.doc_max_length = doc_max_length
         self.skip_instruction = skip_instruction
         self.template = template
-        self.counted = counted
         self.prefix, self.suffix = surrounding_ids(tokenizer)
 
     def check_mode(self, pooling_mode: str) -> None:
@@ -200,8 +176,6 @@ class TextTokenizer:
 
     def join(self, instruction: str) -> str:
         """The prompt of an instruction."""
-        if self.counted:
-            return instruction.strip() + " " if instruction else ""
         return self.template.join(instruction)
 
     def __call__(
@@ -223,19 +197,10 @@ class TextTokenizer:
         limit = max_length or self.max_length
         if isinstance(prompts, str):
             prompts = [prompts] * len(texts)
-        if self.counted:
-            texts = [self._cut_by_words(text, limit) for text in texts]
         start, end = self.template.prefix, self.template.suffix
         contexts = [start + prompt.removeprefix(MARK) for prompt in prompts]
         joined = [MARK + c + t + end for c, t in zip(contexts, texts, strict=True)]
         backend = self.tokenizer.backend_tokenizer
-        if self.counted:
-            encodings = backend.encode_batch_fast(joined, add_special_tokens=False)
-            alone = backend.encode_batch_fast([t + end for t in texts], add_special_tokens=False)
-            return [
-                self._counted_row(whole.ids, len(text.ids), limit)
-                for whole, text in zip(encodings, alone, strict=True)
-            ]
         if not any(contexts) and not end:
             encodings = backend.encode_batch_fast(joined, add_special_tokens=False)
             return [self._row(e.ids, 0, len(e.ids), limit) for e in encodings]
@@ -263,46 +228,16 @@ class TextTokenizer:
         start = len(self.prefix) + first
         pooled_end = self.template.pool_suffix or bool(self.suffix)
         stop = len(kept) if pooled_end else start + len(text)
-        return self._marked(kept, start, stop)
+        return self.marked(kept, start, stop)
 
-    def _marked(self, kept: list[int], start: int, stop: int) -> TokenRow:
+    def marked(self, kept: list[int], start: int, stop: int) -> TokenRow:
+        """A row of which ``[start, stop)`` is pooled, or everything if that is empty."""
         if not kept:
             kept = [self.tokenizer.pad_token_id]  # "" without BOS: one token to look at
             stop = 1
         if start >= stop or not self.skip_instruction:
             start, stop = 0, len(kept)  # an empty text has the vector of its context
         return TokenRow(kept, start, stop)
-
-    def _counted_row(self, ids: list[int], count: int, limit: int) -> TokenRow:
-        """The original's rule: cut at the right, pool as many tokens as the text has alone.
-
-        Where a token spans the border this pools a token too few or too many, and a long
-        instruction pushes the text out; published vectors were made so.
-        """
-        kept = [*self.prefix, *ids][: limit - len(self.suffix)] + self.suffix
-        count = min(min(count, limit) + len(self.suffix), len(kept))
-        return self._marked(kept, len(kept) - count, len(kept))
-
-    def _cut_by_words(self, text: str, limit: int) -> str:
-        """The original's way to `doc_max_length`: whole words, white space collapsed.
-
-        It left nothing of a text without spaces; such a text is cut by tokens here.
-        """
-        backend = self.tokenizer.backend_tokenizer
-
-        def count(part: str) -> int:
-            return min(len(backend.encode(part, add_special_tokens=False).ids), limit)
-
-        most = self.doc_max_length
-        while most is not None and (length := count(text)) > most:
-            words = text.split()
-            kept = int(len(words) * most / length)
-            if kept == 0:
-                end = backend.encode(text, add_special_tokens=False).offsets[most - 1][1]
-                text = text[:end]
-                break
-            text = " ".join(words[:kept])
-        return text.rstrip() if self.template.suffix else text
 
     def for_stock(self) -> tuple[PreTrainedTokenizerFast, bool]:
         """The tokenizer to save, and whether the stock loader can reach the same vectors with it.
