@@ -43,7 +43,7 @@ from unmasked.forward.precision import Precision
 from unmasked.forward.quantization import Quantization
 from unmasked.forward.words import word_vectors
 from unmasked.mask.opening import learned_positions
-from unmasked.mask.proof import Report, open_mask, prove, stock_loading
+from unmasked.mask.proof import Proof, open_mask, prove, stock_loading
 from unmasked.text.templates import Template, check_compat, read_template
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 
@@ -111,7 +111,7 @@ class LLM2Vec(original.OriginalNames, SentenceTransformer):
         *,
         device: str | None = None,
         prompts: dict[str, str] | None = None,
-        report: Report | None = None,
+        report: Proof | None = None,
         base: str | None = None,
         template: Template | Mapping[str, Any] | str | None = None,
         compat: str | None = None,

@@ -33,7 +33,7 @@ from unmasked.checkpoint.weights import BUNDLED, first_line, load_model, require
 from unmasked.errors import ModelError, NotBidirectionalError
 from unmasked.forward import precision
 from unmasked.forward.precision import Precision
-from unmasked.mask.proof import Report, open_config, open_mask, require
+from unmasked.mask.proof import Proof, open_config, open_mask, require
 from unmasked.text.templates import PUBLISHED, detect
 from unmasked.text.tokens import without_blank_mask
 
@@ -63,7 +63,7 @@ class Loaded:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    report: Report | None
+    report: Proof | None
     precision: Precision
     settings: dict[str, Any] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
