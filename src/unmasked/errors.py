@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from unmasked.mask.proof import Report
+from typing import Any
 
 
 class UnmaskedError(Exception):
@@ -38,9 +35,13 @@ class ModelError(UnmaskedError, ValueError):
 
 
 class NotBidirectionalError(ModelError):
-    """The forward pass shows that some layer still hides the tokens to the right."""
+    """The forward pass shows that some layer still hides the tokens to the right.
 
-    def __init__(self, message: str, report: Report) -> None:
+    Attributes:
+        report: the `unmasked.mask.proof.Proof`.
+    """
+
+    def __init__(self, message: str, report: Any) -> None:
         super().__init__(message)
         self.report = report
 

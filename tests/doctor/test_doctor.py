@@ -11,7 +11,7 @@ from unmasked.doctor import environment, examine, lines
 from unmasked.doctor.engines import engines
 from unmasked.doctor.miniature import miniature
 from unmasked.errors import ModelError
-from unmasked.mask.proof import Report
+from unmasked.mask.proof import Proof
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_weights_that_are_not_there_cannot_be_loaded(config_only):
     ],
 )
 def test_engines(family, stock, said):
-    report = Report("full", "", (), 2, 0.0, "sdpa", family)
+    report = Proof("full", "", (), 2, 0.0, "sdpa", family)
     found = engines(report, tiny.config(family), stock)
     names = ("sentence_transformers", "vllm", "tei")
     assert all(found[name].startswith(text) for name, text in zip(names, said, strict=True))
@@ -84,7 +84,7 @@ def test_engines(family, stock, said):
 def test_llama3_scaling_is_lost_in_tei():
     config = tiny.config("llama")
     config.rope_parameters = {"rope_type": "llama3", "rope_theta": 5e5}
-    report = Report("full", "", (), 2, 0.0, "sdpa", "llama")
+    report = Proof("full", "", (), 2, 0.0, "sdpa", "llama")
     assert engines(report, config, "same")["tei"].startswith("no: it loses llama3")
 
 

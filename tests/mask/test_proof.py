@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from unmasked.errors import NotBidirectionalError
 from unmasked.mask.proof import (
-    Report,
+    Proof,
     clear_module_flags,
     open_config,
     open_mask,
@@ -63,8 +63,8 @@ def reach(model: PreTrainedModel, position: int, length: int) -> list[int]:
     return [i - position for i in seen]
 
 
-def small_report(verdict: str, attention: str = "sdpa") -> Report:
-    return Report(verdict, "one layer", ("3 (conv)",), 8, float("nan"), attention, "lfm2")
+def small_report(verdict: str, attention: str = "sdpa") -> Proof:
+    return Proof(verdict, "one layer", ("3 (conv)",), 8, float("nan"), attention, "lfm2")
 
 
 # --- the proof tells open from causal ---
@@ -160,7 +160,7 @@ def test_b21_one_causal_layer_is_reported_by_its_number():
     assert prove(model).causal_layers == (1,)
 
 
-def flag_alone(family: str, attention: str) -> Report:
+def flag_alone(family: str, attention: str) -> Proof:
     """The proof of a model that has got ``is_causal=False`` and nothing else."""
     config = tiny.config(family)
     config.is_causal, config.use_cache = False, False

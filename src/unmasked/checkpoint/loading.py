@@ -29,7 +29,7 @@ from unmasked.checkpoint.location import Location, locate, locate_adapter
 from unmasked.checkpoint.weights import load_model, require_whole
 from unmasked.errors import ModelError, NotBidirectionalError, first_line
 from unmasked.mask.opening import open_config
-from unmasked.mask.proof import Report, open_mask, require
+from unmasked.mask.proof import Proof, open_mask, require
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def load(
     enable_bidirectional: bool = True,
     allow_partial: bool = False,
     allow_pickle: bool = False,
-) -> tuple[PreTrainedModel, Report | None]:
+) -> tuple[PreTrainedModel, Proof | None]:
     """Load the bare transformer, open its mask, prove it, and merge the adapters into it.
 
     Args:

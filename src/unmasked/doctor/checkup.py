@@ -15,7 +15,7 @@ from unmasked.errors import ModelError, NotBidirectionalError
 from unmasked.mask.opening import learned_positions
 
 if TYPE_CHECKING:
-    from unmasked.mask.proof import Report
+    from unmasked.mask.proof import Proof
     from unmasked.model import LLM2Vec
 
 SHRINKING = (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError)
@@ -114,7 +114,7 @@ def _shape(name: str) -> Facts:
     }
 
 
-def _random(config: Any) -> tuple[Any, Report]:
+def _random(config: Any) -> tuple[Any, Proof]:
     """A random model of a config, opened as `loading.load` does, and the proof."""
     from transformers import AutoModel
 
@@ -132,7 +132,7 @@ def _random(config: Any) -> tuple[Any, Report]:
     return model, report
 
 
-def _proof(report: Report, decoder: nn.Module | None = None) -> Facts:
+def _proof(report: Proof, decoder: nn.Module | None = None) -> Facts:
     found = report.as_dict()
     sdpa = getattr(decoder, "_supports_sdpa", True)
     why = "what transformers picks for it"

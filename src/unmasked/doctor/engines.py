@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unmasked.mask.proof import Report
+from unmasked.mask.proof import Proof
 
 VLLM = (
     "apertus",
@@ -25,7 +25,7 @@ TEI = ("llama", "mistral", "qwen2", "qwen3")
 POOLS_ALL = "pools BOS and prompt, too"
 
 
-def engines(report: Report, config: Any, stock: str) -> dict[str, str]:
+def engines(report: Proof, config: Any, stock: str) -> dict[str, str]:
     """A verdict for each engine.
 
     Args:

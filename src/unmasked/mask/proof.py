@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "Report",
+    "Proof",
     "clear_module_flags",
     "open_config",
     "open_mask",
@@ -49,7 +49,7 @@ NOT_FINITE = "the states are not finite"
 
 
 @dataclass(frozen=True)
-class Report:
+class Proof:
     """What the forwards showed.
 
     Attributes:
@@ -85,7 +85,7 @@ class Report:
         return f"bidirectional: {what}: {self.reason}{window}"
 
 
-def open_mask(model: nn.Module) -> Report:
+def open_mask(model: nn.Module) -> Proof:
     """Make a loaded model bidirectional and prove it.
 
     A loaded Gemma 3 or 4 has its windows built in: here it gets ``is_causal=False``, with twice
@@ -106,7 +106,7 @@ def open_mask(model: nn.Module) -> Report:
     return report
 
 
-def prove(model: nn.Module, *, tolerance: float | None = None) -> Report:
+def prove(model: nn.Module, *, tolerance: float | None = None) -> Proof:
     """Run the self-check on a loaded model and change nothing about it.
 
     Args:
@@ -128,7 +128,7 @@ def prove(model: nn.Module, *, tolerance: float | None = None) -> Report:
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         # some families fail in their own forward once the mask is gone: a verdict, too
         reason = f"the forward fails: {type(error).__name__}: {error}"
-        return Report("impossible", reason, (), 0, math.nan, attention, family, sides)
+        return Proof("impossible", reason, (), 0, math.nan, attention, family, sides)
     limit = limit if tolerance is None else tolerance
     verdict: Literal["full", "partial", "impossible"] = "impossible"
     if not math.isfinite(drift):
@@ -146,10 +146,10 @@ def prove(model: nn.Module, *, tolerance: float | None = None) -> Report:
         reason += f"; left-to-right in {len(causal)} of {depth} layers: {shown}"
     elif not probed:
         reason += "; no layers were found to be probed one by one"
-    return Report(verdict, reason, causal, probed, drift, attention, family, sides)
+    return Proof(verdict, reason, causal, probed, drift, attention, family, sides)
 
 
-def require(report: Report, *, allow_partial: bool = False) -> None:
+def require(report: Proof, *, allow_partial: bool = False) -> None:
     """Refuse a model that did not pass.
 
     Raises:
