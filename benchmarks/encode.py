@@ -40,7 +40,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, LlamaConfig
 
 from benchmarks.texts import build_mixes, read_sentences
 from unmasked import LLM2Vec, __version__
-from unmasked.checkpoint.loading import bundled_path
+from unmasked.checkpoint.location import bundled_path
 from unmasked.forward import precision
 from unmasked.forward.quantization import KINDS
 

@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig
 from benchmarks.encode import SMOLLM_135M
 from benchmarks.texts import read_sentences
 from unmasked import LLM2Vec
-from unmasked.checkpoint.loading import bundled_path
+from unmasked.checkpoint.location import bundled_path
 from unmasked.forward.quantization import quantize
 
 SHAPES = {

@@ -51,6 +51,7 @@ from benchmarks.encode import SMOLLM_135M, environment
 from benchmarks.texts import read_sentences
 from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters, loading
+from unmasked.checkpoint.location import bundled_path
 from unmasked.files import docstrings
 from unmasked.recipe.schema import Pairs
 from unmasked.text.tokens import TextTokenizer
@@ -373,7 +374,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=SMOLLM_135M["num_hidden_layers"])
     parser.add_argument("--rounds", type=int, help="default: 3 when quick, else 5")
     parser.add_argument("--checkpointing", action="store_true", help="for stock supervised, too")
-    parser.add_argument("--tokenizer", default=str(loading.bundled_path()))
+    parser.add_argument("--tokenizer", default=str(bundled_path()))
     parser.add_argument("--data", type=Path, help="folder with text/enwiki_sentences.txt.gz")
     parser.add_argument("--quick", action="store_true", help="small batches, three rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")

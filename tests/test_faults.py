@@ -12,9 +12,9 @@ import torch
 from support import tiny
 from transformers import AutoModel, PreTrainedTokenizerFast
 
+from unmasked import LLM2Vec, get_device_name
 from unmasked.errors import ModelError, NotBidirectionalError
 from unmasked.mask.proof import open_config
-from unmasked.model import LLM2Vec, get_device_name
 from unmasked.recipe.schema import Recipe
 from unmasked.text.templates import named
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer

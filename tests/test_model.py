@@ -13,10 +13,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from unmasked import LLM2Vec
 from unmasked.errors import DataError, ModelError, NotBidirectionalError
 from unmasked.forward.pooling import STOCK_MODES, pool
 from unmasked.mask.proof import open_config, prove
-from unmasked.model import LLM2Vec
 
 TEXTS = [
     "hello world",

@@ -32,7 +32,7 @@ def test_public_names():
 
 
 def test_llm2vec_is_the_models_own():
-    assert unmasked.LLM2Vec.__module__ == "unmasked.model"
+    assert unmasked.LLM2Vec.__module__ == "unmasked.compat.llm2vec"
 
 
 def test_version_is_the_installed_one():

@@ -10,13 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unmasked.model import LLM2Vec
+    from unmasked.compat.llm2vec import LLM2Vec
     from unmasked.recipe.schema import Recipe
 
 __version__ = "0.1.0"
 __all__ = ["LLM2Vec", "Recipe", "__version__"]
 
-_HOMES = {"LLM2Vec": "unmasked.model", "Recipe": "unmasked.recipe.schema"}
+_HOMES = {"LLM2Vec": "unmasked.compat.llm2vec", "Recipe": "unmasked.recipe.schema"}
 
 
 def __getattr__(name: str) -> object:

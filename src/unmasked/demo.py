@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import DataError
 from unmasked.evaluate.scorer import make_scorer
 from unmasked.files.docstrings import Docstring, collect, pairs
-from unmasked.model import LLM2Vec
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Recipe
 

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import EllipsisType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,7 @@ from unmasked.forward.precision import Precision, pick
 from unmasked.forward.quantization import Quantization
 from unmasked.forward.words import word_vectors
 from unmasked.mask.opening import learned_positions
-from unmasked.mask.proof import Proof, open_mask, prove, stock_loading
-from unmasked.text.templates import Template, read_template
+from unmasked.mask.proof import Proof, prove, stock_loading
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,79 +51,345 @@ class TextEncoder(SentenceTransformer):
     """A bidirectional text encoder made from a decoder (LLM2Vec, arXiv 2404.05961).
 
     Args:
-        model: a bare transformer (`AutoModel`, perhaps a `PeftModel`). A name or folder is passed
-            on to `from_pretrained` with all other arguments.
+        model: a bare transformer (`AutoModel`, perhaps a `PeftModel`).
         tokenizer: its tokenizer.
-        pooling_mode: ``mean`` (default), ``weighted_mean``, ``last_token``, ``eos_token`` or
-            ``bos_token``.
-        max_length: maximum number of tokens of an input, instruction and special tokens included;
-            512 by default.
-        doc_max_length: maximum number of tokens of a text; None (default) for whatever
-            `max_length` leaves.
-        skip_instruction: pool only the text's own tokens; True by default.
+        settings: pooling, lengths and template.
         device: where to run; by default the best there is (CUDA, then MPS, then CPU).
         prompts: name → text put before every input encoded under that name.
-        report: the proof, if it was made already. Otherwise the model is proved now, and a warning
-            is logged if it is still causal.
+        report: the proof, if it was made already; otherwise the model is proved now.
         base_name: what the model card calls the base model.
-        template: what stands around a text: a name in `templates.yaml`, ``none``, or the template.
-        compat: name of another package's preprocessing rules; see `LLM2Vec`.
-        enable_bidirectional: open the mask of a given `model`; False leaves it as it is.
+
+    Attributes:
+        settings: as given, with the lengths that the model can take.
+        report: the proof of the open mask.
+        precision: dtype of the weights and why, where it was loaded by name.
+        quantization: what 8-bit weights do to the vectors, where it was loaded with such.
 
     Raises:
-        ModelError: a setting that does not exist, or that the tokenizer cannot serve.
+        ModelError: a pooling mode that does not exist, or that the tokenizer cannot serve.
     """
 
-    quantization: Quantization | None = None  # set where it was loaded with 8-bit weights
-    precision: Precision | None = None  # set where it was loaded by name
+    precision: Precision | None = None
+    quantization: Quantization | None = None
 
     def __init__(
         self,
-        model: nn.Module | str | Path,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        pooling_mode: str | None = None,
-        max_length: int | None = None,
-        doc_max_length: int | None | EllipsisType = ...,
-        skip_instruction: bool | None = None,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: folder.Settings,
         *,
         device: str | None = None,
         prompts: dict[str, str] | None = None,
         report: Proof | None = None,
         base_name: str | None = None,
-        template: Template | Mapping[str, Any] | str | None = None,
-        compat: str | None = None,
-        enable_bidirectional: bool = False,
     ) -> None:
-        given = {
-            "pooling_mode": pooling_mode,
-            "max_length": max_length,
-            "doc_max_length": doc_max_length,
-            "skip_instruction": skip_instruction,
-            "template": template,
-            "compat": compat,
-        }
-        if isinstance(model, str | Path):
-            same = self.from_pretrained(model, device=device, prompts=prompts, **given)
-            self.__dict__.update(same.__dict__)
-            return
-        if tokenizer is None:
-            raise TypeError("LLM2Vec needs the tokenizer of the model: LLM2Vec(model, tokenizer).")
         adapters.check_nested(model)
-        settings = self.read_settings({}, given)
-        self.settings = _within_positions(model, settings)
+        check_mode(settings.pooling_mode)
+        self.settings = folder.within_positions(settings, learned_positions(model))
         self.base_name = base_name or str(model.config.name_or_path or "a decoder")  # type: ignore[union-attr]
-        if enable_bidirectional and report is None:
-            report = open_mask(model)
-        self.report = report or prove(model)
         tokens = self.text_tokenizer(tokenizer, self.settings)
-        tokens.check_mode(self.settings.pooling_mode)
+        tokens.check_mode(settings.pooling_mode)
+        self.report = report or prove(model)
         backbone = Backbone(model, tokens, self._pack(model))
-        pooling = self.text_pooling(backbone.get_embedding_dimension(), self.settings)
+        pooling = self.text_pooling(backbone.get_embedding_dimension(), settings)
         super().__init__(modules=[backbone, pooling], device=device, prompts=prompts)
-        if report is None and self.report.verdict != "full":
-            logger.warning(
-                "This model is not bidirectional: %s Fix: "
-                "LLM2Vec(model, tokenizer, enable_bidirectional=True), or load it with "
-                "LLM2Vec.from_pretrained(...).",
-                self.report.summary(),
+
+    @classmethod
+    def load_encoder(
+        cls,
+        name: str | Path,
+        peft: str | Path | list[str | Path] | None = None,
+        given: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        enable_bidirectional: bool = True,
+        dtype: str = "auto",
+        quantize: str | None = None,
+        attention: str | None = None,
+        allow_partial: bool = False,
+        device: str | None = None,
+        prompts: dict[str, str] | None = None,
+        base: str | Path | None = None,
+        allow_pickle: bool = False,
+        **hub: Any,
+    ) -> Self:
+        """Load a decoder, open its mask, prove it, and merge adapters.
+
+        Args:
+            name, peft, base, hub: as in `loading.find`.
+            given: fields of `Settings` by name that go before what the folder says.
+            enable_bidirectional, attention, allow_partial, allow_pickle: as in `loading.load`.
+            dtype: see `precision.pick`.
+            quantize: ``int8`` (CPU) or ``fp8`` (GPU); see `quantization.quantize`.
+            device, prompts: as in the constructor; prompts are added to those of the folder.
+
+        Raises:
+            ModelError: it cannot be loaded or quantized.
+            NotBidirectionalError: the proof failed.
+        """
+        device = device or get_device_name()
+        if quantize is not None:
+            quantization.check(quantize, torch.device(device))
+        found = loading.find(name, peft, base, **hub)
+        precision = pick(dtype, torch.device(device), found.config)
+        tokenizer, settings = cls.read_checkpoint(found, given)
+        model, report = loading.load(
+            found, precision.dtype, attention, enable_bidirectional, allow_partial, allow_pickle
+        )
+        encoder = cls(
+            model,
+            tokenizer,
+            settings=settings,
+            device=device,
+            prompts=folder.read_prompts(found.prompts, settings.template) | (prompts or {}),
+            report=report or prove(model),
+            base_name=str(name),
+        )
+        encoder.precision = precision
+        if quantize is not None:
+            encoder.quantization = quantization.quantize(encoder, model, quantize)
+        return encoder
+
+    # What a subclass with other preprocessing replaces
+
+    @classmethod
+    def read_checkpoint(
+        cls, found: loading.Found, given: Mapping[str, Any]
+    ) -> tuple[PreTrainedTokenizerBase, folder.Settings]:
+        """Tokenizer and settings of a checkpoint; what is given goes before what it says."""
+        return found.tokenizer, folder.read_settings(found.settings, given)
+
+    @classmethod
+    def text_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerBase, settings: folder.Settings
+    ) -> TextTokenizer:
+        """What turns texts into ids."""
+        if settings.compat is not None:
+            raise ModelError(f"compat {settings.compat}: only unmasked.LLM2Vec has these rules.")
+        return cls.make_tokenizer(TextTokenizer, tokenizer, settings)
+
+    @staticmethod
+    def make_tokenizer(
+        kind: type[TextTokenizer], tokenizer: PreTrainedTokenizerBase, settings: folder.Settings
+    ) -> TextTokenizer:
+        """A `TextTokenizer`, or a subclass of it, of some settings."""
+        return kind(
+            prepare_tokenizer(tokenizer, append_eos=settings.pooling_mode == "eos_token"),
+            settings.max_length,
+            settings.doc_max_length,
+            settings.skip_instruction,
+            settings.template,
+        )
+
+    @classmethod
+    def text_pooling(cls, width: int, settings: folder.Settings) -> TextPooling:
+        """What turns the states of a text, each `width` wide, into a vector."""
+        return TextPooling(width, settings.pooling_mode, settings.skip_instruction)
+
+    # Parts and settings
+
+    @property
+    def backbone(self) -> Backbone:
+        """The first module: tokenizer and transformer."""
+        module = self[0]
+        assert isinstance(module, Backbone)
+        return module
+
+    @property
+    def tokens_encoded(self) -> int:
+        """Number of real tokens that went through `encode` so far, for measuring speed."""
+        return self.backbone.tokens_encoded
+
+    def fingerprint(self) -> str:
+        """A digest of weights, tokenizer and settings; equal for models that encode alike."""
+        settings = [asdict(self.settings), self.settings.compat is not None]
+        return fingerprint(self.state_dict(), self.tokenizer, settings)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch.
+
+        Raises:
+            ModelError: to train a quantized model.
+        """
+        if mode:
+            self._require_full_precision("trained")
+        return super().train(mode)
+
+    def _require_full_precision(self, done: str) -> None:
+        if self.quantization is not None:
+            raise ModelError(
+                f"a model of {self.quantization.name} weights cannot be {done}. "
+                "Fix: load it without quantize."
             )
+
+    def _pack(self, model: nn.Module) -> str | None:
+        """Switch on packed attention; returns the reason if that is not possible."""
+        if self.report.verdict != "full":
+            return f"the model is not bidirectional throughout ({self.report.verdict})"
+        reason = enable_packing(adapters.bare(model))
+        if reason is not None:
+            logger.warning("Batches are padded, which is slower: %s.", reason)
+        return reason
+
+    # Encoding
+
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Padded features of texts or ``[instruction, text]`` pairs, as `forward` takes them.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``text_mask`` (what is pooled), each (B, T).
+        """
+        return self.backbone.preprocess(inputs, prompt, **kwargs)
+
+    def encode(  # type: ignore[override]
+        self,
+        inputs: Any = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Vectors of texts; every option of `SentenceTransformer.encode` works.
+
+        Args:
+            inputs: a string, a list of strings, or a list of ``[instruction, text]`` pairs.
+            prompt_name: which of the model's prompts is put before every input.
+            prompt: that text itself.
+            batch_size: maximum number of rows of a forward; by default a forward is filled up to a
+                number of tokens.
+            kwargs: as in `SentenceTransformer.encode` (``show_progress_bar``, ``output_value``,
+                ``precision``, ``convert_to_tensor``, ``device``, ``normalize_embeddings``,
+                ``truncate_dim``).
+
+        Returns:
+            (N, D) float32 array; (D,) for a single string; (0, D) for an empty list.
+
+        Raises:
+            DataError: an input is neither a string nor a pair, or both kinds are mixed; or an
+                ``output_value`` that does not exist.
+        """
+        inputs = kwargs.pop("sentences", inputs)
+        if not isinstance(inputs, str):
+            inputs = listed(inputs)
+            split_pairs(inputs)  # names the faulty index before any work is done
+        if (output := kwargs.get("output_value", loop.SENTENCE)) not in loop.OUTPUTS:
+            raise DataError(unknown("output_value", str(output), map(str, loop.OUTPUTS)))
+        rows = {BY_TOKENS: True} if batch_size is None else {"batch_size": batch_size}
+        stock: Any = super().encode
+        vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, **rows, **kwargs)
+        if isinstance(inputs, list) and not inputs and not isinstance(vectors, list):
+            width = self.get_embedding_dimension() or 0
+            width = min(kwargs.get("truncate_dim") or width, width)
+            vectors = loop.no_vectors(vectors, width, kwargs.get("precision"))
+        return vectors
+
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], previous: bool = False
+    ) -> list[np.ndarray]:
+        """Vectors (W, D) of the W words of each sentence; see `words.word_vectors`."""
+        return word_vectors(self, self.backbone.tokens, sentences, previous)
+
+    # The loop of `SentenceTransformer.encode` and of its worker processes, replaced by ours. If a
+    # release renamed this method, `encode` would run the stock loop in batches of 32: slower, with
+    # the same vectors. `docs/upstream.md` lists it, and a test fails then.
+    @torch.inference_mode()
+    def _inference(  # type: ignore[override]
+        self,
+        inputs: list[Any],
+        *,
+        prompt: str | None,
+        batch_size: int,
+        show_progress_bar: bool,
+        output_value: str | None,
+        save_to_cpu: bool,
+        normalize_embeddings: bool,
+        truncate_dim: int | None,
+        device: str | torch.device | None = None,
+        by_tokens: bool = False,
+        **_: Any,
+    ) -> Any:
+        target = torch.empty(0, device=device or self.device).device
+        if any(weight.device != target for weight in self.parameters()):
+            self.to(target)
+        request = loop.Request(
+            target,
+            prompt,
+            token_budget(target) if by_tokens else None,
+            None if by_tokens else batch_size,
+            output_value,
+            normalize_embeddings,
+            truncate_dim,
+            save_to_cpu,
+            show_progress_bar,
+        )
+        return loop.run(self, self.backbone, inputs, request)
+
+    # Saving
+
+    def merged_model(self) -> nn.Module:
+        """The bare transformer with an attached adapter, if any, merged into a copy.
+
+        Raises:
+            ModelError: it is quantized, which stock loaders could not read.
+        """
+        self._require_full_precision("saved")
+        model = self.backbone.auto_model
+        if isinstance(model, PeftModel):
+            return adapters.merge_attached(copy.deepcopy(model))
+        return model
+
+    def save(  # type: ignore[override]
+        self,
+        path: str | Path,
+        merge_before_save: bool = True,
+        save_config: bool = True,
+        *_: Any,
+        card: Card | None = None,
+        **__: Any,
+    ) -> None:
+        """Write a folder that stock sentence-transformers and transformers load (see `folder`).
+
+        An attached adapter is merged into the copy that is written. An existing folder is
+        replaced file by file.
+
+        Args:
+            path: where to write.
+            merge_before_save: accepted for the original's sake; what is written is always merged.
+            save_config: False leaves `llm2vec_config.json` out.
+            card: what the model card says; options of `SentenceTransformer.save` are accepted and
+                ignored, weights are always safetensors.
+        """
+        tokens = self.backbone.tokens
+        tokenizer, exact = tokens.for_stock()
+        if not exact:
+            logger.warning(
+                "Stock loaders cannot pool this template exactly (%r ... %r): load the folder with "
+                "unmasked, or train and save without a template.",
+                tokens.template.prefix,
+                tokens.template.suffix,
+            )
+        model = self.merged_model()
+        stock = stock_loading(model)
+        if stock == "causal":
+            logger.warning("Only unmasked opens the mask of this family; stock loaders do not.")
+        pooling: Any = self[1]
+        prefix = tokens.template.prefix
+        named = {"default": "", "query": "", "document": "", **self.prompts}
+        folder.write_folder(
+            path,
+            model,
+            tokenizer,
+            self.settings,
+            pooling.get_config_dict(),
+            {name: prefix + prompt for name, prompt in named.items() if prompt is not None},
+            fixed_tokens=tokens.fixed_tokens,
+            needs_eager=stock == "eager",
+            card=card or Card(self.base_name, self.report.summary()),
+        )
+        if not save_config:
+            (Path(path) / folder.SETTINGS_NAME).unlink()
+
+    def save_pretrained(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
+        """The same as `save`."""
+        self.save(path, *args, **kwargs)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from support import tiny
 from transformers import AutoModelForCausalLM
 
-from unmasked.checkpoint import loading
+from unmasked import LLM2Vec
 from unmasked.errors import ModelError
 
 NAME = "model.safetensors"
@@ -30,16 +30,16 @@ def _rewrite(folder, change):
 
 
 def test_a_checkpoint_that_lacks_a_layer_is_refused(folder):
-    assert loading.load(folder).report.verdict == "full"
+    assert LLM2Vec.from_pretrained(folder).report.verdict == "full"
     _rewrite(folder, lambda w: {k: v for k, v in w.items() if "layers.1." not in k})
     with pytest.raises(ModelError, match=r"lacks \d+ weights .*layers\.1\..* would be random"):
-        loading.load(folder)
+        LLM2Vec.from_pretrained(folder)
 
 
 def test_a_checkpoint_under_other_names_is_refused(folder):
     _rewrite(folder, lambda w: {f"base_model.{k}.weight": v for k, v in w.items()})
     with pytest.raises(ModelError, match="would be random"):
-        loading.load(folder)
+        LLM2Vec.from_pretrained(folder)
 
 
 def test_a_pooler_behind_the_last_states_may_be_missing(tmp_path, tiny_tokenizer):
@@ -51,18 +51,18 @@ def test_a_pooler_behind_the_last_states_may_be_missing(tmp_path, tiny_tokenizer
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    assert loading.load(tmp_path).report.verdict == "full"
+    assert LLM2Vec.from_pretrained(tmp_path).report.verdict == "full"
 
 
 def test_half_a_file_is_an_error_that_names_the_folder(folder):
     whole = (folder / NAME).read_bytes()
     (folder / NAME).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match=r"a \.safetensors file is broken .* Fix: download"):
-        loading.load(folder)
+        LLM2Vec.from_pretrained(folder)
 
 
 def test_weights_of_other_shapes_are_named(folder):
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**said, "intermediate_size": 48}))
     with pytest.raises(ModelError, match=r"6 weights have other shapes .*\(64, 96\) there"):
-        loading.load(folder)
+        LLM2Vec.from_pretrained(folder)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from unmasked import LLM2Vec
 from unmasked.compat.llm2vec import OriginalNames
 from unmasked.compat.seed import parser
 from unmasked.errors import ModelError
-from unmasked.model import LLM2Vec
 from unmasked.text.templates import named
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ from support import published
 from support.published import OWNER, TEMPLATES, merged_weights, publish, reference
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from unmasked import LLM2Vec
 from unmasked.errors import ModelError
-from unmasked.model import LLM2Vec
 from unmasked.text.templates import PUBLISHED, detect, named
 
 MNTP, SUPERVISED = f"{OWNER}/LLM2Vec-Tiny-mntp", f"{OWNER}/LLM2Vec-Tiny-mntp-supervised"

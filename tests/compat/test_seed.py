@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
+from unmasked import LLM2Vec
 from unmasked.compat.seed import parser, run, trainer_options
 from unmasked.errors import DataError, RecipeError
-from unmasked.model import LLM2Vec
 
 ROOT = Path(__file__).parents[2]
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query:"

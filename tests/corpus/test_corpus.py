@@ -18,7 +18,7 @@ from unmasked.files.source import Source
 
 @pytest.fixture(scope="module")
 def model(tiny_decoder):
-    from unmasked.model import LLM2Vec
+    from unmasked import LLM2Vec
 
     return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
 
@@ -204,7 +204,7 @@ def test_a_fault_leaves_nothing_and_an_old_output_whole(model, given, tmp_path):
 def test_vectors_that_are_not_finite_are_refused(tiny_decoder, given, tmp_path):
     import torch
 
-    from unmasked.model import LLM2Vec
+    from unmasked import LLM2Vec
 
     broken = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
     with torch.no_grad():

@@ -12,7 +12,7 @@ from unmasked.files.source import Source
 
 @pytest.fixture(scope="module")
 def model(tiny_decoder):
-    from unmasked.model import LLM2Vec
+    from unmasked import LLM2Vec
 
     return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
 

@@ -20,7 +20,7 @@ from unmasked.files.source import Source
 
 @pytest.fixture(scope="module")
 def model(tiny_decoder):
-    from unmasked.model import LLM2Vec
+    from unmasked import LLM2Vec
 
     return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
 
@@ -359,7 +359,7 @@ def test_other_settings_are_named(model, corpus, tmp_path, tiny_decoder):
     )
     refused('"format|format: "parquet" there, "npy" now', model, source, folder, Shards(".npy", 3))
     refused('prompt: null there, "x" now', model, source, folder, shards, Encoding("x"))
-    from unmasked.model import LLM2Vec
+    from unmasked import LLM2Vec
 
     longer = LLM2Vec.from_pretrained(tiny_decoder, max_length=33, device="cpu")
     refused("model: ", longer, source, folder, shards)
@@ -408,8 +408,8 @@ def test_ray_writes_the_same_bytes(tiny_decoder, many_texts, tmp_path):
     pytest.importorskip("ray", reason="the extra 'corpus' is not installed")
     import torch
 
+    from unmasked import LLM2Vec
     from unmasked.corpus.cluster import OnRay
-    from unmasked.model import LLM2Vec
 
     def load():
         return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")

@@ -7,8 +7,8 @@ import copy
 import numpy as np
 import pytest
 
+from unmasked import LLM2Vec
 from unmasked.errors import DataError, ModelError
-from unmasked.model import LLM2Vec
 
 
 @pytest.fixture(scope="module")

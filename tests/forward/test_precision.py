@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from unmasked import LLM2Vec
 from unmasked.errors import ModelError
 from unmasked.forward import precision
-from unmasked.model import LLM2Vec
 
 CPU = torch.device("cpu")
 WIDE = LlamaConfig(hidden_size=576, num_attention_heads=9)

@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 from transformers import GPT2Config, LlamaConfig
 
+from unmasked import LLM2Vec
 from unmasked.checkpoint.fingerprint import fingerprint
 from unmasked.corpus import Encoded, Encoding, Local, Shards, encode_folder
 from unmasked.doctor import environment
 from unmasked.errors import ModelError, OutputError
 from unmasked.files.source import Source
 from unmasked.forward.quantization import KINDS, TEXTS, Linear8bit, check, quantize
-from unmasked.model import LLM2Vec
 
 LAYERS = 14  # of tiny_decoder: two blocks of q, k, v, o, gate, up and down
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

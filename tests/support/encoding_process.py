@@ -16,9 +16,9 @@ def encode(begun: Any, model: str, source: dict, folder: str, limits: dict, **op
 
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from unmasked import LLM2Vec
     from unmasked.corpus import Encoding, Local, Shards, encode_folder
     from unmasked.files.source import Source
-    from unmasked.model import LLM2Vec
 
     encoder = LLM2Vec.from_pretrained(model, max_length=32, device="cpu")
     if "bytes" in limits:
@@ -38,7 +38,7 @@ class Runner:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["unmasked.model", "unmasked.corpus", "pyarrow.parquet"]
+            ["unmasked.compat.llm2vec", "unmasked.corpus", "pyarrow.parquet"]
         )
 
     def start(self, *arguments: Any, limits: dict | None = None, **options: Any) -> Any:

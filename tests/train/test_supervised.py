@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import multiprocessing
 from torch.nn.functional import cross_entropy, normalize
 
+from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters
 from unmasked.errors import DataError, MissingExtraError
 from unmasked.forward.backbone import join_instruction
-from unmasked.model import LLM2Vec
 from unmasked.recipe.schema import Pairs, Recipe
 from unmasked.train.data.mining import mine
 from unmasked.train.data.mixing import OneSourceBatches, PairCollator

@@ -19,10 +19,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters, loading
 from unmasked.errors import DataError, ModelError, OutputError, RecipeError, UnmaskedError
 from unmasked.mask.proof import open_config
-from unmasked.model import LLM2Vec
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Lora, Model, Recipe, SimCSE
 from unmasked.train.data.texts import read_texts, split_held_out

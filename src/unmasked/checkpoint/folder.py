@@ -19,11 +19,12 @@ of it.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unmasked.checkpoint.card import Card, render
 from unmasked.errors import OutputError
 from unmasked.mask.opening import NATIVE_KEY
-from unmasked.text.templates import PLAIN, Template
+from unmasked.text.templates import PLAIN, Template, read_template
 from unmasked.text.tokens import MARK
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "llm2vec_config.json"
 PROMPTS_NAME = "config_sentence_transformers.json"
@@ -115,11 +118,36 @@ def write_folder(
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def read_settings(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Every setting by name: as given (not None), else as saved, else the default."""
-    known = {field.name: getattr(Settings(), field.name) for field in fields(Settings)}
-    found = {key: saved[key] for key in known if key in saved}
-    return known | found | {key: value for key, value in given.items() if value is not None}
+def read_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+    """Every setting as given, else as saved, else the default.
+
+    Args:
+        saved: content of a `llm2vec_config.json`.
+        given: by name; what is None, or ``...`` for `doc_max_length`, was not given.
+
+    Raises:
+        ModelError: a template that does not exist.
+    """
+    names = [field.name for field in fields(Settings)]
+    found = {name: saved[name] for name in names if name in saved}
+    for name, value in given.items():
+        if value is not (... if name == "doc_max_length" else None):
+            found[name] = value
+    return Settings(**found | {"template": read_template(found.get("template"))})
+
+
+def within_positions(settings: Settings, positions: int | None) -> Settings:
+    """Settings whose `max_length` a model with so many positions can take (None: any number)."""
+    if positions is None or settings.max_length <= positions:
+        return settings
+    asked = settings.max_length != Settings().max_length
+    logger.log(
+        logging.WARNING if asked else logging.INFO,
+        "max_length %d: this model has %d positions, texts are cut there.",
+        settings.max_length,
+        positions,
+    )
+    return replace(settings, max_length=positions)
 
 
 def read_prompts(saved: dict[str, str], template: Template = PLAIN) -> dict[str, str]:

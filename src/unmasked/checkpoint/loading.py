@@ -39,19 +39,19 @@ class Found:
     Attributes:
         given: what was named: a decoder, an encoder or an adapter.
         trunk: the decoder below all adapters.
-        merged: the adapters on it, first trained first, those that were given extra last.
-        extra: how many of `merged` were given extra.
+        chain: the adapters between `trunk` and `given`, first trained first.
+        added: the adapters that were given beside it, to be merged after those.
         config: of the decoder, with its mask as it is there.
         tokenizer: as it is there.
-        settings: content of the first `llm2vec_config.json` among the extra adapters, last first,
+        settings: content of the first `llm2vec_config.json` among the added adapters, last first,
             and `given`; empty if none has one.
         prompts: name → text put before inputs, as saved.
     """
 
     given: Location
     trunk: Location
-    merged: Sequence[Location]
-    extra: int
+    chain: Sequence[Location]
+    added: Sequence[Location]
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     settings: dict[str, Any]
@@ -84,9 +84,7 @@ def find(
     stated = (location.read_json(SETTINGS_NAME) for location in [*reversed(added), given])
     settings = next(filter(None, stated), {})
     prompts = given.read_json(PROMPTS_NAME).get("prompts") or {}
-    return Found(
-        given, trunk, [*chain, *added], len(added), config, tokenizer, settings, prompts
-    )
+    return Found(given, trunk, chain, added, config, tokenizer, settings, prompts)
 
 
 def load(
@@ -129,7 +127,7 @@ def load(
         except NotBidirectionalError:
             if number == len(attempts) or report is None or report.attention == "eager":
                 raise
-    adapters.merge(model, found.merged, allow_pickle)
+    adapters.merge(model, [*found.chain, *found.added], allow_pickle)
     return model.eval(), report
 
 

@@ -84,7 +84,7 @@ def bundled_path() -> Path:
 
 
 def locate(name: str | Path, **hub: Any) -> Location:
-    """The location of a name; ``nano`` is the bundled decoder (a folder of that name: ``./nano``)."""
+    """The location of a name; ``nano`` is the bundled decoder, ``./nano`` a folder."""
     given = str(bundled_path()) if str(name) == BUNDLED else str(name).rstrip("/") or "/"
     return Location(given, hub)
 

@@ -70,7 +70,8 @@ def check_name(repository: str) -> None:
     Raises:
         OutputError: it cannot.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repository)

@@ -40,7 +40,7 @@ def convert(
 
     _check_new(output)
     with terminal.waiting(f"loading {model}"):
-        from unmasked.model import LLM2Vec
+        from unmasked.compat.llm2vec import LLM2Vec
 
         terminal.quiet_libraries()
         encoder = LLM2Vec.from_pretrained(

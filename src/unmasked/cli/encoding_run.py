@@ -24,8 +24,8 @@ from unmasked.errors import OutputError
 from unmasked.files.source import Source
 
 if TYPE_CHECKING:
+    from unmasked.compat.llm2vec import LLM2Vec
     from unmasked.corpus.engines import Engine, Progress
-    from unmasked.model import LLM2Vec
 
 
 def encode(
@@ -81,7 +81,7 @@ class Loader:
         self.dtype, self.quantize = dtype, quantize
 
     def __call__(self) -> LLM2Vec:
-        from unmasked.model import LLM2Vec
+        from unmasked.compat.llm2vec import LLM2Vec
 
         terminal.quiet_libraries()
         return LLM2Vec.from_pretrained(self.name, dtype=self.dtype, quantize=self.quantize)

@@ -57,8 +57,8 @@ def evaluate(
     _check_folder(json_file)
     score = make_scorer(tasks, languages, results)
     with terminal.waiting("loading the libraries"):
+        from unmasked.compat.llm2vec import LLM2Vec
         from unmasked.evaluate.baselines import causal_baselines, find_base
-        from unmasked.model import LLM2Vec
 
         terminal.quiet_libraries()
     scored = {}

@@ -102,7 +102,7 @@ def mine(
         raise OutputError(f"{output.parent} is no folder. Fix: make it, or another name.")
     more = [text for _, text, _ in Source(str(corpus)).records()] if corpus else []
     with terminal.waiting(f"loading {model}"):
-        from unmasked.model import LLM2Vec
+        from unmasked.compat.llm2vec import LLM2Vec
         from unmasked.train.data.mining import mine
 
         terminal.quiet_libraries()

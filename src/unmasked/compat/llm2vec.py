@@ -1,100 +1,248 @@
-"""The calls of the original `llm2vec` package, so that its scripts run (`docs/migrating.md`).
+"""`LLM2Vec`: the public encoder, under the names, positions and defaults of the original package.
 
-What they mean is done elsewhere: this only translates names, positions and defaults.
+It is `model.TextEncoder` with the calls that scripts of the `llm2vec` package make
+(`docs/migrating.md`), and it reads the checkpoints that the original package and the seed system
+wrote: with their own template, and, under ``compat="llm2vec-0.2"``, with the original's rules for
+finding and cutting the text. Nothing below this room knows of any of it.
+
+Cost: under ``compat`` each text is tokenised twice, as the original did.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import Self
 
-from unmasked.errors import ModelError, unknown
-from unmasked.forward.pooling import pool
+from unmasked.checkpoint.folder import Settings, read_settings
+from unmasked.checkpoint.loading import Found
+from unmasked.compat.counting import CountingPooling, CountingTokenizer, positions_in_text
+from unmasked.compat.original import (
+    DOC_MAX_LENGTH,
+    PUBLISHED,
+    check_compat,
+    is_original,
+    loading_options,
+    without_blank_mask,
+)
+from unmasked.forward.pooling import TextPooling, pool
+from unmasked.mask.proof import Proof, open_mask
+from unmasked.model import TextEncoder
+from unmasked.text.templates import Template, detect
 from unmasked.text.tokens import TextTokenizer
-
-if TYPE_CHECKING:
-    from unmasked.checkpoint.folder import Settings
-    from unmasked.forward.backbone import Backbone
 
 logger = logging.getLogger(__name__)
 
-HUB = ("revision", "token", "cache_dir", "local_files_only")
 
+class LLM2Vec(TextEncoder):
+    """A bidirectional text encoder made from a decoder (LLM2Vec, arXiv 2404.05961).
 
-def loading_options(dtype: Any, device: str | None, kwargs: dict[str, Any]) -> tuple[str, Any, Any]:
-    """(dtype, device, hub options) of a `from_pretrained` call in the original's words.
+    >>> model = LLM2Vec.from_pretrained("nano")
+    >>> model.encode(["a text", "another"]).shape
+    (2, 256)
 
     Args:
-        dtype: a name, perhaps with ``torch.`` before it, or a torch dtype.
-        device: as given, or None.
-        kwargs: ``torch_dtype``, ``device_map``, ``trust_remote_code`` and the hub's options.
-
-    Raises:
-        TypeError: an option is none of these.
-        ModelError: a dtype or device map that cannot be used.
+        model: a bare transformer (`AutoModel`, perhaps a `PeftModel`). A name or folder is passed
+            on to `from_pretrained`, with all that is given beside it.
+        tokenizer: its tokenizer.
+        pooling_mode: ``mean`` (default), ``weighted_mean``, ``last_token``, ``eos_token`` or
+            ``bos_token``.
+        max_length: maximum number of tokens of an input, instruction and special tokens included;
+            512 by default.
+        doc_max_length: maximum number of tokens of a text, 400 by default; None for whatever
+            `max_length` leaves.
+        skip_instruction: pool only the text's own tokens; True by default.
+        template: what stands around a text: a name in `templates.yaml`, ``none``, or the template.
+        compat: ``llm2vec-0.2`` for the very preprocessing of the original package.
+        enable_bidirectional: open the mask of a given `model`; False leaves it as it is.
+        settings: all of the settings above at once.
+        report: the proof, if it was made already. Otherwise the model is proved now, and a warning
+            is logged if it is still causal.
+        options: ``device``, ``prompts`` and ``base_name`` as in `TextEncoder`.
     """
-    rest = dict(kwargs)
-    dtype = str(rest.pop("torch_dtype", None) or dtype).removeprefix("torch.")
-    device = device or _one_device(rest.pop("device_map", None))
-    if rest.pop("trust_remote_code", False):
-        logger.info("trust_remote_code is not needed: code from a repository is never run.")
-    if strange := [key for key in rest if key not in HUB]:
-        allowed = [*HUB, "torch_dtype", "device_map", "trust_remote_code"]
-        raise TypeError(f"from_pretrained: {unknown('option', strange[0], allowed)}")
-    return dtype, device, rest
 
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        pooling_mode: str | None = None,
+        max_length: int | None = None,
+        doc_max_length: int | EllipsisType | None = ...,
+        skip_instruction: bool | None = None,
+        *,
+        template: Template | Mapping[str, Any] | str | None = None,
+        compat: str | None = None,
+        enable_bidirectional: bool = False,
+        settings: Settings | None = None,
+        report: Proof | None = None,
+        **options: Any,
+    ) -> None:
+        given: dict[str, Any] = {
+            "pooling_mode": pooling_mode,
+            "max_length": max_length,
+            "doc_max_length": doc_max_length,
+            "skip_instruction": skip_instruction,
+            "template": template,
+            "compat": compat,
+        }
+        if isinstance(model, str | Path):
+            vars(self).update(vars(self.from_pretrained(model, **given, **options)))
+            return
+        if tokenizer is None:
+            raise TypeError("LLM2Vec needs the tokenizer of the model: LLM2Vec(model, tokenizer).")
+        if settings is None:
+            settings = read_settings({"doc_max_length": DOC_MAX_LENGTH}, given)
+        if enable_bidirectional and report is None:
+            report = open_mask(model)
+        super().__init__(model, tokenizer, settings, report=report, **options)
+        if report is None and self.report.verdict != "full":
+            logger.warning(
+                "This model is not bidirectional: %s Fix: "
+                "LLM2Vec(model, tokenizer, enable_bidirectional=True), or load it with "
+                "LLM2Vec.from_pretrained(...).",
+                self.report.summary(),
+            )
 
-def _one_device(device_map: Any) -> str | None:
-    if isinstance(device_map, dict) and len(set(device_map.values())) == 1:
-        device_map = next(iter(device_map.values()))
-    if isinstance(device_map, int):
-        return f"cuda:{device_map}"
-    if device_map in (None, "auto"):
-        return None
-    if isinstance(device_map, str | torch.device) and str(device_map) not in (
-        "balanced", "balanced_low_0", "sequential",
-    ):  # fmt: skip
-        return str(device_map)
-    raise ModelError(
-        f"device_map {device_map!r} spreads the model over devices, which is not supported. "
-        "Allowed: one device, or auto. Fix: device='cuda'."
-    )
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model_name_or_path: str | Path,
+        peft_model_name_or_path: str | Path | list[str | Path] | None = None,
+        merge_peft: bool = True,
+        enable_bidirectional: bool = True,
+        *,
+        pooling_mode: str | None = None,
+        max_length: int | None = None,
+        doc_max_length: int | EllipsisType | None = ...,
+        skip_instruction: bool | None = None,
+        template: Template | Mapping[str, Any] | str | None = None,
+        compat: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        quantize: str | None = None,
+        attn_implementation: str | None = None,
+        allow_partial: bool = False,
+        device: str | None = None,
+        prompts: dict[str, str] | None = None,
+        base: str | Path | None = None,
+        allow_pickle: bool = False,
+        **hub: Any,
+    ) -> Self:
+        """Load a decoder, open its mask, prove it, and merge adapters.
 
+        Args:
+            base_model_name_or_path: a hub name, a folder (of a decoder, an adapter, or one that
+                `save` or the original package wrote), or ``nano``, the bundled decoder.
+            peft_model_name_or_path: adapter or adapters to merge into it, in this order; hub names
+                may end in ``@REVISION``.
+            merge_peft: accepted for the original's sake; adapters are always merged.
+            enable_bidirectional: False keeps the causal mask (a baseline).
+            pooling_mode: and the five after it are as in the constructor. What is not given is as
+                the folder says, or else ``mean``, 512, no limit, True; the template of a checkpoint
+                of the original package is what its tokenizer says.
+            dtype: ``auto`` (what is fast here: `precision.pick`), ``checkpoint`` (the same, but
+                never less than the checkpoint has), or a torch dtype or its name.
+            quantize: ``int8`` (CPU) or ``fp8`` (GPU): linear layers with 8-bit weights, faster and
+                slightly less exact; `quantization` says how much. Such a model only encodes.
+            attn_implementation: as in transformers, which chooses by default.
+            allow_partial: accept a model some of whose layers stay causal by construction.
+            device: where to run.
+            prompts: added to those of the folder.
+            base: where an adapter's base is, if not where the adapter says.
+            allow_pickle: read weights that exist only as pickles (tensors only, no code).
+            hub: ``revision`` (of the first name), ``token``, ``cache_dir``, ``local_files_only``;
+                ``torch_dtype`` and ``device_map`` as the original took them.
 
-def encode_options(
-    compat: str | None, prompt_name: Any, prompt: Any, kwargs: dict[str, Any]
-) -> tuple[str | None, str | None, dict[str, Any]]:
-    """(prompt_name, prompt, options) of an `encode` call that may be in the original's order.
+        Raises:
+            ModelError: it cannot be loaded or quantized.
+            NotBidirectionalError: the proof failed.
+        """
+        dtype, device, hub = loading_options(dtype, device, hub)
+        given = {
+            "pooling_mode": pooling_mode,
+            "max_length": max_length,
+            "doc_max_length": doc_max_length,
+            "skip_instruction": skip_instruction,
+            "template": template,
+            "compat": compat,
+        }
+        return cls.load_encoder(
+            base_model_name_or_path,
+            peft_model_name_or_path,
+            given,
+            enable_bidirectional=enable_bidirectional,
+            dtype=dtype,
+            quantize=quantize,
+            attention=attn_implementation,
+            allow_partial=allow_partial,
+            device=device,
+            prompts=prompts,
+            base=base,
+            allow_pickle=allow_pickle,
+            **hub,
+        )
 
-    It had ``batch_size`` and ``show_progress_bar`` where `SentenceTransformer` has prompt name and
-    prompt; and it gave a tensor on the CPU, which ``compat`` brings back.
-    """
-    options = dict(kwargs)
-    if isinstance(prompt_name, int):
-        options["batch_size"], prompt_name = prompt_name, None
-    if isinstance(prompt, bool):
-        options["show_progress_bar"], prompt = prompt, None
-    if compat and not options.get("convert_to_numpy"):
-        options["convert_to_tensor"] = True
-    return prompt_name, prompt, options
+    @classmethod
+    def read_checkpoint(
+        cls, found: Found, given: Mapping[str, Any]
+    ) -> tuple[PreTrainedTokenizerBase, Settings]:
+        """As the original package read its own checkpoints, where `found` is one."""
+        check_compat(given.get("compat"))
+        tokenizer, saved = found.tokenizer, dict(found.settings)
+        if is_original(found.given) or any(map(is_original, found.added)):
+            if given.get("compat") is None:
+                tokenizer = without_blank_mask(tokenizer)
+            saved = {"doc_max_length": DOC_MAX_LENGTH} | saved
+            if saved.get("template") is None:
+                known = detect(tokenizer.chat_template, tokenizer.get_vocab())
+                saved["template"] = known or PUBLISHED
+                logger.info("original checkpoint %s: %s", found.given.name, saved["template"])
+        return tokenizer, read_settings(saved, given)
 
+    @classmethod
+    def text_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerBase, settings: Settings
+    ) -> TextTokenizer:
+        kind = TextTokenizer if check_compat(settings.compat) is None else CountingTokenizer
+        return cls.make_tokenizer(kind, tokenizer, settings)
 
-class OriginalNames:
-    """Attributes and methods of the original's `LLM2Vec` that `SentenceTransformer` lacks."""
+    @classmethod
+    def text_pooling(cls, width: int, settings: Settings) -> TextPooling:
+        kind = TextPooling if settings.compat is None else CountingPooling
+        return kind(width, settings.pooling_mode, settings.skip_instruction)
 
-    settings: Settings
+    def encode(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
+        """As `TextEncoder.encode`, also with the original's arguments in its order.
 
-    if TYPE_CHECKING:
+        The original has ``batch_size`` and ``show_progress_bar`` where `SentenceTransformer` has
+        the prompt's name and the prompt. It returns a tensor on the CPU; ``compat`` does so too.
+        """
+        named = dict(zip(("prompt_name", "prompt", "batch_size"), arguments, strict=False))
+        rest = arguments[len(named) :]
+        if isinstance(named.get("prompt_name"), int):
+            named["batch_size"] = named.pop("prompt_name")
+        if isinstance(named.get("prompt"), bool):
+            named["show_progress_bar"] = named.pop("prompt")
+        options = {**named, **options}
+        if self.settings.compat and not options.get("convert_to_numpy"):
+            options["convert_to_tensor"] = True
+        vectors = super().encode(inputs, *rest, **options)
+        return vectors.cpu() if self.settings.compat and isinstance(vectors, Tensor) else vectors
 
-        @property
-        def backbone(self) -> Backbone: ...
+    def forward(self, input: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
+        """As in `SentenceTransformer`; ``embed_mask`` is the original's name of ``text_mask``."""
+        if "text_mask" not in input and "embed_mask" in input:
+            input = {**input, "text_mask": input["embed_mask"]}
+        features: dict[str, Tensor] = super().forward(input, **kwargs)
+        return features
 
-    @property
-    def _tokens(self) -> TextTokenizer:
-        return self.backbone.tokens
+    # Attributes and methods of the original's class that `TextEncoder` lacks
 
     @property
     def model(self) -> Any:
@@ -108,60 +256,57 @@ class OriginalNames:
 
     @property
     def skip_instruction(self) -> bool:
-        """Whether only the text is pooled."""
-        return self._tokens.skip_instruction
+        """Whether only the tokens of the text are pooled."""
+        return self.backbone.tokens.skip_instruction
 
     @property
     def max_length(self) -> int:
-        """Most tokens of an input."""
-        return self._tokens.max_length
+        """Maximum number of tokens of an input."""
+        return self.backbone.tokens.max_length
 
     @max_length.setter
     def max_length(self, value: int) -> None:
-        self._tokens.max_length = value
+        self.backbone.tokens.max_length = value
 
     @property
     def doc_max_length(self) -> int | None:
-        """Most tokens of a text."""
-        return self._tokens.doc_max_length
+        """Maximum number of tokens of a text."""
+        return self.backbone.tokens.doc_max_length
 
     @doc_max_length.setter
     def doc_max_length(self, value: int | None) -> None:
-        self._tokens.doc_max_length = value
+        self.backbone.tokens.doc_max_length = value
 
     def prepare_for_tokenization(self, text: str) -> str:
         """A text in its template."""
-        template = self._tokens.template
+        template = self.backbone.tokens.template
         return template.prefix + text + template.suffix
 
     def tokenize(self, texts: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """`preprocess`, with ``text_mask`` under the original's name, ``embed_mask``, too."""
-        features: dict[str, Tensor] = self.preprocess(texts, **kwargs)  # type: ignore[attr-defined]
+        """`preprocess`, with ``text_mask`` also under the original's name ``embed_mask``."""
+        features = self.preprocess(texts, **kwargs)
         return {**features, "embed_mask": features["text_mask"]}
 
     def get_pooling(self, features: dict[str, Tensor], last_hidden_states: Tensor) -> Tensor:
         """Pool padded states; padding may be on either side, and nothing is changed.
 
         Args:
-            features: ``attention_mask`` and, to leave something out, ``embed_mask``: each (B, T).
+            features: ``attention_mask`` and, to leave tokens out, ``embed_mask``: each (B, T).
             last_hidden_states: (B, T, D).
 
         Returns:
             (B, D).
         """
         attention = features["attention_mask"]
-        mask = text_mask(features) if self.skip_instruction else attention
+        chosen = features.get("text_mask", features.get("embed_mask", attention))
         rows, columns = attention.nonzero(as_tuple=True)
         positions = columns - attention.argmax(dim=1)[rows]
-        return pool(
-            last_hidden_states[rows, columns],
-            rows,
-            positions,
-            mask[rows, columns].bool(),
-            len(attention),
-            self.pooling_mode,
-            self._tokens.counted,
-        )
+        mask = chosen if self.skip_instruction else attention
+        is_text = mask[rows, columns].bool()
+        if self.settings.compat is not None:
+            positions = positions_in_text(rows, positions, is_text, len(attention))
+        states = last_hidden_states[rows, columns]  # (N, D)
+        return pool(states, rows, positions, is_text, len(attention), self.pooling_mode)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """That of the transformer."""
@@ -170,10 +315,3 @@ class OriginalNames:
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """That of the transformer."""
         self.model.gradient_checkpointing_enable(*args, **kwargs)
-
-
-def text_mask(features: dict[str, Any]) -> Tensor:
-    """What is pooled, (B, T): ``text_mask``, or ``embed_mask`` as the original calls it, or all."""
-    names = ("text_mask", "embed_mask", "attention_mask")
-    mask: Tensor = next(features[name] for name in names if features.get(name) is not None)
-    return mask

@@ -243,15 +243,15 @@ def refuse(flags: Any) -> None:
 
 def longest_input(model: str, *lengths: int) -> list[int]:
     """Lengths, cut to what a model's positions allow."""
-    from unmasked.checkpoint.loading import read_config
+    from unmasked.checkpoint.loading import load_config
 
-    most = getattr(read_config(model).get_text_config(), "max_position_embeddings", None)
+    most = getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
     return [min(length, most or length) for length in lengths]
 
 
 def measure(model: str, data: Sequence[str]) -> tuple[int, int]:
     """(texts, tokens) of training files, for the number of steps in an epoch."""
-    from unmasked.checkpoint.loading import read_tokenizer
+    from unmasked.checkpoint.loading import load_tokenizer
     from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
     from unmasked.train.data.texts import read_texts
 
@@ -262,7 +262,7 @@ def measure(model: str, data: Sequence[str]) -> tuple[int, int]:
                 "sentence a line (the seed system looked in /data)."
             )
     texts = list(dict.fromkeys(read_texts(data)))
-    tokens = TextTokenizer(prepare_tokenizer(read_tokenizer(model)))
+    tokens = TextTokenizer(prepare_tokenizer(load_tokenizer(model)))
     count = 0
     for start in range(0, len(texts), 4096):
         rows = tokens(texts[start : start + 4096], max_length=1 << 30)
@@ -298,9 +298,9 @@ def link_logs(events: Path, logs: Path) -> None:
 
 def publish(folder: Path, stage: str, recipe: Recipe) -> None:
     """Put the adapter, the base's tokenizer and the settings where the seed system had them."""
-    from unmasked.checkpoint.loading import read_tokenizer
+    from unmasked.checkpoint.loading import load_tokenizer
 
     for name in KEPT:
         shutil.copyfile(folder / stage / name, folder / name)
-    read_tokenizer(recipe.model.base).save_pretrained(folder)
+    load_tokenizer(recipe.model.base).save_pretrained(folder)
     shutil.copyfile(folder / "model" / "llm2vec_config.json", folder / "llm2vec_config.json")

@@ -25,7 +25,7 @@ from unmasked.corpus.shards import Job, Stream, write_shard
 from unmasked.errors import MissingExtraError, UnmaskedError
 
 if TYPE_CHECKING:
-    from unmasked.model import LLM2Vec
+    from unmasked.compat.llm2vec import LLM2Vec
 
 T = TypeVar("T")
 _STORE = 128 << 20  # bytes of shared memory; only numbers and lines pass through it

@@ -23,8 +23,8 @@ from unmasked.files.source import Source
 from unmasked.files.writing import written_aside
 
 if TYPE_CHECKING:
+    from unmasked.compat.llm2vec import LLM2Vec
     from unmasked.forward.quantization import Quantization
-    from unmasked.model import LLM2Vec
 
 logger = logging.getLogger(__name__)
 
@@ -240,11 +240,9 @@ class _Facts(NamedTuple):
 
 
 def _facts(model: LLM2Vec, encoding: Encoding, shards: Shards) -> _Facts:
-    from unmasked.checkpoint.fingerprint import fingerprint
-
     encoding.check(model)
     return _Facts(
-        fingerprint(model),
+        model.fingerprint(),
         str(model.dtype).removeprefix("torch."),
         model.quantization,
         encoding.resolved_prompt(model),

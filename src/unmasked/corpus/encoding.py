@@ -15,7 +15,7 @@ import numpy as np
 from unmasked.errors import DataError, unknown
 
 if TYPE_CHECKING:
-    from unmasked.model import LLM2Vec
+    from unmasked.compat.llm2vec import LLM2Vec
 
 PRECISIONS = ("float32", "float16", "int8", "binary")
 CALIBRATION = 4096

@@ -11,7 +11,7 @@ from unmasked.errors import DataError
 from unmasked.files.source import Row
 
 if TYPE_CHECKING:
-    from unmasked.model import LLM2Vec
+    from unmasked.compat.llm2vec import LLM2Vec
 
 T = TypeVar("T")
 Load = Callable[[], "LLM2Vec"]

@@ -24,7 +24,7 @@ from unmasked.files.source import Row, Source
 from unmasked.files.writing import written_aside
 
 if TYPE_CHECKING:
-    from unmasked.model import LLM2Vec
+    from unmasked.compat.llm2vec import LLM2Vec
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from unmasked.errors import ModelError, NotBidirectionalError
 from unmasked.mask.opening import learned_positions
 
 if TYPE_CHECKING:
+    from unmasked.compat.llm2vec import LLM2Vec
     from unmasked.mask.proof import Proof
-    from unmasked.model import LLM2Vec
 
 SHRINKING = (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError)
 
@@ -34,15 +34,15 @@ def examine(name: str, load: bool | None = None) -> Facts:
     Raises:
         ModelError: it cannot be read at all.
     """
-    from unmasked.checkpoint.loading import resolve_base
+    from unmasked.checkpoint.location import locate
 
-    local = Path(resolve_base(name)).is_dir()
+    local = Path(locate(name).name).is_dir()
     return _weights(name) if (local if load is None else load) else _shape(name)
 
 
 def _weights(name: str) -> Facts:
+    from unmasked.compat.llm2vec import LLM2Vec
     from unmasked.mask.proof import stock_loading
-    from unmasked.model import LLM2Vec
 
     examined = {"model": name, "examined": "the weights"}
     try:

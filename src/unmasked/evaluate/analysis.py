@@ -87,7 +87,7 @@ def analyse(model: str, task: str | Path | None = None) -> Analysis:
         DataError: the task has no texts that belong together.
         ModelError: the model cannot be loaded.
     """
-    from unmasked.model import LLM2Vec
+    from unmasked.compat.llm2vec import LLM2Vec
 
     pairs = _task_pairs(task) if task else _docstring_pairs()
     opened = LLM2Vec.from_pretrained(model, allow_partial=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from unmasked.checkpoint import adapters, loading
+from unmasked.checkpoint import adapters
+from unmasked.checkpoint.location import locate
+from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import ModelError
 from unmasked.forward.pooling import CAUSAL_BASELINES
-from unmasked.model import LLM2Vec
 from unmasked.recipe.files import load_recipe
 
 
@@ -21,12 +22,14 @@ def find_base(model: str) -> str:
     That is what an adapter names; for the ``model`` of a run folder, what its recipe names; else
     the model itself.
     """
-    folder, name = Path(model), loading.resolve_base(model)
+    folder, name = Path(model), locate(model).name
     recipe = folder.parent / "recipe.yaml"
     if folder.is_dir() and recipe.is_file():
         return find_base(load_recipe(recipe).model.base)
-    if adapters.is_adapter(name):
-        return find_base(adapters.read_config(name).base_model_name_or_path or model)
+    if adapters.is_adapter(locate(name)):
+        return find_base(
+            adapters.read_adapter_config(locate(name)).base_model_name_or_path or model
+        )
     return model
 
 

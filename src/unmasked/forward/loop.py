@@ -9,7 +9,7 @@ Shapes: N inputs, B rows of a batch, T tokens of a row, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,6 @@ OUTPUTS = (SENTENCE, TOKENS, None)
 """What `encode` can be asked for; None is every output of the model."""
 ON_DEVICE = 4096
 """Vectors that may wait on the device before they are copied to the host."""
-
-Forward = Callable[[dict[str, Any]], dict[str, Any]]
-"""The model: features of a batch to features with its outputs."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,25 @@ class PreparedBatch:
     features: dict[str, Any]
 
 
+def run(model: nn.Module, backbone: Backbone, inputs: list[Any], request: Request) -> Any:
+    """Vectors (N, D) of N inputs, or what else is requested, in input order.
+
+    Args:
+        model: features of a batch to features with its outputs; put into evaluation mode meanwhile.
+        backbone: its first module, for the preprocessing.
+        inputs: texts or pairs.
+        request: what is asked for.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        if request.output == SENTENCE:
+            return sentence_vectors(model, backbone, inputs, request)
+        return row_outputs(model, backbone, inputs, request)
+    finally:
+        model.train(was_training)
+
+
 def prepare_batches(
     backbone: Backbone, inputs: list[Any], request: Request
 ) -> Iterator[PreparedBatch]:
@@ -83,7 +99,7 @@ def prepare_batches(
 
 
 def sentence_vectors(
-    backbone: Backbone, forward: Forward, inputs: list[Any], request: Request
+    model: nn.Module, backbone: Backbone, inputs: list[Any], request: Request
 ) -> Tensor:
     """(N, D) float32 vectors of N inputs; equal inputs are computed once."""
     unique, inverse = distinct(inputs)
@@ -104,7 +120,7 @@ def sentence_vectors(
 
     copies = np.bincount(inverse, minlength=len(unique))
     with _bar(len(inputs), request.show_progress) as bar:
-        for batch, outputs in _forwards(backbone, forward, unique, request):
+        for batch, outputs in _forwards(model, backbone, unique, request):
             waiting.append(_finished(outputs[SENTENCE].float(), request))
             places.append(batch.places)
             if sum(map(len, places)) >= ON_DEVICE:
@@ -120,12 +136,12 @@ def sentence_vectors(
 
 
 def row_outputs(
-    backbone: Backbone, forward: Forward, inputs: list[Any], request: Request
+    model: nn.Module, backbone: Backbone, inputs: list[Any], request: Request
 ) -> list[Any]:
     """Token states (T, D) of each input without padding, or every output of each input."""
     results: list[Any] = [None] * len(inputs)
     with _bar(len(inputs), request.show_progress) as bar:
-        for batch, outputs in _forwards(backbone, forward, inputs, request):
+        for batch, outputs in _forwards(model, backbone, inputs, request):
             rows: list[Any]
             if request.output == TOKENS:
                 states = zip(outputs[TOKENS], batch.lengths, strict=True)
@@ -155,7 +171,7 @@ def _bar(texts: int, shown: bool) -> Any:
 
 
 def _forwards(
-    backbone: Backbone, forward: Forward, inputs: list[Any], request: Request
+    model: nn.Module, backbone: Backbone, inputs: list[Any], request: Request
 ) -> Iterator[tuple[PreparedBatch, dict[str, Any]]]:
     for batch in ahead(prepare_batches(backbone, inputs, request)):
         features = {
@@ -165,7 +181,7 @@ def _forwards(
         if "packed" in features:
             features["packed"] = features["packed"].to(request.device)
         backbone.tokens_encoded += sum(batch.lengths)
-        yield batch, forward(features)
+        yield batch, model(features)
 
 
 def _finished(vectors: Tensor, request: Request) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import DataError, MissingExtraError, RecipeError
 from unmasked.files.source import Source
-from unmasked.model import LLM2Vec
 from unmasked.recipe.schema import MNTP, Recipe, SimCSE, Supervised
 from unmasked.train import devices
 from unmasked.train.data.mixing import OneSourceBatches

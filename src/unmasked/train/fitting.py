@@ -31,9 +31,9 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from unmasked.checkpoint import adapters, loading
+from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import RecipeError
 from unmasked.forward.packing import checkpoint_contexts
-from unmasked.model import LLM2Vec
 from unmasked.recipe import schema as config
 from unmasked.recipe.schema import MNTP, SimCSE, Supervised, Training
 from unmasked.train import devices, saving

@@ -26,13 +26,12 @@ from filelock import FileLock, Timeout
 from sentence_transformers.util import get_device_name
 from transformers import set_seed
 
-from unmasked.checkpoint import folder
-from unmasked.checkpoint.card import versions
+from unmasked.checkpoint.card import Card, versions
+from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import OutputError
 from unmasked.files.writing import aside_of, write_text
 from unmasked.forward import precision
 from unmasked.forward.pooling import CAUSAL_BASELINES
-from unmasked.model import LLM2Vec
 from unmasked.recipe.files import load_recipe, recipe_differences, recipe_text
 from unmasked.recipe.schema import Pairs, Recipe
 from unmasked.train import devices
@@ -248,13 +247,13 @@ class Run:
         folder = self.path / name
         return Job(folder, encoder, recipe.model, recipe.seed, told, start, recipe.trackers)
 
-    def _card(self, encoder: LLM2Vec) -> folder.Card:
+    def _card(self, encoder: LLM2Vec) -> Card:
         recipe = (self.path / RECIPE).read_text(encoding="utf-8")
         sections = {"Recipe": f"```yaml\n{recipe}```"}
         given = (item for _, stage in self.recipe.stages() for item in stage.data)
         data = dict.fromkeys(item.path if isinstance(item, Pairs) else item for item in given)
         base, proof = str(self.recipe.model.base), encoder.report.summary()
-        return folder.Card(base, proof, sections, list(data), self.results())
+        return Card(base, proof, sections, list(data), self.results())
 
     # Scores
 

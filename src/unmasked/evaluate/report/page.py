@@ -134,7 +134,7 @@ class _Page:
         sample = _find_sample(self.run, recipe.evaluate.tasks)
         if sample is None or not (self.run / "model" / "config.json").is_file():
             return []
-        from unmasked.model import LLM2Vec
+        from unmasked.compat.llm2vec import LLM2Vec
 
         pooling = self.before.removeprefix(CAUSAL)
         models = {

@@ -15,10 +15,10 @@ from typing import NamedTuple
 from datasets import Dataset
 from sentence_transformers.util import mine_hard_negatives
 
+from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import DataError
 from unmasked.files.writing import written_aside
 from unmasked.forward.backbone import join_instruction
-from unmasked.model import LLM2Vec
 from unmasked.recipe.schema import Pairs
 from unmasked.train.data.pairs import read_rows
 

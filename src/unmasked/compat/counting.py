@@ -1,0 +1,97 @@
+"""The rules by which the original package finds and cuts a text: it counts tokens.
+
+The original tokenises the text alone, and takes as many tokens from the end of the whole input for
+its text. Where a token spans the border between instruction and text this pools one token too few
+or too many, and a long instruction pushes the text out of the input. Published vectors were made
+so; ``compat="llm2vec-0.2"`` repeats it. Cost: each text is tokenised twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, where
+
+from unmasked.forward.pooling import TextPooling
+from unmasked.text.tokens import MARK, TextTokenizer, TokenRow
+
+
+class CountingTokenizer(TextTokenizer):
+    """A `TextTokenizer` that finds the text by counting its tokens from the end of the input."""
+
+    def join(self, instruction: str) -> str:
+        return instruction.strip() + " " if instruction else ""
+
+    def __call__(
+        self, texts: Sequence[str], prompts: str | Sequence[str] = "", max_length: int | None = None
+    ) -> list[TokenRow]:
+        limit = max_length or self.max_length
+        prompts = [prompts] * len(texts) if isinstance(prompts, str) else prompts
+        texts = [self._cut_by_words(text, limit) for text in texts]
+        start, end = self.template.prefix, self.template.suffix
+        joined = [
+            MARK + start + prompt.removeprefix(MARK) + text + end
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        encode = self.tokenizer.backend_tokenizer.encode_batch_fast
+        inputs = encode(joined, add_special_tokens=False)
+        alone = encode([text + end for text in texts], add_special_tokens=False)
+        return [
+            self._counted_row(whole.ids, len(text.ids), limit)
+            for whole, text in zip(inputs, alone, strict=True)
+        ]
+
+    def _counted_row(self, ids: list[int], count: int, limit: int) -> TokenRow:
+        """A row cut at the right, of which as many tokens are pooled as the text has alone."""
+        kept = [*self.prefix, *ids][: limit - len(self.suffix)] + self.suffix
+        count = min(min(count, limit) + len(self.suffix), len(kept))
+        return self.marked(kept, len(kept) - count, len(kept))
+
+    def _cut_by_words(self, text: str, limit: int) -> str:
+        """The original's way to `doc_max_length`: whole words, white space collapsed.
+
+        The original left nothing of a text without spaces; such a text is cut by tokens here.
+        """
+        backend = self.tokenizer.backend_tokenizer
+
+        def count(part: str) -> int:
+            return min(len(backend.encode(part, add_special_tokens=False).ids), limit)
+
+        most = self.doc_max_length
+        while most is not None and (length := count(text)) > most:
+            words = text.split()
+            kept = int(len(words) * most / length)
+            if kept == 0:
+                end = backend.encode(text, add_special_tokens=False).offsets[most - 1][1]
+                text = text[:end]
+                break
+            text = " ".join(words[:kept])
+        return text.rstrip() if self.template.suffix else text
+
+
+class CountingPooling(TextPooling):
+    """A `TextPooling` whose ``weighted_mean`` counts from the first token that is pooled."""
+
+    def forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
+        rows, is_text = features["packed_rows"], features["packed_is_text"]
+        batch = len(features["input_ids"])
+        moved = positions_in_text(rows, features["packed_positions"], is_text, batch)
+        return super().forward({**features, "packed_positions": moved}, **options)
+
+
+def positions_in_text(rows: Tensor, positions: Tensor, is_text: Tensor, batch: int) -> Tensor:
+    """Positions (N,) counted from the first token of each row that is pooled.
+
+    Args:
+        rows: (N,) the row of each token.
+        positions: (N,) its position in the row, from 0.
+        is_text: (N,) whether it is pooled.
+        batch: B, the number of rows.
+    """
+    if not len(positions):
+        return positions
+    last = positions.amax()
+    late = where(is_text, positions, last)
+    first = late.new_full((batch,), int(last)).scatter_reduce(0, rows, late, "amin")  # (B,)
+    return positions - first[rows]
