@@ -73,12 +73,12 @@ def test_what_would_be_sent(saved):
 
 def test_what_cannot_be_pushed(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelError, match=r"holds no model.*did you mean .*model\?"):
+    with pytest.raises(ModelError, match=r"does not hold a model.*did you mean .*model\?"):
         push(saved.parent, "org/x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="holds no model.*Fix"):
+    with pytest.raises(ModelError, match="does not hold a model.*Fix"):
         push(tmp_path / "empty", "org/x")
-    with pytest.raises(OutputError, match="no name of a repository.*Fix"):
+    with pytest.raises(OutputError, match="not a valid name of a repository.*Fix"):
         push(saved, "a/b/c")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OutputError, match="org/x: the hub did not take it.*Fix: log in"):
