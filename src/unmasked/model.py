@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import get_device_name
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
@@ -34,7 +34,6 @@ from unmasked.checkpoint.fingerprint import fingerprint
 from unmasked.errors import DataError, ModelError, unknown
 from unmasked.forward import loop, quantization
 from unmasked.forward.backbone import BY_TOKENS, Backbone, listed, split_pairs
-from unmasked.forward.batches import token_budget
 from unmasked.forward.packing import enable_packing
 from unmasked.forward.pooling import TextPooling, check_mode
 from unmasked.forward.precision import Precision, pick
@@ -87,11 +86,19 @@ class TextEncoder(SentenceTransformer):
         check_mode(settings.pooling_mode)
         self.settings = folder.within_positions(settings, learned_positions(model))
         self.base_name = base_name or str(model.config.name_or_path or "a decoder")  # type: ignore[union-attr]
-        tokens = self.text_tokenizer(tokenizer, self.settings)
+        find, pool = self.text_rules(settings)
+        tokens = find(
+            prepare_tokenizer(tokenizer, append_eos=settings.pooling_mode == "eos_token"),
+            self.settings.max_length,
+            settings.doc_max_length,
+            settings.skip_instruction,
+            settings.template,
+        )
         tokens.check_mode(settings.pooling_mode)
         self.report = report or prove(model)
         backbone = Backbone(model, tokens, self._pack(model))
-        pooling = self.text_pooling(backbone.get_embedding_dimension(), settings)
+        width = backbone.get_embedding_dimension()
+        pooling = pool(width, settings.pooling_mode, settings.skip_instruction)
         super().__init__(modules=[backbone, pooling], device=device, prompts=prompts)
 
     @classmethod
@@ -149,43 +156,26 @@ class TextEncoder(SentenceTransformer):
             encoder.quantization = quantization.quantize(encoder, model, quantize)
         return encoder
 
-    # What a subclass with other preprocessing replaces
-
     @classmethod
     def read_checkpoint(
         cls, found: loading.Found, given: Mapping[str, Any]
     ) -> tuple[PreTrainedTokenizerBase, folder.Settings]:
-        """Tokenizer and settings of a checkpoint; what is given goes before what it says."""
+        """Tokenizer and settings of a checkpoint; what is given goes before what it says.
+
+        A subclass may read checkpoints of another package (`compat`).
+        """
         return found.tokenizer, folder.read_settings(found.settings, given)
 
     @classmethod
-    def text_tokenizer(
-        cls, tokenizer: PreTrainedTokenizerBase, settings: folder.Settings
-    ) -> TextTokenizer:
-        """What turns texts into ids."""
+    def text_rules(cls, settings: folder.Settings) -> tuple[type[TextTokenizer], type[TextPooling]]:
+        """The classes that find and pool a text; a subclass may know other rules (`compat`).
+
+        Raises:
+            ModelError: the settings name rules that this class does not know.
+        """
         if settings.compat is not None:
             raise ModelError(f"compat {settings.compat}: only unmasked.LLM2Vec has these rules.")
-        return cls.make_tokenizer(TextTokenizer, tokenizer, settings)
-
-    @staticmethod
-    def make_tokenizer(
-        kind: type[TextTokenizer], tokenizer: PreTrainedTokenizerBase, settings: folder.Settings
-    ) -> TextTokenizer:
-        """A `TextTokenizer`, or a subclass of it, of some settings."""
-        return kind(
-            prepare_tokenizer(tokenizer, append_eos=settings.pooling_mode == "eos_token"),
-            settings.max_length,
-            settings.doc_max_length,
-            settings.skip_instruction,
-            settings.template,
-        )
-
-    @classmethod
-    def text_pooling(cls, width: int, settings: folder.Settings) -> TextPooling:
-        """What turns the states of a text, each `width` wide, into a vector."""
-        return TextPooling(width, settings.pooling_mode, settings.skip_instruction)
-
-    # Parts and settings
+        return TextTokenizer, TextPooling
 
     @property
     def backbone(self) -> Backbone:
@@ -216,10 +206,8 @@ class TextEncoder(SentenceTransformer):
 
     def _require_full_precision(self, done: str) -> None:
         if self.quantization is not None:
-            raise ModelError(
-                f"a model of {self.quantization.name} weights cannot be {done}. "
-                "Fix: load it without quantize."
-            )
+            kind = self.quantization.name
+            raise ModelError(f"{kind} weights cannot be {done}. Fix: load without quantize.")
 
     def _pack(self, model: nn.Module) -> str | None:
         """Switch on packed attention; returns the reason if that is not possible."""
@@ -230,17 +218,9 @@ class TextEncoder(SentenceTransformer):
             logger.warning("Batches are padded, which is slower: %s.", reason)
         return reason
 
-    # Encoding
-
-    def preprocess(
-        self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Padded features of texts or ``[instruction, text]`` pairs, as `forward` takes them.
-
-        Returns:
-            ``input_ids``, ``attention_mask`` and ``text_mask`` (what is pooled), each (B, T).
-        """
-        return self.backbone.preprocess(inputs, prompt, **kwargs)
+    def preprocess(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As `Backbone.preprocess`, which takes ``[instruction, text]`` pairs too."""
+        return self.backbone.preprocess(inputs, *args, **kwargs)
 
     def encode(  # type: ignore[override]
         self,
@@ -254,8 +234,7 @@ class TextEncoder(SentenceTransformer):
 
         Args:
             inputs: a string, a list of strings, or a list of ``[instruction, text]`` pairs.
-            prompt_name: which of the model's prompts is put before every input.
-            prompt: that text itself.
+            prompt_name, prompt: the prompt put before every input, by its name or as text.
             batch_size: maximum number of rows of a forward; by default a forward is filled up to a
                 number of tokens.
             kwargs: as in `SentenceTransformer.encode` (``show_progress_bar``, ``output_value``,
@@ -294,44 +273,19 @@ class TextEncoder(SentenceTransformer):
     # release renamed this method, `encode` would run the stock loop in batches of 32: slower, with
     # the same vectors. `docs/upstream.md` lists it, and a test fails then.
     @torch.inference_mode()
-    def _inference(  # type: ignore[override]
-        self,
-        inputs: list[Any],
-        *,
-        prompt: str | None,
-        batch_size: int,
-        show_progress_bar: bool,
-        output_value: str | None,
-        save_to_cpu: bool,
-        normalize_embeddings: bool,
-        truncate_dim: int | None,
-        device: str | torch.device | None = None,
-        by_tokens: bool = False,
-        **_: Any,
+    def _inference(
+        self, inputs: list[Any], *, device: str | torch.device | None = None, **options: Any
     ) -> Any:
         target = torch.empty(0, device=device or self.device).device
         if any(weight.device != target for weight in self.parameters()):
             self.to(target)
-        request = loop.Request(
-            target,
-            prompt,
-            token_budget(target) if by_tokens else None,
-            None if by_tokens else batch_size,
-            output_value,
-            normalize_embeddings,
-            truncate_dim,
-            save_to_cpu,
-            show_progress_bar,
-        )
-        return loop.run(self, self.backbone, inputs, request)
-
-    # Saving
+        return loop.run(self, self.backbone, inputs, loop.Request.of(target, options))
 
     def merged_model(self) -> nn.Module:
         """The bare transformer with an attached adapter, if any, merged into a copy.
 
         Raises:
-            ModelError: it is quantized, which stock loaders could not read.
+            ModelError: it is quantized.
         """
         self._require_full_precision("saved")
         model = self.backbone.auto_model
@@ -350,8 +304,8 @@ class TextEncoder(SentenceTransformer):
     ) -> None:
         """Write a folder that stock sentence-transformers and transformers load (see `folder`).
 
-        An attached adapter is merged into the copy that is written. An existing folder is
-        replaced file by file.
+        An attached adapter is merged into the copy that is written; an existing folder is replaced
+        file by file.
 
         Args:
             path: where to write.

@@ -100,4 +100,4 @@ def test_dry_run(saved, monkeypatch, capsys):
     assert "to org/x (private)" in out and "nothing was sent" in out
     assert "(public)" in run(saved, "org/x", "--dry-run", "--public")[1]
     code, _, err = run(saved.parent, "org/x", "--dry-run")
-    assert code == 2 and "holds no model" in err
+    assert code == 2 and "does not hold a model" in err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 from unmasked import LLM2Vec
-from unmasked.model import TextEncoder
 from unmasked.compat.seed import parser
 from unmasked.errors import ModelError
+from unmasked.model import TextEncoder
 from unmasked.text.templates import named
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text(encoding="utf-8")

@@ -206,16 +206,11 @@ class LLM2Vec(TextEncoder):
         return tokenizer, read_settings(saved, given)
 
     @classmethod
-    def text_tokenizer(
-        cls, tokenizer: PreTrainedTokenizerBase, settings: Settings
-    ) -> TextTokenizer:
-        kind = TextTokenizer if check_compat(settings.compat) is None else CountingTokenizer
-        return cls.make_tokenizer(kind, tokenizer, settings)
-
-    @classmethod
-    def text_pooling(cls, width: int, settings: Settings) -> TextPooling:
-        kind = TextPooling if settings.compat is None else CountingPooling
-        return kind(width, settings.pooling_mode, settings.skip_instruction)
+    def text_rules(cls, settings: Settings) -> tuple[type[TextTokenizer], type[TextPooling]]:
+        """The original's rules under ``compat``, else our own."""
+        if check_compat(settings.compat) is None:
+            return TextTokenizer, TextPooling
+        return CountingTokenizer, CountingPooling
 
     def encode(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
         """As `TextEncoder.encode`, also with the original's arguments in its order.

@@ -9,8 +9,8 @@ Shapes: N inputs, B rows of a batch, T tokens of a row, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from unmasked.forward.backbone import Backbone
-from unmasked.forward.batches import WINDOW, ahead, distinct, plan_batches
+from unmasked.forward.batches import WINDOW, ahead, distinct, plan_batches, token_budget
 from unmasked.forward.packing import pack
 
 SENTENCE = "sentence_embedding"
@@ -33,23 +33,35 @@ ON_DEVICE = 4096
 
 @dataclass(frozen=True)
 class Request:
-    """What `encode` asks of a pass over its inputs; see `SentenceTransformer.encode`.
+    """What `encode` asks of a pass over its inputs, by the names of `SentenceTransformer.encode`.
 
     Attributes:
-        token_budget: maximum number of tokens of a forward; None if `batch_size` limits it.
-        batch_size: maximum number of rows of a forward; None if `token_budget` limits it.
-        output: one of `OUTPUTS`.
+        output_value: one of `OUTPUTS`.
+        save_to_cpu: copy vectors to the host as they come.
+        by_tokens: fill forwards up to a number of tokens; otherwise `batch_size` rows make one.
     """
 
     device: torch.device
     prompt: str | None
-    token_budget: int | None
-    batch_size: int | None
-    output: str | None
-    normalize: bool
+    batch_size: int
+    show_progress_bar: bool
+    output_value: str | None
+    save_to_cpu: bool
+    normalize_embeddings: bool
     truncate_dim: int | None
-    to_cpu: bool
-    show_progress: bool
+    by_tokens: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device, options: Mapping[str, Any]) -> Request:
+        """The request of a call of `encode`, which may have options for other modules as well."""
+        names = {field.name for field in fields(cls)}
+        return cls(device, **{name: value for name, value in options.items() if name in names})
+
+    def plan(self, lengths: Sequence[int]) -> list[np.ndarray]:
+        """Which of some rows, by their numbers of tokens, share a forward."""
+        if self.by_tokens:
+            return plan_batches(lengths, token_budget(self.device))
+        return plan_batches(lengths, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ def run(model: nn.Module, backbone: Backbone, inputs: list[Any], request: Reques
     was_training = model.training
     model.eval()
     try:
-        if request.output == SENTENCE:
+        if request.output_value == SENTENCE:
             return sentence_vectors(model, backbone, inputs, request)
         return row_outputs(model, backbone, inputs, request)
     finally:
@@ -88,13 +100,13 @@ def prepare_batches(
     for start in range(0, len(inputs), WINDOW):
         rows = backbone.tokenize_inputs(inputs[start : start + WINDOW], request.prompt)
         lengths = [len(row.ids) for row in rows]
-        for chosen in plan_batches(lengths, request.token_budget, request.batch_size):
+        for chosen in request.plan(lengths):
             features: dict[str, Any] = backbone.collate([rows[i] for i in chosen])
             if backbone.unpackable is None:
                 features["packed"] = pack(features["attention_mask"])
             if pin:
                 features = {key: value.pin_memory() for key, value in features.items()}
-            features["repad"] = request.output != SENTENCE
+            features["repad"] = request.output_value != SENTENCE
             yield PreparedBatch(chosen + start, [lengths[i] for i in chosen], features)
 
 
@@ -110,7 +122,7 @@ def sentence_vectors(
     def deliver() -> None:
         nonlocal results
         vectors = torch.cat(waiting)
-        vectors = vectors.cpu() if request.to_cpu else vectors
+        vectors = vectors.cpu() if request.save_to_cpu else vectors
         if results is None:
             results = vectors.new_empty(len(unique), vectors.shape[1])
         at = torch.from_numpy(np.concatenate(places)).to(results.device)
@@ -119,7 +131,7 @@ def sentence_vectors(
         places.clear()
 
     copies = np.bincount(inverse, minlength=len(unique))
-    with _bar(len(inputs), request.show_progress) as bar:
+    with _bar(len(inputs), request.show_progress_bar) as bar:
         for batch, outputs in _forwards(model, backbone, unique, request):
             waiting.append(_finished(outputs[SENTENCE].float(), request))
             places.append(batch.places)
@@ -129,7 +141,7 @@ def sentence_vectors(
         if waiting:
             deliver()
     if results is None:
-        return torch.empty(0, device="cpu" if request.to_cpu else request.device)
+        return torch.empty(0, device="cpu" if request.save_to_cpu else request.device)
     if len(unique) == len(inputs):
         return results
     return results[torch.from_numpy(inverse).to(results.device)]
@@ -140,10 +152,10 @@ def row_outputs(
 ) -> list[Any]:
     """Token states (T, D) of each input without padding, or every output of each input."""
     results: list[Any] = [None] * len(inputs)
-    with _bar(len(inputs), request.show_progress) as bar:
+    with _bar(len(inputs), request.show_progress_bar) as bar:
         for batch, outputs in _forwards(model, backbone, inputs, request):
             rows: list[Any]
-            if request.output == TOKENS:
+            if request.output_value == TOKENS:
                 states = zip(outputs[TOKENS], batch.lengths, strict=True)
                 rows = [row[:length].float() for row, length in states]
             else:
@@ -187,4 +199,4 @@ def _forwards(
 def _finished(vectors: Tensor, request: Request) -> Tensor:
     if request.truncate_dim is not None:
         vectors = truncate_embeddings(vectors, request.truncate_dim)
-    return nn.functional.normalize(vectors, dim=1) if request.normalize else vectors
+    return nn.functional.normalize(vectors, dim=1) if request.normalize_embeddings else vectors
