@@ -1,6 +1,6 @@
 """`python train_mntp.py --model_name ID`: the seed system's command; see docs/migrating.md."""
 
-from unmasked.compat.seed import main
+from unmasked.cli.seed_scripts import main
 
 if __name__ == "__main__":
     main("mntp")

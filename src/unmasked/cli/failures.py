@@ -1,10 +1,13 @@
-"""How a command ends: what the user can mend is one paragraph and an exit code, no traceback."""
+"""How a command ends: an error that the user can mend is one paragraph and an exit code.
+
+Everything else is a fault of the program, whose traceback is shown.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -18,37 +21,43 @@ RESUMABLE = ("demo", "run", "train")
 
 
 class Verbs(TyperGroup):
-    """Turns what the user can mend into one paragraph and an exit code."""
+    """The verbs of `unmasked`; an error in one of them ends as `end` says."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, Exception) as error:
-            code, message = explain(error, str(ctx.invoked_subcommand))
-            if not message or ctx.params.get("debug"):
-                raise
-            typer.echo(message, err=True)
-            raise typer.Exit(code) from error
+            end(error, str(ctx.invoked_subcommand), debug=bool(ctx.params.get("debug")))
+
+
+def end(error: BaseException, verb: str, debug: bool = False) -> NoReturn:
+    """Print what the user can mend and exit; raise everything else again, and all with `debug`."""
+    code, message = explain(error, verb)
+    if debug or not message:
+        raise error
+    typer.echo(message, err=True)
+    raise SystemExit(code) from error
 
 
 def explain(error: BaseException, verb: str) -> tuple[int, str]:
-    """Exit code and message; an empty message for what is no fault of the user's."""
+    """Exit code and message; the message is empty if the user cannot mend the error."""
     if isinstance(error, KeyboardInterrupt):
         if verb in RESUMABLE:
             return INTERRUPTED, "interrupted: saved; run the same command to continue"
         return INTERRUPTED, "interrupted: nothing was written"
     if isinstance(error, UnmaskedError):
         return MISUSED, f"error: {error}"
-    if FULL in str(error):  # of the weights' writer too, which has an error of its own
+    if FULL in str(error):  # safetensors reports a full disk with an error class of its own
         where = getattr(error, "filename", None)
         place = f"{where}: " if where else ""
         return MISUSED, f"error: {place}{FULL}. Fix: make room and run the same command."
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.filename:
-        return MISUSED, f"error: {error.filename}: {error.strerror}"
+        return MISUSED, f"error: {error.filename}: {error.strerror}."
     if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would take seconds
         return MISUSED, (
-            "error: the device is out of memory. Fix: encode with a smaller --batch-size (same "
-            "vectors); train with smaller mntp.micro_batch_tokens or supervised.mini_batch_tokens "
-            "(same result), or gradient_checkpointing=true in the stage (same result, slower)."
+            "error: the device is out of memory. Fix: encode with a smaller --batch-size (the "
+            "vectors are the same); train with a smaller mntp.micro_batch_tokens or "
+            "supervised.mini_batch_tokens (the result is the same), or with "
+            "gradient_checkpointing=true in the stage (the result is the same, and it is slower)."
         )
     return 1, ""

@@ -1,39 +1,51 @@
-"""Arguments and options that several verbs share."""
+"""Arguments and options that several verbs share, and the checks of where a verb may write."""
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Annotated
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
+from unmasked.errors import OutputError
 
-class Pooling(str, Enum):
-    """From token states to one vector."""
+Pooling = Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"]
+Dtype = Literal["auto", "checkpoint", "float32", "bfloat16", "float16"]
 
-    mean = "mean"
-    weighted_mean = "weighted_mean"
-    last_token = "last_token"
-    eos_token = "eos_token"
-    bos_token = "bos_token"
-
-
-class Dtype(str, Enum):
-    """Precision of the weights."""
-
-    auto = "auto"
-    checkpoint = "checkpoint"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Quantize(str, Enum):
-    """8-bit numbers in the linear layers of the model."""
-
-    int8 = "int8"
-    fp8 = "fp8"
+MODEL = Annotated[str, Argument(help="Hub name, folder, or 'nano', the bundled decoder.")]
+RECIPE = Annotated[str, Argument(help="YAML file, or the name of a shipped recipe.")]
+OVERRIDES = Annotated[
+    list[str] | None,
+    Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings to change: mntp.steps=500."),
+]
+DTYPE = Annotated[
+    Dtype,
+    Option(
+        help="Number type of the weights. auto: bfloat16 where the hardware has it; "
+        "checkpoint: the same, but never less than the checkpoint has."
+    ),
+]
 
 
-MODEL = Annotated[str, typer.Argument(help="Hub name, folder, or 'nano', the bundled decoder.")]
-DTYPE = Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware has it.")]
+def check_new(path: Path) -> Path:
+    """Refuse to write over a file, or into a folder that is not empty, with `OutputError`."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        filled = " and is not empty" if path.is_dir() else ""
+        raise OutputError(f"{path} exists{filled}. Fix: give another name.")
+    return path
+
+
+def check_parent(path: Path | None) -> Path | None:
+    """Refuse a file in a folder that does not exist, before any work is done for it."""
+    if path is not None and not path.parent.is_dir():
+        fix = f"mkdir -p {shlex.quote(str(path.parent))}, or give another name"
+        raise OutputError(f"{path} cannot be written: {path.parent} is not a folder. Fix: {fix}.")
+    return path
+
+
+NEW_FOLDER = Annotated[Path, Option("-o", "--output", callback=check_new, help="New folder.")]
+JSON_FILE = Annotated[
+    Path | None,
+    Option("--json", callback=check_parent, help="Also write the numbers to this file."),
+]

@@ -1,4 +1,4 @@
-"""What the commands show: results on stdout, progress on stderr, one honest line while it works.
+"""What the commands show: results on stdout, progress on stderr, one line while they work.
 
 On a terminal the progress line is live; elsewhere a plain line is written every few seconds.
 ``NO_COLOR`` and ``COLUMNS`` are honoured by rich. Cost: importing rich (0.1 s).
@@ -12,12 +12,13 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -49,26 +50,18 @@ def facts(rows: Sequence[tuple[str, str]], *, stderr: bool = False) -> None:
     console = _console(stderr)
     width = max((len(label) for label, _ in rows), default=0)
     for label, value in rows:
-        line = Text.assemble((label.ljust(width), "dim"), "  ", value)
-        console.print(line, soft_wrap=True)
+        console.print(Text.assemble((label.ljust(width), "dim"), "  ", value), soft_wrap=True)
 
 
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int] = ()
 ) -> None:
-    """A table on stdout, the first column to the left and the others to the right.
-
-    Args:
-        columns: their titles.
-        rows: as many cells each.
-        marked: rows shown in bold.
-    """
+    """A table on stdout, all but the first column to the right, `marked` rows (numbers) in bold."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, title in enumerate(columns):
         made.add_column(Text(title), justify="right" if index else "left", overflow="fold")
     for index, row in enumerate(rows):
-        cells = [Text(cell) for cell in row]
-        made.add_row(*cells, style="bold" if index in marked else None)
+        made.add_row(*map(Text, row), style="bold" if index in marked else None)
     _console(stderr=False).print(made)
 
 
@@ -79,8 +72,12 @@ def closing(saved: Path, following: Sequence[str]) -> None:
     if console.is_terminal and max(map(len, lines)) + 4 <= console.width:
         console.print(Panel.fit(Text("\n".join(lines)), border_style="green"))
     else:
-        for line in lines:
-            console.print(Text(line), soft_wrap=True)
+        console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def closing_model(model: Path) -> None:
+    """Where an encoder was saved, and a command that uses it."""
+    closing(model, ["unmasked", "encode", str(model), "texts.txt", "-o", "vectors.npy"])
 
 
 @contextmanager
@@ -95,11 +92,19 @@ def waiting(text: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def loading(text: str) -> Iterator[None]:
+    """`waiting` for work that imports the libraries, which are silenced from here on."""
+    with waiting(text):
+        quiet_libraries()
+        yield
+
+
 def quiet_libraries() -> None:
     """Silence the bars and notes of the libraries below; downloads from the hub still show.
 
-    What matters in their notes is an error here: weights that a checkpoint lacks (`weights`), a
-    hub that cannot be reached.
+    What matters in their notes is an error here: weights that a checkpoint lacks, or a hub that
+    cannot be reached.
     """
     # Deprecations between the libraries are for their authors.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -115,10 +120,8 @@ def quiet_libraries() -> None:
 
 
 def duration(seconds: float) -> str:
-    """``1:05``, ``2:03:04``."""
-    whole = int(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+    """``0:01:05``, ``1 day, 2:03:04``."""
+    return str(timedelta(seconds=int(seconds)))
 
 
 def short(number: float, unit: str = "") -> str:
@@ -130,25 +133,25 @@ def short(number: float, unit: str = "") -> str:
 
 
 class Line:
-    """The progress line: a name, how far it is, and what was measured.
+    """The progress line: a name, how much is done, what was measured, and the time left.
 
     Use as a context manager. Everything is written to stderr.
     """
 
     def __init__(self) -> None:
         self._console = _console(stderr=True)
+        self._plain = not self._console.is_terminal
         self._live = Progress(
             SpinnerColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
+            TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=self._plain,
         )
-        self._task: TaskID | None = None
-        self._name = ""
-        self._last = -PLAIN_EVERY
-        self._first: tuple[float, int] | None = None
+        self._task = self._live.add_task("", visible=False)
+        self._name, self._told = "", -PLAIN_EVERY
+        self._first: tuple[float, int] | None = None  # when the work began, and with how much done
 
     def __enter__(self) -> Line:
         self._live.start()
@@ -159,11 +162,9 @@ class Line:
 
     def begin(self, name: str) -> None:
         """A new piece of work, whose length is not known yet."""
-        self._name, self._first, self._last = name, None, -PLAIN_EVERY
-        if self._task is not None:
-            self._live.remove_task(self._task)
-        self._task = self._live.add_task("", total=None, text=name)
-        if self._live.disable:
+        self._name, self._first, self._told = name, None, -PLAIN_EVERY
+        self._live.reset(self._task, description=name, visible=True)
+        if self._plain:
             self.note(name)
 
     def note(self, text: str) -> None:
@@ -180,8 +181,7 @@ class Line:
             left = (total - done) * (now - begun) / (done - first)
             parts.append(f"ETA {duration(left)}")
         text = "  ".join(parts)
-        if self._task is not None:
-            self._live.update(self._task, total=total, completed=done, text=text)
-        if self._live.disable and (now - self._last >= PLAIN_EVERY or done == total):
-            self._last = now
+        self._live.update(self._task, description=text)
+        if self._plain and (now - self._told >= PLAIN_EVERY or done == total):
+            self._told = now
             self.note(text)

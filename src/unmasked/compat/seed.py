@@ -1,9 +1,11 @@
-"""The commands of the seed system, `train_mntp.py` and `train_simcse.py`: its flags as a recipe.
+"""What did the seed system's two commands do? Their flags as a recipe, and where their files lie.
 
-Every flag either acts or is refused with a reason; `docs/migrating.md` has the table. Results are
-where they were: the adapter, a tokenizer and `llm2vec_config.json` in ``results/NAME-STAGE``,
-events for TensorBoard in ``logs/NAME-STAGE``. The folder is a run folder too, so the same command
-continues it, and its ``model`` is the merged encoder.
+Every flag of `train_mntp.py` and `train_simcse.py` either acts or is refused with a reason;
+`docs/migrating.md` has the table. Results are where they were: the adapter, a tokenizer and
+`llm2vec_config.json` in ``results/NAME-STAGE``, events for TensorBoard in ``logs/NAME-STAGE``.
+`unmasked.cli.seed_scripts` runs the recipe.
+
+Cost: the training texts are tokenized once, to count the steps of an epoch.
 """
 
 from __future__ import annotations
@@ -11,63 +13,39 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from unmasked.cli.failures import explain
-from unmasked.errors import DataError, RecipeError, UnmaskedError, nearest
+from unmasked.errors import DataError, RecipeError, nearest
+from unmasked.files.source import Source
 from unmasked.recipe.files import make_recipe
 from unmasked.recipe.schema import Recipe
 
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant_with_warmup": "constant"}
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+"""Schedules of transformers that a recipe has; the others are passed on to the trainer."""
 OWN = {"seed", "weight_decay", "max_steps", "output_dir", "logging_dir"}
 """`TrainingArguments` that a recipe has a place for."""
-DEFAULT_DATA = "wiki1m_for_simcse.txt"
-KEPT = ("adapter_config.json", "adapter_model.safetensors")
-
-
-def main(stage: str) -> None:
-    """One of the two commands on the process's command line; what the user can mend is told."""
-    try:
-        run(stage)
-    except (UnmaskedError, KeyboardInterrupt, OSError, RuntimeError) as error:
-        code, message = explain(error, "train")
-        if not message:
-            raise
-        print(message, file=sys.stderr)  # noqa: T201
-        raise SystemExit(code) from error
-
-
-def run(stage: str, arguments: Sequence[str] | None = None) -> None:
-    """One of the two commands.
-
-    Args:
-        stage: ``mntp`` or ``simcse``.
-        arguments: the command line; None is the process's.
-
-    Raises:
-        UnmaskedError: a flag, a file or a model cannot be used.
-    """
-    read_environment(Path(".env"))
-    flags, further = parser(stage).parse_known_args(arguments)
-    prepare_environment(flags)
-    flags.model_name = flags.model_name.rstrip("/")
-    name = f"{Path(flags.model_name).name.lower()}-{stage}"
-    folder = Path(flags.output_dir) / name
-    recipe = to_recipe(stage, flags, trainer_options(further), name)
-    from unmasked.cli.running import run_recipe
-
-    link_logs(folder / stage, Path(flags.logging_dir) / name)
-    run_recipe(recipe, folder)
-    publish(folder, stage, recipe)
-    events = Path(flags.logging_dir) / name
-    if not events.exists():
-        shutil.copytree(folder / stage, events, ignore=shutil.ignore_patterns("adapter_*"))
+SAME = {
+    "batch_size": "per_device_train_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "log_steps": "logging_steps",
+}
+"""Settings of every stage that a flag gives as they are."""
+REFUSED = (
+    ("trust_remote_code", True, "code from the hub is never run. Fix: leave the flag out."),
+    ("do_train", False, "nothing would be left to do. Fix: unmasked convert MODEL -o DIR."),
+    ("merge_peft", False, "adapters are always merged. Fix: a recipe with lora.start: continue."),
+)
+"""Values of flags that are understood and cannot be had, and why."""
 
 
 def parser(stage: str) -> argparse.ArgumentParser:
@@ -78,7 +56,7 @@ def parser(stage: str) -> argparse.ArgumentParser:
         made.add_argument(f"--{name}", type=kind, default=default, **more)
 
     simcse = stage == "simcse"
-    flag("model_name", required=True)
+    flag("model_name", lambda name: name.rstrip("/"), required=True)
     flag("peft_model_name_or_path", required=simcse)
     flag("device_map", default="auto", choices=["auto", "cuda", "cpu"])
     flag("trust_remote_code", truth, False)
@@ -127,10 +105,8 @@ def parser(stage: str) -> argparse.ArgumentParser:
 
 def truth(text: str) -> bool:
     """``True`` or ``False`` as they stand on a command line."""
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
+    if text.lower() in ("true", "1", "yes", "false", "0", "no"):
+        return text.lower() in ("true", "1", "yes")
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
@@ -138,7 +114,7 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
     """``--name value`` flags that `TrainingArguments` has and a recipe has no place for.
 
     Raises:
-        RecipeError: there is no such argument, or its value is missing.
+        RecipeError: `TrainingArguments` has no such argument, or its value is missing.
     """
     from transformers import TrainingArguments
 
@@ -148,9 +124,9 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
     for flag, value in zip(words[::2], [*words[1::2], "--"], strict=False):
         name = flag.removeprefix("--")
         if name not in allowed or not flag.startswith("--"):
-            raise RecipeError(f"unknown flag '{flag}'{nearest(name, allowed)}")
+            raise RecipeError(f"unknown flag '{flag}'{nearest(name, allowed) or '.'}")
         if value.startswith("--"):
-            raise RecipeError(f"{flag} has no value. Fix: {flag} VALUE")
+            raise RecipeError(f"{flag} has no value. Fix: {flag} VALUE.")
         options[name] = yaml.safe_load(value)
     return options
 
@@ -162,51 +138,46 @@ def to_recipe(stage: str, flags: Any, options: dict[str, Any], name: str) -> Rec
         RecipeError: a flag's value cannot be used here.
         DataError: there is no training text.
     """
-    refuse(flags)
-    data = [str(path) for path in flags.data_path or [Path(flags.data_dir) / DEFAULT_DATA]]
+    for flag, value, reason in REFUSED:
+        if getattr(flags, flag) is value:
+            raise RecipeError(f"--{flag} {value}: {reason}")
+    default = Path(flags.data_dir) / "wiki1m_for_simcse.txt"
+    data = [str(path) for path in flags.data_path or [default]]
     length, longest = longest_input(flags.model_name, flags.max_seq_length, flags.model_max_length)
     texts, tokens = measure(flags.model_name, data)
     per_step = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
-    rows = tokens // length if stage == "mntp" else texts
-    epoch = max(1, rows // per_step)
+    epoch = max(1, (tokens // length if stage == "mntp" else texts) // per_step)
     steps = flags.max_steps if flags.max_steps > 0 else max(1, int(epoch * flags.num_train_epochs))
     evaluated = flags.do_eval or flags.evaluation_strategy != "no"
     every = {"no": steps, "epoch": epoch}
     if flags.report_to not in ("tensorboard", "none"):
         options = {"report_to": flags.report_to, **options}
-    if flags.lr_scheduler_type not in (*SCHEDULES, "constant"):
-        options = {"lr_scheduler_type": flags.lr_scheduler_type, **options}
-    settings: dict[str, Any] = {
+    if (schedule := flags.lr_scheduler_type) not in SCHEDULES:
+        options = {"lr_scheduler_type": schedule, **options}
+    settings = {setting: getattr(flags, flag) for setting, flag in SAME.items()} | {
         "data": data,
         "held_out": int(texts * flags.validation_split_percentage) if evaluated else 0,
         "steps": steps,
-        "batch_size": flags.per_device_train_batch_size,
-        "gradient_accumulation": flags.gradient_accumulation_steps,
-        "learning_rate": flags.learning_rate,
-        "schedule": SCHEDULES.get(flags.lr_scheduler_type, "constant"),
+        "schedule": schedule if schedule in ("linear", "cosine") else "constant",
         "warmup_steps": min(flags.warmup_steps, steps - 1),
-        "weight_decay": flags.weight_decay,
-        "max_grad_norm": flags.max_grad_norm,
         "lora": {"rank": 16, "alpha": 32, "dropout": flags.lora_dropout},
-        "gradient_checkpointing": flags.gradient_checkpointing,
-        "log_steps": flags.logging_steps,
         "eval_steps": flags.eval_steps or every.get(flags.evaluation_strategy, 100),
         "save_steps": every.get(flags.save_strategy, flags.save_steps),
         "trainer": options,
     }
-    if stage == "mntp":
-        settings |= {
+    own = {
+        "mntp": {
             "block_length": length,
             "mask_token": flags.mask_token_type,
             "mask_style": flags.mask_style,
             "mask_probability": flags.mlm_probability,
-        }
-    else:
-        settings |= {
+        },
+        "simcse": {
             "max_length": length,
             "attention_dropout": flags.simcse_dropout,
             "temperature": 1 / flags.loss_scale,
-        }
+        },
+    }
     model = {
         "base": flags.model_name,
         "adapters": [flags.peft_model_name_or_path] if flags.peft_model_name_or_path else [],
@@ -216,29 +187,8 @@ def to_recipe(stage: str, flags: Any, options: dict[str, Any], name: str) -> Rec
         "pooling": flags.pooling_mode,
         "max_length": longest,
     }
-    content = {"name": name, "seed": flags.seed, "model": model, stage: settings}
-    return make_recipe(content)
-
-
-def refuse(flags: Any) -> None:
-    """Values that are understood and cannot be had.
-
-    Raises:
-        RecipeError: names the flag and the reason.
-    """
-    if flags.trust_remote_code:
-        raise RecipeError(
-            "--trust_remote_code True: code from the hub is never run. Fix: leave out"
-        )
-    if not flags.do_train:
-        raise RecipeError(
-            "--do_train False leaves nothing to do. Fix: unmasked convert MODEL -o DIR"
-        )
-    if not flags.merge_peft:
-        raise RecipeError(
-            "--merge_peft False: the adapter given is always merged, and a new one trained. "
-            "Fix: a recipe whose second stage says lora.start: continue"
-        )
+    given = {"name": name, "seed": flags.seed, "model": model, stage: settings | own[stage]}
+    return make_recipe(given)
 
 
 def longest_input(model: str, *lengths: int) -> list[int]:
@@ -250,28 +200,31 @@ def longest_input(model: str, *lengths: int) -> list[int]:
 
 
 def measure(model: str, data: Sequence[str]) -> tuple[int, int]:
-    """(texts, tokens) of training files, for the number of steps in an epoch."""
+    """How many different texts training files hold, and how many tokens these have.
+
+    Raises:
+        DataError: a file does not exist or cannot be read.
+    """
     from unmasked.checkpoint.loading import load_tokenizer
     from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
-    from unmasked.train.data.texts import read_texts
 
     for path in data:
         if not Path(path).exists():
             raise DataError(
-                f"there is no training text at {path}. Fix: --data_path FILE, plain text with a "
-                "sentence a line (the seed system looked in /data)."
+                f"the training text {path} does not exist. Fix: --data_path FILE, plain text with "
+                "one sentence per line (the seed system looked in /data)."
             )
-    texts = list(dict.fromkeys(read_texts(data)))
-    tokens = TextTokenizer(prepare_tokenizer(load_tokenizer(model)))
-    count = 0
-    for start in range(0, len(texts), 4096):
-        rows = tokens(texts[start : start + 4096], max_length=1 << 30)
-        count += sum(len(row.ids) for row in rows)
+    sources = (Source(path, skip_blank=True) for path in data)
+    texts = dict.fromkeys(text for source in sources for _, text, _ in source.records())
+    tokenize = TextTokenizer(prepare_tokenizer(load_tokenizer(model)))
+    count, left = 0, iter(texts)
+    while chunk := list(islice(left, 4096)):
+        count += sum(len(row.ids) for row in tokenize(chunk, max_length=1 << 30))
     return len(texts), count
 
 
 def read_environment(file: Path) -> None:
-    """The ``NAME=value`` lines of a file, as environment variables that are not set yet."""
+    """Set the ``NAME=value`` lines of a file as environment variables, unless they are set."""
     if not file.is_file():
         return
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -281,7 +234,7 @@ def read_environment(file: Path) -> None:
 
 
 def prepare_environment(flags: Any) -> None:
-    """What libraries read when they are imported: the cache, and which devices there are."""
+    """Set what libraries read when they are imported: the cache, and which devices there are."""
     if flags.cache_dir:
         os.environ["HF_HUB_CACHE"] = flags.cache_dir
     if flags.device_map == "cpu":
@@ -296,11 +249,13 @@ def link_logs(events: Path, logs: Path) -> None:
             logs.symlink_to(events.resolve(), target_is_directory=True)
 
 
-def publish(folder: Path, stage: str, recipe: Recipe) -> None:
-    """Put the adapter, the base's tokenizer and the settings where the seed system had them."""
+def publish(folder: Path, stage: str, base: str, logs: Path) -> None:
+    """Put results where the seed system had them; the events, too, if they could not be linked."""
     from unmasked.checkpoint.loading import load_tokenizer
 
-    for name in KEPT:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(folder / stage / name, folder / name)
-    load_tokenizer(recipe.model.base).save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
     shutil.copyfile(folder / "model" / "llm2vec_config.json", folder / "llm2vec_config.json")
+    if not logs.exists():
+        shutil.copytree(folder / stage, logs, ignore=shutil.ignore_patterns("adapter_*"))

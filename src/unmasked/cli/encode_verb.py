@@ -1,0 +1,203 @@
+"""The verb encode: its options, and what it shows while it works.
+
+The work is done in `unmasked.corpus`, which is imported when the verb runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from unmasked.cli import terminal
+from unmasked.cli.failures import INTERRUPTED
+from unmasked.cli.options import DTYPE, MODEL
+from unmasked.errors import OutputError
+
+if TYPE_CHECKING:
+    from unmasked.compat.llm2vec import LLM2Vec
+    from unmasked.corpus import Encoded
+    from unmasked.corpus.engines import Engine, Load, Progress
+    from unmasked.files.source import Source
+
+INPUT = Annotated[
+    str,
+    Argument(
+        metavar="INPUT",
+        help=".txt, .jsonl, .csv (each perhaps .gz or .zst) or .parquet; a folder of them; "
+        "hf:NAME[:SUBSET[:SPLIT]] for a Hugging Face data set; - for standard input.",
+    ),
+]
+OUTPUT = Annotated[
+    str,
+    Option("-o", "--output", help="Folder of shards; or one .npy, .parquet or .safetensors file."),
+]
+COLUMN = Annotated[str, Option(help="Column that holds the text (ignored for .txt).")]
+KEEP = Annotated[str | None, Option(help="Columns to put beside the vectors: a,b,c.")]
+PROMPT = Annotated[str | None, Option(help="Text put before every input.")]
+PROMPT_NAME = Annotated[str | None, Option(help="Name of a prompt of the model.")]
+BATCH_SIZE = Annotated[
+    int | None, Option(min=1, help="Maximum number of texts per forward.", show_default="by tokens")
+]
+NORMALIZE = Annotated[bool, Option("--normalize", help="Scale vectors to length 1.")]
+TRUNCATE = Annotated[int | None, Option(min=1, help="Keep the first N numbers per vector.")]
+PRECISION = Annotated[
+    Literal["float32", "float16", "int8", "binary"],
+    Option(help="Precision of the stored numbers; binary is one bit per number."),
+]
+RANGES = Annotated[
+    Path | None, Option(help="_ranges.npy of another run, for int8.", show_default="measured")
+]
+FORMAT = Annotated[
+    Literal["parquet", "npy", "safetensors"] | None,
+    Option(help="Format of the shards in a folder.", show_default="parquet"),
+]
+SHARD_ROWS = Annotated[int, Option(min=1, help="Rows of the input per shard.")]
+SHARD = Annotated[str | None, Option(metavar="i/n", help="This is machine i of n machines.")]
+ON_ERROR = Annotated[
+    Literal["fail", "skip"], Option(help="At a row without a usable text, stop, or list it.")
+]
+BYTES = Annotated[int, Option(min=1, help="Texts of this many bytes or more are refused.")]
+ENGINE = Annotated[
+    Literal["local", "ray"], Option(help="Run one model in this process, or several on Ray.")
+]
+WORKERS = Annotated[
+    int | None, Option(min=1, help="Number of models on Ray.", show_default="number of GPUs")
+]
+QUANTIZE = Annotated[
+    Literal["int8", "fp8"] | None,
+    Option(
+        help="8-bit weights of the model (int8 on a CPU, fp8 on a GPU): faster and slightly less "
+        "exact; the loss is printed. The stored numbers are those of --precision."
+    ),
+]
+OVERWRITE = Annotated[bool, Option("--overwrite", help="Replace the output.")]
+
+
+def encode(
+    model: MODEL,
+    texts: INPUT,
+    output: OUTPUT,
+    text_column: COLUMN = "text",
+    keep: KEEP = None,
+    prompt: PROMPT = None,
+    prompt_name: PROMPT_NAME = None,
+    batch_size: BATCH_SIZE = None,
+    normalize: NORMALIZE = False,
+    truncate_dim: TRUNCATE = None,
+    precision: PRECISION = "float32",
+    ranges: RANGES = None,
+    format: FORMAT = None,
+    shard_rows: SHARD_ROWS = 32768,
+    shard: SHARD = None,
+    on_error: ON_ERROR = "fail",
+    max_bytes: BYTES = 1_000_000,
+    engine: ENGINE = "local",
+    workers: WORKERS = None,
+    dtype: DTYPE = "auto",
+    quantize: QUANTIZE = None,
+    overwrite: OVERWRITE = False,
+) -> None:
+    """Turn texts, however many, into vectors on disk, row by row.
+
+    The same command continues a folder: shards that are whole are kept.
+    """
+    from unmasked import corpus
+    from unmasked.files.source import Source
+
+    path = Path(output)
+    one_file = bool(path.suffix) and not output.endswith("/")
+    columns = tuple(word.strip() for word in (keep or "").split(",") if word.strip())
+    source = Source(texts, text_column, keep=columns, max_bytes=max_bytes)
+    encoding = corpus.Encoding(prompt, prompt_name, batch_size, normalize, truncate_dim, precision)
+    part, skip = corpus.parse_part(shard) if shard else (1, 1), on_error == "skip"
+    # Another machine's working directory is another one.
+    name = str(Path(model).resolve()) if Path(model).exists() else model
+    load = partial(_load, name, dtype, quantize)
+    if one_file and (format or part != (1, 1) or engine == "ray"):
+        raise OutputError(
+            f"{output} is one file: its suffix says its format, and one process writes it. "
+            "Fix: name a folder, or leave out --format, --shard and --engine ray."
+        )
+    given: dict[str, Any] = {"source": source, "encoding": encoding, "overwrite": overwrite}
+    if source.ignored:
+        terminal.say(f"not read, of another kind: {', '.join(source.ignored[:5])}")
+    if one_file:
+        corpus.check_output(path, overwrite)
+        write = partial(corpus.encode_corpus, output=path, skip=skip, ranges=ranges, **given)
+        done = _to_file(load, write, source, skip)
+    else:
+        kind, actors = f".{format or 'parquet'}", (workers or 0) if engine == "ray" else None
+        shards = corpus.Shards(kind, shard_rows, part=part, skip=skip, ranges=ranges)
+        write = partial(corpus.encode_folder, folder=path, shards=shards, **given)
+        done = _to_folder(load, write, path, actors)
+    listed = path.with_suffix(".skipped.jsonl") if one_file else path / "_manifest.jsonl"
+    left_out = f"; {done.skipped:,} rows skipped, listed in {listed}" if done.skipped else ""
+    terminal.show(f"{done.rows:,} vectors of {done.width} numbers in {path}{left_out}")
+
+
+def _load(name: str, dtype: str, quantize: str | None) -> LLM2Vec:
+    """The model, in this process or in an actor of Ray, which imports this function."""
+    from unmasked.compat.llm2vec import LLM2Vec
+
+    terminal.quiet_libraries()
+    return LLM2Vec.from_pretrained(name, dtype=dtype, quantize=quantize)
+
+
+def _to_file(load: Load, write: Callable[..., Encoded], source: Source, skip: bool) -> Encoded:
+    with terminal.waiting(f"checking {source.name}"):
+        total = sum(source.survey(skip)) if source.on_disk else None
+    with terminal.waiting("loading the model"):
+        model = load()
+    with terminal.Line() as line:
+        return write(model, progress=_counter(line, 0, total))
+
+
+def _to_folder(
+    load: Load, write: Callable[..., Encoded], path: Path, actors: int | None
+) -> Encoded:
+    """Encode with `actors` models on Ray, 0 for one per GPU; with None, in this process."""
+    from unmasked.corpus import Local
+
+    try:
+        with ExitStack() as stack:
+            engine: Engine = Local(load)
+            if actors is not None:
+                from unmasked.corpus.cluster import OnRay
+
+                with terminal.waiting("starting Ray"):
+                    engine = stack.enter_context(OnRay(load, actors))
+
+            def begin(done: int, total: int | None) -> Progress:
+                return _counter(stack.enter_context(terminal.Line()), done, total)
+
+            return write(engine, announce=terminal.waiting, begin=begin)
+    except KeyboardInterrupt:
+        terminal.say(f"interrupted: {path} has whole shards only; run the same command to continue")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _counter(line: terminal.Line, before: int, total: int | None) -> Progress:
+    """Shows rows, and what this run does in a second; the time left follows from that."""
+    begun, tokens_before = time.monotonic(), 0
+    line.begin("encoding")
+    line.advance(before, total)
+
+    def told(rows: int, tokens: int | None) -> None:
+        nonlocal tokens_before
+        if rows == before:  # only the ranges of int8 have been measured yet
+            tokens_before = tokens or 0
+            return
+        seconds = max(time.monotonic() - begun, 1e-9)
+        notes = [f"{(rows - before) / seconds:,.0f} texts/s"]
+        if tokens is not None:
+            notes.append(f"{(tokens - tokens_before) / seconds:,.0f} tokens/s")
+        line.advance(rows, total, *notes)
+
+    return told

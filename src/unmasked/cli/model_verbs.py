@@ -1,0 +1,178 @@
+"""Verbs for a whole model: convert, evaluate, analyse, doctor, push."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from unmasked.cli import terminal
+from unmasked.cli.failures import MISUSED
+from unmasked.cli.options import DTYPE, JSON_FILE, MODEL, NEW_FOLDER, Pooling
+from unmasked.files.writing import write_text
+
+
+def convert(
+    model: MODEL,
+    output: NEW_FOLDER,
+    peft: Annotated[
+        list[str] | None, Option(help="Adapter to merge; repeat for more, in order.")
+    ] = None,
+    pooling: Annotated[
+        Pooling | None,
+        Option(help="Pooling of token states.", show_default="the folder's, or mean"),
+    ] = None,
+    max_length: Annotated[
+        int | None, Option(min=2, help="Maximum number of tokens per input.", show_default="512")
+    ] = None,
+    dtype: DTYPE = "checkpoint",
+    attention: Annotated[
+        str | None,
+        Option(help="Attention: sdpa, eager, ...", show_default="as transformers chooses"),
+    ] = None,
+    allow_partial: Annotated[
+        bool, Option("--allow-partial", help="Accept layers that stay causal (hybrids).")
+    ] = False,
+) -> None:
+    """Take the causal mask off, prove it, and save an encoder, without training.
+
+    Stock sentence-transformers loads the folder to the same vectors.
+    """
+    with terminal.loading(f"loading {model}"):
+        from unmasked.compat.llm2vec import LLM2Vec
+
+        encoder = LLM2Vec.from_pretrained(
+            model,
+            list(peft or []),
+            pooling_mode=pooling,
+            max_length=max_length,
+            dtype=dtype,
+            attn_implementation=attention,
+            allow_partial=allow_partial,
+        )
+    terminal.show(encoder.report.summary())
+    with terminal.waiting("saving"):
+        encoder.save(output)
+    terminal.closing_model(output)
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        Argument(help="Hub name, folder, or 'nano'; the first is compared to the others."),
+    ],
+    tasks: Annotated[
+        list[str], Option(help="Task file or folder, words:FILE, or mteb name; repeat for more.")
+    ],
+    languages: Annotated[
+        list[str] | None, Option(help="Languages of public tasks: eng, kor, ...; repeat for more.")
+    ] = None,
+    against: Annotated[
+        Literal["causal"] | None, Option(help="Also score the causal decoder, with each pooling.")
+    ] = None,
+    base: Annotated[
+        str | None, Option(help="The causal decoder.", show_default="the base of the first model")
+    ] = None,
+    results: Annotated[
+        Path, Option(help="Folder that keeps results of public tasks, to be continued.")
+    ] = Path("mteb"),
+    every: Annotated[
+        bool, Option("--all", help="Show every metric, not only the main one of each task.")
+    ] = False,
+    json_file: JSON_FILE = None,
+) -> None:
+    """Score models with 95 % intervals, and show what the first gains on each other one."""
+    from unmasked.cli import tables
+    from unmasked.evaluate.compare import compare_encoders
+    from unmasked.evaluate.scorer import make_scorer
+
+    score = make_scorer(tasks, languages, results)
+    with terminal.loading("loading the libraries"):
+        from unmasked.compat.llm2vec import LLM2Vec
+        from unmasked.evaluate.baselines import causal_baselines, find_base
+    scored = {}
+    baselines = causal_baselines(base or find_base(models[0])) if against else ()
+    encoders = ((m, partial(LLM2Vec.from_pretrained, m, allow_partial=True)) for m in models)
+    for name, make in (*baselines, *encoders):
+        with terminal.waiting(f"scoring {name}"):
+            scored[name] = score(make())
+    rows = compare_encoders({name: scored[name] for name in dict.fromkeys([*models, *scored])})
+    tables.score_table(rows, every)
+    if json_file:
+        write_text(json_file, json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+
+
+def analyse(
+    model: MODEL,
+    task: Annotated[
+        str | None,
+        Option(
+            help="Task with texts that belong together (STS, pairs, reranking, retrieval).",
+            show_default="docstrings of this Python",
+        ),
+    ] = None,
+    output: Annotated[Path | None, Option("-o", "--output", help="Folder for the figures.")] = None,
+    json_file: JSON_FILE = None,
+) -> None:
+    """Compare closed and open mask layer by layer, and measure the shape of the vectors."""
+    from unmasked.cli import tables
+
+    with terminal.loading(f"analysing {model}"):
+        from unmasked.evaluate.analysis import analyse as look
+        from unmasked.evaluate.analysis import draw
+
+        found = look(model, task)
+    tables.show_analysis(found)
+    if json_file:
+        write_text(json_file, json.dumps(found.as_dict(), indent=2) + "\n")
+    for path in draw(found, output) if output else ():
+        terminal.show(f"figure  {path}")
+
+
+def doctor(
+    model: Annotated[str | None, Argument(help="Model to examine as well.")] = None,
+    load: Annotated[
+        bool, Option("--load", help="Download the weights of a hub model and examine them.")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Write JSON, for programs.")] = False,
+) -> None:
+    """Examine this machine, or a model: is it really bidirectional? Exit code 2 if it is not."""
+    from unmasked.doctor import environment, examine, lines
+
+    waiting = terminal.loading if model else terminal.waiting
+    with waiting(f"examining {model or 'this machine'}"):
+        found = examine(model, load or None) if model else environment()
+    if as_json:
+        terminal.show(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        terminal.facts(lines(found))
+    if not found.get("bidirectional", True):
+        raise typer.Exit(MISUSED)
+
+
+def push(
+    folder: Annotated[Path, Argument(help="Folder of a saved model: RUN/model.")],
+    repository: Annotated[str, Argument(help="NAME or ORGANISATION/NAME on the hub.")],
+    public: Annotated[bool, Option("--public", help="Let everybody see it.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the files and send nothing.")] = False,
+) -> None:
+    """Upload a saved model to the Hugging Face hub, private by default."""
+    from unmasked.checkpoint.push import check_name, list_files
+    from unmasked.checkpoint.push import push as upload
+
+    check_name(repository)
+    files = list_files(folder)
+    total = sum(size for _, size in files)
+    terminal.table(["file", "size"], [[name, terminal.short(size, "B")] for name, size in files])
+    who = "public" if public else "private"
+    terminal.show(f"{len(files)} files, {terminal.short(total, 'B')}, to {repository} ({who})")
+    if dry_run:
+        terminal.show("dry run: nothing was sent")
+        return
+    with terminal.waiting("uploading"):
+        address = upload(folder, repository, private=not public)
+    terminal.show(f"pushed  {address}")

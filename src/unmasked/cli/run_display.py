@@ -1,0 +1,115 @@
+"""What a run shows: facts first, then progress and scores, then the table and the next command.
+
+Training itself is `train.run.Run`, which is given a listener and a scorer here.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unmasked.cli import tables, terminal
+from unmasked.evaluate.compare import CAUSAL, COMMAND, headlines
+from unmasked.evaluate.scorer import RESULTS, make_scorer
+from unmasked.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from unmasked.train.run import Listener, Run
+
+
+def run_recipe(recipe: Recipe, path: Path) -> None:
+    """Run, or continue, a recipe in a folder, and show it: facts, progress, table, next command.
+
+    Raises:
+        UnmaskedError: see `train.run.Run`.
+    """
+    tasks = recipe.evaluate.tasks
+    score = make_scorer(tasks, results=path / RESULTS) if tasks else None
+    with terminal.loading("loading the libraries"):
+        from unmasked.train.run import Run
+    with terminal.Line() as line:
+        work = Run(recipe, path, score and _with_proof(score, line), listener(line))
+        terminal.facts(_header(work), stderr=True)
+        encoder = work.run()
+    keep_command(path)
+    terminal.show(encoder.report.summary())
+    tables.stage_table(path, recipe.evaluate.bootstrap)
+    terminal.closing_model(path / "model")
+
+
+def keep_command(run: Path) -> None:
+    """Write the command that first ended a run into its folder, for the report."""
+    if not (run / COMMAND).exists():
+        command = f"{shlex.join(['unmasked', *sys.argv[1:]])}\n"
+        (run / COMMAND).write_text(command, encoding="utf-8")
+
+
+def listener(line: terminal.Line) -> Listener:
+    """A listener for `train.run.Run` that shows everything on a progress line."""
+    from unmasked.train.run import Listener
+
+    known: dict[str, float] = {}  # the newest value of each measure of the stage
+
+    def stage(name: str) -> None:
+        known.clear()
+        line.begin(name)
+
+    def step(step: int, steps: int, measured: dict[str, float]) -> None:
+        known.update(measured)
+        if "train_runtime" in measured:
+            return  # the trainer's last word, whose loss is a mean over the whole stage
+        if "eval_token_loss" in known:
+            known.pop("eval_loss", None)  # a mean of batch means
+        texts = {
+            "loss": "loss {:.4f}",
+            "eval_loss": "held-out {:.4f}",
+            "eval_token_loss": "held-out {:.4f}",
+            "tokens_per_second": "{:,.0f} tokens/s",
+        }
+        notes = [text.format(known[key]) for key, text in texts.items() if key in known]
+        line.advance(step, steps, *notes)
+
+    def scored(stage: str, scores: dict[str, float]) -> None:
+        told = [f"{metric} {100 * scores[metric]:.2f}" for metric in headlines(scores)]
+        line.note(f"{stage}: {', '.join(told)}")
+
+    return Listener(stage, step, scored)
+
+
+def _with_proof(score: Callable[[Any], Any], line: terminal.Line) -> Callable[[Any], Any]:
+    """A scorer that also shows the proof of the first encoder without its causal mask."""
+    told = False
+
+    def scored(encoder: Any) -> Any:
+        nonlocal told
+        if not told and encoder.report.verdict != "impossible":
+            told = True
+            line.note(encoder.report.summary())
+        return score(encoder)
+
+    return scored
+
+
+def _header(work: Run) -> list[tuple[str, str]]:
+    recipe = work.recipe
+    dtype = str(work.dtype).removeprefix("torch.")
+    if recipe.model.dtype == "auto":
+        dtype += " (auto: bfloat16 on a GPU that has it, float32 on CPU)"
+    stages = [
+        f"{name} {stage.steps:,} steps of {stage.batch_size * stage.gradient_accumulation}"
+        for name, stage in recipe.stages()
+    ]
+    rows = [
+        ("base", recipe.model.base),
+        ("device", work.device.type),
+        ("dtype", dtype),
+        ("attention", recipe.model.attention or "as transformers chooses"),
+        ("stages", ", ".join(stages) or "none: converted only"),
+        ("tasks", ", ".join(recipe.evaluate.tasks) or "none: nothing is scored"),
+        ("output", str(work.path)),
+    ]
+    done = [s["name"] for s in work.results() if not s["name"].startswith(CAUSAL)]
+    return [*rows, ("scored", ", ".join(done))] if done else rows

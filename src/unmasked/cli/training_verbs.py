@@ -1,0 +1,184 @@
+"""Verbs around training: demo, run, train, mine, plan, report, and the shipped recipes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from unmasked.cli import terminal
+from unmasked.cli.options import MODEL, OVERRIDES, RECIPE, check_new, check_parent
+from unmasked.errors import MissingExtraError, OutputError, RecipeError, unknown
+
+recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with the package.")
+
+
+def demo(
+    output: Annotated[Path, Option("-o", "--output", help="Run folder.")] = Path("runs/demo"),
+    quick: Annotated[
+        bool, Option("--quick", help="Take only a few steps, to see the way.")
+    ] = False,
+) -> None:
+    """Train the bundled decoder on the documentation installed on this machine, in minutes."""
+    from unmasked.cli import run_display, tables
+
+    with terminal.loading("loading the libraries"):
+        from unmasked.demo import METRICS, run_demo
+    with terminal.Line() as line:
+        searches = run_demo(output, quick=quick, listener=run_display.listener(line))
+    tables.stage_table(output, metrics=METRICS)
+    tables.show_searches(searches)
+    run_display.keep_command(output)
+    try:
+        report(output)
+    except MissingExtraError as error:
+        terminal.say(f"no report: {error}")
+    terminal.closing_model(output / "model")
+
+
+def run(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    output: Annotated[
+        Path | None, Option("-o", "--output", help="Run folder.", show_default="runs/NAME")
+    ] = None,
+) -> None:
+    """Train all stages of a recipe, and score before and after each.
+
+    The same command continues an interrupted run.
+    """
+    from unmasked.cli.run_display import run_recipe
+    from unmasked.recipe.files import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    run_recipe(resolved, output or Path("runs") / resolved.name)
+
+
+def train(
+    stage: Annotated[Literal["mntp", "simcse", "supervised"], Argument()],
+    base: Annotated[str, Option(help="Model to start from: hub name, folder or adapter.")],
+    data: Annotated[list[str], Option(help="File of texts, or of pairs; repeat for more.")],
+    output: Annotated[Path, Option("-o", "--output", help="Run folder.")],
+    overrides: OVERRIDES = None,
+) -> None:
+    """Train one stage: mntp on a decoder; simcse or supervised on any model or adapter."""
+    from unmasked.cli.run_display import run_recipe
+    from unmasked.recipe.files import make_recipe
+
+    name = re.sub(r"[^\w.-]", "-", output.resolve().name).lstrip("-.") or stage
+    settings = {"name": name, "model": {"base": base}, stage: {"data": data}}
+    run_recipe(make_recipe(settings, overrides or []), output)
+
+
+def mine(
+    model: MODEL,
+    data: Annotated[Path, Argument(help="Rows of query and positive.")],
+    output: Annotated[Path, Option("-o", "--output", help="New .jsonl file.")],
+    negatives: Annotated[int, Option(min=1, help="Maximum number of negatives per row.")] = 5,
+    margin: Annotated[
+        float, Option(min=0, max=1, help="Margin below the positive's score, a share of it.")
+    ] = 0.05,
+    skip: Annotated[int, Option(min=0, help="Number of nearest documents to leave out.")] = 0,
+    depth: Annotated[int, Option(min=1, help="Number of nearest documents to search.")] = 100,
+    corpus: Annotated[Path | None, Option(help="More documents: .txt, .jsonl or .csv.")] = None,
+    instruction: Annotated[str, Option(help="Text put before every query.")] = "",
+) -> None:
+    """Find hard negatives for supervised training: wrong answers that the encoder ranks highly."""
+    from unmasked.files.source import Source
+    from unmasked.recipe.schema import Pairs
+
+    check_new(output)
+    check_parent(output)
+    if output.suffix != ".jsonl":
+        raise OutputError(f"{output} should end in .jsonl, which training reads.")
+    more = [text for _, text, _ in Source(str(corpus)).records()] if corpus else []
+    with terminal.loading(f"loading {model}"):
+        from unmasked.compat.llm2vec import LLM2Vec
+        from unmasked.train.data.mining import mine
+
+        encoder = LLM2Vec.from_pretrained(model)
+    pairs = Pairs(path=str(data), instruction=[instruction] if instruction else [])
+    with terminal.waiting("searching for negatives"):
+        settings = {"negatives": negatives, "skip": skip, "depth": depth}
+        found = mine(encoder, pairs, output, margin=margin, corpus=more, **settings)
+    terminal.show(
+        f"{found.rows:,} rows, {found.negatives:,} negatives, {found.without:,} rows without any"
+    )
+    following = ["unmasked", "train", "supervised", "--base", model, "--data", str(output)]
+    terminal.closing(output, [*following, "-o", "runs/supervised"])
+
+
+def plan(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    probe: Annotated[bool, Option("--probe", help="Also time a step on this machine.")] = False,
+    show_recipe: Annotated[bool, Option("--recipe", help="Also show every setting.")] = False,
+) -> None:
+    """Show what a recipe would cost: steps, tokens, FLOPs, memory, disk and time.
+
+    No weights are downloaded.
+    """
+    from unmasked.cli import tables
+    from unmasked.recipe.files import load_recipe, recipe_text
+
+    resolved = load_recipe(recipe, overrides or [])
+    with terminal.loading("measuring" if probe else "counting"):
+        from unmasked.train.plan.cost import make_plan
+
+        found = make_plan(resolved, probe)
+    if show_recipe:
+        terminal.show(recipe_text(resolved))
+    tables.plan_table(resolved, found)
+
+
+def report(
+    run: Annotated[Path, Argument(help="Run folder.")],
+    output: Annotated[
+        Path | None, Option("-o", "--output", help="HTML file.", show_default="RUN/report.html")
+    ] = None,
+) -> None:
+    """Draw one page about a run: stages, curves, maps, searches. It opens without a network."""
+    with terminal.loading("drawing the report"):
+        from unmasked.doctor import environment, lines
+        from unmasked.evaluate.report.page import write_report
+
+        path = write_report(run, output, lines(environment()))
+    terminal.show(f"report  {path}")
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """List the recipes with their base models."""
+    from unmasked.recipe.files import load_recipe, shipped_recipes
+
+    terminal.facts([(name, load_recipe(name).model.base) for name in shipped_recipes()])
+
+
+@recipes.command("show")
+def show_recipe(name: Annotated[str, Argument(help="Name of a shipped recipe.")]) -> None:
+    """Show a recipe as it is written."""
+    typer.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("copy")
+def copy_recipe(
+    name: Annotated[str, Argument(help="Name of a shipped recipe.")],
+    to: Annotated[Path | None, Argument(help="New file.", show_default="NAME.yaml")] = None,
+) -> None:
+    """Copy a recipe to a file, to change it and run it."""
+    source, target = _shipped(name), to or Path(f"{name}.yaml")
+    check_new(target)
+    target.write_bytes(source.read_bytes())
+    terminal.closing(target, ["unmasked", "run", f"./{target}"])
+
+
+def _shipped(name: str) -> Path:
+    from unmasked.recipe.files import shipped_recipes
+
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise RecipeError(unknown("recipe", name, shipped))
+    return shipped[name]
