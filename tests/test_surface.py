@@ -1,13 +1,24 @@
+"""What the package shows: its public names, what a first import costs, and its extras."""
+
 from __future__ import annotations
 
+import ast
 import importlib.metadata
-import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import unmasked
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
 
 HEAVY = {"torch", "transformers", "sentence_transformers", "peft", "datasets", "accelerate"}
 
@@ -44,9 +55,6 @@ def test_import_loads_nothing_heavy():
     assert heavy_modules_after("import unmasked, torch") == {"torch"}, "the probe sees nothing"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("unmasked.cli") is None, reason="unmasked.cli does not exist"
-)
 def test_command_line_help_loads_nothing_heavy():
     code = """
 import sys
@@ -58,3 +66,26 @@ except SystemExit as stop:
     assert not stop.code, stop.code
 """
     assert heavy_modules_after(code) == set()
+
+
+def test_every_extra_has_code():
+    """Its packages are imported somewhere, or named there for a library that imports them."""
+    used: set[str] = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                used.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Import):
+                used |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                used.add(node.value)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert {"eval", "report", "corpus", "dev"} <= extras.keys()
+    dead = {
+        f"{extra}: {name}"
+        for extra, listed in extras.items()
+        for name in (Requirement(line).name for line in listed)
+        if extra != "dev" and name not in used
+    }
+    assert dead == set()

@@ -16,7 +16,8 @@ from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
 from unmasked import LLM2Vec
-from unmasked.compat.seed import parser, run, trainer_options
+from unmasked.cli.seed_scripts import run_script
+from unmasked.compat.seed import parser, trainer_options
 from unmasked.errors import DataError, RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -52,9 +53,11 @@ def results(texts, tmp_path_factory):
         at = small.index("--eval_steps")
         evaluated = [*small[:at], "--do_eval", "True", *small[at:]]
         further = ["--eval_accumulation_steps", "1", "--mlm_probability", "0.3"]
-        run("mntp", ["--model_name", "nano/", "--data_path", str(texts), *evaluated, *further])
+        run_script(
+            "mntp", ["--model_name", "nano/", "--data_path", str(texts), *evaluated, *further]
+        )
         peft = ["--peft_model_name_or_path", "results/nano-mntp", "--simcse_dropout", "0.2"]
-        run("simcse", ["--model_name", "nano", *peft, "--data_path", str(texts), *evaluated])
+        run_script("simcse", ["--model_name", "nano", *peft, "--data_path", str(texts), *evaluated])
     return folder / "results"
 
 
@@ -141,7 +144,7 @@ def test_b48_what_cannot_be_done_is_refused_with_a_reason(
     monkeypatch.chdir(tmp_path)
     common = ["--model_name", "nano", "--peft_model_name_or_path", "x", "--data_path", str(texts)]
     with pytest.raises(RecipeError, match=said):
-        run("simcse", [*common, *flags])
+        run_script("simcse", [*common, *flags])
     assert not (tmp_path / "results").exists()
 
 
@@ -150,13 +153,13 @@ def test_a_value_that_no_recipe_takes_is_told(texts, tmp_path, monkeypatch):
     told = r"mntp\.warmup_steps: -3 should be .* \(from the command line\)"
     with pytest.raises(RecipeError, match=told):
         given = ["--model_name", "nano", "--data_path", str(texts), "--warmup_steps", "-3"]
-        run("mntp", given)
+        run_script("mntp", given)
 
 
 def test_b50_missing_data_says_which_flag(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"data/wiki1m_for_simcse\.txt.*--data_path"):
-        run("mntp", ["--model_name", "nano"])
+        run_script("mntp", ["--model_name", "nano"])
 
 
 def test_b49_masking_does_not_depend_on_the_name():

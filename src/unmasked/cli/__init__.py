@@ -45,13 +45,13 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def of_every_verb(
     version: Annotated[
         bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options of every verb; `Verbs` reads ``debug``."""
+    """Take the options of every verb; `Verbs` reads ``debug``."""
 
 
 def main() -> None:

@@ -1,0 +1,132 @@
+"""What holds for every command: help, imports, how it ends.
+
+Most commands run in this process, through the same entry as the installed script; what hangs on
+the process itself (imports, signals, pipes) runs in one of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from support.commands import COMMAND, listing
+
+from unmasked.cli import main
+from unmasked.cli.failures import explain
+from unmasked.errors import DataError
+
+
+def test_help_is_quick():
+    before = os.times()
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
+    after = os.times()  # processor time, for others may be using this machine too
+    used = after.children_user + after.children_system
+    assert used - before.children_user - before.children_system < 0.5
+    for verb in ("demo", "convert", "run", "train", "encode", "evaluate", "doctor", "recipes"):
+        assert re.search(rf"\b{verb}\b", done.stdout)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "-h"], ["recipes", "list"]])
+def test_light_verbs_load_nothing_heavy(arguments):
+    code = f"""
+import sys
+sys.argv = ["unmasked", *{arguments}]
+from unmasked.cli import main
+from unmasked.cli.failures import explain
+from unmasked.errors import DataError
+try:
+    main()
+finally:
+    heavy = {{"torch", "transformers", "sentence_transformers", "peft"}} & set(sys.modules)
+    print("heavy:", *sorted(heavy))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "heavy:", done
+
+
+def test_the_choices_are_those_of_the_rooms():
+    """The literals stand in the command line, too, for the rooms are not imported for --help."""
+    from typing import Literal, get_args, get_origin
+
+    from unmasked.cli import encode_verb, options, training_verbs
+    from unmasked.corpus import OUTPUTS, PRECISIONS
+    from unmasked.corpus.encode import SHARD_ROWS
+    from unmasked.forward.precision import NAMES
+    from unmasked.forward.quantization import KINDS
+    from unmasked.recipe.schema import Model
+    from unmasked.train.run import STAGES
+
+    def choices(annotated):
+        kind = get_args(annotated)[0]
+        return next(get_args(k) for k in (kind, *get_args(kind)) if get_origin(k) is Literal)
+
+    assert get_args(options.Pooling) == get_args(Model.model_fields["pooling"].annotation)
+    assert get_args(options.Dtype) == NAMES
+    assert choices(encode_verb.PRECISION) == PRECISIONS
+    assert {f".{name}" for name in choices(encode_verb.FORMAT)} == set(OUTPUTS)
+    assert set(choices(encode_verb.QUANTIZE)) == set(KINDS)
+    stage = inspect.get_annotations(training_verbs.train, eval_str=True)["stage"]
+    assert choices(stage) == STAGES
+    assert inspect.signature(encode_verb.encode).parameters["shard_rows"].default == SHARD_ROWS
+
+
+def test_version(cli):
+    assert cli("--version") == (0, "unmasked 0.1.0\n", "")
+
+
+def test_a_closed_pipe_is_quiet():
+    reader, writer = os.pipe()
+    os.close(reader)
+    for arguments in (["recipes", "list"], ["recipes", "show", "nano"], ["--help"]):
+        done = subprocess.run([*COMMAND, *arguments], stdout=writer, stderr=subprocess.PIPE)
+        assert done.stderr == b"", arguments
+        assert done.returncode in (0, 1), arguments
+    os.close(writer)
+
+
+def test_errors_of_the_user_show_no_traceback_unless_asked(cli, monkeypatch, tmp_path):
+    code, out, err = cli("run", "nano", "mntp.stepz=3")
+    assert (code, out) == (2, "")
+    assert (
+        err == "error: mntp.stepz: unknown key, did you mean 'steps'? (override 'mntp.stepz=3')\n"
+    )
+    for arguments in (["--debug", "run", "nano"], ["run", "nano", "--debug"]):
+        monkeypatch.setattr(sys, "argv", ["unmasked", *arguments, "mntp.stepz=3"])
+        with pytest.raises(ValueError, match=r"mntp\.stepz"):
+            main()
+    code, _, err = cli("run", "nanoo")
+    assert code == 2
+    assert "did you mean 'nano'?" in err
+    assert not listing(tmp_path)
+
+
+def test_a_full_disk_is_told_without_a_traceback(cli, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("unmasked.cli.run_display.run_recipe", write)
+    code, _, err = cli("run", "nano")
+    assert code == 2
+    assert err == "error: No space left on device. Fix: make room and run the same command.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "verb", "code", "message"),
+    [
+        (KeyboardInterrupt(), "run", 130, "interrupted: saved; run the same command to continue"),
+        (KeyboardInterrupt(), "convert", 130, "interrupted: nothing was written"),
+        (DataError("a.txt is empty."), "run", 2, "error: a.txt is empty."),
+        (PermissionError(13, "Permission denied", "a.txt"), "x", 2, "error: a.txt: Permission "),
+        (type("OutOfMemoryError", (RuntimeError,), {})(), "x", 2, "error: the device is out of"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe", "a"), "encode", 1, ""),
+        (ZeroDivisionError("a fault of ours"), "run", 1, ""),
+    ],
+)  # fmt: skip
+def test_every_error_has_its_end(error, verb, code, message):
+    found = explain(error, verb)
+    assert found[0] == code and found[1].startswith(message) and bool(found[1]) == bool(message)

@@ -1,0 +1,44 @@
+"""encode into one file, and from standard input; `tests/corpus` has folders of shards."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+from support.commands import listing
+
+
+def test_encode_files_and_standard_input(cli, tiny_decoder, tmp_path, sentences, monkeypatch):
+    from unmasked import LLM2Vec
+
+    expected = LLM2Vec.from_pretrained(tiny_decoder, device="cpu").encode(sentences)
+    lines = "\n".join(sentences) + "\n"
+    (tmp_path / "a.txt").write_text(lines, encoding="utf-8")
+    rows = [json.dumps({"id": i, "body": text}) for i, text in enumerate(sentences)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    code, out, err = cli("encode", tiny_decoder, "a.txt", "-o", "v.npy")
+    assert (code, out) == (0, "8 vectors of 32 numbers in v.npy\n")
+    assert "encoding 8/8" in err
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
+
+    options = ["-o", "v.parquet", "--text-column", "body", "--normalize"]
+    assert cli("encode", tiny_decoder, "a.jsonl", *options)[0] == 0
+    table = pq.read_table(tmp_path / "v.parquet")
+    assert table["id"].to_pylist() == [str(i) for i in range(8)]
+    unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.array(table["vector"].to_pylist()), unit, atol=1e-5)
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert cli("encode", tiny_decoder, "-", "-o", "w.npy")[0] == 0
+    np.testing.assert_allclose(np.load(tmp_path / "w.npy"), expected, atol=1e-5)
+
+    before = listing(tmp_path)
+    code, _, err = cli("encode", "no/such-model", "a.txt", "-o", "v.npy")
+    assert (code, err) == (2, "error: v.npy exists. Fix: another name, or --overwrite.\n")
+    code, _, err = cli("encode", "no/such-model", "a.jsonl", "-o", "u.npy")
+    assert code == 2
+    assert "a.jsonl, line 1: no column 'text' among id, body" in err
+    assert listing(tmp_path) == before
