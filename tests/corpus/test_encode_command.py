@@ -99,7 +99,7 @@ def test_many_machines_and_kinds(cli, tiny_decoder, corpus):
         (["corpus/a.jsonl", "-o", "out.csv"], "unknown kind of output. Allowed: .npy, .parquet"),
         (["corpus/a.jsonl", "-o", "v.npy", "--shard", "1/2"], "v.npy is one file"),
         (["corpus/a.jsonl", "-o", "v.npy", "--engine", "ray"], "v.npy is one file"),
-        (["corpus/a.jsonl", "-o", "v.npy", "--format", "npy"], "Fix: no --format"),
+        (["corpus/a.jsonl", "-o", "v.npy", "--format", "npy"], "leave out --format"),
         (["corpus/a.jsonl", "-o", "out", "--shard", "3/2"], "i from 1 to n"),
         (["corpus/a.jsonl", "-o", "out", "--keep", "yaer"], "did you mean 'year'"),
         (["corpus", "-o", "corpus/out"], "in the folder that is read"),

@@ -42,7 +42,7 @@ SAME = {
 """Settings of every stage that a flag gives as they are."""
 REFUSED = (
     ("trust_remote_code", True, "code from the hub is never run. Fix: leave the flag out."),
-    ("do_train", False, "nothing would be left to do. Fix: unmasked convert MODEL -o DIR."),
+    ("do_train", False, "there is nothing to do. Fix: unmasked convert MODEL -o DIR."),
     ("merge_peft", False, "adapters are always merged. Fix: a recipe with lora.start: continue."),
 )
 """Values of flags that are understood and cannot be had, and why."""
