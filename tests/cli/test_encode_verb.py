@@ -42,3 +42,17 @@ def test_encode_files_and_standard_input(cli, tiny_decoder, tmp_path, sentences,
     assert code == 2
     assert "a.jsonl, line 1: no column 'text' among id, body" in err
     assert listing(tmp_path) == before
+
+
+def test_a_machine_of_several_names_the_manifest_that_lists_what_it_skipped(
+    cli, tiny_decoder, tmp_path
+):
+    (tmp_path / "a.txt").write_text("one\n\nthree\n\nfive\n")
+    options = ["-o", "v", "--shard", "2/2", "--shard-rows", "2", "--on-error", "skip"]
+    code, out, err = cli("encode", tiny_decoder, "a.txt", *options)
+    listed = "v/_manifest-2-of-2.jsonl"
+    assert (code, out) == (
+        0,
+        f"1 vectors of 32 numbers in v; 1 rows skipped, listed in {listed}\n",
+    ), err
+    assert (tmp_path / listed).is_file()

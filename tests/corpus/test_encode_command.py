@@ -62,7 +62,7 @@ def test_a_folder_of_shards(cli, tiny_decoder, corpus, sentences):
         0,
         "8 vectors of 16 numbers in out; 1 rows skipped, listed in out/_manifest.jsonl\n",
     )
-    assert "not read, of another kind: corpus/notes.md" in err
+    assert "ignored files of another kind: corpus/notes.md" in err
     assert "encoding 9/9" in err and "texts/s" in err
     table = pq.read_table("out")
     assert table.column_names == ["row", "id", "year", "vector"]

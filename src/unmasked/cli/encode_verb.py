@@ -127,7 +127,7 @@ def encode(
         )
     given: dict[str, Any] = {"source": source, "encoding": encoding, "overwrite": overwrite}
     if source.ignored:
-        terminal.say(f"not read, of another kind: {', '.join(source.ignored[:5])}")
+        terminal.say(f"ignored files of another kind: {', '.join(source.ignored[:5])}")
     if one_file:
         corpus.check_output(path, overwrite)
         write = partial(corpus.encode_corpus, output=path, skip=skip, ranges=ranges, **given)
@@ -137,7 +137,11 @@ def encode(
         shards = corpus.Shards(kind, shard_rows, part=part, skip=skip, ranges=ranges)
         write = partial(corpus.encode_folder, folder=path, shards=shards, **given)
         done = _to_folder(load, write, path, actors)
-    listed = path.with_suffix(".skipped.jsonl") if one_file else path / "_manifest.jsonl"
+    listed = (
+        path.with_suffix(".skipped.jsonl")
+        if one_file
+        else path / corpus.manifest.manifest_name(part)
+    )
     left_out = f"; {done.skipped:,} rows skipped, listed in {listed}" if done.skipped else ""
     terminal.show(f"{done.rows:,} vectors of {done.width} numbers in {path}{left_out}")
 

@@ -57,7 +57,7 @@ def convert(
     terminal.show(encoder.report.summary())
     with terminal.waiting("saving"):
         encoder.save(output)
-    terminal.closing_model(output)
+    terminal.closing(output)
 
 
 def evaluate(
@@ -122,14 +122,13 @@ def analyse(
     from unmasked.cli import tables
 
     with terminal.loading(f"analysing {model}"):
-        from unmasked.evaluate.analysis import analyse as look
-        from unmasked.evaluate.analysis import draw
+        from unmasked.evaluate import analysis
 
-        found = look(model, task)
+        found = analysis.analyse(model, task)
     tables.show_analysis(found)
     if json_file:
         write_text(json_file, json.dumps(found.as_dict(), indent=2) + "\n")
-    for path in draw(found, output) if output else ():
+    for path in analysis.draw(found, output) if output else ():
         terminal.show(f"figure  {path}")
 
 

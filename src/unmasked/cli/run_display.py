@@ -37,7 +37,7 @@ def run_recipe(recipe: Recipe, path: Path) -> None:
     keep_command(path)
     terminal.show(encoder.report.summary())
     tables.stage_table(path, recipe.evaluate.bootstrap)
-    terminal.closing_model(path / "model")
+    terminal.closing(path / "model")
 
 
 def keep_command(run: Path) -> None:
@@ -81,13 +81,12 @@ def listener(line: terminal.Line) -> Listener:
 
 def _with_proof(score: Callable[[Any], Any], line: terminal.Line) -> Callable[[Any], Any]:
     """A scorer that also shows the proof of the first encoder without its causal mask."""
-    told = False
+    shown: list[str] = []
 
     def scored(encoder: Any) -> Any:
-        nonlocal told
-        if not told and encoder.report.verdict != "impossible":
-            told = True
-            line.note(encoder.report.summary())
+        if not shown and encoder.report.verdict != "impossible":
+            shown.append(encoder.report.summary())
+            line.note(shown[0])
         return score(encoder)
 
     return scored

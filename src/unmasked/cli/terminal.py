@@ -24,14 +24,13 @@ from rich.text import Text
 
 PLAIN_EVERY = 5.0
 """Seconds between two progress lines where there is no terminal."""
-_UNBOUNDED = 10_000  # a file has no right edge
 
 
 def _console(stderr: bool) -> Console:
     quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
     made = Console(stderr=stderr, highlight=False, markup=False, emoji=False, quiet=quiet)
     if not made.is_terminal and "COLUMNS" not in os.environ:
-        made.width = _UNBOUNDED
+        made.width = 10_000  # a file has no right edge
     return made
 
 
@@ -65,19 +64,15 @@ def table(
     _console(stderr=False).print(made)
 
 
-def closing(saved: Path, following: Sequence[str]) -> None:
-    """The last box: where the result is, and the next command (shown for a shell to paste)."""
+def closing(saved: Path, following: Sequence[str] = ()) -> None:
+    """The last box: where the result is, and the next command; by default, that of an encoder."""
+    following = following or ["unmasked", "encode", str(saved), "texts.txt", "-o", "vectors.npy"]
     lines = [f"saved  {shlex.quote(str(saved))}", f"next   {shlex.join(following)}"]
     console = _console(stderr=False)
     if console.is_terminal and max(map(len, lines)) + 4 <= console.width:
         console.print(Panel.fit(Text("\n".join(lines)), border_style="green"))
     else:
         console.print(Text("\n".join(lines)), soft_wrap=True)
-
-
-def closing_model(model: Path) -> None:
-    """Where an encoder was saved, and a command that uses it."""
-    closing(model, ["unmasked", "encode", str(model), "texts.txt", "-o", "vectors.npy"])
 
 
 @contextmanager

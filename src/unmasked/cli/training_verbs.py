@@ -36,7 +36,7 @@ def demo(
         report(output)
     except MissingExtraError as error:
         terminal.say(f"no report: {error}")
-    terminal.closing_model(output / "model")
+    terminal.closing(output / "model")
 
 
 def run(
