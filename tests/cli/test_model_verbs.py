@@ -70,7 +70,7 @@ def test_convert_names_what_a_folder_lacks(cli, tiny_decoder, tmp_path):
     assert "has a model but no tokenizer" in err
     code, _, err = cli("convert", tmp_path / "none", "-o", "model")
     assert code == 2
-    assert "it is no folder here" in err
+    assert "it is not a folder here" in err
 
 
 def test_convert_tells_weights_that_were_cut_off(cli, tiny_decoder, tmp_path):

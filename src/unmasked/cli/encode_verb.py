@@ -131,17 +131,13 @@ def encode(
     if one_file:
         corpus.check_output(path, overwrite)
         write = partial(corpus.encode_corpus, output=path, skip=skip, ranges=ranges, **given)
-        done = _to_file(load, write, source, skip)
+        done, listed = _to_file(load, write, source, skip), path.with_suffix(".skipped.jsonl")
     else:
         kind, actors = f".{format or 'parquet'}", (workers or 0) if engine == "ray" else None
         shards = corpus.Shards(kind, shard_rows, part=part, skip=skip, ranges=ranges)
         write = partial(corpus.encode_folder, folder=path, shards=shards, **given)
         done = _to_folder(load, write, path, actors)
-    listed = (
-        path.with_suffix(".skipped.jsonl")
-        if one_file
-        else path / corpus.manifest.manifest_name(part)
-    )
+        listed = path / corpus.manifest.manifest_name(part)
     left_out = f"; {done.skipped:,} rows skipped, listed in {listed}" if done.skipped else ""
     terminal.show(f"{done.rows:,} vectors of {done.width} numbers in {path}{left_out}")
 
