@@ -1,7 +1,9 @@
-"""Print the lowest version that pyproject.toml allows of each direct dependency, as constraints for pip.
+"""The lowest version that pyproject.toml allows of each direct dependency, as constraints for pip.
 
-Read from the metadata of the installed package, so that extras are included. What these packages
-depend on in turn is left to pip, which takes the newest that fits.
+    python scripts/lowest.py > constraints.lowest.txt
+
+They come from the metadata of the installed package, extras included. What these packages depend
+on in turn is left to pip, which takes the newest that fits. `make test-lowest` tests with them.
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ from importlib.metadata import requires
 from packaging.requirements import Requirement
 
 
-def lowest(name: str = "unmasked") -> list[str]:
-    """One ``name==version`` per direct dependency with a lower bound."""
-    found = {}
-    for requirement in map(Requirement, requires(name) or []):
-        bounds = [s.version for s in requirement.specifier if s.operator in (">=", "~=", "==")]
-        found |= {requirement.name: bound for bound in bounds}
-    return [f"{name}=={version}" for name, version in sorted(found.items())]
+def lowest(package: str = "unmasked") -> dict[str, str]:
+    """The lower bound of each dependency; one without is left out."""
+    return {
+        requirement.name: bound.version
+        for requirement in map(Requirement, requires(package) or [])
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    }
 
 
 if __name__ == "__main__":
-    print("\n".join(lowest()))
+    for name, version in sorted(lowest().items()):
+        print(f"{name}=={version}")
