@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint.card import Card, render
@@ -72,16 +74,40 @@ def test_what_would_be_sent(saved):
 
 def test_what_cannot_be_pushed(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelError, match=r"holds no model.*did you mean .*model\?"):
+    with pytest.raises(ModelError, match=r"does not hold a model.*did you mean .*model\?"):
         push(saved.parent, "org/x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="holds no model.*Fix"):
+    with pytest.raises(ModelError, match="does not hold a model.*Fix"):
         push(tmp_path / "empty", "org/x")
-    with pytest.raises(OutputError, match="no name of a repository.*Fix"):
+    with pytest.raises(OutputError, match="not a valid name of a repository.*Fix"):
         push(saved, "a/b/c")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OutputError, match="org/x: the hub did not take it.*Fix: log in"):
         push(saved, "org/x")
+
+
+def test_what_is_sent(saved, cli, monkeypatch):
+    """To a repository that others cannot see, unless they shall: the parts of a model alone."""
+    (saved / "optimizer.pt").write_bytes(b"x")
+    asked = []
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        asked.append((repo_id, private, exist_ok))
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        asked.append((repo_id, Path(folder_path), sorted(allow_patterns)))
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    names = sorted(name for name, _ in list_files(saved))
+    assert str(push(saved, "org/x")) == "https://huggingface.co/org/x"
+    assert asked == [("org/x", True, True), ("org/x", saved, names)]
+    assert "optimizer.pt" not in names
+    code, out, err = cli("push", saved, "org/y", "--public")
+    assert code == 0, err
+    assert asked[2:] == [("org/y", False, True), ("org/y", saved, names)]
+    assert out.endswith("pushed  https://huggingface.co/org/y\n")
 
 
 def test_dry_run(saved, cli):
@@ -91,4 +117,4 @@ def test_dry_run(saved, cli):
     assert "to org/x (private)" in out and "nothing was sent" in out
     assert "(public)" in cli("push", saved, "org/x", "--dry-run", "--public")[1]
     code, _, err = cli("push", saved.parent, "org/x", "--dry-run")
-    assert code == 2 and "holds no model" in err
+    assert code == 2 and "does not hold a model" in err
