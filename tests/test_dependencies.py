@@ -27,7 +27,7 @@ SOURCES = {
 }
 
 UNDECLARED = {"flash-attn"}
-"""Used where it is installed by hand: it is built for one version of torch, so none can be named."""
+"""Used where it is installed by hand: each build of it is made for one version of torch."""
 
 
 def names_of(requirements: list[str]) -> set[str]:
