@@ -3,9 +3,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+LOWEST := .venv-lowest/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slow check format bench clean
+.PHONY: install demo test test-slow test-lowest check format bench clean
 
 install: $(INSTALLED)
 
@@ -26,6 +27,17 @@ test: check
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# The quick tests with the lowest versions that pyproject.toml allows. Old releases have no wheels
+# for a new Python: make test-lowest PYTHON=python3.11
+test-lowest:
+	test -x $(LOWEST)/pip || $(PYTHON) -m venv .venv-lowest
+	$(LOWEST)/pip install packaging
+	$(LOWEST)/pip install --no-deps --editable .
+	$(LOWEST)/python scripts/lowest.py > .venv-lowest/constraints.txt
+	$(LOWEST)/pip install --constraint .venv-lowest/constraints.txt torch
+	$(LOWEST)/pip install --constraint .venv-lowest/constraints.txt --editable '.[dev]'
+	$(LOWEST)/python -m pytest
+
 check: install
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -40,4 +52,4 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-lowest build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

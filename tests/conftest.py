@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,25 @@ def tiny_mamba(tmp_path_factory, tiny_tokenizer) -> Path:
         vocab_size=len(tiny_tokenizer), hidden_size=32, state_size=4, num_hidden_layers=2
     )
     return save_random(tmp_path_factory.mktemp("models") / "mamba", config, tiny_tokenizer)
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, tmp_path):
+    """Runs a command in an empty folder, as the installed script does: (exit code, out, err)."""
+    from unmasked.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["unmasked", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,5 @@ def test_an_example_runs(name, capsys, monkeypatch):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    begun = time.perf_counter()
     assert module.main() > CHANCE[name]
-    assert time.perf_counter() - begun < 60
     assert len(capsys.readouterr().out.splitlines()) > 3

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from support import tiny
+from support.vectors import close
 from transformers import AutoModel, PreTrainedTokenizerFast
 
-from unmasked import LLM2Vec, get_device_name
+from unmasked import LLM2Vec
 from unmasked.errors import ModelError, NotBidirectionalError
 from unmasked.mask.proof import open_config
 from unmasked.recipe.schema import Recipe
@@ -26,10 +27,6 @@ TEXTS = ["one text", "another, longer one", "한국어 문장", ""]
 @pytest.fixture(scope="module")
 def model(tiny_decoder):
     return LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
-
-
-def close(a, b, tolerance=1e-5):
-    np.testing.assert_allclose(a, b, atol=tolerance, rtol=0)
 
 
 def test_b7_whether_the_suffix_is_pooled_is_saved_data(tiny_decoder, tmp_path):
@@ -81,15 +78,22 @@ def test_b16_every_text_is_tokenised_once_and_options_act(model, monkeypatch):
     assert isinstance(vectors, np.ndarray)
 
 
-def test_b20_the_device_is_cuda_then_mps_then_cpu(monkeypatch):
-    found = {"cuda": False, "mps": False}
+def test_b20_a_model_goes_to_cuda_then_to_mps_then_to_the_cpu(monkeypatch, tiny_decoder):
+    """Where nothing is said; what is said is kept."""
+    found, asked = {"cuda": False, "mps": False}, []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found["cuda"])
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: found["mps"])
-    assert get_device_name() == "cpu"
-    found["mps"] = True
-    assert get_device_name() == "mps"
-    found["cuda"] = True
-    assert get_device_name().startswith("cuda")
+
+    def pick(dtype, device, config):
+        asked.append(device.type)
+        raise ModelError("far enough")
+
+    monkeypatch.setattr("unmasked.model.pick", pick)
+    for device, more in ((None, {}), (None, {"mps": True}), (None, {"cuda": True}), ("cpu", {})):
+        found |= more
+        with pytest.raises(ModelError, match="far enough"):
+            LLM2Vec.from_pretrained(tiny_decoder, device=device)
+    assert asked == ["cpu", "mps", "cuda", "cpu"]
 
 
 def test_b23_backends_agree_on_windows(tiny_tokenizer):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from support.tiny import save_random
+from support.vectors import close
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from unmasked import LLM2Vec
@@ -36,7 +38,6 @@ def model(tiny_decoder):
 
 @pytest.fixture(scope="module")
 def sentencepiece_decoder(tiny_decoder, sentencepiece_tokenizer, tmp_path_factory):
-    from support.tiny import save_random
     from transformers import LlamaConfig
 
     config = LlamaConfig.from_pretrained(tiny_decoder)
@@ -44,10 +45,6 @@ def sentencepiece_decoder(tiny_decoder, sentencepiece_tokenizer, tmp_path_factor
     config.bos_token_id, config.eos_token_id = 1, 2
     folder = tmp_path_factory.mktemp("models") / "sentencepiece"
     return save_random(folder, config, sentencepiece_tokenizer)
-
-
-def close(a, b, tolerance=1e-5):
-    np.testing.assert_allclose(a, b, atol=tolerance, rtol=0)
 
 
 # --- encode -----------------------------------------------------------------------------------

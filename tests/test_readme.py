@@ -1,4 +1,4 @@
-"""The README is run: its Python, and the commands and files it names."""
+"""The README is run: its Python, the commands it names, and its tree held to the disk."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TREE = README[README.index("## The tree") :].split("```")[1].strip("\n")
+COMMANDS = sorted(set(re.findall(r"^ *unmasked (\w+)", README, re.MULTILINE)))
 
 
 def test_its_python_runs(tmp_path, monkeypatch, capsys):
@@ -24,17 +26,76 @@ def test_its_python_runs(tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(scope["vectors"], stock, atol=1e-5)
 
 
-def test_its_tree_names_every_file():
-    tree = README[README.index("## The tree") :]
-    package = ROOT / "src" / "unmasked"
-    for file in package.rglob("*.py"):
-        shown = file.parent.name if file.name == "__init__.py" else file.name
-        assert shown in tree, f"{file.relative_to(ROOT)} is not in the README's tree"
-    for name in re.findall(r"^ +([a-z_]+\.py) ", tree, re.MULTILINE):
-        assert list(package.rglob(name)), f"the README's tree names {name}, which is not there"
+# --- the tree -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", re.findall(r"^unmasked (\w+)", README, re.MULTILINE))
+def paths_of(tree: str) -> list[str]:
+    """Every path that an indented tree names; a folder of Python stands for its ``__init__.py``.
+
+    A level is two spaces; names of one line are parted by one space, what they hold follows after
+    two. A line that is further in than any name could be goes on with the text of the one above.
+    """
+    found: list[str] = []
+    above: list[str] = []
+    for line in filter(str.strip, tree.splitlines()):
+        level, odd = divmod(len(line) - len(line.lstrip()), 2)
+        if odd or level > len(above):
+            continue
+        del above[level:]
+        names = re.split(r"  +", line.strip())[0].split()
+        for name in names:
+            path = "".join(above) + name
+            found.append(f"{path}__init__.py" if (ROOT / path / "__init__.py").exists() else path)
+        if names[-1].endswith("/"):
+            above.append(names[-1])
+    return [path for path in found if not path.endswith("/")]
+
+
+def expected_paths() -> set[str]:
+    kinds = {".py", ".yaml", ".html", ".json"}
+    package = (f for f in (ROOT / "src" / "unmasked").rglob("*") if f.suffix in kinds)
+    others = (f for name in ("scripts", "benchmarks", "docs", "examples")
+              for f in (ROOT / name).rglob("*") if f.is_file())  # fmt: skip
+    files = (f for f in (*package, *others) if "__pycache__" not in f.parts)
+    return {str(file.relative_to(ROOT)) for file in files}
+
+
+def test_its_tree_names_every_file_once_and_nothing_else():
+    named = paths_of(TREE)
+    assert sorted(expected_paths() - {*named}) == [], "not in the README's tree"
+    assert [path for path in named if not (ROOT / path).exists()] == [], "not on the disk"
+    assert len(named) == len({*named})
+
+
+def test_a_tree_is_read_to_whole_paths():
+    tree = """
+src/unmasked/
+  train/            teaches the model; the text
+                    goes on here
+    run.py          one run
+    losses/
+      mntp.py simcse.py   two at once
+  gone.py
+docs/design.md      why
+"""
+    assert paths_of(tree) == [
+        "src/unmasked/__init__.py", "src/unmasked/train/__init__.py", "src/unmasked/train/run.py",
+        "src/unmasked/train/losses/__init__.py", "src/unmasked/train/losses/mntp.py",
+        "src/unmasked/train/losses/simcse.py", "src/unmasked/gone.py", "docs/design.md",
+    ]  # fmt: skip
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+def test_every_command_is_in_it():
+    from unmasked.cli import app
+
+    verbs = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert sorted([*verbs, *(group.name for group in app.registered_groups)]) == COMMANDS
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_its_commands_exist(verb):
     from typer.testing import CliRunner
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint.card import Card, render
@@ -57,7 +57,8 @@ def test_a_base_that_is_a_folder_is_not_named_as_one_of_the_hub(saved, tiny_deco
     text = (saved / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n")[1])
     assert "base_model" not in front and "model-index" not in front
-    assert tiny_decoder.name in text and "{" not in front
+    assert tiny_decoder.name in text
+    assert "{" not in text.partition("## Usage")[0], "something was not filled in"
     assert "32 dimensions" in text and "bidirectional: full" in text
 
 
@@ -85,19 +86,35 @@ def test_what_cannot_be_pushed(saved, tmp_path, monkeypatch):
         push(saved, "org/x")
 
 
-def test_dry_run(saved, monkeypatch, capsys):
-    from unmasked.cli import main
+def test_what_is_sent(saved, cli, monkeypatch):
+    """To a repository that others cannot see, unless they shall: the parts of a model alone."""
+    (saved / "optimizer.pt").write_bytes(b"x")
+    asked = []
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["unmasked", "push", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
+    def create_repo(self, repo_id, *, private, exist_ok):
+        asked.append((repo_id, private, exist_ok))
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    code, out, err = run(saved, "org/x", "--dry-run")
-    assert not code, err
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        asked.append((repo_id, Path(folder_path), sorted(allow_patterns)))
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    names = sorted(name for name, _ in list_files(saved))
+    assert str(push(saved, "org/x")) == "https://huggingface.co/org/x"
+    assert asked == [("org/x", True, True), ("org/x", saved, names)]
+    assert "optimizer.pt" not in names
+    code, out, err = cli("push", saved, "org/y", "--public")
+    assert code == 0, err
+    assert asked[2:] == [("org/y", False, True), ("org/y", saved, names)]
+    assert out.endswith("pushed  https://huggingface.co/org/y\n")
+
+
+def test_dry_run(saved, cli):
+    code, out, err = cli("push", saved, "org/x", "--dry-run")
+    assert code == 0, err
     assert "model.safetensors" in out and "kB" in out
     assert "to org/x (private)" in out and "nothing was sent" in out
-    assert "(public)" in run(saved, "org/x", "--dry-run", "--public")[1]
-    code, _, err = run(saved.parent, "org/x", "--dry-run")
+    assert "(public)" in cli("push", saved, "org/x", "--dry-run", "--public")[1]
+    code, _, err = cli("push", saved.parent, "org/x", "--dry-run")
     assert code == 2 and "does not hold a model" in err

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,29 +20,35 @@ def model(tiny_decoder):
 
 
 def test_another_model_is_told_apart(model, tiny_decoder):
-    assert fingerprint(model) == fingerprint(LLM2Vec.from_pretrained(tiny_decoder, device="cpu"))
+    assert model.fingerprint() == LLM2Vec.from_pretrained(tiny_decoder, device="cpu").fingerprint()
     for option in ({"pooling_mode": "last_token"}, {"max_length": 64}, {"dtype": "bfloat16"}):
         other = LLM2Vec.from_pretrained(tiny_decoder, device="cpu", **option)
-        assert fingerprint(other) != fingerprint(model)
+        assert other.fingerprint() != model.fingerprint()
     changed = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
     changed.backbone.auto_model.norm.weight.data += 0.1
-    assert fingerprint(changed) != fingerprint(model)
+    assert changed.fingerprint() != model.fingerprint()
 
 
 def test_encoding_leaves_it_as_it_is(model):
-    before = fingerprint(model)
+    before = model.fingerprint()
     model.encode(["a text", "a longer text, to be padded"])
-    assert fingerprint(model) == before
+    assert model.fingerprint() == before
 
 
 def of_state(model, **entries):
     """The fingerprint of a model with a state dict of its own."""
-    backbone, settings, tokenizer = model.backbone, model.settings, model.tokenizer
-    return fingerprint(
-        SimpleNamespace(
-            state_dict=lambda: entries, backbone=backbone, settings=settings, tokenizer=tokenizer
-        )
-    )
+    return fingerprint(entries, model.tokenizer, ["settings"])
+
+
+def test_tokenizer_and_settings_count_and_the_state_of_a_tokenizer_does_not(model, tiny_tokenizer):
+    state, plain = {"a": torch.ones(2)}, copy.deepcopy(tiny_tokenizer)
+    plain.pad_token = plain.eos_token
+    before = fingerprint(state, plain, [1])
+    plain(["a text", "a longer text"], padding=True, truncation=True, max_length=3)
+    assert fingerprint(state, plain, [1]) == before
+    assert len({before, fingerprint(state, plain, [2]), of_state(model, **state)}) == 3
+    plain.add_tokens(["<new>"])
+    assert fingerprint(state, plain, [1]) != before
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -70,7 +76,7 @@ def test_every_type_of_number_counts(model, dtype):
 
 
 class Scaled(torch.Tensor):
-    """Weights kept as whole numbers and a scale, as quantising libraries keep them."""
+    """Weights kept as whole numbers and a scale, as quantizing libraries keep them."""
 
     @staticmethod
     def __new__(cls, numbers, scale):
@@ -107,8 +113,8 @@ def test_what_is_no_tensor_is_the_same_in_every_process(model):
 
 def test_another_process_finds_the_same(model, tiny_decoder):
     code = (
-        "from unmasked import LLM2Vec; from unmasked.checkpoint.fingerprint import fingerprint; "
-        f"print(fingerprint(LLM2Vec.from_pretrained({str(tiny_decoder)!r}, device='cpu')))"
+        "from unmasked import LLM2Vec; "
+        f"print(LLM2Vec.from_pretrained({str(tiny_decoder)!r}, device='cpu').fingerprint())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == fingerprint(model)
+    assert done.stdout.split()[-1] == model.fingerprint()

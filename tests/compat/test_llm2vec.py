@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.vectors import close
 from transformers import AutoTokenizer
 
 from unmasked import LLM2Vec
@@ -23,10 +24,6 @@ TEXTS = ["one text", "another, longer one"]
 @pytest.fixture(scope="module")
 def model(tiny_decoder):
     return LLM2Vec.from_pretrained(tiny_decoder, device="cpu", doc_max_length=400)
-
-
-def close(a, b):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5, rtol=0)
 
 
 def test_encode_in_the_originals_words(model, tiny_decoder):
@@ -87,8 +84,12 @@ def test_attributes_and_template(tiny_decoder):
     model.max_length, model.doc_max_length = 16, 8
     row = model.backbone.tokenize_inputs(["word " * 50])[0]
     assert len(row.ids) == 16
+    assert not model.model.is_activation_checkpointing
     model.gradient_checkpointing_enable()
-    assert model.resize_token_embeddings().weight.shape[1] == 32
+    assert model.model.is_activation_checkpointing
+    wider = len(model.tokenizer) + 3
+    assert model.resize_token_embeddings(wider).weight.shape == (wider, 32)
+    assert model.config.vocab_size == wider
     assert model.settings.template == named("inst")
 
 
@@ -152,6 +153,7 @@ def test_the_guide_names_every_flag(stage):
 
 def test_the_guide_names_every_call():
     members = [n for n in vars(LLM2Vec) if n[0] != "_" and not hasattr(TextEncoder, n)]
+    assert "get_pooling" in members
     assert [name for name in members if not re.search(rf"\b{name}\b", GUIDE)] == []
 
 

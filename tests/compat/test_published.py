@@ -12,6 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from support import published
 from support.published import OWNER, TEMPLATES, merged_weights, publish, reference
+from support.vectors import close
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from unmasked import LLM2Vec
@@ -69,10 +70,6 @@ def no_network(monkeypatch):
 
 def load(hub, *names, **options):
     return LLM2Vec.from_pretrained(*names, device="cpu", **hub, **options)
-
-
-def close(a, b):
-    np.testing.assert_allclose(np.asarray(a), b, atol=1e-5, rtol=0)
 
 
 def test_golden_vectors_of_the_original(checkpoint):
