@@ -11,8 +11,8 @@ from support import zoo
 from transformers import AutoModel, AutoModelForCausalLM
 
 from unmasked.errors import ModelError
-from unmasked.mask.opening import window
-from unmasked.mask.proof import open_config, prove
+from unmasked.mask.opening import open_config, window
+from unmasked.mask.proof import prove
 
 TABLE = dict(
     re.findall(r"^\| ([\w-]+) (\|.*)$", zoo.TABLE.read_text(encoding="utf-8"), re.MULTILINE)

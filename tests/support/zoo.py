@@ -27,7 +27,8 @@ from transformers.models.auto.modeling_auto import (
 
 from unmasked.doctor.miniature import WINDOW, miniature
 from unmasked.forward.packing import enable_packing, pack, run_packed
-from unmasked.mask.proof import Proof, open_config, open_mask, prove, stock_loading
+from unmasked.mask.opening import open_config
+from unmasked.mask.proof import Proof, open_mask, prove, stock_loading
 
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -32,14 +32,14 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from unmasked.mask.opening import attention_name
+from unmasked.mask.proof import evaluating
 
 NAME = "unmasked"
 """The attention implementation registered here."""
 
-HALF = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Largest relative difference of packed and single states; 5e-2 in other precisions."""
 
@@ -78,15 +78,15 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same plan on a device, without waiting where it comes from pinned memory."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Packed:
         """The same plan in memory that a GPU copies from by itself."""
-        return self._mapped(Tensor.pin_memory)
+        return self._each(Tensor.pin_memory)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        names = ("rows", "columns", "positions", "ends")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Packed:
+        rows, columns = change(self.rows), change(self.columns)
+        return Packed(rows, columns, change(self.positions), change(self.ends), self.groups)
 
 
 def pack(attention_mask: Tensor) -> Packed:
@@ -184,8 +184,7 @@ def attention(
     # A layer with a window goes text by text on a GPU too. The kernels could take it as a number,
     # but the number that a family hands over does not tell the window: four tokens to each side
     # are a 4 in Mistral and a 5 in Gemma 3.
-    plain = attention_mask is None and s_aux is None and _on_half_gpu(query)
-    if plain and _has_varlen(query.shape[-1], dropout, softcap):
+    if attention_mask is None and s_aux is None and _has_varlen(query, dropout, softcap):
         return _attend_varlen(query, key, value, packed, scaling, dropout, softcap), None
     parts = []
     for start, texts, length in packed.groups:
@@ -209,7 +208,9 @@ def _attend(
     sinks: Tensor | None,
 ) -> Tensor:
     """(B, H, T, d) attention: SDPA, or written out for what SDPA does not have or does slowly."""
-    if softcap is None and sinks is None and not _slow(query, dropout):
+    half = query.dtype == torch.bfloat16 and query.shape[2] >= LONG
+    slow = query.device.type == "cpu" and (dropout > 0 or half)
+    if softcap is None and sinks is None and not slow:
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(
             query, key, value, mask, dropout, scale=scaling, enable_gqa=grouped
@@ -235,23 +236,20 @@ def _attend(
     return torch.bmm(weights, value.reshape(shared, tokens, width)).view_as(query)
 
 
-def _slow(query: Tensor, dropout: float) -> bool:
-    """Whether SDPA is slower than two matrix products: on CPU with dropout, or in bfloat16."""
-    if query.device.type != "cpu":
+def _has_varlen(query: Tensor, dropout: float, softcap: float | None) -> bool:
+    """Whether a kernel for texts of any length is here, on a GPU and in half precision.
+
+    torch has one without dropout and soft cap; flash-attn has either of them, not both.
+    """
+    if not _on_half_gpu(query):
         return False
-    return dropout > 0 or (query.dtype == torch.bfloat16 and query.shape[2] >= LONG)
+    if dropout > 0 and (softcap is not None or query.shape[-1] > DROPOUT_HEAD):
+        return False
+    return (dropout == 0 and softcap is None) or is_flash_attn_2_available()
 
 
 def _on_half_gpu(query: Tensor) -> bool:
-    """Whether the kernels for texts of any length could run: on a GPU, in half precision."""
-    return query.is_cuda and query.dtype in HALF
-
-
-def _has_varlen(head: int, dropout: float, softcap: float | None) -> bool:
-    """Whether a kernel is here: torch's for neither, flash-attn's for one of the two, not both."""
-    if dropout > 0 and (softcap is not None or head > DROPOUT_HEAD):
-        return False
-    return (dropout == 0 and softcap is None) or is_flash_attn_2_available()
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def _attend_varlen(
@@ -337,14 +335,10 @@ def _packing_drift(model: Any) -> float:
     ids = torch.randint(highest, (len(lengths), max(lengths)), generator=generator)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     ids, packed = ids.to(words.device), pack(mask.long()).to(words.device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         together, drifts = run_packed(model, ids, packed).float(), []
         for row, length in enumerate(lengths):
             alone = model(input_ids=ids[row : row + 1, :length], use_cache=False)
             single = alone.last_hidden_state[0].float()
             drifts.append((together[packed.rows == row] - single).norm() / single.norm())
-    finally:
-        model.train(was_training)
     return float(torch.stack(drifts).max())  # not the largest of numbers: NaN must win

@@ -42,12 +42,7 @@ def open_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def set_flag(config: PretrainedConfig, *, rebuild: bool) -> None:
-    """Make ``config`` bidirectional in place.
-
-    Args:
-        config: of a decoder, or of a composite that holds a text decoder.
-        rebuild: whether a model will be built from it, so that its windows may still change.
-    """
+    """Make ``config`` bidirectional in place; if ``rebuild``, its windows may still change."""
     text: Any = config.get_text_config()
     config.use_cache = text.use_cache = False  # otherwise every forward fills a key-value cache
     types = getattr(text, "layer_types", None) or []

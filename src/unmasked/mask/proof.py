@@ -105,19 +105,17 @@ def open_mask(model: nn.Module) -> Proof:
     return report
 
 
-def prove(model: nn.Module, *, tolerance: float | None = None) -> Proof:
+def prove(model: nn.Module) -> Proof:
     """Run the self-check on a loaded model, which is left as it was.
 
     Args:
         model: a bare ``*Model``, a ``*ForCausalLM`` or a PEFT model around either.
-        tolerance: the largest ``padding_drift`` accepted; by default 1e-4, and 0.1 in half
-            precision.
     """
     decoder = bare(model)
     depth = getattr(decoder.config.get_text_config(), "num_hidden_layers", 0)
     about = (attention_name(decoder), decoder.config.model_type, window(decoder.config))
     try:
-        with torch.no_grad(), _evaluating(decoder):
+        with torch.no_grad(), evaluating(decoder):
             sees = [_sees_next(decoder, pads) for pads in (0, PADS)]
             drift, limit = _padding_drift(decoder)
             probed, causal = _left_to_right(decoder, depth)
@@ -127,7 +125,6 @@ def prove(model: nn.Module, *, tolerance: float | None = None) -> Proof:
         # Some families fail in their own forward once the mask is gone. That is a verdict as well.
         reason = f"the forward fails: {type(error).__name__}: {error}"
         return Proof("impossible", reason, (), 0, math.nan, *about)
-    limit = limit if tolerance is None else tolerance
     verdict: Verdict = "impossible"
     if not math.isfinite(drift):
         reason = NOT_FINITE
@@ -195,8 +192,8 @@ def stock_loading(model: nn.Module) -> Literal["same", "eager", "causal"]:
 
 
 @contextmanager
-def _evaluating(decoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards the training flag of every module is as it was."""
+def evaluating(decoder: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; then every module's training flag is as it was."""
     training = [module for module in decoder.modules() if module.training]
     decoder.eval()
     try:
