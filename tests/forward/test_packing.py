@@ -120,6 +120,13 @@ def test_a_family_that_cannot_be_packed_is_left_as_it_was(name):
     assert attention_name(model) == before != NAME
 
 
+def test_states_that_are_not_numbers_are_not_packed(monkeypatch):
+    model = build(PACKED["llama"])
+    monkeypatch.setattr(packing, "_attend", lambda query, *_: torch.full_like(query, torch.nan))
+    assert enable_packing(model) == "packed and single forwards differ by nan"
+    assert attention_name(model) == "sdpa"
+
+
 @torch.no_grad()
 def test_without_separation_the_check_would_fail():
     """The check can fail: one text for all tokens is another result."""

@@ -14,7 +14,6 @@ from torch.nn.functional import cosine_similarity
 from transformers import GPT2Config, LlamaConfig
 
 from unmasked import LLM2Vec
-from unmasked.checkpoint.fingerprint import fingerprint
 from unmasked.corpus import Encoded, Encoding, Local, Shards, encode_folder
 from unmasked.doctor import environment
 from unmasked.errors import ModelError, OutputError
@@ -121,14 +120,14 @@ def test_a_quantized_batch_is_packed_and_apart_from_itself(int8, sentences):
 
 
 def test_a_quantized_model_has_a_fingerprint_of_its_own(full, int8, tiny_decoder):
-    assert fingerprint(int8) == fingerprint(load(tiny_decoder, "int8")) != fingerprint(full)
+    assert int8.fingerprint() == load(tiny_decoder, "int8").fingerprint() != full.fingerprint()
     layer = full.backbone.auto_model.layers[0].mlp.up_proj
     try:
         full.backbone.auto_model.layers[0].mlp.up_proj = Linear8bit(layer, DTYPES["fp8"])
-        of_fp8 = fingerprint(full)
+        of_fp8 = full.fingerprint()
     finally:
         full.backbone.auto_model.layers[0].mlp.up_proj = layer
-    assert of_fp8 != fingerprint(full)
+    assert of_fp8 != full.fingerprint()
 
 
 # --- refused --------------------------------------------------------------------------------------
