@@ -136,7 +136,9 @@ def test_a_quantized_model_has_a_fingerprint_of_its_own(full, int8, tiny_decoder
 def test_what_a_device_cannot_do_is_refused(tiny_decoder, monkeypatch):
     with pytest.raises(ModelError, match="did you mean 'int8'.*Allowed: int8, fp8"):
         load("no-such-model", "in8")  # before anything is loaded
-    with pytest.raises(ModelError, match="int8 is for CPUs, and the model goes to cuda:1.*Fix"):
+    with pytest.raises(
+        ModelError, match="int8 runs on CPUs only, and the model goes to cuda:1.*Fix"
+    ):
         check("int8", torch.device("cuda", 1))
     with pytest.raises(ModelError, match="capability 8.9 or later, and the model goes to cpu"):
         load(tiny_decoder, "fp8")

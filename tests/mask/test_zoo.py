@@ -128,11 +128,11 @@ def test_b22_stock_auto_model_loads_it_open(found, saved):
 
 
 @of(ONLY_HERE)
-def test_b22_what_only_unmasked_opens_is_causal_in_stock(found, saved):
+def test_what_only_unmasked_opens_is_causal_in_stock(found, saved):
     assert prove(AutoModel.from_pretrained(saved[1])).verdict == "impossible"
 
 
-def test_b22_few_families_are_open_here_only():
+def test_few_families_are_open_here_only():
     assert ONLY_HERE == ["gpt_neo", "mpt", "openai-gpt"]
 
 

@@ -59,8 +59,8 @@ def pick(name: str, device: torch.device, config: Any = None) -> Precision:
         raise ModelError(unknown("dtype", name, NAMES))
     if name == "float16" and device.type == "cpu":
         raise ModelError(
-            "float16 is many times slower than float32 on a CPU. Fix: dtype auto, bfloat16 or "
-            "float32."
+            "float16 is many times slower than float32 on a CPU. Fix: choose dtype auto, bfloat16 "
+            "or float32."
         )
     if name not in ("auto", "checkpoint"):
         return Precision(getattr(torch, name), "as asked")
@@ -83,5 +83,5 @@ def _for_cpu(config: Any) -> Precision:
         return Precision(torch.float32, "training on a CPU is done in float32")
     width = config.get_text_config().hidden_size
     if width < NARROW:
-        return Precision(torch.float32, f"a model {width} wide is quick in float32, too")
+        return Precision(torch.float32, f"a model {width} wide is quick in float32 as well")
     return Precision(torch.bfloat16, f"the CPU has {instructions}")

@@ -145,16 +145,17 @@ def check(name: str, device: torch.device) -> None:
     """
     if name not in DTYPES:
         raise ModelError(unknown("quantize", name, DTYPES))
+    least = ".".join(map(str, FP8_CAPABILITY))
     if name == "int8" and device.type != "cpu":
         raise ModelError(
-            f"quantize int8 is for CPUs, and the model goes to {device}. Fix: device cpu, no "
-            "quantize, or quantize fp8 on a GPU that has it (compute capability 8.9 or later)."
+            f"quantize int8 runs on CPUs only, and the model goes to {device}. Fix: choose device "
+            f"cpu, leave out quantize, or choose fp8 on a GPU that has it (compute capability "
+            f"{least} or later)."
         )
     if name == "fp8" and not has_fp8(device):
-        least = ".".join(map(str, FP8_CAPABILITY))
         raise ModelError(
             f"quantize fp8 needs a GPU of compute capability {least} or later, and the model goes "
-            f"to {device}. Fix: quantize int8 on a CPU, or no quantize."
+            f"to {device}. Fix: choose int8 on a CPU, or leave out quantize."
         )
 
 
@@ -184,7 +185,7 @@ def quantize(encoder: SentenceTransformer, trunk: nn.Module, name: str) -> Quant
     if not chosen:
         raise ModelError(
             f"{type(trunk).__name__} has no linear layers (nn.Linear) to put into 8 bits. "
-            "Fix: no quantize."
+            "Fix: leave out quantize."
         )
     full = str(next(trunk.parameters()).dtype).removeprefix("torch.")
     encoder.eval().requires_grad_(False)
@@ -196,7 +197,7 @@ def quantize(encoder: SentenceTransformer, trunk: nn.Module, name: str) -> Quant
     except (AttributeError, RuntimeError) as error:
         raise ModelError(
             f"{type(trunk).__name__} does not run with 8-bit layers ({type(error).__name__}: "
-            f"{str(error)[:100]}). Fix: no quantize."
+            f"{str(error)[:100]}). Fix: leave out quantize."
         ) from error
     least = float(nn.functional.cosine_similarity(before, after, dim=1).min())
     done = Quantization(name, len(chosen), full, least)

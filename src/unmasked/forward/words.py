@@ -50,7 +50,10 @@ def word_vectors(
         ModelError: the model has a chat template, which would stand around every sentence.
     """
     if tokens.template.prefix or tokens.template.suffix:
-        raise ModelError("words have no chat template. Fix: load with template='none'.")
+        raise ModelError(
+            "words are encoded without a chat template, and this model has one. "
+            "Fix: load it with template='none'."
+        )
     found: list[np.ndarray] = []
     for start in range(0, len(sentences), CHUNK):
         part = sentences[start : start + CHUNK]
@@ -76,7 +79,7 @@ def _word_tokens(
     rows = zip(sentences, texts, tokens(texts), encodings, strict=True)
     for index, (words, text, row, encoding) in enumerate(rows, first):
         if not words or not all(words):
-            raise DataError(f"sentence {index}: empty, or with an empty word. Fix: leave it out.")
+            raise DataError(f"sentence {index} is empty or has an empty word. Fix: leave it out.")
         kept = len(row.ids) - len(tokens.prefix) - len(tokens.suffix)
         if kept < len(encoding.ids):
             raise DataError(

@@ -238,7 +238,7 @@ def _sees_next(decoder: PreTrainedModel, pads: int) -> bool:
     text = list(range(TOKENS))
     others = [[*text[:t], t + TOKENS, *text[t + 1 :]] for t in range(1, TOKENS)]
     changed = _changed(_states(decoder, [text, *others, text], pads)[:, :TOKENS])
-    return bool(changed[1:-1].diagonal().all())  # row t changes token t; is state t - 1 another?
+    return bool(changed[1:-1].diagonal().all())  # in row t, token t is another: is state t - 1?
 
 
 def _padding_drift(decoder: PreTrainedModel) -> tuple[float, float]:
@@ -321,7 +321,7 @@ def _both_ways(
             if (states := _rows(value, size)) is not None:
                 changed = _changed(states[:, :TOKENS])
                 leftward, rightward = changed[1, :half].any(), changed[2, half:].any()
-                # A module that moves nothing rightward either works on single tokens (an MLP).
+                # A module that moves nothing to the right either works on single tokens (an MLP).
                 found[name] = found.get(name, True) and bool(leftward or not rightward)
                 return
 
