@@ -15,7 +15,7 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 
 from unmasked import LLM2Vec
 from unmasked.errors import ModelError, NotBidirectionalError
-from unmasked.mask.proof import open_config
+from unmasked.mask.opening import open_config
 from unmasked.recipe.schema import Recipe
 from unmasked.text.templates import named
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer

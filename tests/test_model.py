@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from unmasked import LLM2Vec
 from unmasked.errors import DataError, ModelError, NotBidirectionalError
 from unmasked.forward.pooling import STOCK_MODES, pool
-from unmasked.mask.proof import open_config, prove
+from unmasked.mask.opening import open_config
+from unmasked.mask.proof import prove
 
 TEXTS = [
     "hello world",

@@ -16,8 +16,9 @@ from support.vectors import close
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from unmasked import LLM2Vec
+from unmasked.compat.original import PUBLISHED
 from unmasked.errors import ModelError
-from unmasked.text.templates import PUBLISHED, detect, named
+from unmasked.text.templates import named
 
 MNTP, SUPERVISED = f"{OWNER}/LLM2Vec-Tiny-mntp", f"{OWNER}/LLM2Vec-Tiny-mntp-supervised"
 BASE = "llamas/Tiny-Instruct"
@@ -360,15 +361,6 @@ def test_a_peft_model_around_a_peft_model(checkpoint):
 
 
 # --- templates --------------------------------------------------------------------------------
-
-
-def test_tokenizers_of_later_models_have_no_template_as_published():
-    llama = "<|start_header_id|><|end_header_id|><|eot_id|>"
-    assert detect(llama, {}) == named("llama3")
-    assert detect(llama, {"<|python_tag|>": 9}) is None
-    assert detect("<|im_start|><|im_end|>", {}) == named("chatml")
-    assert detect("<|im_start|><|im_end|>", {"<tool_call>": 9}) is None
-    assert detect(None, {}) is None
 
 
 def test_an_unknown_template_or_compat_names_the_allowed(tiny_decoder):

@@ -26,7 +26,8 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from unmasked.checkpoint import adapters
 from unmasked.forward import packing
 from unmasked.forward.packing import NAME, checkpoint_contexts, enable_packing, pack, run_packed
-from unmasked.mask.proof import open_config, open_mask
+from unmasked.mask.opening import attention_name, open_config
+from unmasked.mask.proof import open_mask
 
 SMALL = {
     "vocab_size": 120,
@@ -114,9 +115,16 @@ def test_an_unpacked_call_still_gets_its_mask(name):
 @pytest.mark.parametrize("name", PADDED)
 def test_a_family_that_cannot_be_packed_is_left_as_it_was(name):
     model = build(PADDED[name])
-    before = model.config._attn_implementation
+    before = attention_name(model)
     assert enable_packing(model) is not None
-    assert model.config._attn_implementation == before != NAME
+    assert attention_name(model) == before != NAME
+
+
+def test_states_that_are_not_numbers_are_not_packed(monkeypatch):
+    model = build(PACKED["llama"])
+    monkeypatch.setattr(packing, "_attend", lambda query, *_: torch.full_like(query, torch.nan))
+    assert enable_packing(model) == "packed and single forwards differ by nan"
+    assert attention_name(model) == "sdpa"
 
 
 @torch.no_grad()
@@ -230,9 +238,9 @@ def kernels(monkeypatch):
 def attend(head=8, **options):
     """(N, H, d) packed attention of random states, 4 heads on 2 keys."""
     torch.manual_seed(0)
-    layout = pack(batch()[1]).layout
-    q, k, v = (torch.randn(1, heads, layout.tokens, head) for heads in (4, 2, 2))
-    with packing.packed_attention(layout):
+    packed = pack(batch()[1])
+    q, k, v = (torch.randn(1, heads, len(packed.rows), head) for heads in (4, 2, 2))
+    with packing.packed_attention(packed):
         mask = options.pop("mask", None)
         return packing.attention(None, q, k, v, mask, scaling=0.3, **options)[0][0]
 

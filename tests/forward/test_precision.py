@@ -42,7 +42,7 @@ def test_checkpoint_is_never_less_than_the_checkpoint_has(monkeypatch):
 
 
 def test_float16_on_a_cpu_and_unknown_names_are_refused():
-    with pytest.raises(ModelError, match="Fix: dtype auto"):
+    with pytest.raises(ModelError, match="Fix: choose dtype auto"):
         precision.pick("float16", CPU, WIDE)
     with pytest.raises(ModelError, match="did you mean 'bfloat16'"):
         precision.pick("bfloat", CPU, WIDE)

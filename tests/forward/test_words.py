@@ -78,7 +78,7 @@ def test_word_vectors_do_not_depend_on_the_batch(model):
 
 
 def test_what_cannot_be_a_vector_is_refused(model):
-    with pytest.raises(DataError, match=r"sentence 1: empty.*Fix"):
+    with pytest.raises(DataError, match=r"sentence 1 is empty.*Fix"):
         model.encode_words([["x"], []])
     with pytest.raises(DataError, match=r"sentence 0 has \d+ tokens and the model reads.*Fix"):
         model.encode_words([["word"] * 600])

@@ -10,15 +10,8 @@ from support import tiny
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from unmasked.errors import NotBidirectionalError
-from unmasked.mask.proof import (
-    Proof,
-    clear_module_flags,
-    open_config,
-    open_mask,
-    prove,
-    require,
-    stock_loading,
-)
+from unmasked.mask.opening import attention_name, clear_module_flags, open_config
+from unmasked.mask.proof import Proof, open_mask, prove, require, stock_loading
 
 FULL = ["gemma", "gemma2", "gemma3", "gemma4", "gpt2", "llama", "mistral", "nemotron", "qwen3"]
 FULL += ["stablelm"]
@@ -237,11 +230,13 @@ def test_b24_states_do_not_depend_on_batch_size_order_or_padding(family):
 def test_b24_states_that_depend_on_padding_are_refused():
     model = opened("llama")
     # every state gets something of the mean over all positions, padding included
-    model.embed_tokens.register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True))
+    mix = lambda _, __, out: out + out.mean(1, keepdim=True)  # noqa: E731
+    hook = model.embed_tokens.register_forward_hook(mix)
     report = prove(model)
     assert report.verdict == "impossible" and "depend on padding" in report.reason
     assert report.padding_drift > 1e-2
-    assert prove(model, tolerance=10.0).verdict == "full"
+    hook.remove()
+    assert prove(model).verdict == "full"
 
 
 def test_states_that_are_not_finite_are_refused():
@@ -388,7 +383,7 @@ def test_a_saved_folder_reloads_with_the_same_proof(family, tmp_path):
 def test_b22_a_saved_stablelm_needs_eager_named(attention, tmp_path):
     model = opened("stablelm", attention)
     assert stock_loading(model) == "eager"
-    assert model.config._attn_implementation == attention
+    assert attention_name(model) == attention
     assert clear_module_flags(model) == []
     model.save_pretrained(tmp_path)
     assert prove(AutoModel.from_pretrained(tmp_path)).verdict == "impossible"

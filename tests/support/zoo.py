@@ -1,15 +1,19 @@
-"""A tiny random model of every text decoder that transformers has.
+"""A tiny random model of every text decoder that transformers has, and what is seen of it.
 
 The list is the library's own: whatever `AutoModelForCausalLM` knows is built from its config class
-by rule (`unmasked.doctor.miniature`). So families that a later release adds are here by themselves.
-`HINTS` helps where a class's defaults alone build no model.
+by rule (`unmasked.doctor.miniature`), so families that a later release adds are here by themselves.
+`HINTS` helps where the defaults of a class alone build no model. Looking at one family takes about
+a second, and this writes what is found of all of them:
 
-    python -m tests.zoo > docs/models.md
+    python tests/support/zoo.py > docs/models.md
+
+Tests choose families by that page (`listed`) and hold it to what they find.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,7 +31,8 @@ from transformers.models.auto.modeling_auto import (
 
 from unmasked.doctor.miniature import WINDOW, miniature
 from unmasked.forward.packing import enable_packing, pack, run_packed
-from unmasked.mask.proof import Proof, open_config, open_mask, prove, stock_loading
+from unmasked.mask.opening import open_config
+from unmasked.mask.proof import Proof, open_mask, prove, stock_loading
 
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -83,6 +88,37 @@ HINTS: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+COLUMNS = (
+    "verdict",
+    "default",
+    "attentions",
+    "packed",
+    "left padding",
+    "window",
+    "stock",
+    "reason",
+)
+
+
+@cache
+def table() -> dict[str, dict[str, str]]:
+    """What `TABLE` says: family → column → cell."""
+    text = TABLE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w-]+) \|(.*)\|$", text, re.MULTILINE)
+    cells = {family: [cell.strip() for cell in rest.split("|")] for family, rest in rows[1:]}
+    return {family: dict(zip(COLUMNS, own, strict=True)) for family, own in cells.items()}
+
+
+def listed(*verdicts: str, **columns: str) -> list[str]:
+    """Families that the table gives one of these verdicts and these cells."""
+    wanted = columns.items()
+    return [
+        family
+        for family, cells in table().items()
+        if cells["verdict"] in verdicts and all(cells[name] == cell for name, cell in wanted)
+    ]
 
 
 class NotADecoderError(Exception):
@@ -206,7 +242,6 @@ def _states(model: PreTrainedModel, texts: list[list[int]], left: bool = False) 
 def _packed_states(model: PreTrainedModel) -> list[Tensor]:
     ids, mask = _batch(TEXTS)
     packed = pack(mask)
-    assert packed is not None
     states = run_packed(model, ids, packed)
     return [states[packed.rows == row] for row in range(len(TEXTS))]
 
@@ -268,26 +303,31 @@ def row(found: Findings) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def document(rows: list[Findings]) -> str:
-    """The text of `TABLE`."""
+def introduction(verdicts: list[str]) -> str:
+    """What stands above the table."""
     import transformers
 
-    kinds = [found.verdict if found.attentions else "none" for found in rows]
-    counts = {kind: kinds.count(kind) for kind in ("full", "partial", "impossible", "none")}
-    table = "\n".join(row(found) for found in rows)
-    return f"""{INTRODUCTION.format(version=transformers.__version__, size=WINDOW, **counts)}
-| family | verdict | default | attentions | packed | left padding | window | stock | reason |
+    counts = {kind: verdicts.count(kind) for kind in ("full", "partial", "impossible", "none")}
+    return INTRODUCTION.format(version=transformers.__version__, size=WINDOW, **counts)
+
+
+def document(rows: list[Findings]) -> str:
+    """The text of `TABLE`."""
+    verdicts = [found.verdict if found.attentions else "none" for found in rows]
+    lines = "\n".join(row(found) for found in rows)
+    return f"""{introduction(verdicts)}
+| family | {" | ".join(COLUMNS)} |
 |---|---|---|---|---|---|---|---|---|
-{table}
+{lines}
 """
 
 
 INTRODUCTION = """# Families
 
 What the proof says of every family that `AutoModelForCausalLM` of transformers {version} knows:
-{full} full, {partial} partial, {impossible} impossible, {none} that are no decoders of text.
-Written by `python -m tests.zoo > docs/models.md` from tiny random models, two layers or one of each
-kind; `tests/test_zoo.py` holds the table to what it finds.
+{full} full, {partial} partial, {impossible} impossible, {none} that are not decoders of text.
+Written by `python tests/support/zoo.py > docs/models.md` from tiny random models, two layers or one
+of each kind; `tests/mask/test_zoo.py` holds the table to what it finds.
 
 * **verdict**: `full`: every layer looks both ways. `partial`: attention does; other layers, or
   parts of layers, stay left-to-right; refused unless `allow_partial`. `impossible`: refused.

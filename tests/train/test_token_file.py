@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 from unmasked.checkpoint import adapters
 from unmasked.errors import DataError
 from unmasked.forward.packing import enable_packing, pack_documents
-from unmasked.mask.proof import open_config, open_mask
+from unmasked.mask.opening import open_config
+from unmasked.mask.proof import open_mask
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 from unmasked.train.data.texts import Blocks, token_file
 from unmasked.train.losses import mntp

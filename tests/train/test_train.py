@@ -22,7 +22,7 @@ from transformers import (
 from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters, loading
 from unmasked.errors import DataError, ModelError, OutputError, RecipeError, UnmaskedError
-from unmasked.mask.proof import open_config
+from unmasked.mask.opening import open_config
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Lora, Model, Recipe, SimCSE
 from unmasked.train.data.texts import read_texts, split_held_out

@@ -118,7 +118,8 @@ def _random(config: Any) -> tuple[Any, Proof]:
     """A random model of a config, opened as `loading.load` does, and the proof."""
     from transformers import AutoModel
 
-    from unmasked.mask.proof import open_config, open_mask
+    from unmasked.mask.opening import open_config
+    from unmasked.mask.proof import open_mask
 
     report = None
     for attention in ({}, {"attn_implementation": "eager"}):

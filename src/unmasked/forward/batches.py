@@ -1,8 +1,8 @@
-"""Which texts share a forward, and getting them ready while the one before is computed.
+"""Which texts share a forward, and how batches are made ready ahead of the device.
 
-Sorting by characters and cutting by rows, as is usual, leaves 9 to 51 % of what is computed to
-padding. Here lengths are exact, and a batch closes when its padded size reaches the budget. Equal
-inputs are encoded once. Tokenising, planning and pinning run in a thread, ahead of the device.
+The usual way, sorting by characters and cutting by rows, leaves 9 to 51 % of what is computed to
+padding. Here lengths are counted in tokens, and a batch is full when its padded size reaches the
+budget. Equal inputs are encoded once. Tokenising, planning and pinning run in a thread.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch
 T = TypeVar("T")
 
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 16384}
-"""Tokens a forward: what fits a CPU's cache, and what fills a GPU."""
+"""Tokens per forward: what fits the cache of a CPU, and what keeps a GPU busy."""
 
 WINDOW = 16384
-"""Inputs that are tokenised and sorted together: many enough to waste little on padding."""
+"""Inputs that are tokenised and sorted together: enough to lose little to padding."""
 
 AHEAD = 32
-"""Batches that may wait, ready, for the device."""
+"""Largest number of batches that wait, ready, for the device."""
 
 
 def token_budget(device: torch.device) -> int:
-    """The default number of tokens a forward on a device."""
+    """The default number of tokens per forward on a device."""
     return TOKEN_BUDGET.get(device.type, 8192)
 
 
@@ -39,8 +39,9 @@ def plan_batches(
 
     Args:
         lengths: token count of each of N rows.
-        budget: most tokens of a batch, padding counted; a longer row is a batch of its own.
-        batch_size: most rows of a batch.
+        budget: maximum number of tokens of a batch, padding included; a row that is longer is a
+            batch of its own.
+        batch_size: maximum number of rows of a batch.
 
     Returns:
         Index arrays that together hold 0 … N-1 once, longest rows first.
@@ -58,23 +59,18 @@ def plan_batches(
 
 def distinct(inputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
     """Inputs without repetitions, in order, and for each of the N inputs its place among them."""
-    places: dict[Hashable, int] = {}
-    kept: list[Any] = []
-    inverse = np.empty(len(inputs), dtype=np.int64)
-    for index, item in enumerate(inputs):
-        key = tuple(item) if isinstance(item, list) else item
-        place = places.setdefault(key, len(kept))
-        if place == len(kept):
-            kept.append(item)
-        inverse[index] = place
-    return kept, inverse
+    keys: list[Hashable] = [tuple(item) if isinstance(item, list) else item for item in inputs]
+    firsts = dict(zip(reversed(keys), reversed(inputs), strict=True))  # the first of equals stays
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    inverse = np.fromiter((places[key] for key in keys), np.int64, len(keys))
+    return [firsts[key] for key in places], inverse
 
 
 def ahead(items: Iterable[T], depth: int = AHEAD) -> Iterator[T]:
     """The items of an iterator that runs in a thread, at most `depth` of them waiting.
 
     An exception of the iterator is raised where its item would have come. Closing this generator
-    ends the thread after the item it is working on.
+    ends the thread after the item that it is working on.
     """
     iterator, end = iter(items), object()
     pool = ThreadPoolExecutor(1)

@@ -1,9 +1,9 @@
 """Which precision the weights get, and why: asked by loading, shown by ``doctor``.
 
 On a CPU with bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16), a wide model runs 2 to 3 times
-faster in bfloat16 than in float32; without it, tens of times slower. float16 is slow on every CPU.
-Narrow models (`NARROW`) stay in float32: they are quick as they are, though bfloat16 is 1.7 times
-as fast at a width of 256, too (`benchmarks/quantize.py`).
+faster in bfloat16 than in float32; on other CPUs it runs tens of times slower. float16 is slow on
+every CPU. Narrow models (`NARROW`) stay in float32: they are quick as they are, although bfloat16
+is 1.7 times as fast at a width of 256 as well (`benchmarks/quantize.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from unmasked.errors import ModelError, unknown
 
 NAMES = ("auto", "checkpoint", "float32", "bfloat16", "float16")
 NARROW = 512
-"""Hidden sizes below this stay in float32 on CPU."""
-_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-_INT8 = ("avx512_vnni", "amx_int8", "avx_vnni")
+"""Hidden sizes below this stay in float32 on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +30,16 @@ class Precision:
 
 def bfloat16_instructions() -> str | None:
     """The instruction set with which this CPU multiplies bfloat16; None if it has none."""
-    return _first_of(_BFLOAT16)
+    return _first_of("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def int8_instructions() -> str | None:
     """The instruction set with which this CPU multiplies 8-bit integers; None if it has none."""
-    return _first_of(_INT8)
+    return _first_of("avx512_vnni", "amx_int8", "avx_vnni")
 
 
-def _first_of(instructions: tuple[str, ...]) -> str | None:
-    found: Any = torch.cpu.get_capabilities()
+def _first_of(*instructions: str) -> str | None:
+    found = torch.cpu.get_capabilities()
     return next((name for name in instructions if found.get(name)), None)
 
 
@@ -55,19 +53,18 @@ def pick(name: str, device: torch.device, config: Any = None) -> Precision:
         config: of the model. Without it, as in training, a CPU gets float32.
 
     Raises:
-        ModelError: an unknown name, or float16 on CPU.
+        ModelError: an unknown name, or float16 on a CPU.
     """
     if name not in NAMES:
         raise ModelError(unknown("dtype", name, NAMES))
+    if name == "float16" and device.type == "cpu":
+        raise ModelError(
+            "float16 is many times slower than float32 on a CPU. Fix: choose dtype auto, bfloat16 "
+            "or float32."
+        )
     if name not in ("auto", "checkpoint"):
-        if name == "float16" and device.type == "cpu":
-            raise ModelError(
-                "float16 is many times slower than float32 on a CPU. Fix: dtype auto, bfloat16 or "
-                "float32."
-            )
         return Precision(getattr(torch, name), "as asked")
-    saved = getattr(config, "dtype", None)
-    if name == "checkpoint" and saved == torch.float32:
+    if name == "checkpoint" and getattr(config, "dtype", None) == torch.float32:
         return Precision(torch.float32, "as in the checkpoint")
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported():
@@ -86,5 +83,5 @@ def _for_cpu(config: Any) -> Precision:
         return Precision(torch.float32, "training on a CPU is done in float32")
     width = config.get_text_config().hidden_size
     if width < NARROW:
-        return Precision(torch.float32, f"a model {width} wide is quick in float32, too")
+        return Precision(torch.float32, f"a model {width} wide is quick in float32 as well")
     return Precision(torch.bfloat16, f"the CPU has {instructions}")

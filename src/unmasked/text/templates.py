@@ -1,26 +1,22 @@
-"""What stands around a text, as data: `templates.yaml` read, chosen, and saved with the model.
+"""What stands around a text, as data: `templates.yaml` is read here and chosen from.
 
-A template is chosen by what a tokenizer says of itself (its chat template and its vocabulary), so a
-copy, a fork or a merged checkpoint gets the one its original got; a name decides nothing. A model
-saved by this package carries the template itself, not a reference to the table.
+A template is chosen by what a tokenizer says of itself (its chat template and its vocabulary) and
+never by a name, so a copy, a fork or a merged checkpoint gets the template that its original got. A
+model saved by this package carries the template itself, not a reference to the table. The cost is
+one small file, read once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from unmasked.errors import ModelError, unknown
-
-LLM2VEC = "llm2vec-0.2"
-"""The preprocessing of the original package, versions 0.2.x."""
-
-Compat = Literal["llm2vec-0.2"]
 
 
 @dataclass(frozen=True)
@@ -47,27 +43,21 @@ class Template:
             return instruction
         return instruction + self.joint
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 PLAIN = Template()
 """No template: the instruction, a newline, the text."""
-PUBLISHED = Template(joint=" ")
-"""What published checkpoints without a template were made with."""
 
 
 @lru_cache(maxsize=1)
 def table() -> dict[str, dict[str, Any]]:
-    """The shipped templates by name."""
+    """The rows of `templates.yaml` by name."""
     text = (files("unmasked.text") / "templates.yaml").read_text(encoding="utf-8")
     content: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return content
 
 
 def named(name: str) -> Template:
-    """A shipped template, or ``none``.
+    """The template of a name in `templates.yaml`, or of ``none``.
 
     Raises:
         ModelError: there is none of that name.
@@ -76,44 +66,29 @@ def named(name: str) -> Template:
         return PLAIN
     if name not in table():
         raise ModelError(unknown("template", name, [*table(), "none"]))
-    return _template(table()[name])
+    return read_template(table()[name])
 
 
 def detect(chat_template: Any, vocabulary: Mapping[str, int]) -> Template | None:
-    """The template of a tokenizer.
+    """The template of a tokenizer; None if no row of `templates.yaml` is that tokenizer's.
 
     Args:
-        chat_template: the tokenizer's own, a string, several by name, or None.
+        chat_template: the tokenizer's own: a string, several by name, or None.
         vocabulary: token → id.
-
-    Returns:
-        None if no shipped template is that tokenizer's.
     """
     text = str(chat_template or "")
     for row in table().values():
-        if all(token in text for token in row["needs"]) and not any(
-            token in vocabulary for token in row["lacks"]
-        ):
-            return _template(row)
+        lacking = not any(token in vocabulary for token in row["lacks"])
+        if lacking and all(token in text for token in row["needs"]):
+            return read_template(row)
     return None
 
 
 def read_template(given: Template | Mapping[str, Any] | str | None) -> Template:
-    """A template given as itself, as saved, or by name; None is no template."""
+    """A template given as itself, as a mapping (saved, or a row), or by name; None is `PLAIN`."""
     if isinstance(given, Template):
         return given
     if isinstance(given, str):
         return named(given)
-    return PLAIN if given is None else _template(given)
-
-
-def check_compat(compat: str | None) -> str | None:
-    """The value itself, or a `ModelError` that names the allowed one."""
-    if compat not in (None, LLM2VEC):
-        raise ModelError(unknown("compat", str(compat), [LLM2VEC]))
-    return compat
-
-
-def _template(row: Mapping[str, Any]) -> Template:
-    names = [field.name for field in fields(Template)]
-    return Template(**{name: row[name] for name in names if name in row})
+    names = {field.name for field in fields(Template)}
+    return Template(**{name: value for name, value in (given or {}).items() if name in names})
