@@ -86,9 +86,9 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
     )
     rows: list[tuple[str, Callable[[StagePlan], str]]] = [
         ("steps", lambda s: f"{s.steps:,}"),
-        ("tokens a step", lambda s: f"{'~' if s.shape.assumed else ''}{s.tokens_per_step:,}"),
+        ("tokens a step", lambda s: f"{'~' if s.assumed else ''}{s.tokens_per_step:,}"),
         ("tokens", lambda s: short(s.tokens_per_step * s.steps)),
-        ("forwards a step", lambda s: f"{s.shape.forwards} of {s.shape.tokens:,} tokens"),
+        ("forwards a step", lambda s: f"{s.forwards} of {s.tokens:,} tokens"),
         ("trainable parameters", lambda s: f"{s.trainable:,}"),
         ("FLOPs", lambda s: f"{s.flops:.2e}"),
         ("weights", lambda s: short(s.memory.weights, "B")),
@@ -98,12 +98,12 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
         ("logits", lambda s: short(s.memory.logits, "B")),
         ("memory per device", lambda s: short(s.memory.total, "B")),
     ]
-    if plan.seconds is not None:
+    if any(stage.seconds is not None for stage in plan.stages):
         rows.append(("time", lambda s: terminal.duration(s.seconds or 0)))
     cells = [[label, *(show(stage) for stage in plan.stages)] for label, show in rows]
     names = [stage.name for stage in plan.stages]
     terminal.table(["", *names], cells, [11])
-    if any(stage.shape.assumed for stage in plan.stages):
+    if any(stage.assumed for stage in plan.stages):
         terminal.show("~ no text could be read: half of max_length is assumed for its length")
 
 
