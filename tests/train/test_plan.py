@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from unmasked.recipe.schema import Recipe
 from unmasked.train.plan.cost import make_plan
 from unmasked.train.plan.shapes import saved_activations
 
-PROCESSES = multiprocessing.get_context("spawn")
 SHAPE = {
     "vocab_size": 8000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
     "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512,
@@ -113,7 +113,7 @@ def test_the_command(tiny_decoder, tmp_path, texts):
     assert "time" not in shown.stdout.splitlines()[-1]
 
 
-def use(folder, recipe, result) -> None:
+def use(folder, recipe):
     """A stage in a process of its own: (bytes that torch held at most, seconds of a step).
 
     What Python's own libraries take is no part of the plan, so the allocator is asked.
@@ -132,7 +132,7 @@ def use(folder, recipe, result) -> None:
     events = measured.profiler.kineto_results.events()
     sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     held = itertools.accumulate(size for _, size in sorted(sizes, key=lambda pair: pair[0]))
-    result.put((max(held), gaps[len(gaps) // 2]))
+    return max(held), gaps[len(gaps) // 2]
 
 
 @pytest.mark.slow
@@ -151,11 +151,9 @@ def test_memory_and_time_are_within_a_quarter_of_what_a_run_uses(
     }[stage]
     torch.set_num_threads(1)
     recipe, plan = plan_of(base, texts, probe=True, **{stage: section})
-    result = PROCESSES.Queue()
-    process = PROCESSES.Process(target=use, args=(tmp_path / "run", recipe.model_dump(), result))
-    process.start()
-    memory, seconds = result.get(timeout=280)
-    process.join()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        memory, seconds = pool.submit(use, tmp_path / "run", recipe.model_dump()).result()
     (planned,) = plan.stages
     figures = (planned.memory.total, memory, planned.seconds / planned.steps, seconds)
     record_property("planned and used, bytes and seconds of a step", figures)
