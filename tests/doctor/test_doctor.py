@@ -11,6 +11,7 @@ from unmasked.doctor import environment, examine, lines
 from unmasked.doctor.miniature import miniature
 from unmasked.doctor.requirements import requirements
 from unmasked.errors import ModelError
+from unmasked.mask.opening import open_config
 from unmasked.mask.proof import Proof
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 
@@ -84,7 +85,7 @@ def asked(tiny_tokenizer):
         prepared = prepare_tokenizer(tiny_tokenizer)
         tokens = TextTokenizer(prepared, skip_instruction=skip_instruction)
         report = Proof("full", "", (), 2, 0.0, "sdpa", family)
-        return requirements(report, config, stock, tokens, pooling)
+        return requirements(report, open_config(config), stock, tokens, pooling)
 
     return make
 

@@ -44,11 +44,9 @@ def lines(found: Facts) -> list[tuple[str, str]]:
     """Label and text of each fact."""
     rows = []
     for key, value in found.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
         label = key.replace("_", " ")
-        if isinstance(value, dict):
-            rows += [(f"{label} {name}", _shown(inner)) for name, inner in value.items()]
-        else:
-            rows.append((label, _shown(value)))
+        rows += [(f"{label} {name}".rstrip(), _shown(part)) for name, part in parts]
     return rows
 
 

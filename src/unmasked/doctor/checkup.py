@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModel
 
 from unmasked.checkpoint import loading
@@ -56,8 +56,7 @@ def examine_config(name: str) -> Facts:
     config = loading.load_config(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = precision.pick("auto", device, config)
-    with torch.device("meta"):  # no memory for weights
-        whole = AutoModel.from_config(config)
+    whole = _without_weights(config)
     try:
         decoder, report = _random(miniature(config))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -79,6 +78,12 @@ def examine_config(name: str) -> Facts:
     }
 
 
+def _without_weights(config: Any, **how: Any) -> Any:
+    """A model on the meta device, which takes no memory."""
+    with torch.device("meta"):
+        return AutoModel.from_config(copy.deepcopy(config), **how)
+
+
 def _random(config: Any) -> tuple[Any, Proof]:
     """A random model of a config, opened as `loading.load` does, and the proof."""
     for attention in ({}, {"attn_implementation": "eager"}):
@@ -91,12 +96,16 @@ def _random(config: Any) -> tuple[Any, Proof]:
     return model, report
 
 
-def _proof(report: Proof, decoder: nn.Module | None = None) -> Facts:
+def _proof(report: Proof, decoder: Any = None) -> Facts:
     found = report.as_dict()
     why = "what transformers picks for it"
     if report.attention == "eager":
-        sdpa = getattr(decoder, "_supports_sdpa", True)
-        why = "sdpa stays causal here" if sdpa else "the family has no sdpa"
+        why = "sdpa stays causal here"
+        try:
+            if decoder is not None:
+                _without_weights(decoder.config, attn_implementation="sdpa")
+        except ValueError:
+            why = "the family has no sdpa"
     return {
         "model_type": found["model_type"],
         "bidirectional": report.verdict != "impossible",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from unmasked.errors import UnmaskedError
+from unmasked.errors import UnmaskedError, first_line
 from unmasked.forward.batches import token_budget
 from unmasked.recipe.schema import Recipe
 from unmasked.train.plan.cost import make_plan
@@ -37,7 +37,7 @@ def _to_train(name: str) -> str:
     try:
         stage = make_plan(Recipe.model_validate(given)).stages[0]
     except (UnmaskedError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        return f"not counted ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
+        return f"not counted ({type(error).__name__}: {first_line(error)[:80]})"
     return f"{_size(stage.memory.total)} (MNTP, LoRA, {stage.tokens:,} tokens per forward)"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from unmasked.mask.opening import NATIVE_KEY, open_config
+from unmasked.mask.opening import NATIVE_KEY
 from unmasked.mask.proof import Proof
 from unmasked.text.tokens import TextTokenizer
 
@@ -24,7 +24,7 @@ def requirements(
 
     Args:
         report: the proof.
-        config: of the model.
+        config: of the model, mask open.
         stock: what `stock_loading` says.
         tokens: how texts become ids.
         pooling: the pooling mode.
@@ -33,7 +33,7 @@ def requirements(
         why = "the mask stays" if report.verdict == "impossible" else "only unmasked opens the mask"
         return {"sentence_transformers": f"no: {why}"}
     eager = "; the saved config names eager attention" if stock == "eager" else ""
-    text = open_config(config).get_text_config()
+    text = config.get_text_config()
     values = {key: getattr(text, key, None) for key in CLOSED}
     flags = [f"{k}: {json.dumps(v)}" for k, v in values.items() if v not in (None, CLOSED[k])]
     mask = f"must read {' or '.join(flags)} in config.json"
