@@ -64,9 +64,9 @@ def mine(
     if last <= skip:
         raise DataError(
             f"{pairs.path}: of {documents} distinct documents the nearest {skip} are left out "
-            f"(--skip), those beyond the nearest {depth} are not looked at (--depth), and the "
-            "positive is no negative, so none is left. "
-            "Fix: a smaller --skip, a larger --depth, more rows, or --corpus FILE."
+            f"(--skip), only the nearest {depth} are looked at (--depth), and a query's positive "
+            "does not count, so that none is left. Fix: a larger --depth, a smaller --skip, more "
+            "rows, or --corpus FILE."
         )
     found = mine_hard_negatives(
         Dataset.from_dict({"q": [r.query for r in rows], "p": [r.positive for r in rows]}),

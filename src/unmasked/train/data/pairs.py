@@ -79,7 +79,7 @@ def read_rows(pairs: Pairs, source: int = 0) -> Iterator[PairRow]:
 
 
 def _files(pairs: Pairs) -> list[str]:
-    """The files its path stands for; a data set of the hub with its subset and split."""
+    """The files that the path stands for; a data set of the hub with its subset and split."""
     files = find_files(pairs.path, KINDS)
     if not files[0].startswith(readers.HUB):
         return files

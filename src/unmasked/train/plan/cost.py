@@ -49,10 +49,12 @@ class StageMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage is given, and what follows from it; of all devices unless said otherwise.
+    """What the forwards of a stage are given, and what that costs.
+
+    Tokens per step, FLOPs and seconds are those of all devices together, memory is that of each.
 
     Attributes:
-        stage, sizes: its settings, and the decoder's sizes.
+        stage, sizes: settings of the stage, and sizes of the decoder.
         rows, length: texts or blocks per forward, and the mean tokens of each.
         forwards: per optimiser step on one device.
         scored: rows of logits per forward.
@@ -78,7 +80,7 @@ class StagePlan:
 
     @property
     def tokens(self) -> int:
-        """Of one forward."""
+        """Tokens of one forward."""
         return self.rows * self.length
 
     @property
@@ -97,6 +99,7 @@ class StagePlan:
 
     @cached_property
     def memory(self) -> StageMemory:
+        """Bytes on each device."""
         sizes, stage = self.sizes, self.stage
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         weights = sum(p.nbytes for p in self.model.parameters())
