@@ -8,10 +8,12 @@ from support import tiny
 from transformers import AutoModel
 
 from unmasked.doctor import environment, examine, lines
-from unmasked.doctor.engines import engines
 from unmasked.doctor.miniature import miniature
+from unmasked.doctor.requirements import requirements
 from unmasked.errors import ModelError
+from unmasked.mask.opening import open_config
 from unmasked.mask.proof import Proof
+from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 
 
 @pytest.fixture
@@ -33,7 +35,12 @@ def test_the_shape_of_a_config_is_examined_without_weights(config_only):
     assert (found["layers"], found["width"], found["sliding_window"]) == (6, 64, 4096)
     assert found["attention"] == "sdpa"
     assert found["packed"].startswith("yes")
-    assert found["engine"]["sentence_transformers"] == "yes, proved"
+    assert found["engine"] == {
+        "sentence_transformers": "yes, proved",
+        "mask": "must read is_causal: false in config.json; "
+        f"sliding layers see {found['window_to_each_side']} tokens to each side",
+        "pooling": "must pool by mean and leave out <s> and the prompt",
+    }
     assert found["bos_added"] == ["<s>"]
     assert found["prompt_ending_in"]["space"].startswith("UNSTABLE")
     assert "of weights" in found["memory_to_encode"]
@@ -46,12 +53,13 @@ def test_the_shape_names_the_layers_of_the_whole_model(config_only):
     found = examine(config_only("lfm2", layer_types=types, num_hidden_layers=4), load=False)
     assert found["verdict"] == "partial"
     assert found["causal_layers"] == ["0 (conv)", "1 (conv)", "3 (conv)"]
+    assert found["engine"]["mask"].endswith("; the causal layers stay causal")
 
 
 def test_the_shape_of_a_model_that_stays_causal(config_only):
     found = examine(config_only("mamba"), load=False)
     assert found["bidirectional"] is False
-    assert set(found["engine"].values()) == {"no: the mask stays"}
+    assert found["engine"] == {"sentence_transformers": "no: the mask stays"}
 
 
 def test_the_shape_counts_the_weights_of_the_whole_model(config_only):
@@ -66,26 +74,50 @@ def test_weights_that_are_not_there_cannot_be_loaded(config_only):
         examine(config_only("llama"))
 
 
+@pytest.fixture
+def asked(tiny_tokenizer):
+    """What the folder of a proved model asks of a program."""
+
+    def make(family, stock="same", pooling="mean", skip_instruction=True, **fields):
+        config = tiny.config(family)
+        for name, value in fields.items():
+            setattr(config, name, value)
+        prepared = prepare_tokenizer(tiny_tokenizer)
+        tokens = TextTokenizer(prepared, skip_instruction=skip_instruction)
+        report = Proof("full", "", (), 2, 0.0, "sdpa", family)
+        return requirements(report, open_config(config), stock, tokens, pooling)
+
+    return make
+
+
 @pytest.mark.parametrize(
-    ("family", "stock", "said"),
+    ("family", "stock", "loads", "mask"),
     [
-        ("llama", "same", ("yes, proved", "mask yes", "mask yes")),
-        ("stablelm", "eager", ("yes, proved; the saved config names eager", "no:", "no:")),
-        ("gpt_neo", "causal", ("no: only unmasked", "no: only unmasked", "no: only unmasked")),
+        ("llama", "same", "yes, proved", "is_causal: false"),
+        ("stablelm", "eager", "yes, proved; the saved config names eager", "is_causal: false"),
+        ("gemma3", "same", "yes, proved", "use_bidirectional_attention: true"),
+        ("gemma4", "same", "yes, proved", 'is_causal: false or use_bidirectional_attention: "all"'),
+        ("gpt_neo", "causal", "no: only unmasked", None),
     ],
 )
-def test_engines(family, stock, said):
-    report = Proof("full", "", (), 2, 0.0, "sdpa", family)
-    found = engines(report, tiny.config(family), stock)
-    names = ("sentence_transformers", "vllm", "tei")
-    assert all(found[name].startswith(text) for name, text in zip(names, said, strict=True))
+def test_who_opens_the_mask_and_by_which_key(asked, family, stock, loads, mask):
+    found = asked(family, stock)
+    assert found["sentence_transformers"].startswith(loads)
+    assert found.get("mask") == (mask and f"must read {mask} in config.json")
 
 
-def test_llama3_scaling_is_lost_in_tei():
-    config = tiny.config("llama")
-    config.rope_parameters = {"rope_type": "llama3", "rope_theta": 5e5}
-    report = Proof("full", "", (), 2, 0.0, "sdpa", "llama")
-    assert engines(report, config, "same")["tei"].startswith("no: it loses llama3")
+def test_the_scaling_of_rotary_positions_is_asked_for(asked):
+    llama3 = {"rope_type": "llama3", "rope_theta": 5e5}
+    assert "positions" not in asked("llama")
+    assert asked("llama", rope_parameters=llama3)["positions"].endswith("positions by llama3")
+    kinds = {"full_attention": llama3, "sliding_attention": {"rope_type": "default"}}
+    assert asked("llama", rope_parameters=kinds)["positions"].endswith("positions by llama3")
+
+
+def test_what_is_left_out_of_pooling_is_asked_for(asked):
+    assert asked("llama")["pooling"] == "must pool by mean and leave out <s> and the prompt"
+    assert asked("llama", skip_instruction=False)["pooling"] == "must pool by mean"
+    assert asked("llama", pooling="last_token")["pooling"] == "must pool by last_token"
 
 
 def test_a_miniature_keeps_depth_and_kinds_of_layers():

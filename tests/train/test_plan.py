@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModel, LlamaConfig
 from typer.testing import CliRunner
 
 from unmasked.checkpoint import adapters
+from unmasked.checkpoint.loading import load_config
 from unmasked.recipe.schema import Recipe
 from unmasked.train.plan.cost import make_plan
-from unmasked.train.plan.shapes import Base, saved_activations
+from unmasked.train.plan.shapes import saved_activations
 
-PROCESSES = multiprocessing.get_context("spawn")
 SHAPE = {
     "vocab_size": 8000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
     "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512,
@@ -47,37 +49,27 @@ def test_steps_tokens_and_parameters(tiny_decoder, texts):
     )  # fmt: skip
     mntp, simcse = plan.stages
     assert (mntp.steps, mntp.tokens_per_step) == (7, 6 * 16 * 2)
-    assert (mntp.shape.rows, mntp.shape.forwards) == (2, 6)
-    assert simcse.shape.rows == 16 and not simcse.shape.assumed
-    assert 10 <= simcse.shape.length <= 16
-    trunk = Base(make_base(tiny_decoder), torch.float32)
-    config = make_base(tiny_decoder)
-    model = adapters.attach(torch_trunk(config), rank=4)
+    assert (mntp.rows, mntp.forwards) == (2, 6)
+    assert simcse.rows == 16 and not simcse.assumed
+    assert 10 <= simcse.length <= 16
+    trunk = real_trunk(tiny_decoder)
+    assert plan.parameters == sum(p.numel() for p in trunk.parameters())
+    model = adapters.attach(trunk, rank=4)
     assert mntp.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert plan.parameters == trunk.parameters
     assert mntp.memory.optimiser == 2 * mntp.memory.gradients == 8 * mntp.trainable
     assert simcse.memory.logits == 0
 
 
-def make_base(folder):
-    from unmasked.checkpoint.loading import load_config
-
-    return load_config(folder)
-
-
-def torch_trunk(config):
-    from transformers import AutoModel
-
-    torch.manual_seed(0)
-    return AutoModel.from_config(config)
+def real_trunk(folder):
+    """Built without the plan: the same config, with memory for its weights."""
+    return AutoModel.from_config(load_config(folder))
 
 
 @pytest.mark.parametrize("length", [16, 48])
 def test_activations_are_what_autograd_keeps_of_a_real_forward(tiny_decoder, texts, length):
-    recipe, _ = plan_of(tiny_decoder, texts, mntp={"lora": {"rank": 4}})
-    base = Base(make_base(tiny_decoder), torch.float32)
-    counted = saved_activations(recipe.mntp, 3, length, base, base.layers)
-    model = adapters.attach(torch_trunk(make_base(tiny_decoder)), rank=4).train()
+    _, plan = plan_of(tiny_decoder, texts, mntp={"lora": {"rank": 4}})
+    counted = saved_activations(plan.stages[0].model, 3, length)
+    model = adapters.attach(real_trunk(tiny_decoder), rank=4).train()
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept = {}
 
@@ -121,7 +113,7 @@ def test_the_command(tiny_decoder, tmp_path, texts):
     assert "time" not in shown.stdout.splitlines()[-1]
 
 
-def use(folder, recipe, result) -> None:
+def use(folder, recipe):
     """A stage in a process of its own: (bytes that torch held at most, seconds of a step).
 
     What Python's own libraries take is no part of the plan, so the allocator is asked.
@@ -140,7 +132,7 @@ def use(folder, recipe, result) -> None:
     events = measured.profiler.kineto_results.events()
     sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     held = itertools.accumulate(size for _, size in sorted(sizes, key=lambda pair: pair[0]))
-    result.put((max(held), gaps[len(gaps) // 2]))
+    return max(held), gaps[len(gaps) // 2]
 
 
 @pytest.mark.slow
@@ -150,7 +142,6 @@ def test_memory_and_time_are_within_a_quarter_of_what_a_run_uses(
 ):
     """At 20 M parameters, where what Python and the allocator keep is small beside it."""
     from support.tiny import save_random
-    from transformers import LlamaConfig
 
     base = save_random(tmp_path / "base", LlamaConfig(**SHAPE), tiny_tokenizer)
     section = {"steps": 8, "log_steps": 1, "held_out": 0, "save_steps": 100}
@@ -160,11 +151,9 @@ def test_memory_and_time_are_within_a_quarter_of_what_a_run_uses(
     }[stage]
     torch.set_num_threads(1)
     recipe, plan = plan_of(base, texts, probe=True, **{stage: section})
-    result = PROCESSES.Queue()
-    process = PROCESSES.Process(target=use, args=(tmp_path / "run", recipe.model_dump(), result))
-    process.start()
-    memory, seconds = result.get(timeout=280)
-    process.join()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        memory, seconds = pool.submit(use, tmp_path / "run", recipe.model_dump()).result()
     (planned,) = plan.stages
     figures = (planned.memory.total, memory, planned.seconds / planned.steps, seconds)
     record_property("planned and used, bytes and seconds of a step", figures)

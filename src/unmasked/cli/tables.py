@@ -84,9 +84,9 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
     )
     rows: list[tuple[str, Callable[[StagePlan], str]]] = [
         ("steps", lambda s: f"{s.steps:,}"),
-        ("tokens a step", lambda s: f"{'~' if s.shape.assumed else ''}{s.tokens_per_step:,}"),
+        ("tokens a step", lambda s: f"{'~' if s.assumed else ''}{s.tokens_per_step:,}"),
         ("tokens", lambda s: short(s.tokens_per_step * s.steps)),
-        ("forwards a step", lambda s: f"{s.shape.forwards} of {s.shape.tokens:,} tokens"),
+        ("forwards a step", lambda s: f"{s.forwards} of {s.tokens:,} tokens"),
         ("trainable parameters", lambda s: f"{s.trainable:,}"),
         ("FLOPs", lambda s: f"{s.flops:.2e}"),
         ("weights", lambda s: short(s.memory.weights, "B")),
@@ -97,11 +97,11 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
         ("memory per device", lambda s: short(s.memory.total, "B")),
     ]
     marked = [len(rows) - 1]
-    if plan.seconds is not None:
+    if any(stage.seconds is not None for stage in plan.stages):
         rows.append(("time", lambda s: duration(s.seconds or 0)))
     cells = [[label, *(value(stage) for stage in plan.stages)] for label, value in rows]
     table(["", *(stage.name for stage in plan.stages)], cells, marked)
-    if any(stage.shape.assumed for stage in plan.stages):
+    if any(stage.assumed for stage in plan.stages):
         show("~ no text could be read: half of max_length is assumed for its length")
 
 

@@ -1,9 +1,9 @@
-"""What is installed here, where it runs, and what is missing for what."""
+"""What is installed here, where it runs, and which packages an extra still needs."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
+from importlib import metadata
 from typing import Any
 
 from unmasked.checkpoint.card import versions
@@ -21,29 +21,19 @@ def environment() -> Facts:
     found["cpu_bfloat16"] = bfloat16_instructions() or "no (slow: emulated; use float32)"
     found["cpu_int8"] = int8_instructions() or "no (--quantize int8 gains little)"
     for extra, packages in _extras().items():
-        missing = [name for name in packages if _version(name) is None]
+        missing = [name for name in packages if not any(metadata.distributions(name=name))]
         install = f"pip install 'unmasked[{extra}]' ({', '.join(missing)} missing)"
         found[f"extra_{extra}"] = install if missing else "installed"
     return found
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _extras() -> dict[str, list[str]]:
-    """The packages of each extra, as our own metadata lists them."""
+    """The packages of each extra, as our own metadata lists them; none in a bare checkout."""
     from packaging.requirements import Requirement
 
-    try:
-        listed = importlib.metadata.requires("unmasked") or []
-    except importlib.metadata.PackageNotFoundError:
-        return {}  # run from a checkout
     extras: dict[str, list[str]] = {}
-    for requirement in map(Requirement, listed):
+    ours = next(iter(metadata.distributions(name="unmasked")), None)
+    for requirement in map(Requirement, (ours.requires if ours else None) or []):
         names = str(requirement.marker or "").split("extra == ")[1:]
         for extra in (name.strip("\"'() ") for name in names):
             if extra != "dev":
@@ -61,10 +51,8 @@ def _devices() -> list[str]:
         gpu = torch.cuda.get_device_properties(index)
         bfloat16 = "with" if torch.cuda.is_bf16_supported() else "without"
         fp8 = "with" if has_fp8(torch.device("cuda", index)) else "without"
-        found.append(
-            f"cuda:{index} {gpu.name} {gpu.total_memory / 2**30:.0f} GiB {bfloat16} bfloat16, "
-            f"{fp8} fp8"
-        )
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        found.append(f"cuda:{index} {gpu.name} {memory} {bfloat16} bfloat16, {fp8} fp8")
     if torch.backends.mps.is_available():
         found.append("mps")
     capability = torch.backends.cpu.get_cpu_capability()

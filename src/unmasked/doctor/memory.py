@@ -1,4 +1,4 @@
-"""How much memory encoding and training take."""
+"""How much memory encoding and training take; both are estimates."""
 
 from __future__ import annotations
 
@@ -6,32 +6,39 @@ from typing import Any
 
 import torch
 
-from unmasked.errors import UnmaskedError
+from unmasked.errors import UnmaskedError, first_line
 from unmasked.forward.batches import token_budget
+from unmasked.recipe.schema import Recipe
+from unmasked.train.plan.cost import make_plan
 
 
-def to_encode(config: Any, parameters: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Weights, and a forward of as many tokens as are batched: an estimate."""
-    text, tokens = config.get_text_config(), token_budget(device)
+def estimates(name: str, whole: Any, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """Memory to encode with a model and to train it.
+
+    Args:
+        name: of the model.
+        whole: the model, or its shape on the meta device.
+        dtype: precision of the weights when it encodes.
+        device: where it encodes.
+    """
+    text, tokens = whole.config.get_text_config(), token_budget(device)
     width = int(text.hidden_size)
     inner = getattr(text, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * width
     live = tokens * (6 * width + 2 * inner) * dtype.itemsize  # states, queries to values, MLP
-    weights = parameters * dtype.itemsize
-    return f"{_size(weights + live)} ({_size(weights)} of weights, {tokens:,} tokens a forward)"
+    weights = sum(p.numel() for p in whole.parameters()) * dtype.itemsize
+    encode = f"{_size(weights + live)} ({_size(weights)} of weights, {tokens:,} tokens per forward)"
+    return {"memory_to_encode": encode, "memory_to_train": _to_train(name)}
 
 
-def to_train(name: str) -> str:
+def _to_train(name: str) -> str:
     """MNTP with LoRA as the default recipe has it, counted on the meta device."""
-    from unmasked.recipe.schema import Recipe
-    from unmasked.train.plan.cost import make_plan
-
     given = {"name": "plan", "model": {"base": name}, "mntp": {"data": "-"}}
     try:
         stage = make_plan(Recipe.model_validate(given)).stages[0]
     except (UnmaskedError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        return f"not counted ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
-    return f"{_size(stage.memory.total)} (MNTP, LoRA, {stage.shape.tokens:,} tokens a forward)"
+        return f"not counted ({type(error).__name__}: {first_line(error)[:80]})"
+    return f"{_size(stage.memory.total)} (MNTP, LoRA, {stage.tokens:,} tokens per forward)"
 
 
 def _size(count: float) -> str:

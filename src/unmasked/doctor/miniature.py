@@ -15,48 +15,43 @@ WIDTH, HEADS, HEAD = 64, 4, 16
 VOCABULARY = 512
 WINDOW = 8  # shorter than the texts of the proof
 
-SMALL: dict[str, Any] = {
-    **dict.fromkeys(
-        ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "lru_width"), WIDTH
-    ),
-    **dict.fromkeys(("embedding_size", "embedding_dim", "emb_dim"), WIDTH),
-    **dict.fromkeys(("attention_hidden_size", "mamba_d_ssm"), 2 * WIDTH),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "dim_ff", "dff"), 96),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
-    **dict.fromkeys(("attention_heads", "decoder_attention_heads"), HEADS),
-    **dict.fromkeys(("head_dim", "global_head_dim", "dim_head", "v_head_dim"), HEAD),
-    **dict.fromkeys(("kv_channels", "query_pre_attn_scalar"), HEAD),
-    **dict.fromkeys(("swa_head_dim", "swa_v_head_dim", "linear_head_dim", "qk_head_dim"), HEAD),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 128),
-    **dict.fromkeys(("sliding_window", "attention_window_size", "window_size"), WINDOW),
+_SIZES: tuple[tuple[int, str], ...] = (
+    (WIDTH, "hidden_size n_embd d_model word_embed_proj_dim lru_width"),
+    (WIDTH, "embedding_size embedding_dim emb_dim"),
+    (2 * WIDTH, "attention_hidden_size mamba_d_ssm"),
+    (96, "intermediate_size n_inner ffn_dim dim_ff dff intermediate_size_mlp"),
+    (96, "dense_intermediate_size"),
+    (VOCABULARY, "vocab_size_per_layer_input"),
+    (128, "max_position_embeddings n_positions max_seq_len"),
+    (WINDOW, "sliding_window attention_window_size window_size"),
+    # attention
+    (HEADS, "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads"),
+    (HEAD, "head_dim global_head_dim dim_head v_head_dim kv_channels query_pre_attn_scalar"),
+    (HEAD, "swa_head_dim swa_v_head_dim linear_head_dim qk_head_dim"),
+    (2 * HEAD, "attention_head_dim"),
+    (8, "qk_rope_head_dim qk_nope_head_dim rotary_dim"),
+    (16, "q_lora_rank kv_lora_rank o_lora_rank"),
     # mixtures of experts
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "moe_k", "moe_topk"), 2),
-    **dict.fromkeys(("num_experts_per_token", "zero_expert_num"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("expert_ffn_hidden_size", "ffn_hidden_size"), 32),
-    **dict.fromkeys(("n_group", "topk_group", "n_groups", "n_shared_experts"), 1),
-    **dict.fromkeys(("moe_num_shared_experts", "num_shared_experts", "num_expert_group"), 1),
-    **dict.fromkeys(("mamba_n_groups", "mamba_ngroups"), 1),
+    (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    (2, "num_experts_per_tok moe_top_k moe_k moe_topk num_experts_per_token zero_expert_num"),
+    (32, "moe_intermediate_size shared_expert_intermediate_size"),
+    (32, "expert_ffn_hidden_size ffn_hidden_size"),
+    (1, "n_group topk_group n_groups n_shared_experts num_shared_experts num_expert_group"),
+    (1, "moe_num_shared_experts mamba_n_groups mamba_ngroups"),
     # state spaces, linear and indexed attention
-    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_n_heads"), 8),
-    **dict.fromkeys(("mamba_num_heads", "index_head_dim", "hidden_size_per_layer_input"), 8),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), HEAD),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), HEAD),
-    **dict.fromkeys(("linear_num_key_heads", "index_n_heads"), 2),
-    **dict.fromkeys(("linear_num_value_heads", "mamba_dt_rank", "time_step_rank"), 4),
-    "attention_head_dim": 2 * HEAD,
-    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 16),  # texts are padded to these
-    "index_topk": 64,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "intermediate_size_mlp": 96,
-    "dense_intermediate_size": 96,
-}
+    (8, "mamba_d_state state_size ssm_state_size mamba_n_heads mamba_num_heads index_head_dim"),
+    (8, "hidden_size_per_layer_input"),
+    (HEAD, "mamba_d_head mamba_head_dim mamba_headdim linear_key_head_dim linear_value_head_dim"),
+    (2, "linear_num_key_heads index_n_heads"),
+    (4, "linear_num_value_heads mamba_dt_rank time_step_rank"),
+    (16, "chunk_size mamba_chunk_size"),  # texts are padded to these
+    (64, "index_topk"),
+)
+SMALL = {name: size for size, names in _SIZES for name in names.split()}
+"""Name of a field → its value in a miniature."""
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 SCHEDULES = ("layer_types", "layers_block_type", "mlp_layer_types")
-"""Fields that say of each layer what it is."""
+"""Fields that say for each layer of which kind it is."""
 
 
 def miniature(

@@ -7,21 +7,21 @@ from typing import Any
 from unmasked.doctor.machine import Facts
 from unmasked.errors import ModelError
 from unmasked.text.tokens import TextTokenizer
+from unmasked.train.losses.mntp import find_mask_id
 
 PROBES = ("foo", "A sentence.", " after a space", '"quoted"', "1984", "한국어 문장", "\nnew line")
 """Beginnings of texts that merge with what stands before them in one tokenizer or another."""
 ENDINGS = {"newline": "Find the answer:\n", "colon": "query:", "space": "query: "}
+"""Judged where a model has no prompts of its own."""
 
 
 def describe(tokens: TextTokenizer, prompts: dict[str, str]) -> Facts:
-    """Special tokens, chat template, and the border of each prompt (or of three usual endings)."""
-    from unmasked.train.losses.mntp import find_mask_id
-
+    """Special tokens, chat template, and whether each prompt's end is found."""
     tokenizer: Any = tokens.tokenizer
     try:
         mask = tokenizer.convert_ids_to_tokens(find_mask_id(tokenizer, "blank"))
     except ModelError:
-        mask = "none: '_' is no single token; train with mntp.mask_token=mask"
+        mask = "none: '_' is not a single token; train with mntp.mask_token=mask"
     return {
         "vocabulary": len(tokenizer),
         "bos_added": tokenizer.convert_ids_to_tokens(tokens.prefix),

@@ -1,13 +1,14 @@
-"""Hard negatives: texts that an encoder takes for the answer and that are none.
+"""Hard negatives: wrong answers that the encoder ranks highly.
 
-The search is that of sentence-transformers; what is closer to the query than its positive, less a
-margin, is rather an answer nobody marked, and left out (NV-Retriever, arXiv 2407.15831).
+The search is `mine_hard_negatives` of sentence-transformers. A document whose score comes within
+the margin of the positive's is more likely an answer that nobody marked, and is left out
+(NV-Retriever, arXiv 2407.15831). Cost: encoding each distinct text once, then the product of all
+queries and documents, in parts.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,16 +16,16 @@ from typing import NamedTuple
 from datasets import Dataset
 from sentence_transformers.util import mine_hard_negatives
 
-from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import DataError
 from unmasked.files.writing import written_aside
 from unmasked.forward.backbone import join_instruction
+from unmasked.model import TextEncoder
 from unmasked.recipe.schema import Pairs
 from unmasked.train.data.pairs import read_rows
 
 
 class Mined(NamedTuple):
-    """What mining found: rows written, negatives in them, rows without any."""
+    """What mining wrote: rows, negatives in them, and rows without any."""
 
     rows: int
     negatives: int
@@ -32,7 +33,7 @@ class Mined(NamedTuple):
 
 
 def mine(
-    model: LLM2Vec,
+    model: TextEncoder,
     pairs: Pairs,
     output: Path,
     *,
@@ -44,33 +45,28 @@ def mine(
 ) -> Mined:
     """Search negatives for every row and write the rows with them.
 
-    Cost: encoding each distinct text once, then a product of all queries and documents, in parts.
-
     Args:
-        model: the encoder that is to be fooled.
-        pairs: the rows; negatives they have are kept, its instruction stands before the queries.
+        model: the encoder whose mistakes are looked for.
+        pairs: the rows; negatives they have are kept, the instruction stands before the queries.
         output: ``.jsonl`` of query, positive and negatives.
-        negatives: most of each row.
-        margin: leave out what is nearer to the query than its positive less this share of it.
-        skip: nearest documents that are left out whatever they are.
-        depth: nearest documents that are looked at.
+        negatives: maximum number of new negatives per row.
+        margin: share of the positive's score by which a negative's score must lie below it.
+        skip: number of nearest documents that are never negatives.
+        depth: number of nearest documents that are looked at.
         corpus: documents besides the positives.
 
     Raises:
-        DataError: a faulty row, or fewer documents than `skip` and `negatives` need.
+        DataError: a faulty row, or fewer documents than `skip` and `depth` need.
     """
     rows = list(read_rows(pairs))
     documents = len({*corpus, *(row.positive for row in rows)})
-    if documents <= skip + 1:
-        raise DataError(
-            f"{pairs.path}: {documents} distinct documents, of which the nearest {skip} and the "
-            "positive are no negatives. Fix: a smaller --skip, more rows, or --corpus FILE."
-        )
     last = min(depth, documents - 1)
     if last <= skip:
         raise DataError(
-            f"of the nearest {depth} documents (--depth) the nearest {skip} are left out (--skip), "
-            "so that none is left. Fix: a larger --depth, or a smaller --skip."
+            f"{pairs.path}: of {documents} distinct documents the nearest {skip} are left out "
+            f"(--skip), only the nearest {depth} are looked at (--depth), and a query's positive "
+            "does not count, so that none is left. Fix: a larger --depth, a smaller --skip, more "
+            "rows, or --corpus FILE."
         )
     found = mine_hard_negatives(
         Dataset.from_dict({"q": [r.query for r in rows], "p": [r.positive for r in rows]}),
@@ -83,7 +79,7 @@ def mine(
         range_max=last,
         num_negatives=min(negatives, last - skip),
         query_prompt=join_instruction(pairs.instruction[0]) if pairs.instruction else None,
-        batch_size=sys.maxsize,  # by tokens
+        batch_size=None,  # type: ignore[arg-type]  # handed on to `encode`: by tokens
         verbose=False,
     )
     mined: dict[tuple[str, str], list[str]] = {}
@@ -92,8 +88,8 @@ def mine(
     count = without = 0
     with written_aside(output) as file:
         for row in rows:
-            texts = dict.fromkeys([*row.negatives, *mined.get((row.query, row.positive), [])])
+            texts = list(dict.fromkeys(row.negatives + mined.get((row.query, row.positive), [])))
             count, without = count + len(texts), without + (not texts)
-            line = {"query": row.query, "positive": row.positive, "negatives": list(texts)}
+            line = {"query": row.query, "positive": row.positive, "negatives": texts}
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
     return Mined(len(rows), count, without)

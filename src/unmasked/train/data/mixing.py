@@ -2,15 +2,16 @@
 
 A batch is of one data set, on all devices: documents of another set would be told apart by their
 style, and one instruction stands for a set. All texts of a batch, queries and documents, go through
-the model as one, behind the preprocessing that `encode` has.
+the model as one, behind the preprocessing that `encode` has. The samplers of sentence-transformers
+know neither a weight per data set nor devices whose batches must be of the same one.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ from torch.utils.data import BatchSampler
 from unmasked.errors import DataError
 from unmasked.forward.backbone import join_instruction
 from unmasked.recipe.schema import Pairs
+from unmasked.train.data.texts import text_key
 
 
+@dataclass(eq=False)
 class OneSourceBatches(SetEpochMixin, BatchSampler):
     """Batches of one data set each, drawn anew in every epoch.
 
@@ -29,43 +32,37 @@ class OneSourceBatches(SetEpochMixin, BatchSampler):
     devices. Which rows meet depends on seed and epoch alone, so an interrupted run continues
     with the batches it would have had. An incomplete last batch is left to another epoch.
 
-    Args:
+    Attributes:
         sources: (N,) the data set of each row.
-        batch_size: rows of a batch.
-        weights: of each data set, passes over it in an epoch.
-        processes: devices that take a batch each.
+        batch_size: rows per batch.
+        weights: passes over each data set in an epoch; 0 leaves it out.
+        processes: devices that take one batch each.
         seed: of the order.
 
     Raises:
         DataError: a data set does not fill one batch on every device.
     """
 
-    def __init__(
-        self,
-        sources: np.ndarray,
-        batch_size: int,
-        weights: Sequence[float],
-        processes: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.epoch = 0
-        self.batch_size = batch_size
-        self.drop_last = True
-        self.processes = processes
-        self.seed = seed
-        self.together = batch_size * processes
-        self.rows = [np.flatnonzero(sources == index) for index in range(len(weights))]
-        self.counts = [
-            max(1, int(len(rows) * weight / self.together))
-            for rows, weight in zip(self.rows, weights, strict=True)
-        ]
-        for number, rows in enumerate(self.rows, start=1):
-            if len(rows) < self.together:
+    sources: np.ndarray
+    batch_size: int
+    weights: Sequence[float]
+    processes: int = 1
+    seed: int = 0
+    epoch = 0
+    drop_last = True
+
+    def __post_init__(self) -> None:
+        self.together = self.batch_size * self.processes
+        self.counts = []  # of each data set, batches for all devices in an epoch
+        for number, weight in enumerate(self.weights):
+            rows = int((self.sources == number).sum())
+            if weight and rows < self.together:
                 raise DataError(
-                    f"data set {number} of supervised.data has {len(rows)} rows to train on, fewer "
+                    f"data set {number + 1} of supervised.data has {rows} rows to train on, fewer "
                     f"than one batch of {self.together}. "
                     "Fix: a smaller batch_size or held_out, or more rows."
                 )
+            self.counts.append(max(1, int(rows * weight / self.together)) if weight else 0)
 
     def __len__(self) -> int:
         return sum(self.counts) * self.processes
@@ -73,7 +70,8 @@ class OneSourceBatches(SetEpochMixin, BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         draw = np.random.default_rng([self.seed, self.epoch])
         batches: list[np.ndarray] = []
-        for rows, count in zip(self.rows, self.counts, strict=True):
+        for number, count in enumerate(self.counts):
+            rows = np.flatnonzero(self.sources == number)
             drawn: list[np.ndarray] = []
             while len(drawn) < count:  # a weight above 1 passes more than once
                 order = draw.permutation(rows)
@@ -81,8 +79,7 @@ class OneSourceBatches(SetEpochMixin, BatchSampler):
                 drawn += list(whole.reshape(-1, self.together))
             batches += drawn[:count]
         for index in draw.permutation(len(batches)):
-            for batch in batches[index].reshape(self.processes, -1):
-                yield batch.tolist()
+            yield from batches[index].reshape(self.processes, -1).tolist()
 
 
 def measuring_batches(
@@ -93,45 +90,34 @@ def measuring_batches(
     Returns:
         None if none has two rows for every device; data sets that do not fill one are left out.
     """
-    counts = np.bincount(sources) if len(sources) else np.zeros(1, dtype=int)
+    counts = np.bincount(sources, minlength=1)
     size = min(batch_size, int(counts.max()) // processes)
-    if size < 2:
-        return None
-    kept = np.flatnonzero(counts >= size * processes)
-    renamed = np.full(len(counts), -1)
-    renamed[kept] = np.arange(len(kept))
-    return OneSourceBatches(renamed[sources], size, [1.0] * len(kept), processes)
+    weights = [float(count >= size * processes) for count in counts]
+    return OneSourceBatches(sources, size, weights, processes) if size >= 2 else None
 
 
+@dataclass
 class PairCollator:
     """Rows to the features of one forward: queries, then positives, then each rank of negatives.
 
     Rows of a batch that have fewer negatives than others show their positive again, which the loss
     leaves out.
 
-    Args:
+    Attributes:
         preprocess: of the model, for ``[instruction, text]`` pairs.
         data: the data sets, for their instructions.
-        hard_negatives: most negatives of a row's own.
+        hard_negatives: maximum number of a row's own negatives.
         max_length: longest input in tokens, instruction included.
     """
 
-    valid_label_columns: Sequence[str] = ()
-
-    def __init__(
-        self,
-        preprocess: Callable[..., dict[str, torch.Tensor]],
-        data: Sequence[Pairs],
-        hard_negatives: int,
-        max_length: int,
-    ) -> None:
-        self.preprocess = preprocess
-        self.data = data
-        self.hard_negatives = hard_negatives
-        self.max_length = max_length
+    preprocess: Callable[..., dict[str, torch.Tensor]]
+    data: Sequence[Pairs]
+    hard_negatives: int
+    max_length: int
+    valid_label_columns: ClassVar[Sequence[str]] = ()
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Features of all (1 + 1 + K) * B texts, and which of them are the same text.
+        """Features of all R = (1 + 1 + K) * B texts, and which of them are the same text.
 
         Returns:
             ``text_`` before each of: the features of `preprocess`, longest text first;
@@ -140,20 +126,19 @@ class PairCollator:
             there are.
         """
         count = min(self.hard_negatives, max(len(row["negatives"]) for row in rows))
-        columns = [[[self.instruction(row, True), row["query"]] for row in rows]]
-        columns += [[[self.instruction(row, False), row["positive"]] for row in rows]]
-        for rank in range(count):
-            texts = [(row["negatives"][rank : rank + 1] or [row["positive"]])[0] for row in rows]
-            columns += [[[self.instruction(r, False), t] for r, t in zip(rows, texts, strict=True)]]
-        inputs = [pair for column in columns for pair in column]
+        inputs = [[self.instruction(row, True), row["query"]] for row in rows]
+        for rank in range(1 + count):
+            for row in rows:
+                documents = [row["positive"], *row["negatives"]]
+                text = documents[rank] if rank < len(documents) else row["positive"]
+                inputs.append([self.instruction(row, False), text])
         features = self.preprocess(inputs, max_length=self.max_length)
         order = features["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
-        batch = {f"text_{name}": value[order] for name, value in features.items()}
-        keys = torch.tensor([_key(text) for _, text in inputs])
+        keys = [int.from_bytes(text_key(text), "big", signed=True) for _, text in inputs]
         return {
-            **batch,
+            **{f"text_{name}": value[order] for name, value in features.items()},
             "text_place": order,
-            "text_key": keys,
+            "text_key": torch.tensor(keys),
             "label": torch.zeros(len(rows), dtype=torch.int64),
         }
 
@@ -179,11 +164,4 @@ def prompts_of(data: Sequence[Pairs]) -> dict[str, str]:
         if by_set and by_set[0] and all(given == by_set[0] for given in by_set):
             prompts[role] = join_instruction(by_set[0][0])
     named = {Path(p.path).name.split(".")[0]: p.instruction for p in data}
-    prompts |= {name: join_instruction(given[0]) for name, given in named.items() if given}
-    return prompts
-
-
-def _key(text: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True
-    )
+    return prompts | {name: join_instruction(given[0]) for name, given in named.items() if given}

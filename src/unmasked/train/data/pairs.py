@@ -1,8 +1,9 @@
 """Rows of query, positive and negatives, from files and the hub, each checked as it is read.
 
-Every fault is told with its file and line. What was checked is kept in one Arrow file that is
-mapped into memory, so that a mix of data sets larger than memory can be trained on. A data set of
-the hub is streamed, so each reading (one to check, one to keep) passes over the network.
+`datasets` reads the same files, but does not say in which line of which file a fault is, so the
+reading is that of `unmasked.files`. What was checked is kept in an Arrow file that `datasets` maps
+into memory, so a mix larger than memory can be trained on. A data set of the hub is streamed, so
+each reading (one to check, one to keep) passes over the network.
 """
 
 from __future__ import annotations
@@ -17,29 +18,20 @@ import pyarrow as pa
 from datasets import Dataset
 
 from unmasked.errors import DataError
-from unmasked.files.readers import (
-    HUB,
-    Fault,
-    absent,
-    fault_error,
-    hub_parts,
-    read,
-    string_fault,
-    where,
-)
+from unmasked.files import readers
 from unmasked.files.source import find_files
 from unmasked.files.writing import written_aside
 from unmasked.recipe.schema import Pairs
 
 KINDS = (".jsonl", ".csv", ".parquet")
 NEGATIVES = "negatives"
-"""Looked for where a row has no column that is called as `Pairs.negative` says."""
+"""The column of negatives where a row has none that is called as `Pairs.negative` says."""
 _CHUNK = 8192  # rows written at a time
 _STRING = pa.string()
 _TYPES = (_STRING, _STRING, pa.list_(_STRING), pa.int32(), pa.int64())
 
 
-class Row(NamedTuple):
+class PairRow(NamedTuple):
     """One row of a data set.
 
     Attributes:
@@ -56,7 +48,7 @@ class Row(NamedTuple):
     number: int
 
 
-def read_rows(pairs: Pairs, source: int = 0) -> Iterator[Row]:
+def read_rows(pairs: Pairs, source: int = 0) -> Iterator[PairRow]:
     """The rows of a data set, checked.
 
     Raises:
@@ -67,25 +59,50 @@ def read_rows(pairs: Pairs, source: int = 0) -> Iterator[Row]:
         getattr(pairs, side): f"name it with {{path: {pairs.path}, {side}: NAME}}"
         for side in ("query", "positive")
     }
-    rows = (
-        (path, cells)
-        for path in _files(pairs)
-        for cells in read(path, naming, (pairs.negative, NEGATIVES))
-    )
+    wanted = (pairs.negative, NEGATIVES)
+    rows = ((path, row) for path in _files(pairs) for row in readers.read(path, naming, wanted))
     number = -1
-    for number, (path, cells) in enumerate(islice(rows, pairs.max_rows)):
-        values: Mapping[str, Any] = cells.values
-        fault = cells.fault or _fault(pairs, values, naming)
+    for number, (path, row) in enumerate(islice(rows, pairs.max_rows)):
+        values: Mapping[str, Any] = row.values
+        column = pairs.negative if pairs.negative in values else NEGATIVES
+        given = values.get(column)
+        negatives = [] if given is None else [given] if isinstance(given, str) else given
+        fault = row.fault or _fault(values, naming, column, negatives)
         if fault is not None:
-            raise fault_error(where(path, cells.number), fault)
-        _, negatives = _negatives(pairs, values)
-        yield Row(values[pairs.query], values[pairs.positive], negatives, source, number)
+            raise readers.fault_error(readers.where(path, row.number), fault)
+        yield PairRow(values[pairs.query], values[pairs.positive], negatives, source, number)
     if number < 1:
-        given = "one row" if number == 0 else "no row"
         raise DataError(
-            f"{pairs.path}: {given}, but a query is told to find its document among those of other "
-            "rows. Fix: give at least two rows."
+            f"{pairs.path}: there is {'only one row' if number == 0 else 'no row'}, but a query "
+            "learns to find its document among those of other rows. Fix: give at least two rows."
         )
+
+
+def _files(pairs: Pairs) -> list[str]:
+    """The files that the path stands for; a data set of the hub with its subset and split."""
+    files = find_files(pairs.path, KINDS)
+    if not files[0].startswith(readers.HUB):
+        return files
+    name, subset, split = readers.hub_parts(files[0])
+    return [f"{readers.HUB}{name}:{subset or pairs.subset or ''}:{split or pairs.split}"]
+
+
+def _fault(
+    values: Mapping[str, Any], naming: Mapping[str, str], column: str, negatives: Any
+) -> readers.Fault | None:
+    """What is wrong with a row that could be read."""
+    for name, fix in naming.items():
+        if name not in values:
+            return readers.absent(name, values, fix)
+    if not isinstance(negatives, list):
+        return f"'{column}' is a {type(negatives).__name__}", "give a list"
+    texts = [(name, values[name], "remove the row") for name in naming]
+    for name, text, fix in texts + [(column, text, "remove it") for text in negatives]:
+        if (fault := readers.string_fault(name, text)) is not None:
+            return fault
+        if not text.strip():
+            return f"'{name}' is empty, which has no vector", fix
+    return None
 
 
 def store_rows(data: Sequence[Pairs], file: Path) -> None:
@@ -94,7 +111,7 @@ def store_rows(data: Sequence[Pairs], file: Path) -> None:
     Raises:
         DataError: as `read_rows`.
     """
-    schema = pa.schema(list(zip(Row._fields, _TYPES, strict=True)))
+    schema = pa.schema(list(zip(PairRow._fields, _TYPES, strict=True)))
     rows = (row for index, pairs in enumerate(data) for row in read_rows(pairs, index))
     with written_aside(file) as out, pa.ipc.new_stream(out, schema) as writer:
         while chunk := list(islice(rows, _CHUNK)):
@@ -104,43 +121,10 @@ def store_rows(data: Sequence[Pairs], file: Path) -> None:
 
 
 def split_rows(rows: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Rows to train on, and some (at most a tenth) that never are."""
+    """Rows to train on, and some (at most a tenth) that never are, both in the order of the file.
+
+    `Dataset.train_test_split` would shuffle both, so that reading jumps about in a mapped file.
+    """
     count = min(held_out, len(rows) // 10)
     order = np.random.default_rng(seed).permutation(len(rows))
     return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
-
-
-def _files(pairs: Pairs) -> list[str]:
-    """What its path stands for; a data set of the hub with its subset and split."""
-    files = find_files(pairs.path, KINDS)
-    if not files[0].startswith(HUB):
-        return files
-    name, subset, split = hub_parts(files[0])
-    return [f"{HUB}{name}:{subset or pairs.subset or ''}:{split or pairs.split}"]
-
-
-def _negatives(pairs: Pairs, values: Mapping[str, Any]) -> tuple[str, Any]:
-    """Their column, and what should be a list of texts."""
-    column = pairs.negative if pairs.negative in values else NEGATIVES
-    given = values.get(column)
-    if given is None:
-        return column, []
-    return column, [given] if isinstance(given, str) else given
-
-
-def _fault(pairs: Pairs, values: Mapping[str, Any], naming: Mapping[str, str]) -> Fault | None:
-    """What is wrong with a row that could be read."""
-    for column, fix in naming.items():
-        if column not in values:
-            return absent(column, values, fix)
-    texts = [(column, values[column], "remove the row") for column in naming]
-    column, negatives = _negatives(pairs, values)
-    if not isinstance(negatives, list):
-        return f"'{column}' is a {type(negatives).__name__}", "give a list"
-    texts += [(column, text, "remove it") for text in negatives]
-    for column, text, fix in texts:
-        if (fault := string_fault(column, text)) is not None:
-            return fault
-        if not text.strip():
-            return f"'{column}' is empty, which has no vector", fix
-    return None

@@ -1,9 +1,10 @@
 """Texts to train on: read once, split, and for MNTP kept as token ids in a file.
 
 Blank lines are skipped, everything else is taken verbatim. MNTP's corpus may be larger than memory:
-it is tokenised as it is read, into a file of int32 that is mapped, not loaded; memory holds two
-numbers a text (16 bytes). The file is written aside and renamed, and is used again on resume, so
-nothing is read twice.
+it is tokenised as it is read, into a file of int32 that is mapped, not loaded; memory holds 16
+bytes per text. The file is written aside and renamed, and is used again on resume, so nothing is
+read twice. `datasets` tokenises as fast, but takes 2.6 times the disk and, for each block, 4 times
+as long (84 µs, not 22), and leaves out the rest of every batch of texts, not only the last one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def iterate_texts(paths: Sequence[str | Path], limit: int | None = None) -> Iter
 
     Args:
         paths: what `Source` reads.
-        limit: no more than this many.
+        limit: maximum number of texts.
 
     Raises:
         DataError: a file is missing, of another kind, not UTF-8, or has no text in it.
@@ -45,7 +46,7 @@ def iterate_texts(paths: Sequence[str | Path], limit: int | None = None) -> Iter
 
 
 def read_texts(paths: Sequence[str | Path], limit: int | None = None) -> list[str]:
-    """The same, all at once."""
+    """The same texts, all at once."""
     return list(iterate_texts(paths, limit))
 
 
@@ -57,13 +58,18 @@ def split_held_out(texts: Sequence[str], held_out: int, seed: int) -> tuple[list
     return shuffled[count:], shuffled[:count]
 
 
+def text_key(text: str) -> bytes:
+    """Eight bytes that are equal for equal texts, and for others with a chance of 2^-64."""
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
 @dataclass(frozen=True)
 class TokenFile:
-    """Texts as token ids, each behind its own BOS, in the order they were read.
+    """N tokens of D texts, each text behind its own BOS, in the order they were read.
 
     Attributes:
         ids: (N,) int32, mapped from the file.
-        ends: (D + 1,) where each of D texts begins and ends.
+        ends: (D + 1,) where the texts begin and end: text i is ``ids[ends[i] : ends[i + 1]]``.
         keys: (D,) equal for equal texts.
         source: changes with the files it was made from.
     """
@@ -91,7 +97,12 @@ def token_file(
     Raises:
         DataError: as `iterate_texts`.
     """
-    name = _fingerprint(paths, limit, tokens)
+    facts: list[object] = [limit, tokens.tokenizer.backend_tokenizer.to_str()]
+    for source in (Source(str(path), skip_blank=True) for path in paths):
+        for given in source.files:
+            found = Path(given).stat() if source.on_disk else None
+            facts.append([given, found and [found.st_size, found.st_mtime_ns]])
+    name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
     ids, index = folder / f"{name}.bin", folder / f"{name}.npz"
     if not index.is_file():
         with written_aside(ids) as file:
@@ -113,29 +124,18 @@ def _write_ids(
         file.write(np.concatenate(rows).data)  # tofile does not say that the disk is full
         for text, row in zip(chunk, rows, strict=True):
             ends.append(ends[-1] + len(row))
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            keys.append(int.from_bytes(digest, "big"))
+            keys.append(int.from_bytes(text_key(text), "big"))
     return ends, keys
 
 
-def _fingerprint(paths: Sequence[str | Path], limit: int | None, tokens: TextTokenizer) -> str:
-    facts: list[object] = [limit, tokens.tokenizer.backend_tokenizer.to_str()]
-    for path in paths:
-        source = Source(str(path), skip_blank=True)
-        for file in source.files:
-            found = Path(file).stat() if source.on_disk else None
-            facts.append([file, found and [found.st_size, found.st_mtime_ns]])
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
-
-
 class Blocks:
-    """Texts one after the other, cut into blocks of one length, without padding.
+    """Texts one after the other, cut into blocks of T tokens, without padding.
 
     Args:
         file: the texts.
         order: numbers of the texts, in the order they are laid.
-        length: tokens of a block.
-        held_out: they are those to measure on, which an error says.
+        length: T.
+        held_out: whether they are those to measure on, which an error says.
 
     Attributes:
         dropped: tokens of the incomplete last block, which is not used.
@@ -148,7 +148,7 @@ class Blocks:
         self, file: TokenFile, order: np.ndarray, length: int, held_out: bool = False
     ) -> None:
         self.length = length
-        self._ids = file.ids
+        self._ids = np.asarray(file.ids)
         self._from = file.ends[order]
         sizes = file.ends[order + 1] - self._from
         self._at = np.concatenate([[0], np.cumsum(sizes)])  # where each text is laid
@@ -166,23 +166,18 @@ class Blocks:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """(T,) int64 ids of a block."""
-        return np.concatenate([self._ids[a:b] for a, b in self._pieces(index)]).astype(np.int64)
+        laid, text = self._laid(index)
+        places: np.ndarray = self._from[text] + laid - self._at[text]
+        return np.asarray(self._ids[places], np.int64)
 
     def begins(self, index: int) -> np.ndarray:
-        """(T,) where a text, or what is left of one, begins in a block."""
-        sizes = [b - a for a, b in self._pieces(index)]
-        found = np.zeros(self.length, dtype=bool)
-        found[np.concatenate([[0], np.cumsum(sizes[:-1])]).astype(np.int64)] = True
+        """(T,) bool, where a text, or what is left of one, begins in a block."""
+        laid, text = self._laid(index)
+        found: np.ndarray = laid == self._at[text]
+        found[0] = True
         return found
 
-    def _pieces(self, index: int) -> list[tuple[int, int]]:
-        """Where the tokens of a block stand in the file."""
-        start, stop = index * self.length, (index + 1) * self.length
-        text = int(np.searchsorted(self._at, start, side="right")) - 1
-        pieces = []
-        while start < stop:
-            until = min(stop, int(self._at[text + 1]))
-            begin = int(self._from[text] + start - self._at[text])
-            pieces.append((begin, begin + until - start))
-            start, text = until, text + 1
-        return pieces
+    def _laid(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) places of a block's tokens among all that are laid, and (T,) the text of each."""
+        laid = np.arange(index * self.length, (index + 1) * self.length)
+        return laid, np.searchsorted(self._at, laid, side="right") - 1

@@ -1,39 +1,39 @@
 """What a recipe will cost, before it is run: steps, tokens, FLOPs, memory, disk and time.
 
-Only the config and the tokenizer are fetched, never weights; sizes come from `shapes`. Time comes
-from a probe: a model of one and of a few layers takes real steps on this machine, and the rest
-follows in a line.
+Only the config and the tokenizer are fetched, never weights; sizes come from `shapes`. The time
+comes from a probe: one layer and a few layers take real steps on this machine, and the seconds of
+the whole depth follow on a straight line through both.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch.utils.benchmark import Timer
 
 from unmasked.checkpoint import loading
 from unmasked.errors import UnmaskedError
-from unmasked.files.source import Source
 from unmasked.forward import precision
 from unmasked.recipe.schema import MNTP, Recipe, SimCSE, Supervised
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 from unmasked.train import devices
 from unmasked.train.data.pairs import read_rows
+from unmasked.train.data.texts import iterate_texts
 from unmasked.train.losses.mntp import LOGITS_AT_ONCE, micro_batch_rows
-from unmasked.train.plan.shapes import Base, Stage, attach, saved_activations
+from unmasked.train.plan.shapes import AnyStage, DecoderSizes, attach, saved_activations
 
 SAMPLE = 512
-"""Texts whose length stands for all."""
+"""Number of texts whose mean length stands for all."""
 
 
-@dataclass(frozen=True)
-class Memory:
+class StageMemory(NamedTuple):
     """Bytes on each device at the fullest moment of a step."""
 
     weights: int
@@ -44,46 +44,138 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimiser + self.activations + self.logits
+        return sum(self)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What one forward of a stage is given.
+class StagePlan:
+    """What the forwards of a stage are given, and what that costs.
+
+    Tokens per step, FLOPs and seconds are those of all devices together, memory is that of each.
 
     Attributes:
-        rows, length: texts or blocks of a forward, and the tokens of each (their mean).
-        forwards: of an optimiser step on one device.
-        scored: rows of logits of a forward.
-        twice: embedded a second time, without gradients first (GradCache).
-        assumed: lengths are assumed, as no text could be read.
+        stage, sizes: settings of the stage, and sizes of the decoder.
+        rows, length: texts or blocks per forward, and the mean tokens of each.
+        forwards: per optimiser step on one device.
+        scored: rows of logits per forward.
+        twice: the batch is embedded a second time, first without gradients (GradCache).
+        assumed: no text could be read, so the length is assumed.
+        seconds: None without a probe.
     """
 
+    name: str
+    stage: AnyStage
+    sizes: DecoderSizes
     rows: int
     length: int
     forwards: int
     scored: int = 0
     twice: bool = False
     assumed: bool = False
+    seconds: float | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.stage.steps
 
     @property
     def tokens(self) -> int:
+        """Tokens of one forward."""
         return self.rows * self.length
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.tokens * self.forwards * devices.world()
 
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage: counts are of the whole stage and all devices unless said otherwise."""
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trunk as the stage trains it, on the meta device."""
+        return attach(self.sizes.trunk(), self.stage).train()
 
-    name: str
-    steps: int
-    tokens_per_step: int
-    trainable: int
-    flops: float
-    memory: Memory
-    disk: int
-    shape: Shape
-    seconds: float | None = None
+    @property
+    def trainable(self) -> int:
+        """Number of parameters that are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @cached_property
+    def memory(self) -> StageMemory:
+        """Bytes on each device."""
+        sizes, stage = self.sizes, self.stage
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        weights = sum(p.nbytes for p in self.model.parameters())
+        if isinstance(stage, MNTP):
+            weights += sizes.head * sizes.dtype.itemsize
+        if stage.lora.method == "qlora":  # half a byte per weight, and one scale for every 64
+            linear = sizes.parameters - sizes.embedding
+            weights += round(linear * (0.5 + 4 / 64)) - linear * sizes.dtype.itemsize
+        activations = saved_activations(self.model, self.rows, self.length)
+        if getattr(stage, "attention_dropout", 0.0):
+            # Kernels with dropout keep the weights: two copies in float32, and a mask of bytes.
+            activations += 9 * self.rows * sizes.heads * self.length**2 * sizes.layers
+        if stage.gradient_checkpointing:  # one layer whole, and the input of every layer
+            inputs = self.tokens * sizes.width * sizes.dtype.itemsize
+            activations = activations // sizes.layers + sizes.layers * inputs
+        scored = min(self.scored, max(1, LOGITS_AT_ONCE // sizes.vocabulary))
+        # The logits in float32, their softmax and its gradient, and the logits in half precision.
+        logits = scored * sizes.vocabulary * (12 + sizes.dtype.itemsize % 4)
+        return StageMemory(weights, trained, 2 * trained, activations, logits)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the result, and of two checkpoints of weights and two moments."""
+        return 7 * self.memory.gradients
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the whole stage.
+
+        A frozen weight costs 2 per token forward and 2 backward, as it needs no gradient itself,
+        and 2 more where a forward is run again; a weight of the adapter costs 6. Attention over s
+        tokens costs 4 s d L forward and twice that backward. Each weight of the head costs 4 per
+        scored token.
+        """
+        sizes, trainable = self.sizes, self.trainable
+        again = int(self.stage.gradient_checkpointing) + int(self.twice)
+        frozen = sizes.parameters - sizes.embedding
+        if self.stage.lora.method == "full":
+            trainable, frozen = frozen, 0
+        attention = 4 * self.length * sizes.attention_width * sizes.layers
+        per_token = (4 + 2 * again) * frozen + (3 + again) * attention + (6 + 2 * again) * trainable
+        one = float(self.tokens * per_token + self.scored * 4 * sizes.embedding)
+        return one * (self.forwards * devices.world()) * self.steps
+
+    def measure(self, device: torch.device) -> float:
+        """Seconds of the whole stage on this machine, from steps of shallow models."""
+        few = min(self.sizes.layers, 4)
+        shallow = self._seconds(1, device)
+        deeper = self._seconds(few, device) if few > 1 else shallow
+        per_layer = max(0.0, deeper - shallow) / max(1, few - 1)
+        passes = 1 + 0.25 * self.stage.gradient_checkpointing + 0.5 * self.twice
+        one = shallow + per_layer * (self.sizes.layers - 1) * passes
+        return one * self.forwards * self.steps
+
+    def _seconds(self, layers: int, device: torch.device) -> float:
+        """Median of some steps of a model with so many layers, after one that warms up."""
+        model = attach(self.sizes.trunk(layers, str(device)), self.stage).train()
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        vocabulary = self.sizes.vocabulary
+        head = nn.Linear(self.sizes.width, vocabulary, False, device, self.sizes.dtype)
+        head.requires_grad_(False)
+        ids = torch.randint(vocabulary, (self.rows, self.length), device=device)
+
+        def step() -> None:
+            states = model(input_ids=ids, use_cache=False).last_hidden_state
+            if self.scored:
+                logits = head(states.flatten(0, 1)[: self.scored]).float()
+                loss = nn.functional.cross_entropy(logits, ids.flatten()[: self.scored])
+            else:
+                loss = states.float().mean(dim=1).pow(2).mean()
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+        return timer.adaptive_autorange().median
 
 
 @dataclass(frozen=True)
@@ -93,13 +185,9 @@ class Plan:
     parameters: int
     devices: int
     dtype: str
+    stages: Sequence[StagePlan]
     disk: int
-    stages: list[StagePlan] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float | None:
-        known = [stage.seconds for stage in self.stages if stage.seconds is not None]
-        return sum(known) if known and len(known) == len(self.stages) else None
+    """Bytes, with the finished encoder."""
 
 
 def make_plan(recipe: Recipe, probe: bool = False) -> Plan:
@@ -107,175 +195,54 @@ def make_plan(recipe: Recipe, probe: bool = False) -> Plan:
 
     Args:
         recipe: what would be run.
-        probe: also measure how long; takes some seconds, and as much memory as a few layers.
+        probe: also measure the time; takes some seconds, and as much memory as a few layers.
 
     Raises:
-        ModelError: the base has no config here or on the hub; DataError, RecipeError: as in a run.
+        ModelError: the base has no config here or on the hub.
+        DataError, RecipeError: as in a run.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = precision.pick(recipe.model.dtype, device).dtype
     name, revision = recipe.model.base, recipe.model.revision
-    base = Base(loading.load_config(name, revision=revision), dtype)
-    tokens = _tokens(loading.load_tokenizer(name, revision=revision), recipe.model.max_length)
-    stages = []
-    for stage_name, stage in recipe.stages():
-        shape = stage_shape(stage, stage_name, tokens, device)
-        plan = _plan_stage(stage_name, stage, shape, base)
-        if probe:
-            seconds = measure_step(stage, shape, base, device) * stage.steps
-            plan = replace(plan, seconds=seconds)
-        stages.append(plan)
-    disk = base.parameters * dtype.itemsize + max((s.disk for s in stages), default=0)
-    return Plan(base.parameters, devices.world(), str(dtype)[6:], disk, stages)
+    sizes = DecoderSizes(loading.load_config(name, revision=revision), dtype)
+    tokenizer = prepare_tokenizer(loading.load_tokenizer(name, revision=revision))
+    tokens = TextTokenizer(tokenizer, recipe.model.max_length)
+    stages = [_plan_stage(*named, sizes, tokens, device) for named in recipe.stages()]
+    if probe:
+        stages = [replace(stage, seconds=stage.measure(device)) for stage in stages]
+    disk = sizes.parameters * dtype.itemsize + max((s.disk for s in stages), default=0)
+    return Plan(sizes.parameters, devices.world(), str(dtype).removeprefix("torch."), stages, disk)
 
 
-def stage_shape(stage: Stage, name: str, tokens: TextTokenizer, device: torch.device) -> Shape:
-    """What a forward of a stage is given on one device."""
+def _plan_stage(
+    name: str, stage: AnyStage, sizes: DecoderSizes, tokens: TextTokenizer, device: torch.device
+) -> StagePlan:
     rows = devices.rows_per_device(stage.batch_size, f"{name}.batch_size")
     if isinstance(stage, MNTP):
         part = devices.micro_batch(rows, micro_batch_rows(stage, device))
         scored = round(part * stage.block_length * stage.mask_probability)
         forwards = rows // part * stage.gradient_accumulation
-        return Shape(part, stage.block_length, forwards, scored)
+        return StagePlan(name, stage, sizes, part, stage.block_length, forwards, scored)
     texts, per_row = _sample(stage)
     limit = stage.max_length
     lengths = [len(row.ids) for row in tokens(texts, max_length=limit)] if texts else [limit // 2]
     length = max(1, round(statistics.mean(lengths)))
     together = rows * per_row
-    most = getattr(stage, "mini_batch_tokens", None)
-    twice = most is not None and together * length > most
-    part = max(1, most // length) if most is not None and twice else together
+    most = (isinstance(stage, Supervised) and stage.mini_batch_tokens) or together * length
+    twice = together * length > most
+    part = max(1, most // length) if twice else together
     forwards = -(-together // part) * stage.gradient_accumulation
-    return Shape(part, length, forwards, twice=twice, assumed=not texts)
-
-
-def _plan_stage(name: str, stage: Stage, shape: Shape, base: Base) -> StagePlan:
-    attached = attach(base.trunk(), stage)
-    trained = [p for p in attached.parameters() if p.requires_grad]
-    trainable = sum(p.numel() for p in trained)
-    bytes_trained = sum(p.numel() * p.itemsize for p in trained)
-    memory = Memory(
-        weights=_weight_bytes(stage, base, attached),
-        gradients=bytes_trained,
-        optimiser=2 * bytes_trained,
-        activations=_activation_bytes(stage, shape, base),
-        logits=_logit_bytes(shape, base),
-    )
-    forwards = shape.forwards * devices.world()
-    flops = step_flops(stage, shape, base, trainable) * forwards * stage.steps
-    disk = 7 * bytes_trained  # the result, and two checkpoints of weights and two moments
-    tokens = shape.tokens * forwards
-    return StagePlan(name, stage.steps, tokens, trainable, flops, memory, disk, shape)
-
-
-def _weight_bytes(stage: Stage, base: Base, attached: nn.Module) -> int:
-    weights = sum(p.numel() * p.itemsize for p in attached.parameters())
-    if isinstance(stage, MNTP):
-        weights += base.head * base.dtype.itemsize
-    if stage.lora.method == "qlora":  # half a byte, and a scale for every 64
-        linear = (base.parameters - base.embedding) * base.dtype.itemsize
-        weights += round((base.parameters - base.embedding) * (0.5 + 4 / 64)) - linear
-    return weights
-
-
-def _activation_bytes(stage: Stage, shape: Shape, base: Base) -> int:
-    whole = saved_activations(stage, shape.rows, shape.length, base, base.layers)
-    if not stage.gradient_checkpointing:
-        return whole
-    inputs = shape.tokens * int(base.text.hidden_size) * base.dtype.itemsize
-    return whole // base.layers + base.layers * inputs  # one layer whole, of the others the input
-
-
-def _logit_bytes(shape: Shape, base: Base) -> int:
-    """Of a chunk: the logits in float32, their softmax and its gradient, and as they came."""
-    vocabulary = int(base.text.vocab_size)
-    rows = min(shape.scored, max(1, LOGITS_AT_ONCE // vocabulary))
-    return rows * vocabulary * (12 + base.dtype.itemsize % 4)
-
-
-def step_flops(stage: Stage, shape: Shape, base: Base, trainable: int) -> float:
-    """FLOPs of a forward of a stage and its backward.
-
-    The frozen weights cost 2 a token forward and 2 backward, as they need no gradient themselves,
-    and 2 more where a forward is run again; attention over s tokens costs 4 s d L forward and twice
-    that backward; the LoRA 6; logits 4 for each weight of the head and scored token.
-    """
-    again = int(stage.gradient_checkpointing) + int(shape.twice)
-    weights = base.parameters - base.embedding
-    if stage.lora.method == "full":
-        trainable, weights = weights, 0
-    attention = 4 * shape.length * base.attention_width * base.layers
-    a_token = (4 + 2 * again) * weights + (3 + again) * attention + (6 + 2 * again) * trainable
-    return float(shape.tokens * a_token + shape.scored * 4 * base.embedding)
-
-
-def measure_step(stage: Stage, shape: Shape, base: Base, device: torch.device) -> float:
-    """Seconds of an optimiser step on this machine, from steps of shallow models."""
-    few = min(base.layers, 4)
-    shallow = _time_forward(stage, shape, base, 1, device)
-    if few == 1:
-        return shallow * shape.forwards
-    deeper = _time_forward(stage, shape, base, few, device)
-    a_layer = max(0.0, deeper - shallow) / (few - 1)
-    passes = 1 + 0.25 * stage.gradient_checkpointing + 0.5 * shape.twice
-    return (shallow + a_layer * (base.layers - 1) * passes) * shape.forwards
-
-
-def _time_forward(
-    stage: Stage, shape: Shape, base: Base, layers: int, device: torch.device
-) -> float:
-    model = attach(base.trunk(layers, str(device)), stage).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained)
-    vocabulary = int(base.text.vocab_size)
-    head = nn.Linear(int(base.text.hidden_size), vocabulary, False, device, base.dtype)
-    head.requires_grad_(False)
-    ids = torch.randint(vocabulary, (shape.rows, shape.length), device=device)
-
-    def step() -> None:
-        states = model(input_ids=ids, use_cache=False).last_hidden_state
-        if shape.scored:
-            logits = head(states.flatten(0, 1)[: shape.scored]).float()
-            loss = nn.functional.cross_entropy(logits, ids.flatten()[: shape.scored])
-        else:
-            loss = states.float().mean(dim=1).pow(2).mean()
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-
-    return _median_seconds(step, device)
-
-
-def _median_seconds(step: Callable[[], None], device: torch.device, times: int = 3) -> float:
-    measured = []
-    for _ in range(times + 1):  # the first one warms up
-        begun = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        measured.append(time.perf_counter() - begun)
-    return statistics.median(measured[1:])
+    return StagePlan(name, stage, sizes, part, length, forwards, twice=twice, assumed=not texts)
 
 
 def _sample(stage: SimCSE | Supervised) -> tuple[list[str], int]:
     """Some texts of a contrastive stage, and how many of them a row of a batch has."""
-    texts: list[str] = []
     try:
         if isinstance(stage, SimCSE):
-            for path in stage.data[:1]:
-                records = Source(str(path), skip_blank=True).records()
-                texts += [text for _, text, _ in islice(records, SAMPLE)]
-            return texts, 2
-        per_row = 2
-        for index, pairs in enumerate(stage.data):
-            for row in islice(read_rows(pairs, index), SAMPLE // max(1, len(stage.data))):
-                hard = row.negatives[: stage.hard_negatives]
-                per_row = max(per_row, 2 + len(hard))
-                texts += [row.query, row.positive, *hard]
-        return texts, per_row
+            return list(iterate_texts(stage.data[:1], SAMPLE)), 2
+        of_each = SAMPLE // max(1, len(stage.data))
+        rows = [row for pairs in stage.data for row in islice(read_rows(pairs), of_each)]
     except UnmaskedError:
         return [], 2 if isinstance(stage, SimCSE) else 2 + stage.hard_negatives
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextTokenizer:
-    return TextTokenizer(prepare_tokenizer(tokenizer), max_length)
+    texts = [[r.query, r.positive, *r.negatives[: stage.hard_negatives]] for r in rows]
+    return [text for row in texts for text in row], max(map(len, texts), default=2)

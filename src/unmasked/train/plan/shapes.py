@@ -1,7 +1,9 @@
-"""A decoder's sizes without its weights: everything here is counted on torch's meta device.
+"""A decoder's sizes without its weights, counted on torch's meta device.
 
 Activations are not guessed from a formula: one forward is run on shapes alone, and what autograd
 keeps for the backward pass is added up, for any family. Cost: well under a second, no memory.
+
+Shapes: B rows, H heads, T tokens, D width of a head.
 """
 
 from __future__ import annotations
@@ -11,101 +13,90 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModel, PretrainedConfig
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, PretrainedConfig
 
 from unmasked.checkpoint import adapters
 from unmasked.recipe.schema import MNTP, SimCSE, Supervised
 
 KERNEL = "unmasked-plan"
-Stage = MNTP | SimCSE | Supervised
+"""Name under which transformers knows the attention that is run on the meta device."""
+AnyStage = MNTP | SimCSE | Supervised
 
 
-class Base:
-    """The decoder's sizes, counted on the meta device."""
+class DecoderSizes:
+    """What a config says of a decoder's size.
+
+    Attributes:
+        dtype: precision of the weights.
+        layers, heads, width, vocabulary: as the config has them; no `heads` without attention.
+        parameters: of the trunk.
+        embedding: parameters of the input embedding, which are part of these.
+        head: parameters of the language model's head; 0 if it is the input embedding.
+        attention_width: heads times the width of each.
+    """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
         self.config = config
         self.dtype = dtype
-        self.text: Any = config.get_text_config()
-        self.layers = int(self.text.num_hidden_layers)
+        text: Any = config.get_text_config()
+        self.layers = int(text.num_hidden_layers)
+        self.width, self.vocabulary = int(text.hidden_size), int(text.vocab_size)
+        self.heads = int(getattr(text, "num_attention_heads", 0) or 0)
+        head = getattr(text, "head_dim", None) or self.width // max(self.heads, 1)
+        self.attention_width = self.heads * int(head)
         trunk = self.trunk()
-        embedding: Any = trunk.get_input_embeddings()
         self.parameters = sum(p.numel() for p in trunk.parameters())
-        self.embedding = int(embedding.weight.numel())
-        heads = int(getattr(self.text, "num_attention_heads", 0) or 0)
-        head = getattr(self.text, "head_dim", None) or self.text.hidden_size // max(heads, 1)
-        self.attention_width = heads * int(head)
-        self.heads = heads
-        tied = bool(getattr(self.text, "tie_word_embeddings", False))
-        self.head = 0 if tied else self.embedding
+        self.embedding = int(trunk.get_input_embeddings().weight.numel())
+        self.head = 0 if getattr(text, "tie_word_embeddings", False) else self.embedding
 
     def trunk(self, layers: int | None = None, device: str = "meta") -> Any:
-        """The bare transformer with random weights, perhaps of fewer layers."""
-        config = _shallow(self.config, layers or self.layers)
-        kernel = KERNEL if device == "meta" else None
+        """The bare transformer with random weights, with fewer layers if asked."""
+        config = copy.deepcopy(self.config)
+        text: Any = config.get_text_config()
+        text.num_hidden_layers = layers or self.layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+        attention = {"attn_implementation": KERNEL} if device == "meta" else {}
         with torch.device(device):
-            return AutoModel.from_config(
-                config, dtype=self.dtype, **({"attn_implementation": kernel} if kernel else {})
-            )
+            return AutoModel.from_config(config, dtype=self.dtype, **attention)
 
 
-def attach(trunk: nn.Module, stage: Stage) -> nn.Module:
-    """A trunk as a stage trains it; weights of 4 bits are left as they are."""
+def attach(trunk: nn.Module, stage: AnyStage) -> nn.Module:
+    """A trunk as a stage trains it; for ``qlora`` the weights stay in the precision they have."""
     lora = stage.lora
     method = "lora" if lora.method == "qlora" else lora.method
     return adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, method)
 
 
-def saved_activations(stage: Stage, rows: int, length: int, base: Base, layers: int) -> int:
-    """Bytes that autograd keeps from a forward of (rows, length) tokens, on meta tensors."""
-    model = attach(base.trunk(layers), stage)
-    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Any] = {}
+def saved_activations(model: nn.Module, rows: int, length: int) -> int:
+    """Bytes that autograd keeps from a forward of (rows, length) tokens, on the meta device."""
+    own = {p.untyped_storage() for p in [*model.parameters(), *model.buffers()]}
+    kept: set[torch.UntypedStorage] = set()  # by identity: a storage has one object while it lives
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other gets its address
+        kept.add(tensor.untyped_storage())
         return tensor
 
-    model.train()
     ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(input_ids=ids, use_cache=False)
-    noise = getattr(stage, "attention_dropout", 0.0)
-    weights = rows * base.heads * length * length * layers  # kept by kernels with dropout
-    return sum(int(s.nbytes()) for s in kept.values()) + (weights * 9 if noise else 0)
-
-
-def _shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    config = copy.deepcopy(config)
-    text: Any = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return config
+    return sum(storage.nbytes() for storage in kept - own)
 
 
 class _Kernel(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps: its inputs, its output and a sum a row."""
+    """Keeps what a fused attention kernel keeps: its inputs, its output and one sum per row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(query)
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        out = torch.empty_like(query)  # (B, H, T, D)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)  # (B, H, T)
         ctx.save_for_backward(query, key, value, out, sums)
         return out.transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
-    del module
     return _Kernel.apply(query, key, value), None  # type: ignore[no-untyped-call]
 
 
