@@ -24,8 +24,9 @@ from unmasked.errors import OutputError
 from unmasked.files.source import Source
 
 if TYPE_CHECKING:
-    from unmasked.compat.llm2vec import LLM2Vec
-    from unmasked.corpus.engines import Engine, Progress
+    from unmasked.corpus import CorpusEngine as Engine
+    from unmasked.corpus import Progress
+    from unmasked.model import LLM2Vec
 
 
 def encode(
@@ -124,7 +125,7 @@ def _folder(
     with ExitStack() as stack:
         engine: Engine = Local(load)
         if workers is not None:
-            from unmasked.corpus.cluster import OnRay
+            from unmasked.corpus import OnRay
 
             with terminal.waiting("starting Ray"):
                 engine = stack.enter_context(OnRay(load, workers))

@@ -1,45 +1,51 @@
-"""Files of vectors, written window by window, so that none has to fit in memory.
+"""Files of vectors (.npy, .parquet, .safetensors), written window by window.
 
-Cost: one window in memory.
+Cost: one window in memory. The libraries that write .npy and .safetensors want all vectors at once;
+here the header is written first, and once more when the number of rows is known.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
-from typing import IO, Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from unmasked.errors import OutputError
+
 OUTPUTS = (".npy", ".parquet", ".safetensors")
+Header = Callable[[np.dtype[Any], int, int], bytes]
+"""Gives the header of a file for a type, a width and a number of rows, of the same length for any.
+"""
 
 
-class Writer(Protocol):
-    """Takes windows of vectors in order."""
-
-    def write(self, window: Window) -> None: ...
-    def close(self) -> None: ...
-    def abandon(self) -> None: ...
-
-
-class Window:
+class Window(NamedTuple):
     """Some rows and their vectors.
 
     Attributes:
-        rows: (N,) places in the source, from 0.
+        rows: N positions in the source, from 0.
         ids: N names, or Nones.
-        kept: for each of the N rows, a value for each column kept.
+        kept: for each of the N rows, one value per kept column.
         vectors: (N, D), as stored.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[int],
-        ids: Sequence[str | None],
-        kept: Sequence[tuple[object, ...]],
-        vectors: np.ndarray,
-    ) -> None:
-        self.rows, self.ids, self.kept, self.vectors = rows, ids, kept, vectors
+    rows: Sequence[int]
+    ids: Sequence[str | None]
+    kept: Sequence[tuple[object, ...]]
+    vectors: np.ndarray
+
+
+def check_columns(keep: Sequence[str], kind: str) -> None:
+    """Refuse kept columns that a file of this kind cannot hold."""
+    if keep and kind != ".parquet":
+        raise OutputError(f"{kind} holds vectors only. Fix: .parquet, or no --keep.")
+    own = {"row", "id", "vector"} & set(keep)
+    if own or len(set(keep)) < len(keep):
+        word = f"'{own.pop()}' is a column of the output already" if own else "a column is repeated"
+        raise OutputError(f"--keep {','.join(keep)}: {word}. Fix: leave it out.")
 
 
 def make_writer(
@@ -49,28 +55,29 @@ def make_writer(
     width: int,
     has_ids: bool = False,
     keep: Sequence[tuple[str, str]] = (),
-) -> Writer:
-    """A writer of one of `OUTPUTS`.
+) -> FlatWriter | ParquetWriter:
+    """A writer that takes windows in order; the file is complete once the writer is closed.
 
     Args:
-        kind: its suffix.
-        file: where to.
-        dtype: of the stored vectors.
-        width: how many numbers each has.
-        has_ids: whether rows have names.
-        keep: names and Arrow types of the columns kept; only .parquet holds them.
+        kind: the suffix of the output, one of `OUTPUTS`.
+        file: the open file to write to.
+        dtype: type of the stored numbers.
+        width: how many numbers a stored vector has.
+        has_ids: whether the rows have names.
+        keep: names and Arrow types of the kept columns; only .parquet holds them.
     """
     if kind == ".parquet":
-        return _ParquetWriter(file, dtype, width, has_ids, keep)
-    return (_NpyWriter if kind == ".npy" else _SafetensorsWriter)(file, dtype, width)
+        return ParquetWriter(file, dtype, width, has_ids, keep)
+    return FlatWriter(file, dtype, width, _npy_header if kind == ".npy" else _safetensors_header)
 
 
-class _NpyWriter:
-    """Vectors one after the other behind a header that learns their number last."""
+class FlatWriter:
+    """One vector after the other, behind a header that is rewritten when their number is known."""
 
-    def __init__(self, file: IO[bytes], dtype: np.dtype[Any], width: int) -> None:
-        self.file, self.dtype, self.width, self.rows = file, dtype, width, 0
-        self.write_header()
+    def __init__(self, file: IO[bytes], dtype: np.dtype[Any], width: int, header: Header) -> None:
+        self.file, self.rows = file, 0
+        self._header = partial(header, dtype, width)
+        file.write(self._header(0))
 
     def write(self, window: Window) -> None:
         self.file.write(window.vectors.tobytes())
@@ -78,41 +85,30 @@ class _NpyWriter:
 
     def close(self) -> None:
         self.file.seek(0)
-        self.write_header()
-
-    def abandon(self) -> None:
-        pass
-
-    def write_header(self) -> None:
-        # numpy pads the header so that the first axis can grow in place.
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self.dtype),
-            "fortran_order": False,
-            "shape": (self.rows, self.width),
-        }
-        np.lib.format.write_array_header_1_0(self.file, header)
+        self.file.write(self._header(self.rows))
 
 
-class _SafetensorsWriter(_NpyWriter):
-    """The same, as the tensor ``vectors``: 8 bytes of length, JSON padded with spaces, the data."""
-
-    HEADER = 256
-    NAMES = {"f4": "F32", "f2": "F16", "i1": "I8", "u1": "U8"}  # noqa: RUF012
-
-    def write_header(self) -> None:
-        header = {
-            "vectors": {
-                "dtype": self.NAMES[self.dtype.str[1:]],
-                "shape": [self.rows, self.width],
-                "data_offsets": [0, self.rows * self.width * self.dtype.itemsize],
-            }
-        }
-        text = json.dumps(header, separators=(",", ":")).encode().ljust(self.HEADER)
-        self.file.write(len(text).to_bytes(8, "little") + text)
+def _npy_header(dtype: np.dtype[Any], width: int, rows: int) -> bytes:
+    descr = np.lib.format.dtype_to_descr(dtype)
+    header = io.BytesIO()
+    # numpy pads the header so that the first axis can grow in place.
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": descr, "fortran_order": False, "shape": (rows, width)}
+    )
+    return header.getvalue()
 
 
-class _ParquetWriter:
-    """A row group a window: ``row``, ``id``, the columns kept, ``vector``."""
+def _safetensors_header(dtype: np.dtype[Any], width: int, rows: int) -> bytes:
+    """8 bytes of length and JSON padded with spaces; the vectors are the tensor ``vectors``."""
+    kind = {"f4": "F32", "f2": "F16", "i1": "I8", "u1": "U8"}[dtype.str[1:]]
+    offsets = [0, rows * width * dtype.itemsize]
+    tensor = {"dtype": kind, "shape": [rows, width], "data_offsets": offsets}
+    text = json.dumps({"vectors": tensor}, separators=(",", ":")).encode().ljust(256)
+    return len(text).to_bytes(8, "little") + text
+
+
+class ParquetWriter:
+    """One row group per window: ``row``, ``id``, the kept columns, ``vector``."""
 
     def __init__(
         self,
@@ -125,14 +121,11 @@ class _ParquetWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.width, self.has_ids = width, has_ids
-        fields = [("row", pa.int64())]
-        if has_ids:
-            fields.append(("id", pa.string()))
-        fields += [(name, pa.type_for_alias(kind)) for name, kind in keep]
-        fields.append(("vector", pa.list_(pa.from_numpy_dtype(dtype), width)))
-        self.schema = pa.schema(fields)
-        words = [name for name, _ in fields[:-1]]
+        self.has_ids, ids = has_ids, [("id", pa.string())] if has_ids else []
+        beside = [("row", pa.int64()), *ids, *((n, pa.type_for_alias(kind)) for n, kind in keep)]
+        self.vector = pa.list_(pa.from_numpy_dtype(dtype), width)
+        self.schema = pa.schema([*beside, ("vector", self.vector)])
+        words = [name for name, _ in beside]
         # Vectors do not compress; everything beside them does.
         self.table_writer = pq.ParquetWriter(
             file,
@@ -145,20 +138,13 @@ class _ParquetWriter:
     def write(self, window: Window) -> None:
         import pyarrow as pa
 
-        columns: list[Any] = [window.rows]
-        if self.has_ids:
-            columns.append(window.ids)
+        columns: list[Any] = [window.rows, *([window.ids] if self.has_ids else [])]
         columns += zip(*window.kept, strict=True) if window.kept else ()
-        arrays = [
-            pa.array(list(values), field.type)
-            for values, field in zip(columns, self.schema, strict=False)
-        ]
+        types = self.schema.types[:-1]
+        arrays = [pa.array(list(column), kind) for column, kind in zip(columns, types, strict=True)]
         flat = pa.array(window.vectors.reshape(-1))
-        arrays.append(pa.FixedSizeListArray.from_arrays(flat, self.width))
+        arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=self.vector))
         self.table_writer.write_table(pa.table(arrays, schema=self.schema))
 
     def close(self) -> None:
         self.table_writer.close()
-
-    def abandon(self) -> None:
-        self.table_writer.is_open = False  # or it would close itself later, and complain
