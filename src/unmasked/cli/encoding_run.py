@@ -24,7 +24,6 @@ from unmasked.errors import OutputError
 from unmasked.files.source import Source
 
 if TYPE_CHECKING:
-    from unmasked.corpus import CorpusEngine as Engine
     from unmasked.corpus import Progress
     from unmasked.model import LLM2Vec
 
@@ -123,7 +122,7 @@ def _folder(
     overwrite: bool,
 ) -> Encoded:
     with ExitStack() as stack:
-        engine: Engine = Local(load)
+        engine: Local | OnRay = Local(load)
         if workers is not None:
             from unmasked.corpus import OnRay
 

@@ -16,7 +16,7 @@ length, so larger windows waste less on padding.
 Others may use the names below.
 """
 
-from unmasked.corpus.local import CorpusEngine, Local, Progress
+from unmasked.corpus.local import Local, Progress
 from unmasked.corpus.manifest import parse_part
 from unmasked.corpus.one_file import check_output, encode_corpus
 from unmasked.corpus.ray import OnRay
@@ -28,7 +28,6 @@ from unmasked.corpus.writers import OUTPUTS
 __all__ = [
     "OUTPUTS",
     "PRECISIONS",
-    "CorpusEngine",
     "Encoded",
     "Encoding",
     "Local",

@@ -45,20 +45,15 @@ def parse_part(text: str) -> Part:
 
 
 class WholeShard(NamedTuple):
-    """A shard that is in its place.
+    """A shard that is in its place: its vectors and skipped rows, and the digest of what was read.
 
-    Attributes:
-        rows: vectors in it.
-        skipped: rows of the source that have none.
-        texts: digest of what was read.
-        start, length: where its line stands in the manifest, in bytes.
+    `line` is where its line stands in the manifest: the first byte, and the length in bytes.
     """
 
     rows: int
     skipped: int
     texts: str
-    start: int
-    length: int
+    line: tuple[int, int]
 
 
 @dataclass
@@ -118,12 +113,11 @@ class Manifest:
         else:
             file = self.folder / said["file"]
             if file.is_file() and file.stat().st_size == said["bytes"]:
-                self._keep(said, start, len(line))
+                self._keep(said, (start, len(line)))
 
-    def _keep(self, entry: dict[str, Any], start: int, length: int) -> None:
+    def _keep(self, entry: dict[str, Any], line: tuple[int, int]) -> None:
         skipped = len(entry["skipped"])
-        done = WholeShard(entry["rows"], skipped, entry["texts"], start, length)
-        self.done[entry["shard"]] = done
+        self.done[entry["shard"]] = WholeShard(entry["rows"], skipped, entry["texts"], line)
 
     def begin(self, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Write the first line, or compare it with the one that is there.
@@ -161,15 +155,16 @@ class Manifest:
                 os.fsync(file.fileno())
         except OSError as error:
             raise not_written(self.path, error) from error
-        self._keep(entry, start, len(line))
+        self._keep(entry, (start, len(line)))
 
     def finish(self) -> None:
         """Sort the lines by shard and write the last one."""
         with self.path.open("rb") as old, written_aside(self.path) as file:
             file.write(_line(self.header))
             for _, done in sorted(self.done.items()):
-                old.seek(done.start)
-                file.write(old.read(done.length))
+                start, length = done.line
+                old.seek(start)
+                file.write(old.read(length))
             file.write(_line({"finished": True, "rows": self.rows, "skipped": self.skipped}))
         self.finished = True
 
@@ -200,12 +195,12 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
             f"{folder} holds other things ({', '.join(strangers[:3])}). Fix: name a new folder."
         )
     manifest = Manifest(folder, part)
-    fix = "or name another folder, or divide the work with --shard 1/2 and --shard 2/2"
+    fix = "name another folder, or divide the work with --shard 1/2 and --shard 2/2"
     with ExitStack() as locks:
-        locks.enter_context(_lock(folder / f".{manifest.path.name}.lock", folder, fix))
+        locks.enter_context(lock(folder / f".{manifest.path.name}.lock", folder, fix))
         if overwrite:
             for other in folder.glob("._manifest-*.lock"):
-                locks.enter_context(_lock(other, folder, fix))
+                locks.enter_context(lock(other, folder, fix))
             for path in folder.iterdir():
                 if path.suffix != ".lock":
                     path.unlink()
@@ -214,31 +209,19 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
         yield manifest
 
 
-@contextmanager
-def only_writer(output: Path) -> Iterator[None]:
-    """Keep other processes from writing the same file; nothing is left behind.
+def lock(path: Path, output: Path, fix: str) -> AbstractContextManager[object]:
+    """Hold a lock file, which keeps other processes from writing to the same output.
 
     Raises:
-        OutputError: another process writes to it.
+        OutputError: another process holds it; says to wait, or `fix`.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_name(f".{output.name}.lock")
-    with _lock(path, output, "or name another file"):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _lock(path: Path, output: Path, fix: str) -> AbstractContextManager[object]:
     from filelock import FileLock, Timeout
 
     try:
         return FileLock(path).acquire(timeout=0)
     except Timeout as error:
-        raise OutputError(
-            f"{output}: another process is writing to it. Fix: wait for it, {fix}."
-        ) from error
+        given = f"{output}: another process is writing to it"
+        raise OutputError(f"{given}. Fix: wait for it, {fix}.") from error
 
 
 def checksum(path: Path) -> str:

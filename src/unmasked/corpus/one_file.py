@@ -6,21 +6,13 @@ An interrupted run begins again, so a long corpus belongs in a folder of shards.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unmasked.corpus.local import Progress
-from unmasked.corpus.manifest import only_writer
-from unmasked.corpus.shards import (
-    CorpusJob,
-    Encoded,
-    Shards,
-    Stream,
-    check_request,
-    window_of,
-    write_vectors,
-)
+from unmasked.corpus.manifest import lock
+from unmasked.corpus.shards import CorpusJob, Encoded, Shards, Stream, write_vectors
 from unmasked.corpus.vectors import Encoding, read_ranges, save_ranges
 from unmasked.corpus.writers import OUTPUTS
 from unmasked.errors import DataError, OutputError
@@ -69,9 +61,7 @@ def encode_corpus(
             ``NAME.ranges.npy`` beside it, the rows that were skipped to ``NAME.skipped.jsonl``.
         encoding: prompt, normalisation, precision and so on.
         overwrite: replace the output if it exists.
-        window: rows encoded at a time; None chooses by the device.
-        skip: pass over rows with a fault and list them, instead of raising.
-        ranges: .npy file of (2, D) ranges of another run, for int8.
+        window, skip, ranges: see `Shards`.
         progress: is told of the rows done so far.
 
     Raises:
@@ -79,25 +69,24 @@ def encode_corpus(
         OutputError: see `check_output`; or another process writes to the same file.
     """
     encoding, output = encoding or Encoding(), Path(output)
-    shards = Shards(output.suffix, skip=skip, ranges=ranges)
+    shards = Shards(output.suffix, window=window, skip=skip, ranges=ranges)
     check_output(output, overwrite)
-    check_request(source, encoding, shards)
-    with only_writer(output):
+    shards.check(source.keep, encoding.precision)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    held = output.with_name(f".{output.name}.lock")
+    with ExitStack() as stack:
+        stack.enter_context(lock(held, output, "or name another file"))
+        stack.callback(held.unlink, missing_ok=True)
         check_output(output, overwrite)  # nobody else can make it from here on
         encoding.check(model)
-        window, width = window or window_of(model.device.type), encoding.width(model)
-        job, stream = (
-            CorpusJob(source, encoding, output.parent, shards, window, width),
-            Stream(source),
-        )
+        stream, width = Stream(source), encoding.width(model)
+        window, found = shards.window_on(model.device.type), None
         if encoding.precision == "int8":
-            found = (
-                read_ranges(ranges, width)
-                if ranges is not None
-                else encoding.measure_ranges(model, stream.head(), window)
-            )
+            found = None if ranges is None else read_ranges(ranges, width)
+            if found is None:
+                found = encoding.measure_ranges(model, stream.head(), window)
             save_ranges(output.with_suffix(".ranges.npy"), found)
-            job = replace(job, ranges=found)
+        job = CorpusJob(source, encoding, output.parent, shards, window, width, found)
         return _write(job, model, stream, output, progress)
 
 
@@ -112,11 +101,12 @@ def _write(
     if not stream.reaches(0):
         raise DataError(f"{job.source.name}: there is no text in it.")
     told(0)
-    written = write_vectors(job, model, output, stream.take(0, 1 << 62), 0, told)
+    every = stream.take(0, 1 << 62)
+    rows, _, skipped = write_vectors(job, model, output, every, 0, told)
     listed = output.with_suffix(".skipped.jsonl")
     listed.unlink(missing_ok=True)  # it belonged to the file that was replaced
-    if written.skipped:
+    if skipped:
         with written_aside(listed) as file:
-            for fault in written.skipped:
+            for fault in skipped:
                 file.write(json.dumps(fault, ensure_ascii=False).encode() + b"\n")
-    return Encoded(written.rows, job.width, len(written.skipped))
+    return Encoded(rows, job.width, len(skipped))

@@ -1,9 +1,10 @@
 """Where models run: the engine of many processes, on Ray Data, with one model per actor.
 
 Numbers of shards go out, and lines of the manifest come back; texts and vectors never cross the
-cluster, because each actor writes its shards itself. So input and output must be on paths that every
-node sees. ``RAY_ADDRESS`` names the cluster to join; without it one is started on this machine, on
-the loopback interface and without a dashboard, and ended afterwards. Usage statistics are never sent.
+cluster, because each actor writes its shards itself. So input and output must be on paths that
+every node sees. ``RAY_ADDRESS`` names the cluster to join; without it one is started on this
+machine, on the loopback interface and without a dashboard, and ended afterwards. Usage statistics
+are never sent.
 
 Cost: each actor loads the model and reads on, from where it was, through the files its shards are
 in. The last bits of a vector depend on the number of threads, as they do everywhere.
@@ -16,8 +17,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from unmasked import errors
 from unmasked.corpus.local import Load, Progress
@@ -82,40 +84,39 @@ class OnRay:
         self._ray.shutdown()
 
     def ask(self, question: Callable[[LLM2Vec], T]) -> T:
-        remote = self._ray.remote(**self._resources, max_retries=0)(_answer)
-        answer = self._ray.get(remote.remote(self._load, question, self.threads))
-        if isinstance(answer, _Refusal):
-            raise answer.error()
-        result: T = answer
-        return result
+        """What `question` returns for a model, asked where that model is."""
+        remote = self._ray.remote(**self._resources, max_retries=0)(_ask)
+        answer: T = _answer(self._ray.get(remote.remote(self._load, question, self.threads)))
+        return answer
 
     def shards(
         self, job: CorpusJob, stream: Stream, todo: Iterable[int], progress: Progress
     ) -> Iterator[dict[str, Any]]:
+        """Write the shards `todo`, in any order; gives the line of the manifest for each."""
         numbers = [{"shard": shard} for shard in todo]
         if not numbers:
             return
+        source, folder = job.source, job.folder.resolve()  # actors have other working directories
+        if source.on_disk:
+            source = replace(source, path=str(Path(source.path).resolve()))
+        job = replace(job, source=source, folder=folder)
         context = self._ray.data.DataContext.get_current()
         bars, context.enable_progress_bars = context.enable_progress_bars, False
         try:
-            lines = self._ray.data.from_items(
-                numbers, override_num_blocks=len(numbers)
-            ).map_batches(
+            blocks = self._ray.data.from_items(numbers, override_num_blocks=len(numbers))
+            answers = blocks.map_batches(
                 _Actor,
                 batch_size=1,
                 compute=self._ray.data.ActorPoolStrategy(size=min(self.workers, len(numbers))),
-                fn_constructor_args=(self._load, _absolute(job), self.threads),
+                fn_constructor_args=(self._load, job, stream.counts, self.threads),
                 **self._resources,
             )
             rows = tokens = 0
-            for answer in lines.iter_rows():
-                said = json.loads(answer["line"])
-                if "kind" in said:
-                    raise _Refusal(**said).error()
-                rows += said["rows"] + len(said["skipped"])
-                tokens += answer["tokens"]
+            for said in answers.iter_rows():
+                entry, more = _answer(json.loads(said["json"]))
+                rows, tokens = rows + entry["rows"] + len(entry["skipped"]), tokens + more
                 progress(rows, tokens or None)
-                yield said
+                yield entry
         finally:
             context.enable_progress_bars = bars
 
@@ -123,53 +124,34 @@ class OnRay:
 class _Actor:
     """A model, and where it is in the source."""
 
-    def __init__(self, load: Load, job: CorpusJob, threads: int) -> None:
-        self.job, self.stream = job, Stream(job.source, job.counts)
-        self.model = _answer(load, lambda model: model, threads)
+    def __init__(self, load: Load, job: CorpusJob, counts: list[int], threads: int) -> None:
+        self.load, self.threads = cache(load), threads
+        self.job, self.stream = job, Stream(job.source, counts)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """The line of one shard, and the tokens in it."""
-        model, shard, tokens = self.model, int(batch["shard"][0]), 0
-        rows = self.stream.take(shard * self.job.shards.rows, self.job.shards.rows)
-        said: dict[str, Any] | _Refusal
-        if isinstance(model, _Refusal):
-            said = model
-        else:
-            before = model.tokens_encoded
-            said = _told(lambda: write_shard(self.job, model, shard, rows, lambda seen: None))
-            tokens = model.tokens_encoded - before
-        line = json.dumps(said._asdict() if isinstance(said, _Refusal) else said)
-        return {"line": [line], "tokens": [tokens]}
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        """The line of one shard and the number of tokens in it, as JSON."""
+        write = partial(self._write, shard=int(batch["shard"][0]))
+        return {"json": [json.dumps(_ask(self.load, write, self.threads))]}
+
+    def _write(self, model: LLM2Vec, shard: int) -> tuple[dict[str, Any], int]:
+        before = model.tokens_encoded
+        entry = write_shard(self.job, model, shard, self.stream, lambda seen: None)
+        return entry, model.tokens_encoded - before
 
 
-class _Refusal(NamedTuple):
-    """An error that the user can correct, on its way back: Ray would wrap it in one of its own."""
-
-    kind: str
-    message: str
-
-    def error(self) -> UnmaskedError:
-        kinds = {"DataError": errors.DataError, "OutputError": errors.OutputError}
-        return kinds.get(self.kind, errors.ModelError)(self.message)
-
-
-def _told(work: Callable[[], T]) -> T | _Refusal:
-    try:
-        return work()
-    except UnmaskedError as error:
-        return _Refusal(type(error).__name__, str(error))
-
-
-def _answer(load: Load, question: Callable[[LLM2Vec], T], threads: int) -> T | _Refusal:
+def _ask(load: Load, question: Callable[[LLM2Vec], object], threads: int) -> dict[str, object]:
+    """A model's answer, or an error that the user can correct: Ray would wrap it in its own."""
     import torch
 
     torch.set_num_threads(threads)
-    return _told(lambda: question(load()))
+    try:
+        return {"answer": question(load())}
+    except UnmaskedError as error:
+        return {"error": type(error).__name__, "message": str(error)}
 
 
-def _absolute(job: CorpusJob) -> CorpusJob:
-    """The job with whole paths: actors have their own working directories."""
-    source = job.source
-    if source.on_disk:
-        source = replace(source, path=str(Path(source.path).resolve()))
-    return replace(job, source=source, folder=job.folder.resolve())
+def _answer(said: dict[str, Any]) -> Any:
+    if "error" in said:
+        kinds = {"DataError": errors.DataError, "OutputError": errors.OutputError}
+        raise kinds.get(said["error"], errors.ModelError)(said["message"])
+    return said["answer"]

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unmasked.corpus.local import CorpusEngine, Local, Progress
+from unmasked.corpus.local import Local, Progress
 from unmasked.corpus.manifest import Manifest, checksum, locked
-from unmasked.corpus.shards import (
-    CorpusJob,
-    Digest,
-    Encoded,
-    Shards,
-    Stream,
-    check_request,
-    window_of,
-)
-from unmasked.corpus.vectors import CALIBRATION, Encoding, shared_ranges
+from unmasked.corpus.ray import OnRay
+from unmasked.corpus.shards import CorpusJob, Encoded, Shards, Stream, add_rows, new_digest
+from unmasked.corpus.vectors import CALIBRATION, Encoding, read_ranges, save_ranges
 from unmasked.errors import DataError, OutputError
 from unmasked.files.source import Source
 
@@ -39,7 +33,7 @@ RANGES = "_ranges.npy"
 
 
 def encode_folder(
-    engine: CorpusEngine,
+    engine: Local | OnRay,
     source: Source,
     folder: str | Path,
     encoding: Encoding | None = None,
@@ -52,16 +46,15 @@ def encode_folder(
     """Encode every text of a source into a folder of shards; the same call continues.
 
     Args:
-        engine: where the model runs: `Local` or `OnRay`.
+        engine: where the model runs.
         source: the texts.
         folder: a new folder, or one that the same call began.
         encoding: prompt, normalisation, precision and so on.
         shards: how the folder is divided.
         overwrite: begin again, whatever the folder holds.
-        announce: given the name of each step before the first shard; what it returns is entered
-            for as long as the step takes.
-        begin: called with the number of rows that are done already and that of all rows, if it is
-            known; what it returns is told of progress.
+        announce: given the name of what takes a while before the first shard; entered meanwhile.
+        begin: given the rows that are done already and the number of all rows, if it is known;
+            what it returns is told of progress.
 
     Returns:
         What this machine's part of the folder holds now.
@@ -71,29 +64,33 @@ def encode_folder(
         OutputError: the folder holds something else, or another process writes to it.
     """
     encoding, shards, folder = encoding or Encoding(), shards or Shards(), Path(folder)
-    check_request(source, encoding, shards)
-    if source.on_disk and folder.resolve().is_relative_to(Path(source.path).resolve()):
-        raise OutputError(f"{folder} is in the folder that is read. Fix: a folder outside it.")
-    if overwrite and shards.part[1] > 1:
-        raise OutputError(
-            "--overwrite would delete the shards of other machines. Fix: a new folder."
-        )
+    shards.check(source.keep, encoding.precision)
+    _check_folder(source, folder, overwrite and shards.part[1] > 1)
     with locked(folder, shards.part, overwrite) as manifest:
         with announce(f"checking {source.name}"):
             inputs, counts = _survey(source, shards.skip, manifest, engine.needs_counts)
         with announce("loading the model"):
-            facts = engine.ask(partial(_facts, encoding=encoding, shards=shards))
-        if facts.loss is not None and not isinstance(engine, Local):
-            logger.warning("%s", facts.loss)  # nobody hears the warning of a model elsewhere
-        width = facts.settings["dimensions"]
-        job = CorpusJob(source, encoding, folder, shards, facts.window, width, counts=counts)
-        stream = Stream(source, counts)
+            asked = partial(_model_settings, encoding=encoding, shards=shards)
+            settings, window, loss = engine.ask(asked)
+        if loss is not None and not isinstance(engine, Local):
+            logger.warning("%s", loss)  # nobody hears the warning of a model elsewhere
+        width, stream = settings["dimensions"], Stream(source, counts)
+        job = CorpusJob(source, encoding, folder, shards, window, width)
         if encoding.precision == "int8":
             with announce(f"measuring the ranges of int8 on the first {CALIBRATION} rows"):
-                job = replace(job, ranges=_ranges(engine, job, stream))
-        manifest.begin(_settings(job, facts), inputs)
+                job = replace(job, ranges=_shared_ranges(engine, job, stream))
+        manifest.begin(settings | _folder_settings(job), inputs)
         _fill(engine, job, manifest, stream, begin)
         return Encoded(manifest.rows, width, manifest.skipped)
+
+
+def _check_folder(source: Source, folder: Path, shared: bool) -> None:
+    root = Path(source.path).resolve()
+    if source.on_disk and root.is_dir() and folder.resolve().is_relative_to(root):
+        raise OutputError(f"{folder} is in the folder that is read. Fix: a folder outside it.")
+    if shared:
+        given = "--overwrite would delete the shards of other machines"
+        raise OutputError(f"{given}. Fix: name a new folder.")
 
 
 def _survey(
@@ -119,41 +116,31 @@ def _survey(
     return [entry | {"rows": n} for entry, n in zip(inputs, counts, strict=True)], counts
 
 
-class _Facts(NamedTuple):
-    """What is asked where the model is.
-
-    Attributes:
-        settings: those that the model and the encoding decide.
-        window: rows encoded at a time.
-        loss: what 8-bit weights cost, in words.
-    """
-
-    settings: dict[str, Any]
-    window: int
-    loss: str | None
-
-
-def _facts(model: LLM2Vec, encoding: Encoding, shards: Shards) -> _Facts:
+def _model_settings(
+    model: LLM2Vec, encoding: Encoding, shards: Shards
+) -> tuple[dict[str, Any], int, str | None]:
+    """Settings that the model decides, rows encoded at a time, and what 8-bit weights cost."""
     from unmasked.checkpoint.fingerprint import fingerprint
 
     encoding.check(model)
+    quantization = model.quantization
     settings = {
         "model": fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantize": model.quantization.name if model.quantization else None,
+        "quantize": quantization.name if quantization else None,
         "prompt": encoding.resolved_prompt(model),
         "batch_size": encoding.batch_size,
         "normalize": encoding.normalize,
         "dimensions": encoding.width(model),
         "precision": encoding.precision,
     }
-    window = min(shards.rows, shards.window or window_of(model.device.type))
-    return _Facts(settings, window, str(model.quantization) if model.quantization else None)
+    window = min(shards.rows, shards.window_on(model.device.type))
+    return settings, window, str(quantization) if quantization else None
 
 
-def _settings(job: CorpusJob, facts: _Facts) -> dict[str, Any]:
-    """What a folder is compared by when a run continues."""
-    return facts.settings | {
+def _folder_settings(job: CorpusJob) -> dict[str, Any]:
+    """The other settings that a folder is compared by when a run continues."""
+    return {
         "ranges": None if job.ranges is None else checksum(job.folder / RANGES),
         "format": job.shards.kind.removeprefix("."),
         "shard_rows": job.shards.rows,
@@ -165,33 +152,47 @@ def _settings(job: CorpusJob, facts: _Facts) -> dict[str, Any]:
     }
 
 
-def _ranges(engine: CorpusEngine, job: CorpusJob, stream: Stream) -> np.ndarray:
-    """The ranges in the folder, measured on the first texts if there are none."""
+def _shared_ranges(engine: Local | OnRay, job: CorpusJob, stream: Stream) -> np.ndarray:
+    """The ranges in the folder, which all machines share; the first one to come saves them.
 
-    def measure() -> np.ndarray:
-        texts = stream.head()
-        return engine.ask(lambda model: job.encoding.measure_ranges(model, texts, job.window))
-
-    place, machines = job.shards.part
+    Raises:
+        OutputError: they differ from those that were given.
+    """
+    path, chosen, (place, machines) = job.folder / RANGES, job.shards.ranges, job.shards.part
+    ranges = None if chosen is None else read_ranges(chosen, job.width)
     mine = job.folder / f"._ranges-{place}-of-{machines}.npy"
-    return shared_ranges(job.folder / RANGES, mine, job.shards.ranges, job.width, measure)
+    mine.unlink(missing_ok=True)  # left by a run that was killed
+    if not path.is_file():
+        if ranges is None:
+            texts, window = stream.head(), job.window
+            ranges = engine.ask(lambda model: job.encoding.measure_ranges(model, texts, window))
+        save_ranges(mine, ranges)
+        try:
+            os.link(mine, path)
+        except FileExistsError:
+            pass  # another machine was first
+        except OSError:  # a file system without hard links
+            mine.replace(path)
+        mine.unlink(missing_ok=True)
+    there = read_ranges(path, job.width)
+    if chosen is not None and not np.array_equal(read_ranges(chosen, job.width), there):
+        raise OutputError(f"{path} holds other ranges than {chosen}. Fix: name a new folder.")
+    return there
 
 
 def _fill(
-    engine: CorpusEngine, job: CorpusJob, manifest: Manifest, stream: Stream, begin: Begin
+    engine: Local | OnRay, job: CorpusJob, manifest: Manifest, stream: Stream, begin: Begin
 ) -> None:
     """Write the shards of this machine that are not there."""
-    (place, step), rows = job.shards.part, job.shards.rows
+    (place, step), size, total = job.shards.part, job.shards.rows, None
     wanted: range | count[int] = count(place - 1, step)
-    total = None
-    if job.counts is not None:
-        all_rows = sum(job.counts)
-        wanted = range(place - 1, -(-all_rows // rows), step)
-        total = sum(min(rows, all_rows - shard * rows) for shard in wanted)
-    before = manifest.rows + manifest.skipped
+    if stream.counts is not None:
+        rows = sum(stream.counts)
+        wanted = range(place - 1, -(-rows // size), step)
+        total = sum(min(size, rows - shard * size) for shard in wanted)
+    before, added = manifest.rows + manifest.skipped, False
     progress = begin(before, total)
-    todo = _unwritten(engine, job, manifest, stream, wanted)
-    added = False
+    todo = _unwritten(job, manifest, stream, wanted, here=not engine.needs_counts)
     for entry in engine.shards(job, stream, todo, lambda n, tokens: progress(before + n, tokens)):
         manifest.add(entry)
         added = True
@@ -202,29 +203,23 @@ def _fill(
 
 
 def _unwritten(
-    engine: CorpusEngine,
-    job: CorpusJob,
-    manifest: Manifest,
-    stream: Stream,
-    wanted: range | count[int],
+    job: CorpusJob, manifest: Manifest, stream: Stream, wanted: range | count[int], here: bool
 ) -> Iterator[int]:
-    """The shards to write.
+    """The shards to write; what is not in files is read `here` again and compared with the others.
 
-    Where the source is no file, those that are there are read again and compared.
+    Raises:
+        DataError: the rows of a shard that is there are not those that it was made of.
     """
     for shard in wanted:
         first = shard * job.shards.rows
-        if engine.needs_counts:  # the rows are read elsewhere
-            if shard not in manifest.done:
-                yield shard
-        elif shard not in manifest.done:
-            if not stream.reaches(first):
+        if shard not in manifest.done:
+            if here and not stream.reaches(first):
                 return
             yield shard
-        elif not job.source.on_disk:
-            digest = Digest()
-            digest.add(stream.take(first, job.shards.rows))
-            if digest.value() != manifest.done[shard].texts:
+        elif here and not job.source.on_disk:
+            digest = new_digest()
+            add_rows(digest, stream.take(first, job.shards.rows))
+            if digest.hexdigest() != manifest.done[shard].texts:
                 raise DataError(
                     f"{job.source.name}: rows {first} to {first + job.shards.rows - 1} are not "
                     f"those that {job.path(shard)} was made of. Fix: give the same texts, or name "

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,20 +22,27 @@ import numpy as np
 
 from unmasked.corpus.manifest import Part, checksum
 from unmasked.corpus.vectors import CALIBRATION, Encoding
-from unmasked.corpus.writers import Window, check_columns, make_writer
-from unmasked.errors import DataError, OutputError
+from unmasked.corpus.writers import make_writer
+from unmasked.errors import OutputError
+from unmasked.files.readers import Fault
 from unmasked.files.source import Row, Source
 from unmasked.files.writing import written_aside
 
 if TYPE_CHECKING:
     from unmasked.compat.llm2vec import LLM2Vec
 
-_NOT_FINITE = "the vector is NaN or infinite"
+Skipped = list[dict[str, Any]]
+"""Rows without a vector: their number, file, line and reason, as the manifest lists them."""
+new_digest = partial(hashlib.blake2b, digest_size=16)
+_NOT_FINITE: Fault = (
+    "the vector is NaN or infinite",
+    "--dtype float32 or bfloat16 (float16 overflows), --precision float32, or correct the text",
+)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """How a folder is divided, and what happens to rows that have a fault.
+    """How the output is divided, and what happens to rows that have a fault.
 
     Attributes:
         kind: ``.parquet``, ``.npy`` or ``.safetensors``.
@@ -51,6 +60,22 @@ class Shards:
     skip: bool = False
     ranges: Path | None = None
 
+    def check(self, keep: Sequence[str], precision: str) -> None:
+        """Refuse columns that the output cannot hold, and ranges that nothing would use."""
+        if keep and self.kind != ".parquet":
+            raise OutputError(f"{self.kind} holds vectors only. Fix: .parquet, or no --keep.")
+        own = {"row", "id", "vector"} & set(keep)
+        if own or len(set(keep)) < len(keep):
+            why = f"'{own.pop()}' is a column of the output already" if own else "one is repeated"
+            raise OutputError(f"--keep {','.join(keep)}: {why}. Fix: leave it out.")
+        if self.ranges is not None and precision != "int8":
+            given = f"--ranges {self.ranges}: {precision} has no ranges"
+            raise OutputError(f"{given}. Fix: --precision int8, or no --ranges.")
+
+    def window_on(self, device: str) -> int:
+        """Rows encoded at a time: enough to sort by length, few enough to see progress."""
+        return self.window or (2048 if device == "cpu" else 16384)
+
 
 @dataclass(frozen=True)
 class CorpusJob:
@@ -64,7 +89,6 @@ class CorpusJob:
         window: rows encoded at a time.
         width: D, the numbers of a vector before bits are packed.
         ranges: (2, D) ranges of int8.
-        counts: rows of each file of the source, if they are known.
     """
 
     source: Source
@@ -74,7 +98,6 @@ class CorpusJob:
     window: int
     width: int
     ranges: np.ndarray | None = None
-    counts: list[int] | None = None
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
@@ -89,21 +112,6 @@ class Encoded(NamedTuple):
     skipped: int
 
 
-def check_request(source: Source, encoding: Encoding, shards: Shards) -> None:
-    """Refuse columns that the output cannot hold, and ranges that nothing would use."""
-    check_columns(source.keep, shards.kind)
-    if shards.ranges is not None and encoding.precision != "int8":
-        raise OutputError(
-            f"--ranges {shards.ranges}: {encoding.precision} has no ranges. "
-            "Fix: --precision int8, or no --ranges."
-        )
-
-
-def window_of(device: str) -> int:
-    """Rows encoded at a time: enough to sort by length, few enough to see progress."""
-    return 2048 if device == "cpu" else 16384
-
-
 class Stream:
     """The rows of a source, read forward; files that are not needed are not opened.
 
@@ -113,20 +121,18 @@ class Stream:
     """
 
     def __init__(self, source: Source, counts: list[int] | None = None) -> None:
-        self.source = source
-        self.starts = None if counts is None else [0, *accumulate(counts)][:-1]
-        self.position = 0
+        self.source, self.counts, self.position = source, counts, 0
+        self._starts = None if counts is None else [0, *accumulate(counts)][:-1]
         self._rows = source.rows()
 
-    def peek(self, count: int) -> list[Row]:
-        """The next rows, which stay the next."""
-        head = list(islice(self._rows, count))
-        self._rows = chain(head, self._rows)
-        return head
-
     def head(self) -> list[str]:
-        """The texts that the ranges of int8 are measured on."""
-        return [row.text for row in self.peek(CALIBRATION) if row.fault is None]
+        """The texts that the ranges of int8 are measured on; they stay the next."""
+        return [row.text for row in self._peek(CALIBRATION) if row.fault is None]
+
+    def reaches(self, start: int) -> bool:
+        """Whether row `start` exists; it is then the next one."""
+        self._seek(start)
+        return self.position == start and bool(self._peek(1))
 
     def take(self, start: int, count: int) -> Iterator[Row]:
         """`count` rows from row `start` on; fewer at the end of the source."""
@@ -135,31 +141,23 @@ class Stream:
             self.position += 1
             yield row
 
-    def reaches(self, start: int) -> bool:
-        """Whether row `start` exists; it is then the next one."""
-        self._seek(start)
-        return self.position == start and bool(self.peek(1))
+    def _peek(self, count: int) -> list[Row]:
+        rows = list(islice(self._rows, count))
+        self._rows = chain(rows, self._rows)
+        return rows
 
     def _seek(self, start: int) -> None:
-        if self.starts is not None:
+        if self._starts is not None:
             # The last file that begins at `start` or before: empty ones share their beginning.
-            file = bisect_right(self.starts, start) - 1
-            if start < self.position or self.starts[file] > self.position:
-                self._rows, self.position = self.source.rows(file), self.starts[file]
+            file = bisect_right(self._starts, start) - 1
+            if start < self.position or self._starts[file] > self.position:
+                self._rows, self.position = self.source.rows(file), self._starts[file]
         for _ in islice(self._rows, start - self.position):
             self.position += 1
 
 
-class Written(NamedTuple):
-    """What went into a file: vectors, digest of the rows read, rows left out with their reasons."""
-
-    rows: int
-    texts: str
-    skipped: list[dict[str, Any]]
-
-
 def write_shard(
-    job: CorpusJob, model: LLM2Vec, shard: int, rows: Iterable[Row], progress: Callable[[int], None]
+    job: CorpusJob, model: LLM2Vec, shard: int, stream: Stream, progress: Callable[[int], None]
 ) -> dict[str, Any]:
     """Encode a shard into its file; returns its line of the manifest.
 
@@ -168,16 +166,17 @@ def write_shard(
         OutputError: the file cannot be written.
     """
     path, first = job.path(shard), shard * job.shards.rows
-    written = write_vectors(job, model, path, rows, first, progress)
+    rows = stream.take(first, job.shards.rows)
+    vectors, texts, skipped = write_vectors(job, model, path, rows, first, progress)
     return {
         "shard": shard,
         "file": path.name,
         "first_row": first,
-        "rows": written.rows,
+        "rows": vectors,
         "bytes": path.stat().st_size,
         "sha256": checksum(path),
-        "texts": written.texts,
-        "skipped": written.skipped,
+        "texts": texts,
+        "skipped": skipped,
     }
 
 
@@ -185,90 +184,75 @@ def write_vectors(
     job: CorpusJob,
     model: LLM2Vec,
     path: Path,
-    rows: Iterable[Row],
+    rows: Iterator[Row],
     first: int,
     progress: Callable[[int], None],
-) -> Written:
-    """Encode rows, the first of which is number `first`, into one file, whole or not at all."""
-    iterator, digest, seen, vectors = iter(rows), Digest(), 0, 0
-    skipped: list[dict[str, Any]] = []
+) -> tuple[int, str, Skipped]:
+    """Encode rows, the first of which is number `first`, into one file, whole or not at all.
+
+    Returns:
+        The number of vectors, the digest of the rows read, and the rows that have no vector.
+    """
+    digest, written, seen = new_digest(), 0, 0
+    skipped: Skipped = []
     key, types = job.source.layout
+    ids = [] if key is None else [("id", "string")]
+    columns = [("row", "int64"), *ids, *zip(job.source.keep, types, strict=True)]
     dtype, width = job.encoding.stored_type(job.width)
-    keep = list(zip(job.source.keep, types, strict=True))
-    # A writer that fails is closed before its file, or pyarrow would complain of it later.
     with (
         written_aside(path) as file,
-        closing(make_writer(job.shards.kind, file, dtype, width, key is not None, keep)) as writer,
+        # Closed before its file is, also when something fails: pyarrow's would complain later.
+        closing(make_writer(job.shards.kind, file, dtype, width, columns)) as writer,
     ):
-        while batch := list(islice(iterator, job.window)):
-            digest.add(batch)
-            window, faults = _encode_window(job, model, first + seen, batch)
-            if len(window.rows):
-                writer.write(window)
-            vectors += len(window.rows)
+        while window := list(islice(rows, job.window)):
+            add_rows(digest, window)
+            good, vectors, faults = _encode_window(job, model, first + seen, window)
+            if good:
+                numbers, named = zip(*good, strict=True)
+                own = [numbers, [row.id for row in named]] if ids else [numbers]
+                writer.write([*own, *zip(*(row.kept for row in named), strict=True)], vectors)
+            written += len(good)
             skipped += faults
-            seen += len(batch)
+            seen += len(window)
             progress(seen)
-    return Written(vectors, digest.value(), skipped)
-
-
-class Digest:
-    """A digest of rows, faults included, which tells whether a stream is still the one it was.
-
-    The words of a fault are part of it: other words make folders of older versions refuse to
-    continue.
-    """
-
-    def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
-
-    def add(self, rows: Iterable[Row]) -> None:
-        """Take in the next rows."""
-        for row in rows:
-            self._hash.update(f"{row.text}\0{row.id}\0{row.fault}\1".encode(errors="replace"))
-
-    def value(self) -> str:
-        """The digest of all rows so far, in hexadecimal."""
-        return self._hash.hexdigest()
+    return written, digest.hexdigest(), skipped
 
 
 def _encode_window(
     job: CorpusJob, model: LLM2Vec, first: int, rows: list[Row]
-) -> tuple[Window, list[dict[str, Any]]]:
-    """The vectors of the good rows, and the others with their reasons.
+) -> tuple[list[tuple[int, Row]], np.ndarray, Skipped]:
+    """The good rows with their numbers, (N, D) stored vectors of these, and the other rows.
 
     Raises:
         DataError: there are others, and faults are not skipped.
     """
-    good, skipped = [], []
-    for number, row in enumerate(rows, start=first):
-        if row.fault is None:
-            good.append((number, row))
-        elif job.shards.skip:
-            skipped.append(_skipped(job.source, number, row, row.fault[0]))
-        else:
-            raise job.source.error(row)
-    vectors = job.encoding(model, [row.text for _, row in good])  # (N, D)
+    source, skipped = job.source, []
+
+    def skip(number: int, row: Row) -> None:
+        if not job.shards.skip or row.fault is None:
+            raise source.error(row)
+        name, reason = source.names[row.file] if source.on_disk else source.name, row.fault[0]
+        skipped.append({"row": number, "file": name, "line": row.number, "reason": reason})
+
+    numbered = list(enumerate(rows, start=first))
+    for number, row in numbered:
+        if row.fault is not None:
+            skip(number, row)
+    good = [(number, row) for number, row in numbered if row.fault is None]
+    vectors = job.encoding(model, [row.text for _, row in good])
     finite = np.isfinite(vectors).all(axis=1)
     stored = job.encoding.store(np.where(finite[:, None], vectors, 0), job.ranges)
     finite &= np.isfinite(stored).all(axis=1)  # float16 overflows
-    for number, row in (pair for pair, fine in zip(good, finite, strict=True) if not fine):
-        if not job.shards.skip:
-            raise DataError(
-                f"{job.source.where(row)}: {_NOT_FINITE}. Fix: --dtype float32 or bfloat16 "
-                "(float16 overflows), --precision float32, or correct the text."
-            )
-        skipped.append(_skipped(job.source, number, row, _NOT_FINITE))
-    good = [pair for pair, fine in zip(good, finite, strict=True) if fine]
-    window = Window(
-        [number for number, _ in good],
-        [row.id for _, row in good],
-        [row.kept for _, row in good],
-        np.ascontiguousarray(stored[finite]),
-    )
-    return window, sorted(skipped, key=lambda fault: int(fault["row"]))
+    for i in np.flatnonzero(~finite):
+        skip(good[i][0], good[i][1]._replace(fault=_NOT_FINITE))
+    skipped.sort(key=itemgetter("row"))
+    return [good[i] for i in np.flatnonzero(finite)], np.ascontiguousarray(stored[finite]), skipped
 
 
-def _skipped(source: Source, number: int, row: Row, reason: str) -> dict[str, Any]:
-    name = source.names[row.file] if source.on_disk else source.name
-    return {"row": number, "file": name, "line": row.number, "reason": reason}
+def add_rows(digest: hashlib.blake2b, rows: Iterable[Row]) -> None:
+    """Take rows, faults included, into a digest: is a stream still the one that it was?
+
+    The words of a fault are part of it, so other words make what an older version began refuse.
+    """
+    for row in rows:
+        digest.update(f"{row.text}\0{row.id}\0{row.fault}\1".encode(errors="replace"))

@@ -8,15 +8,13 @@ shared by all shards and machines.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unmasked.errors import DataError, OutputError, unknown
+from unmasked.errors import DataError, unknown
 from unmasked.files.writing import written_aside
 
 if TYPE_CHECKING:
@@ -137,35 +135,3 @@ def save_ranges(path: Path, ranges: np.ndarray) -> None:
     """Write ranges to a file, whole or not at all."""
     with written_aside(path) as file:
         np.save(file, ranges)
-
-
-def shared_ranges(
-    path: Path, mine: Path, chosen: Path | None, width: int, measure: Callable[[], np.ndarray]
-) -> np.ndarray:
-    """The ranges that all machines share; the first machine to come saves them.
-
-    Args:
-        path: where they are, or will be.
-        mine: a file beside it that only this machine writes.
-        chosen: file of the ranges that must be used.
-        width: D.
-        measure: gives ranges where there are none, neither at `path` nor chosen.
-
-    Raises:
-        OutputError: those at `path` differ from the chosen ones.
-    """
-    given = None if chosen is None else read_ranges(chosen, width)
-    mine.unlink(missing_ok=True)  # left by a run that was killed
-    if not path.is_file():
-        save_ranges(mine, measure() if given is None else given)
-        try:
-            os.link(mine, path)
-        except FileExistsError:
-            pass  # another machine was first
-        except OSError:  # a file system without hard links
-            mine.replace(path)
-        mine.unlink(missing_ok=True)
-    there = read_ranges(path, width)
-    if given is not None and not np.array_equal(given, there):
-        raise OutputError(f"{path} holds other ranges than {chosen}. Fix: name a new folder.")
-    return there
