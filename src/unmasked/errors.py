@@ -38,7 +38,7 @@ class NotBidirectionalError(ModelError):
     """The forward pass shows that some layer still hides the tokens to the right.
 
     Attributes:
-        report: the report of `mask.proof` that shows it.
+        report: the `unmasked.mask.proof.Proof` that shows it.
     """
 
     def __init__(self, message: str, report: Any) -> None:

@@ -397,8 +397,8 @@ def test_ray_writes_the_same_bytes(tiny_decoder, many_texts, tmp_path):
     pytest.importorskip("ray", reason="the extra 'corpus' is not installed")
     import torch
 
+    from unmasked import LLM2Vec
     from unmasked.corpus import OnRay
-    from unmasked.model import LLM2Vec
 
     def load():
         return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")

@@ -24,8 +24,8 @@ from unmasked.errors import OutputError
 from unmasked.files.source import Source
 
 if TYPE_CHECKING:
-    from unmasked.corpus import Progress
-    from unmasked.model import LLM2Vec
+    from unmasked.compat.llm2vec import LLM2Vec
+    from unmasked.corpus import OnRay, Progress
 
 
 def encode(

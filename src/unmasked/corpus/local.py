@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from unmasked.corpus.shards import CorpusJob, Stream, write_shard
 
 if TYPE_CHECKING:
-    from unmasked.model import LLM2Vec
+    from unmasked.model import TextEncoder
 
 T = TypeVar("T")
-Load = Callable[[], "LLM2Vec"]
+Load = Callable[[], "TextEncoder"]
 Progress = Callable[[int, "int | None"], None]
 """Is told how many rows are done, and how many tokens were encoded if that is known."""
 
@@ -30,7 +30,7 @@ class Local:
     def __init__(self, load: Load) -> None:
         self._load = cache(load)
 
-    def ask(self, question: Callable[[LLM2Vec], T]) -> T:
+    def ask(self, question: Callable[[TextEncoder], T]) -> T:
         """What `question` returns for a model, asked where that model is."""
         return question(self._load())
 

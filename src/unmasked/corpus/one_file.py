@@ -20,7 +20,7 @@ from unmasked.files.source import Source
 from unmasked.files.writing import written_aside
 
 if TYPE_CHECKING:
-    from unmasked.model import LLM2Vec
+    from unmasked.model import TextEncoder
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:
@@ -41,7 +41,7 @@ def check_output(path: Path, overwrite: bool = False) -> None:
 
 
 def encode_corpus(
-    model: LLM2Vec,
+    model: TextEncoder,
     source: Source,
     output: str | Path,
     encoding: Encoding | None = None,
@@ -91,7 +91,7 @@ def encode_corpus(
 
 
 def _write(
-    job: CorpusJob, model: LLM2Vec, stream: Stream, output: Path, progress: Progress
+    job: CorpusJob, model: TextEncoder, stream: Stream, output: Path, progress: Progress
 ) -> Encoded:
     """Write the vectors, and the list of the rows that have none."""
 

@@ -27,7 +27,7 @@ from unmasked.corpus.shards import CorpusJob, Stream, write_shard
 from unmasked.errors import MissingExtraError, UnmaskedError
 
 if TYPE_CHECKING:
-    from unmasked.model import LLM2Vec
+    from unmasked.model import TextEncoder
 
 T = TypeVar("T")
 _STORE = 128 << 20  # bytes of shared memory; only numbers and lines pass through it
@@ -83,7 +83,7 @@ class OnRay:
     def __exit__(self, *_: object) -> None:
         self._ray.shutdown()
 
-    def ask(self, question: Callable[[LLM2Vec], T]) -> T:
+    def ask(self, question: Callable[[TextEncoder], T]) -> T:
         """What `question` returns for a model, asked where that model is."""
         remote = self._ray.remote(**self._resources, max_retries=0)(_ask)
         answer: T = _answer(self._ray.get(remote.remote(self._load, question, self.threads)))
@@ -133,13 +133,13 @@ class _Actor:
         write = partial(self._write, shard=int(batch["shard"][0]))
         return {"json": [json.dumps(_ask(self.load, write, self.threads))]}
 
-    def _write(self, model: LLM2Vec, shard: int) -> tuple[dict[str, Any], int]:
+    def _write(self, model: TextEncoder, shard: int) -> tuple[dict[str, Any], int]:
         before = model.tokens_encoded
         entry = write_shard(self.job, model, shard, self.stream, lambda seen: None)
         return entry, model.tokens_encoded - before
 
 
-def _ask(load: Load, question: Callable[[LLM2Vec], object], threads: int) -> dict[str, object]:
+def _ask(load: Load, question: Callable[[TextEncoder], object], threads: int) -> dict[str, object]:
     """A model's answer, or an error that the user can correct: Ray would wrap it in its own."""
     import torch
 

@@ -23,7 +23,7 @@ from unmasked.errors import DataError, OutputError
 from unmasked.files.source import Source
 
 if TYPE_CHECKING:
-    from unmasked.model import LLM2Vec
+    from unmasked.model import TextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -117,15 +117,13 @@ def _survey(
 
 
 def _model_settings(
-    model: LLM2Vec, encoding: Encoding, shards: Shards
+    model: TextEncoder, encoding: Encoding, shards: Shards
 ) -> tuple[dict[str, Any], int, str | None]:
     """Settings that the model decides, rows encoded at a time, and what 8-bit weights cost."""
-    from unmasked.checkpoint.fingerprint import fingerprint
-
     encoding.check(model)
     quantization = model.quantization
     settings = {
-        "model": fingerprint(model),
+        "model": model.fingerprint(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantize": quantization.name if quantization else None,
         "prompt": encoding.resolved_prompt(model),

@@ -29,7 +29,7 @@ from unmasked.files.source import Row, Source
 from unmasked.files.writing import written_aside
 
 if TYPE_CHECKING:
-    from unmasked.compat.llm2vec import LLM2Vec
+    from unmasked.model import TextEncoder
 
 Skipped = list[dict[str, Any]]
 """Rows without a vector: their number, file, line and reason, as the manifest lists them."""
@@ -157,7 +157,7 @@ class Stream:
 
 
 def write_shard(
-    job: CorpusJob, model: LLM2Vec, shard: int, stream: Stream, progress: Callable[[int], None]
+    job: CorpusJob, model: TextEncoder, shard: int, stream: Stream, progress: Callable[[int], None]
 ) -> dict[str, Any]:
     """Encode a shard into its file; returns its line of the manifest.
 
@@ -182,7 +182,7 @@ def write_shard(
 
 def write_vectors(
     job: CorpusJob,
-    model: LLM2Vec,
+    model: TextEncoder,
     path: Path,
     rows: Iterator[Row],
     first: int,
@@ -219,7 +219,7 @@ def write_vectors(
 
 
 def _encode_window(
-    job: CorpusJob, model: LLM2Vec, first: int, rows: list[Row]
+    job: CorpusJob, model: TextEncoder, first: int, rows: list[Row]
 ) -> tuple[list[tuple[int, Row]], np.ndarray, Skipped]:
     """The good rows with their numbers, (N, D) stored vectors of these, and the other rows.
 

@@ -18,7 +18,7 @@ from unmasked.errors import DataError, unknown
 from unmasked.files.writing import written_aside
 
 if TYPE_CHECKING:
-    from unmasked.model import LLM2Vec
+    from unmasked.model import TextEncoder
 
 PRECISIONS = ("float32", "float16", "int8", "binary")
 CALIBRATION = 4096
@@ -27,7 +27,7 @@ CALIBRATION = 4096
 
 @dataclass(frozen=True)
 class Encoding:
-    """How texts become vectors: options of `LLM2Vec.encode`; None leaves the choice to the model.
+    """How texts become vectors: options of `TextEncoder.encode`; None leaves it to the model.
 
     Attributes:
         prompt: text that is put before every input.
@@ -48,7 +48,7 @@ class Encoding:
     truncate_dim: int | None = None
     precision: str = "float32"
 
-    def check(self, model: LLM2Vec) -> None:
+    def check(self, model: TextEncoder) -> None:
         """Refuse what the model cannot do; the `DataError` says what it can do."""
         if self.prompt is not None and self.prompt_name is not None:
             raise DataError("prompt and prompt_name were both given. Fix: give one of them.")
@@ -60,16 +60,16 @@ class Encoding:
         if self.precision not in PRECISIONS:
             raise DataError(unknown("precision", self.precision, PRECISIONS))
 
-    def width(self, model: LLM2Vec) -> int:
+    def width(self, model: TextEncoder) -> int:
         """D, the numbers of a vector before bits are packed."""
         return self.truncate_dim or model.get_embedding_dimension() or 0
 
-    def resolved_prompt(self, model: LLM2Vec) -> str | None:
+    def resolved_prompt(self, model: TextEncoder) -> str | None:
         """The text that is put before every input."""
         name = self.prompt_name or model.default_prompt_name
         return model.prompts[name] if self.prompt is None and name is not None else self.prompt
 
-    def __call__(self, model: LLM2Vec, texts: list[str]) -> np.ndarray:
+    def __call__(self, model: TextEncoder, texts: list[str]) -> np.ndarray:
         """(N, D) float32 vectors of N texts."""
         if not texts:
             return np.empty((0, self.width(model)), dtype="<f4")
@@ -102,7 +102,7 @@ class Encoding:
             return np.ascontiguousarray(quantize_embeddings(vectors, kind, ranges=ranges))
         return vectors
 
-    def measure_ranges(self, model: LLM2Vec, texts: list[str], window: int) -> np.ndarray:
+    def measure_ranges(self, model: TextEncoder, texts: list[str], window: int) -> np.ndarray:
         """(2, D) float32: the smallest and the largest value of each dimension on some texts.
 
         Raises:
