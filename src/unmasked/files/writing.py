@@ -44,7 +44,7 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         if isinstance(error, OutputError) or error.filename not in (None, str(aside), str(path)):
             raise  # something that was read meanwhile failed
@@ -89,12 +89,14 @@ def folder_aside(
     try:
         aside.chmod(0o755)  # mkdtemp's folders are private
         yield aside
-        flush_folder(aside)
-        if path.exists():
-            _replace_files(aside, path, last)
-        else:
+        flush(*aside.rglob("*"), aside)
+        if not path.exists():
             aside.replace(path)
-            _flush(path.parent)
+        else:
+            for item in sorted(aside.rglob("*"), key=lambda item: (item.name in last, item)):
+                place = path / item.relative_to(aside)
+                place.mkdir(exist_ok=True) if item.is_dir() else item.replace(place)
+        flush(path, path.parent)
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -103,33 +105,17 @@ def folder_aside(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def flush_folder(folder: Path) -> None:
-    """Make everything in a folder survive a loss of power."""
-    for path in (*folder.rglob("*"), folder):
-        _flush(path)
+def flush(*paths: Path) -> None:
+    """Flush files, and the names in folders, to the disk, where the system can do so by path."""
+    for path in paths if os.name == "posix" else ():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def not_written(path: Path, error: OSError) -> OutputError:
     """The error for a write that failed, with the fix if the disk is full."""
     fix = " Fix: make room, and run the same command again." if error.errno in _FULL else ""
     return OutputError(f"{path} cannot be written: {error.strerror or error}.{fix}")
-
-
-def _replace_files(source: Path, target: Path, last: Collection[str]) -> None:
-    for item in sorted(source.rglob("*"), key=lambda item: (item.name in last, item)):
-        place = target / item.relative_to(source)
-        if item.is_dir():
-            place.mkdir(exist_ok=True)
-        else:
-            item.replace(place)
-    _flush(target)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk; only POSIX can do so by path."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
