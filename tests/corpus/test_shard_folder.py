@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +19,6 @@ from support.shard_folders import contents, said, verified
 from unmasked.corpus import Encoding, Local, Shards, encode_folder
 from unmasked.errors import DataError, OutputError
 from unmasked.files.source import Source
-
-
-@pytest.fixture(scope="module")
-def model(tiny_decoder):
-    from unmasked import LLM2Vec
-
-    return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +175,6 @@ def test_machines_write_what_one_would(model, corpus, tmp_path):
         make(model, source, tmp_path / "else", shards, encoding)
 
 
-# --- interrupted --------------------------------------------------------------------------------
-
-
 def test_what_a_crash_leaves_is_mended(model, corpus, tmp_path):
     source = Source(str(corpus), max_bytes=1000)
     shards, folder = Shards(rows=3, window=2, skip=True), tmp_path / "v"
@@ -248,18 +240,6 @@ def kill_and_compare(runner, model, texts: Path, folder: Path, times: int, **opt
     assert contents(folder / "killed") == contents(whole)
 
 
-@pytest.fixture
-def many_texts(tmp_path, sentences) -> Path:
-    def write(count: int) -> Path:
-        picked = random.Random(1)
-        lines = [" ".join(picked.choices(sentences, k=picked.randint(1, 3))) for _ in range(count)]
-        lines[5::97] = ["" for _ in lines[5::97]]
-        (tmp_path / "many.txt").write_text("\n".join(lines) + "\n")
-        return tmp_path / "many.txt"
-
-    return write
-
-
 def test_killed_three_times_ends_with_the_same_bytes(runner, tiny_decoder, many_texts, tmp_path):
     kill_and_compare(runner, tiny_decoder, many_texts(2000), tmp_path, 3)
 
@@ -298,17 +278,6 @@ def test_a_full_disk_leaves_whole_shards(runner, tiny_decoder, many_texts, tmp_p
     assert contents(folder) == contents(whole)
 
 
-def test_a_write_that_fails_is_told(tmp_path):
-    import errno
-
-    from unmasked.files import writing
-
-    told = pytest.raises(OutputError, match="No space left on device. Fix: make room")
-    with told, writing.written_aside(tmp_path / "x.npy"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert not list(tmp_path.glob("*x.npy*")) and not list(tmp_path.glob(".x*"))
-
-
 def test_two_processes_do_not_share_a_folder(runner, model, tiny_decoder, many_texts, tmp_path):
     texts = many_texts(4000)
     shards = {"rows": 96, "window": 32, "skip": True}
@@ -321,9 +290,6 @@ def test_two_processes_do_not_share_a_folder(runner, model, tiny_decoder, many_t
         make(model, texts, tmp_path / "v", Shards(**shards), overwrite=True)
     process.kill()
     process.join()
-
-
-# --- refused ------------------------------------------------------------------------------------
 
 
 def test_other_settings_are_named(model, corpus, tmp_path, tiny_decoder):
@@ -370,7 +336,7 @@ def test_folders_that_are_refused(model, corpus, tmp_path):
         with pytest.raises(OutputError, match="other things .thesis.tex"):
             make(model, corpus, tmp_path / "mine", overwrite=overwrite)
     with pytest.raises(OutputError, match="is a file"):
-        make(model, corpus, corpus / "a.jsonl" if False else _touch(tmp_path / "f"))
+        make(model, corpus, corpus / "a.jsonl")
     with pytest.raises(OutputError, match="in the folder that is read"):
         make(model, corpus, corpus / "v")
     with pytest.raises(OutputError, match="delete the shards of other machines"):
@@ -383,43 +349,24 @@ def test_folders_that_are_refused(model, corpus, tmp_path):
     assert [p.name for p in (tmp_path / "v").iterdir()] == ["._manifest.jsonl.lock"]
 
 
-def _touch(path: Path) -> Path:
-    path.touch()
-    return path
+def test_standard_input_continues_only_with_the_same_texts(model, tmp_path, monkeypatch):
+    def run(text: str, folder: str = "v", **options):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        encoding = Encoding(precision="int8")
+        engine = Local(lambda: model)
+        return encode_folder(engine, Source("-"), tmp_path / folder, encoding, Shards(rows=2))
 
-
-# --- many processes -----------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_ray_writes_the_same_bytes(tiny_decoder, many_texts, tmp_path):
-    """A real cluster of this machine's own: two actors, the folder of one process."""
-    pytest.importorskip("ray", reason="the extra 'corpus' is not installed")
-    import torch
-
-    from unmasked import LLM2Vec
-    from unmasked.corpus import OnRay
-
-    def load():
-        return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
-
-    torch.set_num_threads(1)
-    source = Source(str(many_texts(700)), max_bytes=2000)
-    shards, encoding = Shards(rows=96, window=32, skip=True), Encoding(precision="int8")
-    here, there = tmp_path / "here", tmp_path / "there"
-    expected = encode_folder(Local(load), source, here, encoding, shards)
-    with OnRay(load, workers=2, threads=1) as engine:
-        assert encode_folder(engine, source, there, encoding, shards) == expected
-        assert contents(there) == contents(here)
-        # What is missing is made again, and nothing else.
-        (there / "part-000003.parquet").unlink()
-        before = (there / "part-000002.parquet").stat().st_mtime_ns
-        encode_folder(engine, source, there, encoding, shards)
-        assert contents(there) == contents(here)
-        assert (there / "part-000002.parquet").stat().st_mtime_ns == before
-        with pytest.raises(DataError, match="line 6: an empty text"):
-            encode_folder(engine, source, tmp_path / "x", encoding, Shards(rows=96))
-        with pytest.raises(DataError, match="truncate_dim 99"):
-            encode_folder(engine, source, tmp_path / "x", Encoding(truncate_dim=99), shards)
-        with pytest.raises(DataError, match="cannot be shared among workers"):
-            encode_folder(engine, Source("-"), tmp_path / "x", None, shards)
+    text = "one\ntwo\nthree\nfour\nfive\n"
+    assert run(text) == (5, 32, 0)
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()}
+    manifest = tmp_path / "v" / "_manifest.jsonl"
+    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:2]))
+    (tmp_path / "v" / "part-000001.parquet").unlink()
+    assert run(text) == (5, 32, 0)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()} == whole
+    with pytest.raises(DataError, match="rows 2 to 3 are not those"):
+        run(text.replace("three", "tree"))
+    with pytest.raises(DataError, match="rows 4 to 5 are not those"):
+        run(text + "six\n")
+    with pytest.raises(DataError, match="there is no text in it|none of the first"):
+        run("", "w")
