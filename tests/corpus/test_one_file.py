@@ -1,20 +1,17 @@
-"""One file of vectors: written by one process at a time, with nothing stale beside it."""
+"""One file of vectors: every row in its place, whole or not there, written by one process."""
 
 from __future__ import annotations
+
+import io
+import json
+import sys
 
 import numpy as np
 import pytest
 
-from unmasked.corpus import Encoding, Local, Shards, encode_corpus, encode_folder
-from unmasked.errors import OutputError
+from unmasked.corpus import Encoding, Local, Shards, check_output, encode_corpus, encode_folder
+from unmasked.errors import DataError, OutputError
 from unmasked.files.source import Source
-
-
-@pytest.fixture(scope="module")
-def model(tiny_decoder):
-    from unmasked import LLM2Vec
-
-    return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
 
 
 @pytest.fixture
@@ -22,6 +19,136 @@ def texts(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo\n")
     return path
+
+
+def test_vectors_are_those_of_encode_whatever_the_window(model, given, tmp_path, sentences):
+    path = given("a.txt", "\n".join(sentences) + "\n")
+    seen: list[int] = []
+    expected = model.encode(sentences, show_progress_bar=False)
+    for window in (3, 100):
+        output = tmp_path / f"{window}.npy"
+        done = encode_corpus(
+            model, Source(path), output, window=window, progress=lambda rows, _: seen.append(rows)
+        )
+        assert done == (*expected.shape, 0)
+        vectors = np.load(output)
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    assert seen == [0, 3, 6, 8, 0, 8]
+    korean = [i for i, text in enumerate(sentences) if "니다" in text]
+    assert abs(expected[korean[0]] - expected[korean[1]]).max() > 1e-3
+
+
+def test_a_large_npy_header_is_mended_in_place(model, tmp_path, given):
+    output = tmp_path / "v.npy"
+    encode_corpus(model, Source(given("a.txt", "word\n" * 1234)), output, window=1000)
+    assert np.load(output, mmap_mode="r").shape == (1234, 32)
+
+
+def test_parquet_has_rows_ids_and_fixed_size_vectors(model, given, tmp_path, sentences):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines = [json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(sentences)]
+    output = tmp_path / "v.parquet"
+    encode_corpus(model, Source(given("a.jsonl", "\n".join(lines))), output, window=3)
+    table = pq.read_table(output)
+    assert table.column_names == ["row", "id", "vector"]
+    assert table.schema.field("vector").type == pa.list_(pa.float32(), 32)
+    assert table["row"].to_pylist() == list(range(8))
+    assert table["id"].to_pylist() == [f"d{i}" for i in range(8)]
+    expected = model.encode(sentences, show_progress_bar=False)
+    np.testing.assert_allclose(np.array(table["vector"].to_pylist()), expected, atol=1e-5)
+    encode_corpus(model, Source(given("a.txt", "a\nb\n")), tmp_path / "w.parquet")
+    assert pq.read_table(tmp_path / "w.parquet").column_names == ["row", "vector"]
+
+
+def test_options_reach_the_model(model, given, tmp_path):
+    path = given("a.txt", "one text\nanother text\n")
+    options = Encoding(prompt="Find it:\n", normalize=True, truncate_dim=8, batch_size=1)
+    assert encode_corpus(model, Source(path), tmp_path / "v.npy", options) == (2, 8, 0)
+    vectors = np.load(tmp_path / "v.npy")
+    expected = model.encode(
+        [["Find it:\n", "one text"], ["Find it:\n", "another text"]], show_progress_bar=False
+    )[:, :8]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prompt": "a", "prompt_name": "b"}, "give one of them"),
+        ({"prompt_name": "querry"}, "did you mean 'query'?"),
+        ({"truncate_dim": 33}, "from 1 to 32"),
+    ],
+)
+def test_impossible_options_are_refused(model, given, tmp_path, options, said):
+    source = Source(given("a.txt", "a\n"))
+    with pytest.raises(DataError, match=said.replace("?", r"\?")):
+        encode_corpus(model, source, tmp_path / "v.npy", Encoding(**options))
+    assert not (tmp_path / "v.npy").exists()
+
+
+def test_a_fault_leaves_nothing_and_an_old_output_whole(model, given, tmp_path):
+    output = tmp_path / "out" / "v.npy"
+    encode_corpus(model, Source(given("a.txt", "a\n")), output)
+    before = output.read_bytes()
+    with pytest.raises(OutputError, match="exists"):
+        encode_corpus(model, Source(given("a.txt", "a\n")), output)
+    broken = Source(given("b.txt", b"a\nb\n\xff\n"))
+    with pytest.raises(DataError, match="line 3"):
+        encode_corpus(model, broken, output, overwrite=True, window=2)
+    assert output.read_bytes() == before
+    assert [p.name for p in output.parent.iterdir()] == ["v.npy"]
+    encode_corpus(model, Source(given("a.txt", "a\nb\n")), output, overwrite=True)
+    assert len(np.load(output)) == 2
+
+
+def test_vectors_that_are_not_finite_are_refused(tiny_decoder, given, tmp_path):
+    import torch
+
+    from unmasked import LLM2Vec
+
+    broken = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    with torch.no_grad():
+        embeddings = broken.backbone.auto_model.get_input_embeddings().weight
+        embeddings[broken.tokenizer("한")["input_ids"][-1]] = float("nan")
+    source = Source(given("a.txt", "fine\nfine\n한\n"))
+    with pytest.raises(DataError, match="line 3: the vector is NaN"):
+        encode_corpus(broken, source, tmp_path / "v.npy", window=2)
+    assert not (tmp_path / "v.npy").exists()
+
+
+def test_standard_input(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("한국어\nword\n".encode())))
+    assert encode_corpus(model, Source("-"), tmp_path / "v.npy") == (2, 32, 0)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff\n")))
+    with pytest.raises(DataError, match="standard input, line 2: not UTF-8"):
+        encode_corpus(model, Source("-"), tmp_path / "w.npy")
+
+
+def test_kinds_of_output(tmp_path):
+    with pytest.raises(OutputError, match=r"Allowed: \.npy, \.parquet"):
+        check_output(tmp_path / "v.csv")
+    (tmp_path / "v.npy").mkdir()
+    with pytest.raises(OutputError, match="is a folder"):
+        check_output(tmp_path / "v.npy", overwrite=True)
+
+
+def test_skipped_rows_of_one_file_are_listed(model, given, tmp_path):
+    path = given("a.txt", b"one\n\ncaf\xe9\nfour\n")
+    for kind in (".npy", ".safetensors", ".parquet"):
+        output = tmp_path / f"v{kind}"
+        assert encode_corpus(model, Source(path), output, skip=True, window=2) == (2, 32, 2)
+        listed = (tmp_path / "v.skipped.jsonl").read_text().splitlines()
+        assert [json.loads(line)["row"] for line in listed] == [1, 2]
+    import pyarrow.parquet as pq
+
+    assert pq.read_table(tmp_path / "v.parquet")["row"].to_pylist() == [0, 3]
+    with pytest.raises(DataError, match="none of the first"):
+        nothing, encoding = Source(given("n.txt", "\n\n")), Encoding(precision="int8")
+        encode_corpus(model, nothing, tmp_path / "n.npy", encoding, skip=True)
 
 
 def test_a_second_writer_of_the_same_file_is_refused(model, texts, tmp_path):

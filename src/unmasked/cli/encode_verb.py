@@ -22,8 +22,8 @@ from unmasked.errors import OutputError
 
 if TYPE_CHECKING:
     from unmasked.compat.llm2vec import LLM2Vec
-    from unmasked.corpus import Encoded
-    from unmasked.corpus.engines import Engine, Load, Progress
+    from unmasked.corpus import Encoded, OnRay, Progress
+    from unmasked.corpus.local import Load
     from unmasked.files.source import Source
 
 INPUT = Annotated[
@@ -137,7 +137,7 @@ def encode(
         shards = corpus.Shards(kind, shard_rows, part=part, skip=skip, ranges=ranges)
         write = partial(corpus.encode_folder, folder=path, shards=shards, **given)
         done = _to_folder(load, write, path, actors)
-        listed = path / corpus.manifest.manifest_name(part)
+        listed = corpus.Manifest(path, part).path
     left_out = f"; {done.skipped:,} rows skipped, listed in {listed}" if done.skipped else ""
     terminal.show(f"{done.rows:,} vectors of {done.width} numbers in {path}{left_out}")
 
@@ -163,14 +163,12 @@ def _to_folder(
     load: Load, write: Callable[..., Encoded], path: Path, actors: int | None
 ) -> Encoded:
     """Encode with `actors` models on Ray, 0 for one per GPU; with None, in this process."""
-    from unmasked.corpus import Local
+    from unmasked.corpus import Local, OnRay
 
     try:
         with ExitStack() as stack:
-            engine: Engine = Local(load)
+            engine: Local | OnRay = Local(load)
             if actors is not None:
-                from unmasked.corpus.cluster import OnRay
-
                 with terminal.waiting("starting Ray"):
                     engine = stack.enter_context(OnRay(load, actors))
 

@@ -1,20 +1,28 @@
-"""From texts of any number to vectors on disk, so that neither has to fit in memory.
+"""How do texts of any number become vectors on disk, when neither fit in memory?
 
-One file, which is there once it is whole; or a folder of shards with a manifest, which the same
-command continues, on one machine or many. Row i of the output is row i of the input, or its number
-stands beside the vector, and a row without a vector is an error or listed: nothing is lost in
-silence.
+The answer is one file, which exists once it is whole, or a folder of shards with a manifest, which
+the same command continues, on one machine or many. Row i of the output is row i of the input, or
+its number stands beside the vector; a row without a vector is an error or is listed, so nothing is
+lost silently.
 
-Cost: files are read once more beforehand, to check and count every row (a few hundred thousand
-rows a second); memory for one window of texts and vectors. Within a window, texts are sorted by
+The way of a row: `files.Source` reads it; an engine (`Local` here, `OnRay` in many processes) has
+its shard written; `shards` encodes it in a window of rows; `vectors` says how, and in which numbers
+it is stored; `writers` puts it into the file; `manifest` records the shard.
+
+Cost: files are read once more beforehand, to check and count every row (a few hundred thousand rows
+per second), and one window of texts and vectors is in memory. Within a window, texts are sorted by
 length, so larger windows waste less on padding.
+
+Others may use the names below.
 """
 
-from unmasked.corpus.checks import check_output, parse_part
-from unmasked.corpus.encode import Encoded, Shards, encode_corpus, encode_folder
-from unmasked.corpus.encoding import PRECISIONS, Encoding
-from unmasked.corpus.engines import Local
-from unmasked.corpus.manifest import verify
+from unmasked.corpus.local import Local, Progress
+from unmasked.corpus.manifest import Manifest, parse_part
+from unmasked.corpus.one_file import check_output, encode_corpus
+from unmasked.corpus.ray import OnRay
+from unmasked.corpus.shard_folder import encode_folder
+from unmasked.corpus.shards import Encoded, Shards
+from unmasked.corpus.vectors import PRECISIONS, Encoding
 from unmasked.corpus.writers import OUTPUTS
 
 __all__ = [
@@ -23,10 +31,12 @@ __all__ = [
     "Encoded",
     "Encoding",
     "Local",
+    "Manifest",
+    "OnRay",
+    "Progress",
     "Shards",
     "check_output",
     "encode_corpus",
     "encode_folder",
     "parse_part",
-    "verify",
 ]

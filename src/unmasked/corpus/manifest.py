@@ -1,13 +1,13 @@
 """The record of a folder of shards: what it was made of and how, and which shards are whole.
 
 ``_manifest.jsonl`` (``_manifest-2-of-4.jsonl`` for the second of four machines) begins with the
-settings and the inputs. Then comes a line for each shard, appended and flushed to the disk once the
-shard is in its place: file, first row, rows, bytes, SHA-256, a digest of the texts read, and every
-row skipped with its reason. The last line says that all of it is done. There is no time in it, so
-the same work always gives the same bytes. What reads a folder of Parquet passes over names that
-begin with ``_``.
+settings and the inputs. One line per shard follows, appended and flushed to the disk once the shard
+is in its place: file, first row, rows, bytes, SHA-256, a digest of the texts that were read, and
+every skipped row with its reason. The last line says that everything is done. No times are written,
+so the same work always gives the same bytes. Programs that read a folder of Parquet files pass over
+names that begin with ``_``.
 
-Memory: a few numbers a shard; the skipped rows stay on disk.
+Memory: a few numbers per shard; the skipped rows stay on the disk.
 """
 
 from __future__ import annotations
@@ -15,35 +15,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unmasked.errors import OutputError
 from unmasked.files.writing import not_written, written_aside
 
 FORMAT = 1
-_DIVIDE = "name another folder, or divide the work with --shard 1/2 and --shard 2/2"
 Part = tuple[int, int]
-"""(i, n): the i-th of n machines, from 1."""
+"""(i, n): the i-th of n machines, counted from 1."""
+_OURS = ("part-", ".part-", "_manifest", "._manifest", "_ranges", "._ranges")
 
 
-def manifest_name(part: Part) -> str:
-    """The file of one machine's manifest."""
-    return "_manifest.jsonl" if part == (1, 1) else f"_manifest-{part[0]}-of-{part[1]}.jsonl"
+def parse_part(text: str) -> Part:
+    """``2/4`` → (2, 4).
+
+    Raises:
+        OutputError: it is something else.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= part[0] <= part[1]:
+        raise OutputError(f"--shard {text}: should be i/n with i from 1 to n, such as 1/4.")
+    return part
 
 
-@dataclass(frozen=True)
-class Done:
-    """A shard that is whole.
+class WholeShard(NamedTuple):
+    """A shard that is in its place: its vectors and skipped rows, and the digest of what was read.
 
-    Attributes:
-        rows: vectors in it.
-        skipped: rows of the source that have none.
-        texts: digest of what was read.
-        line: where its line stands in the manifest, and how long it is, in bytes.
+    `line` is where its line stands in the manifest: the first byte, and the length in bytes.
     """
 
     rows: int
@@ -54,35 +58,35 @@ class Done:
 
 @dataclass
 class Manifest:
-    """One machine's record; use `locked` to get one.
+    """The record of one machine; `locked` gives one.
 
     Attributes:
         folder: where the shards are.
-        part: whose record.
+        part: the machine whose record it is.
         header: settings and inputs; empty before `begin`.
-        done: shard → what is known of it.
+        done: the shards that are whole, by number.
         finished: whether its last line says so.
     """
 
     folder: Path
     part: Part
     header: dict[str, Any] = field(default_factory=dict)
-    done: dict[int, Done] = field(default_factory=dict)
+    done: dict[int, WholeShard] = field(default_factory=dict)
     finished: bool = False
 
     @property
     def path(self) -> Path:
         """The file."""
-        return self.folder / manifest_name(self.part)
+        place, machines = self.part
+        name = "_manifest" if machines == 1 else f"_manifest-{place}-of-{machines}"
+        return self.folder / f"{name}.jsonl"
 
     def read(self) -> None:
-        """Take up what an earlier run left; a last line cut short is dropped.
+        """Take up what an earlier run left; an incomplete last line is dropped.
 
         Raises:
-            OutputError: the file is no manifest.
+            OutputError: the file is not a manifest.
         """
-        if not self.path.is_file():
-            return
         start = 0
         with self.path.open("rb") as file:
             for line in file:
@@ -109,16 +113,20 @@ class Manifest:
         else:
             file = self.folder / said["file"]
             if file.is_file() and file.stat().st_size == said["bytes"]:
-                skipped, texts = len(said["skipped"]), said["texts"]
-                self.done[said["shard"]] = Done(said["rows"], skipped, texts, (start, len(line)))
+                self._keep(said, (start, len(line)))
+
+    def _keep(self, entry: dict[str, Any], line: tuple[int, int]) -> None:
+        skipped = len(entry["skipped"])
+        self.done[entry["shard"]] = WholeShard(entry["rows"], skipped, entry["texts"], line)
 
     def begin(self, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Write the first line, or compare it with the one that is there.
 
-        What has no whole shard yet binds nobody: a run that failed at once may be changed.
+        A record without a whole shard binds nobody: the settings of a run that failed at once may
+        be changed.
 
         Raises:
-            OutputError: the folder holds the work of other settings, inputs or another division.
+            OutputError: the folder holds work of other settings, inputs or another division.
         """
         header = {"format": FORMAT, "settings": settings, "inputs": inputs}
         for path in sorted(self.folder.glob("_manifest*.jsonl")):
@@ -127,7 +135,9 @@ class Manifest:
                     _compare(self.folder, json.loads(file.readline() or b"{}"), header)
         if not self.done:
             place, machines = self.part
-            for path in self.folder.glob("part-*"):  # renamed, and killed before it was recorded
+            for path in self.folder.glob(
+                "part-*"
+            ):  # renamed by a run killed before it was recorded
                 if path.stem[5:].isdecimal() and int(path.stem[5:]) % machines == place - 1:
                     path.unlink()
             with written_aside(self.path) as file:
@@ -145,16 +155,14 @@ class Manifest:
                 os.fsync(file.fileno())
         except OSError as error:
             raise not_written(self.path, error) from error
-        self.done[entry["shard"]] = Done(
-            entry["rows"], len(entry["skipped"]), entry["texts"], (start, len(line))
-        )
+        self._keep(entry, (start, len(line)))
 
     def finish(self) -> None:
-        """Put the lines in order and write the last one."""
+        """Sort the lines by shard and write the last one."""
         with self.path.open("rb") as old, written_aside(self.path) as file:
             file.write(_line(self.header))
-            for shard in sorted(self.done):
-                start, length = self.done[shard].line
+            for _, done in sorted(self.done.items()):
+                start, length = done.line
                 old.seek(start)
                 file.write(old.read(length))
             file.write(_line({"finished": True, "rows": self.rows, "skipped": self.skipped}))
@@ -173,90 +181,47 @@ class Manifest:
 
 @contextmanager
 def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manifest]:
-    """The manifest of a folder, which is made, and which no other process has meanwhile.
+    """The manifest of a folder, which is made if need be and no other process may write to.
 
     Raises:
         OutputError: another process writes to it, or it holds something else.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file. Fix: name a folder, or end the name in .npy.")
-    strangers = [] if not folder.is_dir() else [p.name for p in folder.iterdir() if not _ours(p)]
+    folder.mkdir(parents=True, exist_ok=True)
+    strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(_OURS))
     if strangers:
         raise OutputError(
-            f"{folder} holds other things ({', '.join(sorted(strangers)[:3])}). "
-            "Fix: name a new folder."
+            f"{folder} holds other things ({', '.join(strangers[:3])}). Fix: name a new folder."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest(folder, part)
+    fix = "name another folder, or divide the work with --shard 1/2 and --shard 2/2"
     with ExitStack() as locks:
-        locks.enter_context(_lock(folder / f".{manifest_name(part)}.lock"))
+        locks.enter_context(lock(folder / f".{manifest.path.name}.lock", folder, fix))
         if overwrite:
             for other in folder.glob("._manifest-*.lock"):
-                locks.enter_context(_lock(other))
+                locks.enter_context(lock(other, folder, fix))
             for path in folder.iterdir():
                 if path.suffix != ".lock":
                     path.unlink()
-        manifest = Manifest(folder, part)
-        manifest.read()
+        if manifest.path.is_file():
+            manifest.read()
         yield manifest
 
 
-@contextmanager
-def alone(output: Path) -> Iterator[None]:
-    """Keep other processes from writing the same file; nothing is left behind.
+def lock(path: Path, output: Path, fix: str) -> AbstractContextManager[object]:
+    """Hold a lock file, which keeps other processes from writing to the same output.
 
     Raises:
-        OutputError: another process writes to it.
+        OutputError: another process holds it; says to wait, or `fix`.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_name(f".{output.name}.lock")
-    with _lock(path, output, "or name another file"):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _lock(path: Path, output: Path | None = None, fix: str = _DIVIDE) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        return FileLock(path).acquire(timeout=0)
     except Timeout as error:
-        raise OutputError(
-            f"{output or path.parent}: another process is writing to it. Fix: wait for it, {fix}."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def verify(folder: str | Path) -> int:
-    """Check every shard of a folder against its checksum; how many there are.
-
-    Raises:
-        OutputError: a shard is missing or differs, or the work is not finished.
-    """
-    folder, count = Path(folder), 0
-    manifests = sorted(folder.glob("_manifest*.jsonl"))
-    for path in manifests:
-        finished = False
-        with path.open("rb") as file:
-            for line in file:
-                said = json.loads(line)
-                finished = finished or "finished" in said
-                if "shard" in said:
-                    count += 1
-                    shard = folder / said["file"]
-                    if not shard.is_file() or checksum(shard) != said["sha256"]:
-                        raise OutputError(f"{shard} is not what {path.name} says it is.")
-        if not finished:
-            raise OutputError(f"{path} is not finished. Fix: run the same command again.")
-    if not manifests:
-        raise OutputError(f"{folder} has no manifest.")
-    return count
+        given = f"{output}: another process is writing to it"
+        raise OutputError(f"{given}. Fix: wait for it, {fix}.") from error
 
 
 def checksum(path: Path) -> str:
@@ -266,12 +231,6 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _ours(path: Path) -> bool:
-    return path.name.startswith(
-        ("part-", ".part-", "_manifest", "._manifest", "_ranges", "._ranges")
-    )
 
 
 def _line(said: dict[str, Any]) -> bytes:
@@ -298,9 +257,10 @@ def _compare(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
 
 def _changed_inputs(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
     before, after = ({entry["file"]: entry for entry in entries} for entries in (old, new))
-    gone = [name for name in before if name not in after]
-    added = [name for name in after if name not in before]
-    changed = [name for name in after if name in before and after[name] != before[name]]
-    parts = [("gone", gone), ("new", added), ("changed", changed)]
-    said = [f"{word}: {', '.join(names[:3])}" for word, names in parts if names]
+    parts = {
+        "gone": [name for name in before if name not in after],
+        "new": [name for name in after if name not in before],
+        "changed": [name for name in after if name in before and after[name] != before[name]],
+    }
+    said = [f"{word}: {', '.join(names[:3])}" for word, names in parts.items() if names]
     return f"inputs {'; '.join(said) or 'in another order'}"

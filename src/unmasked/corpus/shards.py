@@ -1,63 +1,115 @@
-"""One shard: a fixed stretch of the source's rows in one file, the same bytes whoever writes it.
+"""One shard: a fixed range of the source's rows in one file, the same bytes whoever writes it.
 
-Shard k holds rows k·S to (k+1)·S - 1 and is encoded in windows counted from its first row. So it
-does not matter where a run was interrupted, which machine takes which shard, or which engine runs
-it; only the device and its number of threads may change the last bits of a float.
+Shard k holds rows k·S to (k+1)·S - 1 and is encoded in windows counted from its first row. So its
+bytes depend neither on where a run was interrupted, nor on the machine, nor on the engine that
+writes it; only the device and its number of threads may change the last bits of a number.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain, islice
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from unmasked.corpus.encoding import Encoding
-from unmasked.corpus.manifest import checksum
-from unmasked.corpus.writers import Window, make_writer
-from unmasked.errors import DataError
+from unmasked.corpus.manifest import Part, checksum
+from unmasked.corpus.vectors import CALIBRATION, Encoding
+from unmasked.corpus.writers import make_writer
+from unmasked.errors import OutputError
+from unmasked.files.readers import Fault
 from unmasked.files.source import Row, Source
 from unmasked.files.writing import written_aside
 
 if TYPE_CHECKING:
-    from unmasked.compat.llm2vec import LLM2Vec
+    from unmasked.model import TextEncoder
+
+Skipped = list[dict[str, Any]]
+"""Rows without a vector: their number, file, line and reason, as the manifest lists them."""
+new_digest = partial(hashlib.blake2b, digest_size=16)
+_NOT_FINITE: Fault = (
+    "the vector is NaN or infinite",
+    "--dtype float32 or bfloat16 (float16 overflows), --precision float32, or correct the text",
+)
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that the bytes of a shard depend on, beside the model and the device.
+class Shards:
+    """How the output is divided, and what happens to rows that have a fault.
+
+    Attributes:
+        kind: ``.parquet``, ``.npy`` or ``.safetensors``.
+        rows: rows of the source per shard, S.
+        window: rows encoded at a time; None chooses by the device.
+        part: (i, n) for the i-th of n machines; it writes every n-th shard.
+        skip: pass over rows with a fault and list them, instead of raising.
+        ranges: .npy file of (2, D) ranges of another run, for int8.
+    """
+
+    kind: str = ".parquet"
+    rows: int = 32768
+    window: int | None = None
+    part: Part = (1, 1)
+    skip: bool = False
+    ranges: Path | None = None
+
+    def check(self, keep: Sequence[str], precision: str) -> None:
+        """Refuse columns that the output cannot hold, and ranges that nothing would use."""
+        if keep and self.kind != ".parquet":
+            raise OutputError(f"{self.kind} holds vectors only. Fix: .parquet, or no --keep.")
+        own = {"row", "id", "vector"} & set(keep)
+        if own or len(set(keep)) < len(keep):
+            why = f"'{own.pop()}' is a column of the output already" if own else "one is repeated"
+            raise OutputError(f"--keep {','.join(keep)}: {why}. Fix: leave it out.")
+        if self.ranges is not None and precision != "int8":
+            given = f"--ranges {self.ranges}: {precision} has no ranges"
+            raise OutputError(f"{given}. Fix: --precision int8, or no --ranges.")
+
+    def window_on(self, device: str) -> int:
+        """Rows encoded at a time: enough to sort by length, few enough to see progress."""
+        return self.window or (2048 if device == "cpu" else 16384)
+
+
+@dataclass(frozen=True)
+class CorpusJob:
+    """All that the bytes of a shard depend on, besides the model and the device.
 
     Attributes:
         source: the texts.
         encoding: how they become vectors.
-        folder: where shards go.
-        kind: their suffix.
-        shard_rows: rows of the source in a shard, S.
+        folder: where the shards go.
+        shards: how the folder is divided.
         window: rows encoded at a time.
-        skip: pass over rows with a fault, and list them, instead of raising.
-        width: D, before bits are packed.
-        ranges: (2, D) of int8.
-        counts: rows of each file of the source, where they are known.
+        width: D, the numbers of a vector before bits are packed.
+        ranges: (2, D) ranges of int8.
     """
 
     source: Source
     encoding: Encoding
     folder: Path
-    kind: str
-    shard_rows: int
+    shards: Shards
     window: int
-    skip: bool
     width: int
     ranges: np.ndarray | None = None
-    counts: list[int] | None = None
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
-        return self.folder / f"part-{shard:06}{self.kind}"
+        return self.folder / f"part-{shard:06}{self.shards.kind}"
+
+
+class Encoded(NamedTuple):
+    """What was written: the number of vectors, their width D, and the rows that have no vector."""
+
+    rows: int
+    width: int
+    skipped: int
 
 
 class Stream:
@@ -65,174 +117,142 @@ class Stream:
 
     Args:
         source: what to read.
-        counts: rows of each of its files; without them nothing can be left out.
+        counts: rows of each of its files; without them no file can be passed over.
     """
 
     def __init__(self, source: Source, counts: list[int] | None = None) -> None:
-        self.source = source
-        self.starts = None if counts is None else [0, *accumulate(counts)]
-        self.position = 0
-        self._rows: Iterator[Row] | None = None
+        self.source, self.counts, self.position = source, counts, 0
+        self._starts = None if counts is None else [0, *accumulate(counts)][:-1]
+        self._rows = source.rows()
 
-    def peek(self, count: int) -> list[Row]:
-        """The next rows, which stay the next."""
-        rows = self._rows or self.source.rows()
-        head = list(islice(rows, count))
-        self._rows = chain(head, rows)
-        return head
+    def head(self) -> list[str]:
+        """The texts that the ranges of int8 are measured on; they stay the next."""
+        return [row.text for row in self._peek(CALIBRATION) if row.fault is None]
+
+    def reaches(self, start: int) -> bool:
+        """Whether row `start` exists; it is then the next one."""
+        self._seek(start)
+        return self.position == start and bool(self._peek(1))
 
     def take(self, start: int, count: int) -> Iterator[Row]:
-        """`count` rows from `start` on, fewer at the end."""
+        """`count` rows from row `start` on; fewer at the end of the source."""
         self._seek(start)
-        assert self._rows is not None
         for row in islice(self._rows, count):
             self.position += 1
             yield row
 
-    def reaches(self, start: int) -> bool:
-        """Whether there is a row number `start`, which is then the next."""
-        self._seek(start)
-        return self.position == start and bool(self.peek(1))
+    def _peek(self, count: int) -> list[Row]:
+        rows = list(islice(self._rows, count))
+        self._rows = chain(rows, self._rows)
+        return rows
 
     def _seek(self, start: int) -> None:
-        if self.starts is not None:
-            begins = [at for at in self.starts[:-1] if at <= start]
-            if self._rows is None or start < self.position or begins[-1] > self.position:
-                # The last of the files that begin there: empty ones share their beginning.
-                self._rows, self.position = self.source.rows(len(begins) - 1), begins[-1]
-        elif self._rows is None:
-            self._rows = self.source.rows()
-        assert self._rows is not None
+        if self._starts is not None:
+            # The last file that begins at `start` or before: empty ones share their beginning.
+            file = bisect_right(self._starts, start) - 1
+            if start < self.position or self._starts[file] > self.position:
+                self._rows, self.position = self.source.rows(file), self._starts[file]
         for _ in islice(self._rows, start - self.position):
             self.position += 1
 
 
 def write_shard(
-    job: Job, model: LLM2Vec, shard: int, rows: Iterable[Row], progress: Callable[[int], None]
+    job: CorpusJob, model: TextEncoder, shard: int, stream: Stream, progress: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Encode a shard into its file; its line of the manifest.
+    """Encode a shard into its file; returns its line of the manifest.
 
     Raises:
-        DataError: a row has a fault, and `job.skip` is off.
-        OutputError: it cannot be written.
+        DataError: a row has a fault, and faults are not skipped.
+        OutputError: the file cannot be written.
     """
-    path, first = job.path(shard), shard * job.shard_rows
-    done = write_file(job, model, path, rows, first, progress)
+    path, first = job.path(shard), shard * job.shards.rows
+    rows = stream.take(first, job.shards.rows)
+    vectors, texts, skipped = write_vectors(job, model, path, rows, first, progress)
     return {
         "shard": shard,
         "file": path.name,
         "first_row": first,
-        "rows": done.rows,
+        "rows": vectors,
         "bytes": path.stat().st_size,
         "sha256": checksum(path),
-        "texts": done.texts,
-        "skipped": done.skipped,
+        "texts": texts,
+        "skipped": skipped,
     }
 
 
-@dataclass
-class Written:
-    """What went into a file: vectors, digest of the rows read, rows left out."""
-
-    rows: int
-    texts: str
-    skipped: list[dict[str, Any]]
-
-
-def write_file(
-    job: Job,
-    model: LLM2Vec,
+def write_vectors(
+    job: CorpusJob,
+    model: TextEncoder,
     path: Path,
-    rows: Iterable[Row],
+    rows: Iterator[Row],
     first: int,
     progress: Callable[[int], None],
-) -> Written:
-    """Encode rows, the first of which is number `first`, into one file."""
-    iterator, digest, seen = iter(rows), Digest(), 0
-    written = Written(0, "", [])
+) -> tuple[int, str, Skipped]:
+    """Encode rows, the first of which is number `first`, into one file, whole or not at all.
+
+    Returns:
+        The number of vectors, the digest of the rows read, and the rows that have no vector.
+    """
+    digest, written, seen = new_digest(), 0, 0
+    skipped: Skipped = []
     key, types = job.source.layout
+    ids = [] if key is None else [("id", "string")]
+    columns = [("row", "int64"), *ids, *zip(job.source.keep, types, strict=True)]
     dtype, width = job.encoding.stored_type(job.width)
-    keep = list(zip(job.source.keep, types, strict=True))
-    with written_aside(path) as file:
-        writer = make_writer(job.kind, file, dtype, width, key is not None, keep)
-        try:
-            while batch := list(islice(iterator, job.window)):
-                digest.add(batch)
-                numbered = list(enumerate(batch, start=first + seen))
-                window, faults = encode_window(job, model, numbered)
-                if len(window.rows):
-                    writer.write(window)
-                written.rows += len(window.rows)
-                written.skipped += faults
-                seen += len(batch)
-                progress(seen)
-            writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
-    written.texts = digest.value()
-    return written
+    with (
+        written_aside(path) as file,
+        # Closed before its file is, also when something fails: pyarrow's would complain later.
+        closing(make_writer(job.shards.kind, file, dtype, width, columns)) as writer,
+    ):
+        while window := list(islice(rows, job.window)):
+            add_rows(digest, window)
+            good, vectors, faults = _encode_window(job, model, first + seen, window)
+            if good:
+                numbers, named = zip(*good, strict=True)
+                own = [numbers, [row.id for row in named]] if ids else [numbers]
+                writer.write([*own, *zip(*(row.kept for row in named), strict=True)], vectors)
+            written += len(good)
+            skipped += faults
+            seen += len(window)
+            progress(seen)
+    return written, digest.hexdigest(), skipped
 
 
-def encode_window(
-    job: Job, model: LLM2Vec, numbered: list[tuple[int, Row]]
-) -> tuple[Window, list[dict[str, Any]]]:
-    """The vectors of the good rows, and the others, named.
+def _encode_window(
+    job: CorpusJob, model: TextEncoder, first: int, rows: list[Row]
+) -> tuple[list[tuple[int, Row]], np.ndarray, Skipped]:
+    """The good rows with their numbers, (N, D) stored vectors of these, and the other rows.
 
     Raises:
-        DataError: there are others, and `job.skip` is off.
+        DataError: there are others, and faults are not skipped.
     """
-    source, faults, good = job.source, [], []
-    for number, row in numbered:
-        if row.fault is None:
-            good.append((number, row))
-        elif job.skip:
-            faults.append(_skipped(source, number, row, row.fault[0]))
-        else:
+    source, skipped = job.source, []
+
+    def skip(number: int, row: Row) -> None:
+        if not job.shards.skip or row.fault is None:
             raise source.error(row)
+        name, reason = source.names[row.file] if source.on_disk else source.name, row.fault[0]
+        skipped.append({"row": number, "file": name, "line": row.number, "reason": reason})
+
+    numbered = list(enumerate(rows, start=first))
+    for number, row in numbered:
+        if row.fault is not None:
+            skip(number, row)
+    good = [(number, row) for number, row in numbered if row.fault is None]
     vectors = job.encoding(model, [row.text for _, row in good])
     finite = np.isfinite(vectors).all(axis=1)
     stored = job.encoding.store(np.where(finite[:, None], vectors, 0), job.ranges)
-    finite &= np.isfinite(stored).all(axis=1)
-    if not finite.all():
-        if not job.skip:
-            bad = good[int(np.flatnonzero(~finite)[0])][1]
-            raise DataError(
-                f"{source.where(bad)}: the vector is NaN or infinite. Fix: --dtype float32 or "
-                "bfloat16 (float16 overflows), --precision float32, or mend the text."
-            )
-        pairs = zip(finite, good, strict=True)
-        faults += [
-            _skipped(source, number, row, "the vector is NaN or infinite")
-            for fine, (number, row) in pairs
-            if not fine
-        ]
-        good = [pair for fine, pair in zip(finite, good, strict=True) if fine]
-        faults.sort(key=lambda fault: int(fault["row"]))
-    return Window(
-        [number for number, _ in good],
-        [row.id for _, row in good],
-        [row.kept for _, row in good],
-        np.ascontiguousarray(stored[finite]),
-    ), faults
+    finite &= np.isfinite(stored).all(axis=1)  # float16 overflows
+    for i in np.flatnonzero(~finite):
+        skip(good[i][0], good[i][1]._replace(fault=_NOT_FINITE))
+    skipped.sort(key=itemgetter("row"))
+    return [good[i] for i in np.flatnonzero(finite)], np.ascontiguousarray(stored[finite]), skipped
 
 
-def _skipped(source: Source, number: int, row: Row, reason: str) -> dict[str, Any]:
-    name = source.names[row.file] if source.on_disk else source.name
-    return {"row": number, "file": name, "line": row.number, "reason": reason}
+def add_rows(digest: hashlib.blake2b, rows: Iterable[Row]) -> None:
+    """Take rows, faults included, into a digest: is a stream still the one that it was?
 
-
-class Digest:
-    """Of the rows of a shard, faults included: is a stream still the one it was?"""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
-
-    def add(self, rows: Iterable[Row]) -> None:
-        """The next rows."""
-        for row in rows:
-            self._hash.update(f"{row.text}\0{row.id}\0{row.fault}\1".encode(errors="replace"))
-
-    def value(self) -> str:
-        """In hexadecimal."""
-        return self._hash.hexdigest()
+    The words of a fault are part of it, so other words make what an older version began refuse.
+    """
+    for row in rows:
+        digest.update(f"{row.text}\0{row.id}\0{row.fault}\1".encode(errors="replace"))

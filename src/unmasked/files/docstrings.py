@@ -16,9 +16,9 @@ import inspect
 import re
 import sysconfig
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from multiprocessing import Pool
 from pathlib import Path
 
 HELD_OUT_SHARE = 5  # one module in five is never trained on
@@ -106,16 +106,10 @@ def _source_files(roots: list[Path]) -> Iterator[tuple[Path, str]]:
 
 def _parse_all(files: list[tuple[Path, str]], workers: int) -> Iterator[Docstring]:
     if workers <= 1:
-        for item in files:
-            yield from _parse(item)
+        yield from chain.from_iterable(map(_parse, files))
         return
-    with ProcessPoolExecutor(workers) as pool:
-        try:
-            for start in range(0, len(files), 512):  # bounded look-ahead, so a limit ends early
-                for docs in pool.map(_parse, files[start : start + 512], chunksize=16):
-                    yield from docs
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with Pool(workers) as pool:  # which is ended when nobody asks for more
+        yield from chain.from_iterable(pool.imap(_parse, files, chunksize=16))
 
 
 def _parse(item: tuple[Path, str]) -> list[Docstring]:

@@ -1,11 +1,12 @@
-"""Rows of one file of any kind, as they stand, before anything is asked of their text.
+"""The rows of one file of any kind as they stand, before anything is asked of their text.
 
-A reader yields `Cells`: the number of the row and its columns, or what is wrong with it. What
-cannot be told apart into rows (broken quotes in .csv, half a .gz, no such column) raises
-`DataError` at once; what spoils one row only is yielded, and the caller decides.
+A reader yields `Cells`: the number of a row and its columns, or what is wrong with it. A file that
+cannot be divided into rows (an open quote in .csv, half a .gz, a missing column) raises `DataError`
+at once; what spoils a single row is yielded, and the caller decides. No library is used where one
+exists, as `datasets` and pandas tell neither file nor line of a fault.
 
-Memory: one line, or one batch of rows of .parquet. Cost: about 600 thousand lines of .txt, or 280
-thousand of .jsonl, a second.
+Memory: one line, or one batch of rows of .parquet. Speed: about 600 thousand lines of .txt, or 280
+thousand of .jsonl, per second.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from typing import IO, Any, NamedTuple
 from unmasked.errors import DataError, nearest
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
-PACKED = (".gz", ".zst")
 HUB = "hf:"
 """Before the name of a Hugging Face data set: ``hf:OWNER/NAME``, ``hf:OWNER/NAME:SUBSET:SPLIT``."""
 LONGEST_LINE = 1 << 26
@@ -33,34 +33,32 @@ LONGEST_LINE = 1 << 26
 _PARQUET_ROWS = 1024
 
 Fault = tuple[str, str]
-"""What is wrong with a row, and how to mend it."""
+"""What is wrong with a row, and how to correct it."""
 
 
 class Cells(NamedTuple):
     """A row as it was read.
 
     Attributes:
-        number: its line, or its place in .parquet, from 1.
-        values: column → value.
-        fault: what is wrong with it and how to mend it; then it has no values.
+        number: its line, or its place in .parquet and data sets, from 1.
+        values: column → value; empty if there is a fault.
+        fault: what is wrong with it and how to correct it.
     """
 
     number: int
-    values: Mapping[str, object]
+    values: Mapping[str, Any]
     fault: Fault | None = None
 
 
 def kind_of(path: str) -> str | None:
     """``.txt``, ``.jsonl``, ``.csv`` or ``.parquet``; None for what cannot be read."""
-    bare = path
-    for suffix in PACKED:
-        bare = bare.removesuffix(suffix)
+    bare = path.removesuffix(".gz").removesuffix(".zst")
     kind = Path(bare).suffix
     return kind if kind in KINDS and not (kind == ".parquet" and bare != path) else None
 
 
 def called(path: str) -> str:
-    """What errors call it."""
+    """The name of a file in errors."""
     return "standard input" if path == "-" else path
 
 
@@ -75,12 +73,12 @@ def read(path: str, required: Mapping[str, str], wanted: Iterable[str] = ()) -> 
 
     Args:
         path: what to read; its kind is in its name.
-        required: columns that have to be there, and what mends it where one is not. A line of .txt
-            is the first of them; a row of .jsonl may still lack one.
+        required: columns that must be there, each with the fix for a file without it. A line of
+            .txt is the first of them; a row of .jsonl may still lack one.
         wanted: other columns to read where they exist.
 
     Raises:
-        DataError: it cannot be told apart into rows.
+        DataError: it cannot be divided into rows.
     """
     kind = ".txt" if path == "-" else kind_of(path)
     if path.startswith(HUB):
@@ -110,6 +108,42 @@ def read_lines(path: str, column: str) -> Iterator[Cells]:
                 yield Cells(number, {}, _not_utf8(error))
 
 
+def read_tsv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Line number and the named columns of each row of a .tsv file with a header.
+
+    Cells are not quoted, so none can hold a tab or a line break. Blank lines are skipped.
+
+    Raises:
+        DataError: a line is not UTF-8, a column is missing, a row has more or fewer cells than the
+            header, or there is no row; names file, line and fix.
+    """
+    fix = f"begin with the header {', '.join(columns)}, separated by tabs; rows below"
+    rows = checked(path, read_lines(path, "line"))
+    lines = ((number, row["line"].split("\t")) for number, row in rows if row["line"].strip(" "))
+    header: list[str] = next((cells for _, cells in lines), [])
+    if not header:
+        raise fault_error(path, ("the file is empty", fix))
+    _columns(path, header, dict.fromkeys(columns, fix))
+    number = 0
+    for number, cells in lines:
+        if len(cells) != len(header):
+            line = "\t".join(cells)[:60]
+            given = f"{len(cells)} columns instead of {len(header)} in {line!r}"
+            fix = "put one tab between columns, none inside a text"
+            raise fault_error(where(path, number), (given, fix))
+        yield number, [cells[header.index(column)] for column in columns]
+    if not number:
+        raise fault_error(path, ("the file is empty below its header", "add rows"))
+
+
+def checked(path: str, rows: Iterable[Cells]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Number and columns of each row; the first one with a fault raises `DataError`."""
+    for number, values, fault in rows:
+        if fault is not None:
+            raise fault_error(where(path, number), fault)
+        yield number, values
+
+
 @contextmanager
 def _opened(path: str) -> Iterator[IO[bytes]]:
     if path == "-":
@@ -119,12 +153,9 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
 
         with pa.OSFile(path) as raw, pa.CompressedInputStream(raw, "zstd") as stream:
             yield io.BufferedReader(stream, 1 << 16)
-    elif path.endswith(".gz"):
-        with gzip.open(path, "rb") as file:
-            yield file  # type: ignore[misc]
     else:
-        with Path(path).open("rb") as file:
-            yield file
+        with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
+            yield file  # type: ignore[misc]
 
 
 def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
@@ -133,7 +164,7 @@ def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
         for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), start=1):
             if len(line) == LONGEST_LINE:
                 given = f"longer than {LONGEST_LINE >> 20} MiB"
-                raise fault_error(where(path, number), (given, "give one text a line"))
+                raise fault_error(where(path, number), (given, "give one text per line"))
             yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip file ({error}).") from error
@@ -167,33 +198,27 @@ def _json(lines: Iterable[bytes]) -> Iterator[Cells]:
 
 def _csv(lines: Iterable[bytes], path: str, required: Mapping[str, str]) -> Iterator[Cells]:
     csv.field_size_limit(2**31 - 1)
-    # A row may span lines, so a byte that is no UTF-8 is carried along and found in its row.
+    # A row may span lines, so a byte that is not UTF-8 is carried along and found in its row.
     reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in lines), strict=True)
     try:
         header = next(reader, [])
         _columns(path, header, required)
-        for cells in reader:
-            number = reader.line_num
-            if not cells:
-                continue
+        for cells in filter(None, reader):
+            values, fault = dict(zip(header, cells, strict=False)), None
             if len(cells) != len(header):
                 given = f"{len(cells)} columns instead of {len(header)}"
-                yield Cells(number, {}, (given, "quote texts that hold a comma"))
+                fault = (given, "quote texts that hold a comma")
             else:
-                yield _decoded(number, dict(zip(header, cells, strict=True)))
+                try:
+                    for cell in values.values():
+                        if not cell.isascii():
+                            cell.encode("utf-8", "surrogateescape").decode()
+                except UnicodeDecodeError as error:
+                    fault = _not_utf8(error)
+            yield Cells(reader.line_num, {} if fault else values, fault)
     except csv.Error as error:
         given = f"not CSV ({error})"
-        raise fault_error(where(path, reader.line_num), (given, "mend the quotes")) from error
-
-
-def _decoded(number: int, values: dict[str, str]) -> Cells:
-    for cell in values.values():
-        if not cell.isascii():
-            try:
-                cell.encode("utf-8", "surrogateescape").decode()
-            except UnicodeDecodeError as error:
-                return Cells(number, {}, _not_utf8(error))
-    return Cells(number, values)
+        raise fault_error(where(path, reader.line_num), (given, "correct the quotes")) from error
 
 
 def _parquet(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> Iterator[Cells]:
@@ -203,27 +228,23 @@ def _parquet(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> I
     try:
         with pq.ParquetFile(path) as file:
             columns = _columns(path, file.schema_arrow.names, required, wanted)
-            number = 0
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
-                for values in _batch_rows(batch, columns):
-                    number += 1
-                    if isinstance(values, UnicodeDecodeError):
-                        yield Cells(number, {}, _not_utf8(values))
-                    else:
-                        yield Cells(number, values)
+            batches = file.iter_batches(_PARQUET_ROWS, columns=columns)
+            rows = (row for batch in batches for row in _batch_rows(batch, columns))
+            for number, (values, fault) in enumerate(rows, start=1):
+                yield Cells(number, values, fault)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a whole Parquet file ({error}).") from error
 
 
-def _batch_rows(batch: Any, columns: list[str]) -> Iterator[dict[str, object] | UnicodeDecodeError]:
+def _batch_rows(batch: Any, columns: list[str]) -> Iterator[tuple[dict[str, Any], Fault | None]]:
     try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:  # somewhere in the batch: cell by cell, then
+        yield from ((values, None) for values in batch.to_pylist())
+    except UnicodeDecodeError:  # somewhere in the batch, so cell by cell
         for index in range(batch.num_rows):
             try:
-                yield {word: batch.column(word)[index].as_py() for word in columns}
+                yield {word: batch.column(word)[index].as_py() for word in columns}, None
             except UnicodeDecodeError as error:
-                yield error
+                yield {}, _not_utf8(error)
 
 
 def _hub(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> Iterator[Cells]:
@@ -234,8 +255,7 @@ def _hub(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> Itera
         rows = load_dataset(word, subset or None, split=split or "train", streaming=True)
         if rows.column_names is not None:
             rows = rows.select_columns(_columns(path, rows.column_names, required, wanted))
-        for number, values in enumerate(rows, start=1):
-            yield Cells(number, values)
+        yield from (Cells(number, values) for number, values in enumerate(rows, start=1))
     except (OSError, RuntimeError, ValueError) as error:  # its own are of many kinds, below these
         if isinstance(error, DataError):
             raise
@@ -248,7 +268,7 @@ def _hub(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> Itera
 def _columns(
     path: str, there: Sequence[str], required: Mapping[str, str], wanted: Iterable[str] = ()
 ) -> list[str]:
-    """Those to read; refuses a file without one that is required."""
+    """The columns to read; refuses a file without one that is required."""
     for column, fix in required.items():
         if column not in there:
             raise fault_error(where(path, 1), absent(column, there, fix))
@@ -256,7 +276,7 @@ def _columns(
 
 
 def string_fault(column: str, value: object) -> Fault | None:
-    """What is wrong with a value that has to be text."""
+    """What is wrong with a value that has to be text, if anything is."""
     if not isinstance(value, str):
         given = "null" if value is None else f"a {type(value).__name__}"
         return f"'{column}' is {given}", "give a string"
@@ -269,12 +289,13 @@ def string_fault(column: str, value: object) -> Fault | None:
 
 
 def absent(column: str, there: Iterable[str], fix: str) -> Fault:
-    """What is said where a column is not there."""
+    """The fault of a row or a file without a column."""
     there = list(there)
-    hint = nearest(column, there).rstrip("?")
+    hint = nearest(column, there, end="").rstrip("?")
     return f"no column '{column}' among {', '.join(there) or 'none'}{hint}", fix
 
 
 def fault_error(where: str, fault: Fault) -> DataError:
-    """The error for a fault."""
-    return DataError(f"{where}: {fault[0]}. Fix: {fault[1]}.")
+    """The error for a fault, and for the place where it is."""
+    given, fix = fault
+    return DataError(f"{where}: {given}{'' if given.endswith(('.', '?')) else '.'} Fix: {fix}.")

@@ -14,27 +14,28 @@ from unmasked.errors import RecipeError, nearest
 from unmasked.recipe.schema import Recipe
 
 Place = tuple[str | int, ...]
-_RECIPES = Path(__file__).parent / "shipped"
-_DEEPEST = 4  # supervised.data.0.path
+"""The way to a key: ``("supervised", "data", 0, "path")``."""
+_DEEPEST = 4
 
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    return {path.stem: path for path in sorted(_RECIPES.glob("*.yaml"))}
+    folder = Path(__file__).parent / "shipped"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, change single settings, and check the whole.
 
     Args:
-        path_or_name: A YAML file, or the name of a shipped recipe (which wins; write ``./name``
-            for a file called so). Paths inside are relative to the current folder.
+        path_or_name: A YAML file, or the name of a shipped recipe, which takes precedence (write
+            ``./name`` for a file called so). Paths inside are relative to the current folder.
         overrides: ``section.key=value`` with the value in YAML: ``mntp.steps=50``,
             ``mntp.data=[a.txt, b.txt]``, ``simcse=null`` to leave a stage out.
 
     Raises:
         RecipeError: No such file, not YAML, an unknown key or an unusable value. The message
-            names every such key with the line or override it stands in.
+            names every such key with its line or override.
     """
     path = shipped_recipes().get(str(path_or_name), Path(path_or_name))
     data, lines = _parse(_read(path, str(path_or_name)), path.name)
@@ -43,8 +44,27 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def make_recipe(settings: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe of a command's flags; `overrides` and errors are those of `load_recipe`."""
+    """The recipe of a command's flags; `overrides` and errors are those of `load_recipe`."""
     return _checked(dict(settings), overrides, {}, "from the command line")
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as YAML, with every default written out; ``load_recipe`` reads an equal one."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_differences(a: Recipe, b: Recipe) -> list[str]:
+    """What changed from ``a`` to ``b``, one line per setting: ``mntp.steps: 100 -> 200``."""
+
+    def walk(old: object, new: object, *keys: str) -> Iterator[str]:
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in old:
+                yield from walk(old[key], new[key], *keys, key)
+        elif old != new:
+            shown = ["set" if isinstance(value, dict) else value for value in (old, new)]
+            yield f"{'.'.join(keys)}: {shown[0]} -> {shown[1]}"
+
+    return list(walk(a.model_dump(), b.model_dump()))
 
 
 def _checked(
@@ -62,38 +82,18 @@ def _checked(
         raise RecipeError("\n".join(problems)) from None
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """The recipe as YAML, with every default spelt out; ``load_recipe`` reads an equal one."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def recipe_differences(a: Recipe, b: Recipe) -> list[str]:
-    """What changed from ``a`` to ``b``, one line a setting: ``mntp.steps: 100 -> 200``."""
-
-    def walk(old: object, new: object, *keys: str) -> Iterator[str]:
-        if isinstance(old, dict) and isinstance(new, dict):
-            for key in old:
-                yield from walk(old[key], new[key], *keys, key)
-        elif old != new:
-            shown = ["set" if isinstance(value, dict) else value for value in (old, new)]
-            yield f"{'.'.join(keys)}: {shown[0]} -> {shown[1]}"
-
-    return list(walk(a.model_dump(), b.model_dump()))
-
-
 def _read(path: Path, given: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         shipped = shipped_recipes()
-        hint = nearest(path.stem, shipped) or ": no such file."
-        message = f"no recipe '{given}'{hint} Shipped recipes: {', '.join(shipped)}."
-        raise RecipeError(message) from None
+        hint = nearest(path.stem, shipped, end=": no such file.")
+        problem = f"no recipe '{given}'{hint} Shipped recipes: {', '.join(shipped)}."
     except UnicodeDecodeError as error:
-        message = f"{given} is not UTF-8 text (byte {error.start}). Fix: save it as UTF-8."
-        raise RecipeError(message) from None
+        problem = f"{given} is not UTF-8 text (byte {error.start}). Fix: save it as UTF-8."
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {given}: {error.strerror}") from None
+        problem = f"cannot read the recipe {given}: {error.strerror}."
+    raise RecipeError(problem)
 
 
 def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
@@ -104,11 +104,12 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         at = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise RecipeError(f"{name}{at} is not YAML: {problem}") from None
+        raise RecipeError(
+            f"{name}{at} is not YAML: {getattr(error, 'problem', None) or error}."
+        ) from None
     if not isinstance(data, dict) or not isinstance(node, yaml.MappingNode):
         found = "is empty" if data is None else f"holds a {type(data).__name__}, not keys"
-        raise RecipeError(f"{name} {found}. The least a recipe says is its name and model.base.")
+        raise RecipeError(f"{name} {found}. A recipe needs at least its name and model.base.")
     lines: dict[Place, int] = {}
     for place, line in _key_lines(node, ()):
         if place in lines:
@@ -119,7 +120,7 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
 
 
 def _key_lines(node: yaml.Node, above: Place) -> Iterator[tuple[Place, int]]:
-    if len(above) >= _DEEPEST:
+    if len(above) == _DEEPEST:
         return
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -132,39 +133,40 @@ def _key_lines(node: yaml.Node, above: Place) -> Iterator[tuple[Place, int]]:
 
 
 def _apply(override: str, data: dict[str, Any]) -> Place:
-    """Set what ``section.key=value`` says; returns the place it was set at."""
+    """Set what ``section.key=value`` says; returns the place of the key."""
     dotted, equals, text = override.partition("=")
-    place = tuple(dotted.strip().split("."))
+    *sections, last = place = tuple(dotted.strip().split("."))
     if not equals or not all(place):
-        raise RecipeError(f"override '{override}' should look like mntp.steps=500")
+        raise RecipeError(f"override '{override}' should look like mntp.steps=500.")
     section = data
-    for depth, key in enumerate(place[:-1], 1):
+    for depth, key in enumerate(sections, start=1):
         inner = section.get(key) or {}
         if not isinstance(inner, dict):
             raise RecipeError(f"{'.'.join(place[:depth])} has no keys (override '{override}')")
         section[key] = section = dict(inner)  # a copy: an alias may stand in several places
     try:
-        section[place[-1]] = yaml.safe_load(text)
+        section[last] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
-        raise RecipeError(f"override '{override}': the value is not YAML; quote it") from None
+        message = f"override '{override}': the value is not YAML. Fix: put it in quotes."
+        raise RecipeError(message) from None
     return place
 
 
 def _explain(error: Any, places: dict[Place, str], name: str) -> str:
-    """One of pydantic's findings as a line: key, value given, what is allowed, where."""
+    """One finding of pydantic as a line: key, given value, what is allowed, where."""
     place: Place = error["loc"]
     nearby = (places.get(place[:end]) for end in range(len(place), 0, -1))
     where = next(filter(None, nearby), name)
     key, given = ".".join(map(str, place)), error["input"]
     if error["type"] == "extra_forbidden":
         allowed = _keys(place[:-1])
-        hint = nearest(str(place[-1]), allowed) or f". Allowed: {', '.join(allowed)}."
+        hint = nearest(str(place[-1]), allowed, end=f". Allowed: {', '.join(allowed)}.")
         return f"{key}: unknown key{hint} ({where})"
     if error["type"] == "missing":
         return f"{key}: missing ({where})"
     message = re.sub(r"^(Value error, |Input |String )", "", error["msg"])
     if error["type"] == "literal_error":
-        message += nearest(str(given), re.findall(r"'([^']+)'", message))
+        message += nearest(str(given), re.findall(r"'([^']+)'", message), end="")
     elif error["type"] == "model_type":
         message = f"should be a section with keys: {', '.join(_keys(place))}"
     elif error["type"] == "string_type" and isinstance(given, int | float):
@@ -174,12 +176,11 @@ def _explain(error: Any, places: dict[Place, str], name: str) -> str:
 
 
 def _keys(place: Place) -> list[str]:
-    """The keys of the section at ``place``."""
+    """The keys of the section at a place."""
     section: type[BaseModel] = Recipe
     for key in place:
-        if isinstance(key, str):  # a number stands for an item of the list before it
+        if isinstance(key, str):  # a number is an item of the list before it
             annotation = section.model_fields[key].annotation
-            section = next(
-                t for t in (annotation, *get_args(annotation)) if hasattr(t, "model_fields")
-            )
+            types = (annotation, *get_args(annotation))
+            section = next(kind for kind in types if hasattr(kind, "model_fields"))
     return list(section.model_fields)

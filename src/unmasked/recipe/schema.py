@@ -1,8 +1,8 @@
-"""The recipe: every setting of a run, in one schema.
+"""The recipe: every setting of a run, in one schema. The text below a setting is its reference.
 
 A recipe is a YAML file with one section per stage. A key that is not in the schema is an error
 that names the line, because a misspelt learning rate costs a day of GPU time. Paths in a recipe
-are relative to the folder the command runs in, not to the recipe's own.
+are relative to the folder in which the command runs, not to the recipe's own.
 
 Defaults are the numbers of the LLM2Vec paper (arXiv 2404.05961) and its published configurations.
 """
@@ -36,13 +36,14 @@ def _listed(value: object) -> object:
 
 
 def _data_sets(value: object) -> object:
-    """A path stands for a data set with every other setting at its default."""
+    """A path stands for a data set whose other settings have their defaults."""
     listed = _listed(value)
     items = listed if isinstance(listed, list) else [listed]
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
 Count = Annotated[int, Field(ge=1), BeforeValidator(_number)]
+AtLeastTwo = Annotated[Count, Field(ge=2)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32), BeforeValidator(_number)]
 Whole = Annotated[int, Field(ge=0), BeforeValidator(_number)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
@@ -51,89 +52,87 @@ Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
 Dropout = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 Strings = Annotated[list[str], BeforeValidator(_listed)]
 
-Instructions = Annotated[list[str], BeforeValidator(_listed)]
-
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Model(_Section):
-    """The decoder to start from and how it encodes."""
+    """The decoder to start from, and how it encodes."""
 
     base: Annotated[str, Field(min_length=1)]
-    """A hub name, a folder, or ``nano`` for the bundled decoder."""
+    """Name on the Hugging Face hub, folder, or ``nano`` for the bundled decoder."""
     adapters: Strings = []
-    """Adapters merged into the base before the first stage, in this order."""
+    """Adapters that are merged into the base before the first stage, in this order."""
     bidirectional: bool = True
-    """Open the causal mask; False trains and saves the decoder with its mask."""
+    """Open the causal mask. False trains and saves the decoder with its mask closed."""
     revision: str | None = None
-    """Branch, tag or commit on the hub; None is the default branch."""
+    """Branch, tag or commit on the hub; None takes the default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; ``auto`` keeps that of the checkpoint where the device can."""
+    """Type of the weights; ``auto`` keeps that of the checkpoint where the device supports it."""
     attention: str | None = None
-    """Attention implementation as transformers names it (``sdpa``, ``eager``, ...)."""
+    """Attention implementation by its name in transformers, such as ``sdpa`` or ``eager``."""
     pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] = "mean"
-    """From token states to one vector; the paper finds ``mean`` best without the causal mask."""
-    max_length: Annotated[Count, Field(ge=2)] = 512
-    """Longest input of the saved encoder, in tokens, instruction included."""
+    """How token states become one vector; the paper finds ``mean`` best without a causal mask."""
+    max_length: AtLeastTwo = 512
+    """Maximum number of tokens of an input to the saved encoder, with the instruction."""
     allow_partial: bool = False
-    """Accept a model in which some layers provably stay causal, such as hybrids."""
+    """Accept a model in which some layers provably stay causal, such as a hybrid."""
 
 
 class Lora(_Section):
-    """What trains: low-rank adapters, unless ``method`` says otherwise."""
+    """What is trained: low-rank adapters, unless ``method`` says otherwise."""
 
     method: Literal["lora", "dora", "qlora", "full"] = "lora"
-    """``dora`` also trains the length of each row; ``qlora`` keeps the weights below in 4 bits
-    (needs bitsandbytes); ``full`` trains every weight and no adapter, best in float32."""
+    """``dora`` also trains the length of each row of a weight; ``qlora`` keeps the frozen weights
+    in 4 bits (needs bitsandbytes); ``full`` trains all weights and no adapter, best in float32."""
     start: Literal["new", "continue"] = "new"
-    """``continue`` trains on from the adapter of the stage before, as the paper does from SimCSE
-    to supervised; ``new`` merges that one first."""
+    """``continue`` goes on training the adapter of the stage before, as the paper does from SimCSE
+    to supervised training; ``new`` merges that one first and begins another."""
     rank: Count = 16
-    """Rank of the two matrices."""
+    """Rank of the two matrices of an adapter."""
     alpha: Count = 32
-    """The update is scaled by alpha / rank; the paper uses twice the rank."""
+    """The update is scaled by alpha / rank. The paper uses twice the rank."""
     dropout: Dropout = 0.05
-    """Dropout on the adapter's input."""
+    """Probability of dropout on the input of the adapter."""
     targets: Strings | None = None
-    """Names of the linear layers; None is every one of attention and MLP, as in the paper."""
+    """Names of the linear layers with an adapter; None takes all of attention and MLP (paper)."""
 
 
 class Training(_Section):
-    """What the stages have in common: optimiser (AdamW), schedule and how often to report."""
+    """What all stages have in common: optimiser (AdamW), schedule and how often to report."""
 
     held_out: Whole = 200
-    """Texts, or rows of a data set, kept out of training to measure the loss on; 0 is none."""
+    """Number of texts or rows that are kept out of training to measure the loss on."""
     steps: Count = 1000
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     gradient_accumulation: Count = 1
-    """Batches per optimiser step."""
+    """Number of batches per optimiser step."""
     learning_rate: Positive = 5e-5
-    """Highest learning rate, after warm-up."""
+    """Highest learning rate, which is reached after warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay to zero after warm-up."""
+    """How the learning rate falls to zero after warm-up."""
     schedule_steps: Count | None = None
-    """Step at which the decay would reach zero; None is ``steps``. The paper decays over three
-    epochs and stops at step 1000, when the rate has hardly fallen."""
+    """Step at which the learning rate would reach zero; None takes ``steps``. The paper lets it
+    fall over three epochs and stops at step 1000, when it has hardly fallen."""
     warmup_steps: Whole = 0
-    """Steps in which the rate climbs from zero."""
+    """Number of steps in which the learning rate climbs from zero."""
     weight_decay: NotNegative = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     max_grad_norm: Positive = 1.0
-    """Gradients longer than this are scaled down to it."""
+    """A gradient whose norm is larger is scaled down to this norm."""
     lora: Lora = Lora()
-    """The adapter this stage trains."""
+    """The adapter that this stage trains."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     log_steps: Count = 10
-    """Steps between two lines of metrics."""
+    """Number of steps between two lines of metrics."""
     eval_steps: Count = 100
-    """Steps between two held-out losses."""
+    """Number of steps between two losses on the held-out texts."""
     save_steps: Count = 200
-    """Steps between two checkpoints, the points an interrupted run continues from."""
+    """Number of steps between two checkpoints, from which an interrupted run continues."""
     trainer: dict[str, Any] = {}
-    """Further arguments of transformers' ``TrainingArguments``, by name; they win."""
+    """Other arguments of ``TrainingArguments`` in transformers, by name. They take precedence."""
 
     @model_validator(mode="after")
     def _horizon(self) -> Training:
@@ -152,33 +151,34 @@ class TextTraining(Training):
     """A stage that trains on plain texts."""
 
     data: Strings = []
-    """Files of texts (.txt, .jsonl, .csv, perhaps .gz or .zst; .parquet), folders of them, or data
-    sets on the hub (hf:NAME); one may stand for the list. MNTP's may be larger than memory."""
+    """Files of texts (.txt, .jsonl, .csv, each also as .gz or .zst; .parquet), folders of them, or
+    data sets on the hub (hf:NAME); one may stand for a list of one. The texts of MNTP may be larger
+    than memory."""
     max_texts: Count | None = None
-    """Read no more texts than this; None reads all."""
+    """Maximum number of texts to read; None reads all."""
 
 
 class MNTP(TextTraining):
     """Masked next token prediction (paper section 2.1): the state at i-1 predicts token i."""
 
     batch_size: Count = 32
-    """Blocks per batch, shared among the devices."""
-    block_length: Annotated[Count, Field(ge=2)] = 512
-    """Tokens per block, cut from the concatenated texts."""
+    """Number of blocks per batch, divided among the devices."""
+    block_length: AtLeastTwo = 512
+    """Number of tokens per block. Blocks are cut from the concatenated texts."""
     documents: Literal["joined", "apart"] = "joined"
-    """Whether the texts that share a block see each other (``joined``, the paper's way), or each
-    itself alone with positions from 0, as when it is encoded (``apart``)."""
+    """Whether the texts in a block see each other (``joined``, as in the paper) or each sees only
+    itself, with positions from 0, as when it is encoded (``apart``)."""
     micro_batch_tokens: Count | None = None
-    """Tokens of a forward. A larger batch is cut into equal parts, to the same gradient in less
-    memory, so that gradient checkpointing is seldom needed; None is 2048 on a CPU, 16384 on a
-    GPU."""
+    """Maximum number of tokens per forward. A larger batch is divided into equal parts, which gives
+    the same gradient in less memory, so that gradient checkpointing is seldom needed. None takes
+    2048 on a CPU and 16384 on a GPU."""
     mask_token: Literal["blank", "eos", "mask"] = "blank"
-    """What stands for a masked token where the tokenizer has no mask token: ``_`` (the paper's),
-    the end-of-text token, or a new one."""
+    """What replaces a masked token if the tokenizer has no mask token: ``_`` (as in the paper), the
+    end-of-text token, or a new token."""
     mask_style: Literal["bert", "all"] = "bert"
-    """Of the chosen tokens, mask 80 %, replace 10 % and keep 10 % (``bert``), or mask all."""
+    """``bert`` masks 80 %, replaces 10 % and keeps 10 % of the chosen tokens; ``all`` masks all."""
     mask_probability: Share = 0.2
-    """Share of tokens chosen; the paper takes 0.2, and 0.8 with ``all`` for Mistral."""
+    """Share of the tokens that are chosen; the paper takes 0.2 (Mistral: 0.8 with ``all``)."""
 
     @model_validator(mode="after")
     def _own_mask(self) -> MNTP:
@@ -191,25 +191,22 @@ class MNTP(TextTraining):
 
 
 class SimCSE(TextTraining):
-    """Unsupervised contrastive training (paper section 2.1): the same text twice, two dropouts."""
+    """Unsupervised contrastive training (paper section 2.1): the same text with two dropouts."""
 
-    batch_size: Annotated[Count, Field(ge=2)] = 128
-    """Texts per batch, shared among the devices; all the others are a text's negatives."""
-    max_length: Annotated[Count, Field(ge=2)] = 128
+    batch_size: AtLeastTwo = 128
+    """Texts per batch, divided among the devices; all other texts of a batch are negatives."""
+    max_length: AtLeastTwo = 128
     """Texts are cut to this many tokens."""
     learning_rate: Positive = 3e-5
-    """Highest learning rate, after warm-up."""
-    temperature: Positive = 0.05
-    """Cosines are divided by this before the softmax."""
-    attention_dropout: Dropout = 0.3
-    """Dropout on the attention weights: the noise that makes the two views differ."""
-    embedding_dropout: Dropout = 0.0
-    """Dropout on the embeddings of the tokens: noise for where attention has none. That of the
-    adapter is ``lora.dropout``, and acts once the adapter does."""
     log_steps: Count = 50
-    """Steps between two lines of metrics."""
     eval_steps: Count = 200
-    """Steps between two held-out losses."""
+    temperature: Positive = 0.05
+    """Cosines are divided by this number before the softmax."""
+    attention_dropout: Dropout = 0.3
+    """Probability of dropout on the attention weights: the noise by which the two views differ."""
+    embedding_dropout: Dropout = 0.0
+    """Probability of dropout on the embeddings of the tokens, for models whose attention has none.
+    The dropout of the adapter is ``lora.dropout``, which acts only once the adapter does."""
 
     @model_validator(mode="after")
     def _noise(self) -> SimCSE:
@@ -222,32 +219,33 @@ class SimCSE(TextTraining):
 
 
 class Pairs(_Section):
-    """A data set of queries and what answers them, and how its texts are asked for."""
+    """A data set of queries and of texts that answer them, with the instructions of both."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A .jsonl, .csv (each perhaps .gz or .zst) or .parquet file, a folder of such, or a data set
-    on the hub: ``OWNER/NAME``, ``hf:NAME``, or ``hf:NAME:SUBSET:SPLIT``, streamed."""
+    """A .jsonl or .csv file (each also as .gz or .zst), a .parquet file, a folder of such files, or
+    a data set on the hub, which is streamed: ``OWNER/NAME``, ``hf:NAME``, or
+    ``hf:NAME:SUBSET:SPLIT``."""
     subset: str | None = None
-    """Configuration of a data set on the hub, where the path names none; None is its only one."""
+    """Subset of a data set on the hub if the path names none; None takes its only one."""
     split: str = "train"
-    """Split of a data set on the hub, where the path names none."""
+    """Split of a data set on the hub if the path names none."""
     query: str = "query"
     """Column of the query."""
     positive: str = "positive"
-    """Column of the text that answers it."""
+    """Column of the text that answers the query."""
     negative: str = "negative"
-    """Column of one text that does not, or of a list of such; a file without it has none.
-    ``negatives`` is looked for as well."""
-    instruction: Instructions = []
-    """Put before every query, never pooled. Of several, row i takes the i-th, round and round."""
-    document_instruction: Instructions = []
-    """Put before every positive and negative; retrieval has none."""
+    """Column of a text that does not answer the query, or of a list of such texts; a file may lack
+    it. A column ``negatives`` is found as well."""
+    instruction: Strings = []
+    """Put before every query and never pooled. Of several, row i takes the i-th, in a cycle."""
+    document_instruction: Strings = []
+    """Put before every positive and negative. Retrieval usually has none."""
     symmetric: bool = False
-    """Both sides are the same kind of text, so documents take the instruction of their query."""
+    """Both sides are texts of the same kind, so documents take the instruction of their query."""
     weight: Positive = 1.0
-    """How often its rows are passed in an epoch: 0.5 takes another half of them each time."""
+    """How often its rows are used per epoch; 0.5 uses a different half in each."""
     max_rows: Count | None = None
-    """Read no more rows than this; None reads all."""
+    """Maximum number of rows to read; None reads all."""
 
     @model_validator(mode="after")
     def _one_side(self) -> Pairs:
@@ -257,53 +255,52 @@ class Pairs(_Section):
 
 
 class Supervised(Training):
-    """Contrastive training on pairs, with hard negatives where there are (paper section 3.2)."""
+    """Contrastive training on pairs, with hard negatives if there are any (paper section 3.2)."""
 
     data: Annotated[list[Pairs], BeforeValidator(_data_sets)] = []
-    """Data sets; a path may stand for one, and one for the list. A batch is of one of them."""
-    batch_size: Annotated[Count, Field(ge=2)] = 512
-    """Rows per batch, shared among the devices; the documents of all other rows are a query's
-    negatives."""
+    """Data sets; a path may stand for one, and one for a list. A batch has rows of one data set."""
+    batch_size: AtLeastTwo = 512
+    """Rows per batch, divided among the devices; documents of all other rows are negatives."""
     hard_negatives: Whole = 1
-    """Negatives of its own that a query is shown, where its row has them."""
-    max_length: Annotated[Count, Field(ge=2)] = 512
-    """Texts are cut to this many tokens, instruction included."""
+    """Maximum number of negatives per row."""
+    max_length: AtLeastTwo = 512
+    """Texts are cut to this many tokens, with the instruction."""
     learning_rate: Positive = 2e-4
-    """Highest learning rate, after warm-up."""
     warmup_steps: Whole = 300
-    """Steps in which the rate climbs from zero."""
-    temperature: Positive = 0.02
-    """Cosines are divided by this before the softmax."""
-    mini_batch_tokens: Count | None = None
-    """Tokens of a forward. A larger batch is embedded twice, once without gradients (GradCache,
-    arXiv 2101.06983), in the memory of one such forward; None runs it at once."""
-    false_negative_margin: NotNegative | None = None
-    """Leave out negatives more than this closer to the query than its positive is (cosine); None
-    leaves out only texts that are the positive or the query itself."""
-    matryoshka: list[Count] = []
-    """Also train the first so many dimensions of the vector (arXiv 2205.13147)."""
     log_steps: Count = 50
-    """Steps between two lines of metrics."""
     eval_steps: Count = 200
-    """Steps between two held-out losses."""
+    temperature: Positive = 0.02
+    """Cosines are divided by this number before the softmax."""
+    mini_batch_tokens: Count | None = None
+    """Maximum number of tokens per forward. A larger batch is embedded twice, first without
+    gradients (GradCache, arXiv 2101.06983), in the memory of one such forward. None runs every
+    batch in one forward."""
+    false_negative_margin: NotNegative | None = None
+    """Leave out negatives whose cosine to the query is higher than that of the positive by more
+    than this margin. None leaves out only texts that equal the positive or the query."""
+    matryoshka: list[Count] = []
+    """Numbers of leading dimensions that are trained as vectors of their own (arXiv 2205.13147)."""
 
 
 class Evaluate(_Section):
-    """What is scored before the first stage and after each."""
+    """What is scored before the first stage and after each stage."""
 
     tasks: Strings = []
     """Task files and folders."""
     bootstrap: Whole = 1000
-    """Resamples behind every confidence interval; 0 gives none."""
+    """Number of resamples for each confidence interval; 0 computes none."""
+
+
+AnyStage = MNTP | SimCSE | Supervised
 
 
 class Recipe(_Section):
-    """Every setting of a run. Without a stage the model is converted and evaluated only."""
+    """Every setting of a run. Without a stage the model is only converted and evaluated."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    """Names the run folder: letters, digits, ``.``, ``_`` and ``-``."""
+    """Name of the run folder: letters, digits, ``.``, ``_`` and ``-``."""
     seed: Seed = 42
-    """Seed of data order, masking, dropout and adapter initialisation."""
+    """Seed of the order of the data, of masking, dropout and the first weights of adapters."""
     model: Model
     """The decoder to start from."""
     mntp: MNTP | None = None
@@ -331,7 +328,7 @@ class Recipe(_Section):
             before = lora
         return self
 
-    def stages(self) -> list[tuple[str, MNTP | SimCSE | Supervised]]:
+    def stages(self) -> list[tuple[str, AnyStage]]:
         """Name and settings of the stages that are not left out, in the order they run."""
         named = {"mntp": self.mntp, "simcse": self.simcse, "supervised": self.supervised}
         return [(name, stage) for name, stage in named.items() if stage is not None]

@@ -1,4 +1,4 @@
-"""Texts in, vectors out: every fault with its line, every row in its place."""
+"""Texts of every kind of file: each in its place, and every fault with its line."""
 
 from __future__ import annotations
 
@@ -6,32 +6,19 @@ import csv
 import gzip
 import io
 import json
-import sys
+from functools import partial
 
-import numpy as np
 import pytest
+from support.given_files import give
 
-from unmasked.corpus import Encoding, check_output, encode_corpus
-from unmasked.errors import DataError, OutputError
+from unmasked.errors import DataError
+from unmasked.files.readers import where
 from unmasked.files.source import Source
-
-
-@pytest.fixture(scope="module")
-def model(tiny_decoder):
-    from unmasked import LLM2Vec
-
-    return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
 
 
 @pytest.fixture
 def given(tmp_path):
-    def write(name: str, content: str | bytes) -> str:
-        raw = content.encode() if isinstance(content, str) else content
-        path = tmp_path / name
-        path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-        return str(path)
-
-    return write
+    return partial(give, tmp_path)
 
 
 def rows_of(path: str, **options) -> list[tuple[int, str, str | None]]:
@@ -42,9 +29,6 @@ def fault(path: str, **options) -> str:
     with pytest.raises(DataError) as caught:
         rows_of(path, **options)
     return str(caught.value)
-
-
-# --- reading ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -112,127 +96,6 @@ def test_half_a_gzip_file(tmp_path):
 def test_missing_file_names_the_nearest(given, tmp_path):
     given("texts.txt", "a")
     assert "did you mean 'texts.txt'?" in fault(str(tmp_path / "text.txt"))
-
-
-# --- writing ------------------------------------------------------------------------------------
-
-
-def test_vectors_are_those_of_encode_whatever_the_window(model, given, tmp_path, sentences):
-    path = given("a.txt", "\n".join(sentences) + "\n")
-    seen: list[int] = []
-    expected = model.encode(sentences, show_progress_bar=False)
-    for window in (3, 100):
-        output = tmp_path / f"{window}.npy"
-        done = encode_corpus(
-            model, Source(path), output, window=window, progress=lambda rows, _: seen.append(rows)
-        )
-        assert done == (*expected.shape, 0)
-        vectors = np.load(output)
-        assert vectors.dtype == np.float32
-        np.testing.assert_allclose(vectors, expected, atol=1e-5)
-    assert seen == [0, 3, 6, 8, 0, 8]
-    korean = [i for i, text in enumerate(sentences) if "니다" in text]
-    assert abs(expected[korean[0]] - expected[korean[1]]).max() > 1e-3
-
-
-def test_a_large_npy_header_is_mended_in_place(model, tmp_path, given):
-    output = tmp_path / "v.npy"
-    encode_corpus(model, Source(given("a.txt", "word\n" * 1234)), output, window=1000)
-    assert np.load(output, mmap_mode="r").shape == (1234, 32)
-
-
-def test_parquet_has_rows_ids_and_fixed_size_vectors(model, given, tmp_path, sentences):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    lines = [json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(sentences)]
-    output = tmp_path / "v.parquet"
-    encode_corpus(model, Source(given("a.jsonl", "\n".join(lines))), output, window=3)
-    table = pq.read_table(output)
-    assert table.column_names == ["row", "id", "vector"]
-    assert table.schema.field("vector").type == pa.list_(pa.float32(), 32)
-    assert table["row"].to_pylist() == list(range(8))
-    assert table["id"].to_pylist() == [f"d{i}" for i in range(8)]
-    expected = model.encode(sentences, show_progress_bar=False)
-    np.testing.assert_allclose(np.array(table["vector"].to_pylist()), expected, atol=1e-5)
-    encode_corpus(model, Source(given("a.txt", "a\nb\n")), tmp_path / "w.parquet")
-    assert pq.read_table(tmp_path / "w.parquet").column_names == ["row", "vector"]
-
-
-def test_options_reach_the_model(model, given, tmp_path):
-    path = given("a.txt", "one text\nanother text\n")
-    options = Encoding(prompt="Find it:\n", normalize=True, truncate_dim=8, batch_size=1)
-    assert encode_corpus(model, Source(path), tmp_path / "v.npy", options) == (2, 8, 0)
-    vectors = np.load(tmp_path / "v.npy")
-    expected = model.encode(
-        [["Find it:\n", "one text"], ["Find it:\n", "another text"]], show_progress_bar=False
-    )[:, :8]
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    np.testing.assert_allclose(vectors, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"prompt": "a", "prompt_name": "b"}, "give one of them"),
-        ({"prompt_name": "querry"}, "did you mean 'query'?"),
-        ({"truncate_dim": 33}, "from 1 to 32"),
-    ],
-)
-def test_impossible_options_are_refused(model, given, tmp_path, options, said):
-    source = Source(given("a.txt", "a\n"))
-    with pytest.raises(DataError, match=said.replace("?", r"\?")):
-        encode_corpus(model, source, tmp_path / "v.npy", Encoding(**options))
-    assert not (tmp_path / "v.npy").exists()
-
-
-def test_a_fault_leaves_nothing_and_an_old_output_whole(model, given, tmp_path):
-    output = tmp_path / "out" / "v.npy"
-    encode_corpus(model, Source(given("a.txt", "a\n")), output)
-    before = output.read_bytes()
-    with pytest.raises(OutputError, match="exists"):
-        encode_corpus(model, Source(given("a.txt", "a\n")), output)
-    broken = Source(given("b.txt", b"a\nb\n\xff\n"))
-    with pytest.raises(DataError, match="line 3"):
-        encode_corpus(model, broken, output, overwrite=True, window=2)
-    assert output.read_bytes() == before
-    assert [p.name for p in output.parent.iterdir()] == ["v.npy"]
-    encode_corpus(model, Source(given("a.txt", "a\nb\n")), output, overwrite=True)
-    assert len(np.load(output)) == 2
-
-
-def test_vectors_that_are_not_finite_are_refused(tiny_decoder, given, tmp_path):
-    import torch
-
-    from unmasked import LLM2Vec
-
-    broken = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
-    with torch.no_grad():
-        embeddings = broken.backbone.auto_model.get_input_embeddings().weight
-        embeddings[broken.tokenizer("한")["input_ids"][-1]] = float("nan")
-    source = Source(given("a.txt", "fine\nfine\n한\n"))
-    with pytest.raises(DataError, match="line 3: the vector is NaN"):
-        encode_corpus(broken, source, tmp_path / "v.npy", window=2)
-    assert not (tmp_path / "v.npy").exists()
-
-
-def test_standard_input(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("한국어\nword\n".encode())))
-    assert encode_corpus(model, Source("-"), tmp_path / "v.npy") == (2, 32, 0)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff\n")))
-    with pytest.raises(DataError, match="standard input, line 2: not UTF-8"):
-        encode_corpus(model, Source("-"), tmp_path / "w.npy")
-
-
-def test_kinds_of_output(tmp_path):
-    with pytest.raises(OutputError, match=r"Allowed: \.npy, \.parquet"):
-        check_output(tmp_path / "v.csv")
-    (tmp_path / "v.npy").mkdir()
-    with pytest.raises(OutputError, match="is a folder"):
-        check_output(tmp_path / "v.npy", overwrite=True)
-
-
-# --- other inputs -------------------------------------------------------------------------------
 
 
 def test_parquet_rows(tmp_path):
@@ -304,7 +167,7 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path, monkeypatch):
         ("하나", "0", (0,)),
         ("three", "2", (2,)),
     ]
-    assert source.where(rows[1]) == f"{source.name}, row 2"
+    assert where(source.files[0], rows[1].number) == f"{source.name}, row 2"
     assert rows_of(f"hf:{tmp_path / 'set'}::test") == [(1, "four", "0")]
     assert "no column 'txt' among id, text, n" in fault(source.path, column="txt")
     assert "cannot be read as a Hugging Face data set" in fault(f"hf:{tmp_path / 'nothing'}")
@@ -340,43 +203,3 @@ def test_a_line_without_end_is_not_read_into_memory(given, monkeypatch):
 
     monkeypatch.setattr(readers, "LONGEST_LINE", 1 << 20)
     assert "line 2: longer than 1 MiB" in fault(given("a.txt", "fine\n" + "x" * (1 << 21)))
-
-
-def test_skipped_rows_of_one_file_are_listed(model, given, tmp_path):
-    path = given("a.txt", b"one\n\ncaf\xe9\nfour\n")
-    for kind in (".npy", ".safetensors", ".parquet"):
-        output = tmp_path / f"v{kind}"
-        assert encode_corpus(model, Source(path), output, skip=True, window=2) == (2, 32, 2)
-        listed = (tmp_path / "v.skipped.jsonl").read_text().splitlines()
-        assert [json.loads(line)["row"] for line in listed] == [1, 2]
-    import pyarrow.parquet as pq
-
-    assert pq.read_table(tmp_path / "v.parquet")["row"].to_pylist() == [0, 3]
-    with pytest.raises(DataError, match="none of the first"):
-        nothing, encoding = Source(given("n.txt", "\n\n")), Encoding(precision="int8")
-        encode_corpus(model, nothing, tmp_path / "n.npy", encoding, skip=True)
-
-
-def test_standard_input_continues_only_with_the_same_texts(model, tmp_path, monkeypatch):
-    from unmasked.corpus import Local, Shards, encode_folder
-
-    def run(text: str, folder: str = "v", **options):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-        encoding = Encoding(precision="int8")
-        engine = Local(lambda: model)
-        return encode_folder(engine, Source("-"), tmp_path / folder, encoding, Shards(rows=2))
-
-    text = "one\ntwo\nthree\nfour\nfive\n"
-    assert run(text) == (5, 32, 0)
-    whole = {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()}
-    manifest = tmp_path / "v" / "_manifest.jsonl"
-    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:2]))
-    (tmp_path / "v" / "part-000001.parquet").unlink()
-    assert run(text) == (5, 32, 0)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()} == whole
-    with pytest.raises(DataError, match="rows 2 to 3 are not those"):
-        run(text.replace("three", "tree"))
-    with pytest.raises(DataError, match="rows 4 to 5 are not those"):
-        run(text + "six\n")
-    with pytest.raises(DataError, match="there is no text in it|none of the first"):
-        run("", "w")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.encoding_process import Runner
+from support.shard_folders import contents, said, verified
 
-from unmasked.corpus import Encoding, Local, Shards, encode_folder, verify
+from unmasked.corpus import Encoding, Local, Shards, encode_folder
 from unmasked.errors import DataError, OutputError
 from unmasked.files.source import Source
-
-
-@pytest.fixture(scope="module")
-def model(tiny_decoder):
-    from unmasked import LLM2Vec
-
-    return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +29,6 @@ def runner():
 def make(model, source, folder, shards=None, encoding=None, **options):
     source = source if isinstance(source, Source) else Source(str(source))
     return encode_folder(Local(lambda: model), source, folder, encoding, shards, **options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but locks, which are empty."""
-    files = {p.name: p.read_bytes() for p in folder.iterdir()}
-    return {name: data for name, data in files.items() if not name.endswith(".lock")}
-
-
-def said(folder: Path, name: str = "_manifest.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 @pytest.fixture
@@ -93,7 +79,7 @@ def test_parts_together_hold_every_row_once(model, corpus, tmp_path):
     assert table["id"].to_pylist() == [row.id for row in good]
     expected = model.encode([row.text for row in good], show_progress_bar=False)
     np.testing.assert_allclose(np.array(table["vector"].to_pylist()), expected, atol=1e-5)
-    assert verify(folder) == 3
+    assert verified(folder) == 3
 
 
 def test_kinds_and_precisions_of_shards(model, corpus, tmp_path):
@@ -172,7 +158,7 @@ def test_machines_write_what_one_would(model, corpus, tmp_path):
         key=lambda line: line["shard"],
     )
     assert written == said(tmp_path / "one")[1:-1]
-    assert verify(tmp_path / "many") == 7
+    assert verified(tmp_path / "many") == 7
     with pytest.raises(OutputError, match="machines: 3 there, 2 now"):
         make(model, source, tmp_path / "many", Shards(rows=3, window=2, skip=True, part=(1, 2)))
     # Another folder, another machine: the saved ranges are enough to get the same bytes.
@@ -187,9 +173,6 @@ def test_machines_write_what_one_would(model, corpus, tmp_path):
     np.save(other, np.zeros((2, 31), "f4"))
     with pytest.raises(DataError, match=r"shape \(2, 31\). Fix: \(2, 32\)"):
         make(model, source, tmp_path / "else", shards, encoding)
-
-
-# --- interrupted --------------------------------------------------------------------------------
 
 
 def test_what_a_crash_leaves_is_mended(model, corpus, tmp_path):
@@ -224,9 +207,7 @@ def test_what_a_crash_leaves_is_mended(model, corpus, tmp_path):
         crash()
         make(model, source, folder, shards)
         assert contents(folder) == whole, crash.__name__
-    (folder / "part-000001.parquet").write_bytes(whole["part-000001.parquet"][:-1] + b"x")
-    with pytest.raises(OutputError, match="part-000001.parquet is not what"):
-        verify(folder)
+    assert verified(folder) == 7
 
 
 def test_whole_shards_are_not_made_again(model, corpus, tmp_path):
@@ -257,18 +238,6 @@ def kill_and_compare(runner, model, texts: Path, folder: Path, times: int, **opt
     runner.run(model, source, folder / "killed", **plain)
     assert killed >= times / 3
     assert contents(folder / "killed") == contents(whole)
-
-
-@pytest.fixture
-def many_texts(tmp_path, sentences) -> Path:
-    def write(count: int) -> Path:
-        picked = random.Random(1)
-        lines = [" ".join(picked.choices(sentences, k=picked.randint(1, 3))) for _ in range(count)]
-        lines[5::97] = ["" for _ in lines[5::97]]
-        (tmp_path / "many.txt").write_text("\n".join(lines) + "\n")
-        return tmp_path / "many.txt"
-
-    return write
 
 
 def test_killed_three_times_ends_with_the_same_bytes(runner, tiny_decoder, many_texts, tmp_path):
@@ -309,17 +278,6 @@ def test_a_full_disk_leaves_whole_shards(runner, tiny_decoder, many_texts, tmp_p
     assert contents(folder) == contents(whole)
 
 
-def test_a_write_that_fails_is_told(tmp_path):
-    import errno
-
-    from unmasked.files import writing
-
-    told = pytest.raises(OutputError, match="No space left on device. Fix: make room")
-    with told, writing.written_aside(tmp_path / "x.npy"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert not list(tmp_path.glob("*x.npy*")) and not list(tmp_path.glob(".x*"))
-
-
 def test_two_processes_do_not_share_a_folder(runner, model, tiny_decoder, many_texts, tmp_path):
     texts = many_texts(4000)
     shards = {"rows": 96, "window": 32, "skip": True}
@@ -332,9 +290,6 @@ def test_two_processes_do_not_share_a_folder(runner, model, tiny_decoder, many_t
         make(model, texts, tmp_path / "v", Shards(**shards), overwrite=True)
     process.kill()
     process.join()
-
-
-# --- refused ------------------------------------------------------------------------------------
 
 
 def test_other_settings_are_named(model, corpus, tmp_path, tiny_decoder):
@@ -381,7 +336,7 @@ def test_folders_that_are_refused(model, corpus, tmp_path):
         with pytest.raises(OutputError, match="other things .thesis.tex"):
             make(model, corpus, tmp_path / "mine", overwrite=overwrite)
     with pytest.raises(OutputError, match="is a file"):
-        make(model, corpus, corpus / "a.jsonl" if False else _touch(tmp_path / "f"))
+        make(model, corpus, corpus / "a.jsonl")
     with pytest.raises(OutputError, match="in the folder that is read"):
         make(model, corpus, corpus / "v")
     with pytest.raises(OutputError, match="delete the shards of other machines"):
@@ -394,43 +349,24 @@ def test_folders_that_are_refused(model, corpus, tmp_path):
     assert [p.name for p in (tmp_path / "v").iterdir()] == ["._manifest.jsonl.lock"]
 
 
-def _touch(path: Path) -> Path:
-    path.touch()
-    return path
+def test_standard_input_continues_only_with_the_same_texts(model, tmp_path, monkeypatch):
+    def run(text: str, folder: str = "v", **options):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        encoding = Encoding(precision="int8")
+        engine = Local(lambda: model)
+        return encode_folder(engine, Source("-"), tmp_path / folder, encoding, Shards(rows=2))
 
-
-# --- many processes -----------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_ray_writes_the_same_bytes(tiny_decoder, many_texts, tmp_path):
-    """A real cluster of this machine's own: two actors, the folder of one process."""
-    pytest.importorskip("ray", reason="the extra 'corpus' is not installed")
-    import torch
-
-    from unmasked import LLM2Vec
-    from unmasked.corpus.cluster import OnRay
-
-    def load():
-        return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
-
-    torch.set_num_threads(1)
-    source = Source(str(many_texts(700)), max_bytes=2000)
-    shards, encoding = Shards(rows=96, window=32, skip=True), Encoding(precision="int8")
-    here, there = tmp_path / "here", tmp_path / "there"
-    expected = encode_folder(Local(load), source, here, encoding, shards)
-    with OnRay(load, workers=2, threads=1) as engine:
-        assert encode_folder(engine, source, there, encoding, shards) == expected
-        assert contents(there) == contents(here)
-        # What is missing is made again, and nothing else.
-        (there / "part-000003.parquet").unlink()
-        before = (there / "part-000002.parquet").stat().st_mtime_ns
-        encode_folder(engine, source, there, encoding, shards)
-        assert contents(there) == contents(here)
-        assert (there / "part-000002.parquet").stat().st_mtime_ns == before
-        with pytest.raises(DataError, match="line 6: an empty text"):
-            encode_folder(engine, source, tmp_path / "x", encoding, Shards(rows=96))
-        with pytest.raises(DataError, match="truncate_dim 99"):
-            encode_folder(engine, source, tmp_path / "x", Encoding(truncate_dim=99), shards)
-        with pytest.raises(DataError, match="cannot be shared among workers"):
-            encode_folder(engine, Source("-"), tmp_path / "x", None, shards)
+    text = "one\ntwo\nthree\nfour\nfive\n"
+    assert run(text) == (5, 32, 0)
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()}
+    manifest = tmp_path / "v" / "_manifest.jsonl"
+    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:2]))
+    (tmp_path / "v" / "part-000001.parquet").unlink()
+    assert run(text) == (5, 32, 0)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()} == whole
+    with pytest.raises(DataError, match="rows 2 to 3 are not those"):
+        run(text.replace("three", "tree"))
+    with pytest.raises(DataError, match="rows 4 to 5 are not those"):
+        run(text + "six\n")
+    with pytest.raises(DataError, match="there is no text in it|none of the first"):
+        run("", "w")

@@ -1,0 +1,225 @@
+"""From a source to a folder of shards, which the same call continues, on one machine or many."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unmasked.corpus.local import Local, Progress
+from unmasked.corpus.manifest import Manifest, checksum, locked
+from unmasked.corpus.ray import OnRay
+from unmasked.corpus.shards import CorpusJob, Encoded, Shards, Stream, add_rows, new_digest
+from unmasked.corpus.vectors import CALIBRATION, Encoding, read_ranges, save_ranges
+from unmasked.errors import DataError, OutputError
+from unmasked.files.source import Source
+
+if TYPE_CHECKING:
+    from unmasked.model import TextEncoder
+
+logger = logging.getLogger(__name__)
+
+Announce = Callable[[str], AbstractContextManager[None]]
+Begin = Callable[[int, "int | None"], Progress]
+RANGES = "_ranges.npy"
+
+
+def encode_folder(
+    engine: Local | OnRay,
+    source: Source,
+    folder: str | Path,
+    encoding: Encoding | None = None,
+    shards: Shards | None = None,
+    *,
+    overwrite: bool = False,
+    announce: Announce = lambda text: nullcontext(),
+    begin: Begin = lambda done, total: lambda rows, tokens: None,
+) -> Encoded:
+    """Encode every text of a source into a folder of shards; the same call continues.
+
+    Args:
+        engine: where the model runs.
+        source: the texts.
+        folder: a new folder, or one that the same call began.
+        encoding: prompt, normalisation, precision and so on.
+        shards: how the folder is divided.
+        overwrite: begin again, whatever the folder holds.
+        announce: given the name of what takes a while before the first shard; entered meanwhile.
+        begin: given the rows that are done already and the number of all rows, if it is known;
+            what it returns is told of progress.
+
+    Returns:
+        What this machine's part of the folder holds now.
+
+    Raises:
+        DataError: see `Source.records`; or a vector is not finite.
+        OutputError: the folder holds something else, or another process writes to it.
+    """
+    encoding, shards, folder = encoding or Encoding(), shards or Shards(), Path(folder)
+    shards.check(source.keep, encoding.precision)
+    _check_folder(source, folder, overwrite and shards.part[1] > 1)
+    with locked(folder, shards.part, overwrite) as manifest:
+        with announce(f"checking {source.name}"):
+            inputs, counts = _survey(source, shards.skip, manifest, engine.needs_counts)
+        with announce("loading the model"):
+            asked = partial(_model_settings, encoding=encoding, shards=shards)
+            settings, window, loss = engine.ask(asked)
+        if loss is not None and not isinstance(engine, Local):
+            logger.warning("%s", loss)  # nobody hears the warning of a model elsewhere
+        width, stream = settings["dimensions"], Stream(source, counts)
+        job = CorpusJob(source, encoding, folder, shards, window, width)
+        if encoding.precision == "int8":
+            with announce(f"measuring the ranges of int8 on the first {CALIBRATION} rows"):
+                job = replace(job, ranges=_shared_ranges(engine, job, stream))
+        manifest.begin(settings | _folder_settings(job), inputs)
+        _fill(engine, job, manifest, stream, begin)
+        return Encoded(manifest.rows, width, manifest.skipped)
+
+
+def _check_folder(source: Source, folder: Path, shared: bool) -> None:
+    root = Path(source.path).resolve()
+    if source.on_disk and root.is_dir() and folder.resolve().is_relative_to(root):
+        raise OutputError(f"{folder} is in the folder that is read. Fix: a folder outside it.")
+    if shared:
+        given = "--overwrite would delete the shards of other machines"
+        raise OutputError(f"{given}. Fix: name a new folder.")
+
+
+def _survey(
+    source: Source, skip: bool, manifest: Manifest, needs_counts: bool
+) -> tuple[list[dict[str, Any]], list[int] | None]:
+    """What the source is, for the manifest, and how many rows each file has, if that can be known.
+
+    Files are read twice, for their digests and to check every row: a fault in the last line should
+    not come to light after days of encoding. A run that continues reads them once.
+    """
+    if not source.on_disk:
+        if needs_counts and not source.again:
+            raise DataError("standard input cannot be shared among workers. Fix: give a file.")
+        return [{"file": source.files[0]}], source.survey(skip) if needs_counts else None
+    inputs: list[dict[str, Any]] = [
+        {"file": name, "bytes": Path(file).stat().st_size, "sha256": checksum(Path(file))}
+        for name, file in zip(source.names, source.files, strict=True)
+    ]
+    known = [dict(entry) for entry in manifest.header.get("inputs", [])]
+    counts = [entry.pop("rows", 0) for entry in known]
+    if known != inputs:
+        counts = source.survey(skip)
+    return [entry | {"rows": n} for entry, n in zip(inputs, counts, strict=True)], counts
+
+
+def _model_settings(
+    model: TextEncoder, encoding: Encoding, shards: Shards
+) -> tuple[dict[str, Any], int, str | None]:
+    """Settings that the model decides, rows encoded at a time, and what 8-bit weights cost."""
+    encoding.check(model)
+    quantization = model.quantization
+    settings = {
+        "model": model.fingerprint(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantize": quantization.name if quantization else None,
+        "prompt": encoding.resolved_prompt(model),
+        "batch_size": encoding.batch_size,
+        "normalize": encoding.normalize,
+        "dimensions": encoding.width(model),
+        "precision": encoding.precision,
+    }
+    window = min(shards.rows, shards.window_on(model.device.type))
+    return settings, window, str(quantization) if quantization else None
+
+
+def _folder_settings(job: CorpusJob) -> dict[str, Any]:
+    """The other settings that a folder is compared by when a run continues."""
+    return {
+        "ranges": None if job.ranges is None else checksum(job.folder / RANGES),
+        "format": job.shards.kind.removeprefix("."),
+        "shard_rows": job.shards.rows,
+        "window": job.window,
+        "machines": job.shards.part[1],
+        "text_column": job.source.column,
+        "keep": list(job.source.keep),
+        "max_bytes": job.source.max_bytes,
+    }
+
+
+def _shared_ranges(engine: Local | OnRay, job: CorpusJob, stream: Stream) -> np.ndarray:
+    """The ranges in the folder, which all machines share; the first one to come saves them.
+
+    Raises:
+        OutputError: they differ from those that were given.
+    """
+    path, chosen, (place, machines) = job.folder / RANGES, job.shards.ranges, job.shards.part
+    ranges = None if chosen is None else read_ranges(chosen, job.width)
+    mine = job.folder / f"._ranges-{place}-of-{machines}.npy"
+    mine.unlink(missing_ok=True)  # left by a run that was killed
+    if not path.is_file():
+        if ranges is None:
+            texts, window = stream.head(), job.window
+            ranges = engine.ask(lambda model: job.encoding.measure_ranges(model, texts, window))
+        save_ranges(mine, ranges)
+        try:
+            os.link(mine, path)
+        except FileExistsError:
+            pass  # another machine was first
+        except OSError:  # a file system without hard links
+            mine.replace(path)
+        mine.unlink(missing_ok=True)
+    there = read_ranges(path, job.width)
+    if chosen is not None and not np.array_equal(read_ranges(chosen, job.width), there):
+        raise OutputError(f"{path} holds other ranges than {chosen}. Fix: name a new folder.")
+    return there
+
+
+def _fill(
+    engine: Local | OnRay, job: CorpusJob, manifest: Manifest, stream: Stream, begin: Begin
+) -> None:
+    """Write the shards of this machine that are not there."""
+    (place, step), size, total = job.shards.part, job.shards.rows, None
+    wanted: range | count[int] = count(place - 1, step)
+    if stream.counts is not None:
+        rows = sum(stream.counts)
+        wanted = range(place - 1, -(-rows // size), step)
+        total = sum(min(size, rows - shard * size) for shard in wanted)
+    before, added = manifest.rows + manifest.skipped, False
+    progress = begin(before, total)
+    todo = _unwritten(job, manifest, stream, wanted, here=not engine.needs_counts)
+    for entry in engine.shards(job, stream, todo, lambda n, tokens: progress(before + n, tokens)):
+        manifest.add(entry)
+        added = True
+    if place == 1 and not manifest.done:
+        raise DataError(f"{job.source.name}: there is no text in it.")
+    if added or not manifest.finished:
+        manifest.finish()
+
+
+def _unwritten(
+    job: CorpusJob, manifest: Manifest, stream: Stream, wanted: range | count[int], here: bool
+) -> Iterator[int]:
+    """The shards to write; what is not in files is read `here` again and compared with the others.
+
+    Raises:
+        DataError: the rows of a shard that is there are not those that it was made of.
+    """
+    for shard in wanted:
+        first = shard * job.shards.rows
+        if shard not in manifest.done:
+            if here and not stream.reaches(first):
+                return
+            yield shard
+        elif here and not job.source.on_disk:
+            digest = new_digest()
+            add_rows(digest, stream.take(first, job.shards.rows))
+            if digest.hexdigest() != manifest.done[shard].texts:
+                raise DataError(
+                    f"{job.source.name}: rows {first} to {first + job.shards.rows - 1} are not "
+                    f"those that {job.path(shard)} was made of. Fix: give the same texts, or name "
+                    "another folder."
+                )

@@ -1,0 +1,137 @@
+"""How texts become the vectors that are stored.
+
+A vector is cut to its first numbers and scaled to length 1 afterwards (Matryoshka, arXiv
+2205.13147), then stored as float32, float16, int8 or single bits. int8 needs ranges, the smallest
+and the largest value of each dimension; they are measured once, on the first texts, saved, and
+shared by all shards and machines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unmasked.errors import DataError, unknown
+from unmasked.files.writing import written_aside
+
+if TYPE_CHECKING:
+    from unmasked.model import TextEncoder
+
+PRECISIONS = ("float32", "float16", "int8", "binary")
+CALIBRATION = 4096
+"""Number of rows at the beginning of the source that the ranges of int8 are measured on."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How texts become vectors: options of `TextEncoder.encode`; None leaves it to the model.
+
+    Attributes:
+        prompt: text that is put before every input.
+        prompt_name: the same, by its name in the model.
+        batch_size: maximum number of texts per forward.
+        normalize: scale every vector to length 1.
+        truncate_dim: keep only this many numbers of each vector, the first ones.
+        precision: ``float32``; ``float16``; ``int8``, (v - low) / (high - low) * 255 - 128 by the
+            ranges of each dimension, as sentence-transformers computes it; ``binary``, one bit per
+            number, set where v > 0, eight to a byte, the first one in the highest place
+            (`numpy.unpackbits` reverses it).
+    """
+
+    prompt: str | None = None
+    prompt_name: str | None = None
+    batch_size: int | None = None
+    normalize: bool = False
+    truncate_dim: int | None = None
+    precision: str = "float32"
+
+    def check(self, model: TextEncoder) -> None:
+        """Refuse what the model cannot do; the `DataError` says what it can do."""
+        if self.prompt is not None and self.prompt_name is not None:
+            raise DataError("prompt and prompt_name were both given. Fix: give one of them.")
+        if self.prompt_name is not None and self.prompt_name not in model.prompts:
+            raise DataError(unknown("prompt name", self.prompt_name, model.prompts))
+        width = model.get_embedding_dimension() or 0
+        if self.truncate_dim is not None and not 1 <= self.truncate_dim <= width:
+            raise DataError(f"truncate_dim {self.truncate_dim} should be from 1 to {width}.")
+        if self.precision not in PRECISIONS:
+            raise DataError(unknown("precision", self.precision, PRECISIONS))
+
+    def width(self, model: TextEncoder) -> int:
+        """D, the numbers of a vector before bits are packed."""
+        return self.truncate_dim or model.get_embedding_dimension() or 0
+
+    def resolved_prompt(self, model: TextEncoder) -> str | None:
+        """The text that is put before every input."""
+        name = self.prompt_name or model.default_prompt_name
+        return model.prompts[name] if self.prompt is None and name is not None else self.prompt
+
+    def __call__(self, model: TextEncoder, texts: list[str]) -> np.ndarray:
+        """(N, D) float32 vectors of N texts."""
+        if not texts:
+            return np.empty((0, self.width(model)), dtype="<f4")
+        vectors = model.encode(
+            texts,
+            prompt=self.prompt,
+            prompt_name=self.prompt_name,
+            batch_size=self.batch_size,
+            normalize_embeddings=self.normalize,
+            truncate_dim=self.truncate_dim,
+            show_progress_bar=False,
+        )
+        return np.ascontiguousarray(vectors, dtype="<f4")
+
+    def stored_type(self, width: int) -> tuple[np.dtype[Any], int]:
+        """The type of the stored numbers, and how many of them a vector of `width` has."""
+        if self.precision == "binary":
+            return np.dtype("u1"), -(-width // 8)
+        return np.dtype({"float32": "<f4", "float16": "<f2", "int8": "i1"}[self.precision]), width
+
+    def store(self, vectors: np.ndarray, ranges: np.ndarray | None) -> np.ndarray:
+        """(N, D) float32 vectors in the type and width of `stored_type`."""
+        if self.precision == "float16":
+            with np.errstate(over="ignore"):  # the caller looks for infinities
+                return vectors.astype("<f2")
+        if self.precision in ("int8", "binary"):
+            from sentence_transformers.util import quantize_embeddings
+
+            kind: Any = "ubinary" if self.precision == "binary" else "int8"
+            return np.ascontiguousarray(quantize_embeddings(vectors, kind, ranges=ranges))
+        return vectors
+
+    def measure_ranges(self, model: TextEncoder, texts: list[str], window: int) -> np.ndarray:
+        """(2, D) float32: the smallest and the largest value of each dimension on some texts.
+
+        Raises:
+            DataError: no text has a finite vector.
+        """
+        starts = range(0, len(texts) or 1, window)
+        vectors = np.concatenate([self(model, texts[i : i + window]) for i in starts])
+        vectors = vectors[np.isfinite(vectors).all(axis=1)]
+        if not len(vectors):
+            raise DataError(
+                f"none of the first {CALIBRATION} rows has a vector to measure the ranges of int8 "
+                "on. Fix: --ranges FILE of another run, or put good rows first."
+            )
+        return np.stack([vectors.min(axis=0), vectors.max(axis=0)])
+
+
+def read_ranges(path: Path, width: int) -> np.ndarray:
+    """The (2, D) ranges of a file; `DataError` if it holds something else."""
+    try:
+        ranges = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} holds no ranges ({error}). Fix: _ranges.npy of a run.") from error
+    if ranges.shape != (2, width) or ranges.dtype.kind != "f" or not np.isfinite(ranges).all():
+        given = f"{ranges.dtype} of shape {ranges.shape}"
+        raise DataError(f"{path} is {given}. Fix: (2, {width}) numbers, lowest and highest.")
+    return np.ascontiguousarray(ranges, dtype="<f4")
+
+
+def save_ranges(path: Path, ranges: np.ndarray) -> None:
+    """Write ranges to a file, whole or not at all."""
+    with written_aside(path) as file:
+        np.save(file, ranges)

@@ -1,0 +1,69 @@
+"""The engine of many processes, on a real cluster of this machine's own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from support.shard_folders import contents
+
+from unmasked.corpus import Encoding, Local, OnRay, Shards, encode_folder
+from unmasked.errors import DataError
+from unmasked.files.source import Source
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_bytes(tiny_decoder, many_texts, tmp_path):
+    """A real cluster of this machine's own: two actors, the folder of one process."""
+    pytest.importorskip("ray", reason="the extra 'corpus' is not installed")
+    import torch
+
+    from unmasked import LLM2Vec
+
+    def load():
+        return LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
+
+    torch.set_num_threads(1)
+    source = Source(str(many_texts(700)), max_bytes=2000)
+    shards, encoding = Shards(rows=96, window=32, skip=True), Encoding(precision="int8")
+    here, there = tmp_path / "here", tmp_path / "there"
+    expected = encode_folder(Local(load), source, here, encoding, shards)
+    with OnRay(load, workers=2, threads=1) as engine:
+        assert encode_folder(engine, source, there, encoding, shards) == expected
+        assert contents(there) == contents(here)
+        # What is missing is made again, and nothing else.
+        (there / "part-000003.parquet").unlink()
+        before = (there / "part-000002.parquet").stat().st_mtime_ns
+        encode_folder(engine, source, there, encoding, shards)
+        assert contents(there) == contents(here)
+        assert (there / "part-000002.parquet").stat().st_mtime_ns == before
+        with pytest.raises(DataError, match="line 6: an empty text"):
+            encode_folder(engine, source, tmp_path / "x", encoding, Shards(rows=96))
+        with pytest.raises(DataError, match="truncate_dim 99"):
+            encode_folder(engine, source, tmp_path / "x", Encoding(truncate_dim=99), shards)
+        with pytest.raises(DataError, match="cannot be shared among workers"):
+            encode_folder(engine, Source("-"), tmp_path / "x", None, shards)
+
+
+@pytest.mark.slow
+def test_a_local_cluster_listens_on_the_loopback_interface_alone():
+    """In a process of its own, as Ray reads its environment when it is imported."""
+    pytest.importorskip("ray", reason="the extra 'corpus' is not installed")
+    code = """
+        from pathlib import Path
+        from unmasked.corpus import OnRay
+        def listening():
+            lines = [line.split() for kind in ("tcp", "tcp6")
+                     for line in Path("/proc/net", kind).read_text().splitlines()[1:]]
+            return {line[1].rpartition(":")[0]: line[1] for line in lines if line[3] == "0A"}
+        before = listening()
+        with OnRay(lambda: None):
+            print(*(a for a, place in listening().items() if place not in before.values()))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    loopback = {"0100007F", "0" * 16 + "FFFF00000100007F"}  # 127.0.0.1 in IPv4 and in IPv6
+    assert done.stdout.split() and {*done.stdout.split()} <= loopback
