@@ -19,7 +19,7 @@ from typing import Any
 
 
 class UnmaskedError(Exception):
-    """Base of every error that the user, and not the program, can mend."""
+    """Base of every error that the user, rather than the program, can correct."""
 
 
 class RecipeError(UnmaskedError, ValueError):
@@ -38,7 +38,7 @@ class NotBidirectionalError(ModelError):
     """The forward pass shows that some layer still hides the tokens to the right.
 
     Attributes:
-        report: the `unmasked.mask.proof.Proof`.
+        report: the report of `mask.proof` that shows it.
     """
 
     def __init__(self, message: str, report: Any) -> None:
@@ -47,7 +47,7 @@ class NotBidirectionalError(ModelError):
 
 
 class OutputError(UnmaskedError, OSError):
-    """The place to write to exists already or belongs to something else."""
+    """The place to write to exists already, belongs to something else or cannot be written."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -60,18 +60,24 @@ class MissingExtraError(UnmaskedError, ImportError):
         super().__init__(f"{package} is not installed. Fix: pip install 'unmasked[{extra}]'")
 
 
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """``, did you mean 'x'?`` for the nearest allowed word, or an empty string."""
+def nearest(given: str, allowed: Iterable[str], end: str = ".") -> str:
+    """The end of a sentence about an unknown word: ``, did you mean 'x'?``, or else `end`.
+
+    Args:
+        given: the unknown word.
+        allowed: the words of which the most similar one is named.
+        end: what is returned if none of them is similar.
+    """
     matches = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
-    return f", did you mean '{matches[0]}'?" if matches else ""
+    return f", did you mean '{matches[0]}'?" if matches else end
 
 
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
-    """A message for a word that is not one of the allowed ones."""
+    """The message for a word that is not one of the allowed ones."""
     allowed = list(allowed)
     return f"unknown {what} '{given}'{nearest(given, allowed)} Allowed: {', '.join(allowed)}."
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type where it says nothing."""
+    """The first line of an error's message, or the name of its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -110,6 +110,43 @@ def read_lines(path: str, column: str) -> Iterator[Cells]:
                 yield Cells(number, {}, _not_utf8(error))
 
 
+def read_tsv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Line number and the named columns of each row of a .tsv file with a header.
+
+    Cells are not quoted, so none can hold a tab or a line break. Blank lines are skipped.
+
+    Raises:
+        DataError: a line is not UTF-8, a column is missing, a row has more or fewer cells than the
+            header, or there is no row; names file, line and fix.
+    """
+    fix = f"begin with the header {', '.join(columns)}, separated by tabs; rows below"
+    rows = checked(path, read_lines(path, "line"))
+    lines = ((number, row["line"]) for number, row in rows if row["line"].strip(" "))
+    first, line = next(lines, (0, ""))
+    if not first:
+        raise fault_error(path, ("the file is empty", fix))
+    header = line.split("\t")
+    _columns(path, header, dict.fromkeys(columns, fix))
+    number = 0
+    for number, line in lines:
+        cells = line.split("\t")
+        if len(cells) != len(header):
+            given = f"{len(cells)} columns instead of {len(header)} in {line[:60]!r}"
+            fix = "put one tab between columns, none inside a text"
+            raise fault_error(where(path, number), (given, fix))
+        yield number, [cells[header.index(column)] for column in columns]
+    if not number:
+        raise fault_error(path, ("the file is empty below its header", "add rows"))
+
+
+def checked(path: str, rows: Iterable[Cells]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Number and columns of each row; the first one with a fault raises `DataError`."""
+    for number, values, fault in rows:
+        if fault is not None:
+            raise fault_error(where(path, number), fault)
+        yield number, values
+
+
 @contextmanager
 def _opened(path: str) -> Iterator[IO[bytes]]:
     if path == "-":
@@ -271,10 +308,11 @@ def string_fault(column: str, value: object) -> Fault | None:
 def absent(column: str, there: Iterable[str], fix: str) -> Fault:
     """What is said where a column is not there."""
     there = list(there)
-    hint = nearest(column, there).rstrip("?")
+    hint = nearest(column, there, end="").rstrip("?")
     return f"no column '{column}' among {', '.join(there) or 'none'}{hint}", fix
 
 
 def fault_error(where: str, fault: Fault) -> DataError:
     """The error for a fault."""
-    return DataError(f"{where}: {fault[0]}. Fix: {fault[1]}.")
+    given, fix = fault
+    return DataError(f"{where}: {given}{'' if given.endswith(('.', '?')) else '.'} Fix: {fix}.")

@@ -273,7 +273,7 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
         )
     if not place.is_file():
         siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-        raise DataError(f"{path} is not a file{nearest(place.name, siblings) or '.'}")
+        raise DataError(f"{path} is not a file{nearest(place.name, siblings)}")
     return [path]
 
 

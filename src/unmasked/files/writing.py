@@ -1,35 +1,40 @@
-"""Files that are whole or not there: written aside, flushed to the disk, then renamed.
+"""Files and folders that are whole or not there: written aside, flushed to the disk, then renamed.
 
-Whatever is killed and however full the disk is, a file that is there is a whole one. Cost: one
-fsync a file.
+A process may be killed and a disk may fill up at any moment; what has its final name is complete.
+
+Cost: one `fsync` per file.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from unmasked.errors import OutputError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def aside_of(path: Path) -> Path:
     """Where a file is written before it is renamed.
 
-    The name is fixed, so what a killed process left behind is written over by the next one.
+    The name is fixed, so the next process overwrites what a killed process left behind.
     """
     return path.with_name(f".{path.name}.aside")
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place, safely on disk, when the block ends well.
+    """A file beside `path` that takes its place, safely on the disk, when the block succeeds.
 
     Raises:
-        OutputError: the disk is full, or the file grew too large for it.
+        OutputError: the disk is full, the file grew too large, or `path` cannot be written.
     """
     aside = aside_of(path)
     try:
@@ -39,32 +44,91 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        _sync_folder(path.parent)
+        _flush(path.parent)
     except OSError as error:
         if isinstance(error, OutputError) or error.filename not in (None, str(aside), str(path)):
-            raise  # the fault of something read meanwhile
+            raise  # something that was read meanwhile failed
         raise not_written(path, error) from error
     finally:
         aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of text, in UTF-8; raises what `written_aside` does."""
+    """Write a file of UTF-8 text, whole or not at all; raises what `written_aside` raises."""
     with written_aside(path) as file:
         file.write(text.encode())
 
 
+@contextmanager
+def folder_aside(
+    path: Path, *, aside: Path | None = None, last: Collection[str] = ()
+) -> Iterator[Path]:
+    """A new folder whose files go to `path`, safely on the disk, when the block succeeds.
+
+    If `path` does not exist, the new folder is renamed to it. If it does, every new file replaces
+    the one of the same name, one after the other, and all other files stay.
+
+    Args:
+        path: the folder to make or to update.
+        aside: the folder to write in; what it holds is removed first. By default it lies beside
+            `path` under a name that no other process uses.
+        last: names of files that are moved after all others, so that their presence says that
+            everything is there.
+
+    Raises:
+        OutputError: `path` is a file, or the disk is full.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file. Fix: name a folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if aside is None:
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    else:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    try:
+        aside.chmod(0o755)  # mkdtemp's folders are private
+        yield aside
+        flush_folder(aside)
+        if path.exists():
+            _replace_files(aside, path, last)
+        else:
+            aside.replace(path)
+            _flush(path.parent)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise not_written(path, error) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make everything in a folder survive a loss of power."""
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+
+
 def not_written(path: Path, error: OSError) -> OutputError:
-    """What is said when a write fails."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    fix = " Fix: make room, and run the same command again." if full else ""
+    """The error for a write that failed, with the fix if the disk is full."""
+    fix = " Fix: make room, and run the same command again." if error.errno in _FULL else ""
     return OutputError(f"{path} cannot be written: {error.strerror or error}.{fix}")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the renames in a folder survive a loss of power, where the system can."""
+def _replace_files(source: Path, target: Path, last: Collection[str]) -> None:
+    for item in sorted(source.rglob("*"), key=lambda item: (item.name in last, item)):
+        place = target / item.relative_to(source)
+        if item.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            item.replace(place)
+    _flush(target)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk; only POSIX can do so by path."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

@@ -86,7 +86,7 @@ def _read(path: Path, given: str) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         shipped = shipped_recipes()
-        hint = nearest(path.stem, shipped) or ": no such file."
+        hint = nearest(path.stem, shipped, end=": no such file.")
         message = f"no recipe '{given}'{hint} Shipped recipes: {', '.join(shipped)}."
         raise RecipeError(message) from None
     except UnicodeDecodeError as error:
@@ -158,13 +158,13 @@ def _explain(error: Any, places: dict[Place, str], name: str) -> str:
     key, given = ".".join(map(str, place)), error["input"]
     if error["type"] == "extra_forbidden":
         allowed = _keys(place[:-1])
-        hint = nearest(str(place[-1]), allowed) or f". Allowed: {', '.join(allowed)}."
+        hint = nearest(str(place[-1]), allowed, end=f". Allowed: {', '.join(allowed)}.")
         return f"{key}: unknown key{hint} ({where})"
     if error["type"] == "missing":
         return f"{key}: missing ({where})"
     message = re.sub(r"^(Value error, |Input |String )", "", error["msg"])
     if error["type"] == "literal_error":
-        message += nearest(str(given), re.findall(r"'([^']+)'", message))
+        message += nearest(str(given), re.findall(r"'([^']+)'", message), end="")
     elif error["type"] == "model_type":
         message = f"should be a section with keys: {', '.join(_keys(place))}"
     elif error["type"] == "string_type" and isinstance(given, int | float):

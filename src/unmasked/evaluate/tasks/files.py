@@ -71,7 +71,7 @@ def load_task(path: str | Path) -> Task:
 def _likeness(columns: Sequence[str], header: Sequence[str]) -> tuple[int, int]:
     """How well a header fits a layout: columns that it has, then columns that it nearly has."""
     missing = [column for column in columns if column not in header]
-    return len(columns) - len(missing), sum(bool(nearest(column, header)) for column in missing)
+    return len(columns) - len(missing), sum(bool(nearest(column, header, "")) for column in missing)
 
 
 def _load_folder(folder: Path) -> Task:
