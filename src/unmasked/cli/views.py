@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 from unmasked.cli import terminal
 from unmasked.cli.terminal import short
 from unmasked.evaluate.bootstrap import Interval
-from unmasked.evaluate.compare import Comparison, Row, compare_stages, headline_metrics, headlines
+from unmasked.evaluate.compare import (
+    Comparison,
+    EncoderScore,
+    compare_stages,
+    headline_metrics,
+    headlines,
+)
 
 if TYPE_CHECKING:
     from unmasked.demo import Search
@@ -53,7 +59,7 @@ def stage_table(
             terminal.show(text)
 
 
-def score_table(rows: Sequence[Row], every: bool = False) -> None:
+def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:
     """One row a task and metric, or, of several encoders, a task and encoder.
 
     Several encoders are shown by the metric to report alone unless every one is asked for, with
