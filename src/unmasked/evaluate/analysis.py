@@ -79,7 +79,7 @@ def analyse(model: str, task: str | Path | None = None) -> Analysis:
         DataError: the task has no texts that belong together.
         ModelError: the model cannot be loaded.
     """
-    pairs = _task_pairs(task) if task else _docstring_pairs()
+    pairs = _pairs(task)
     pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:TEXTS]]
     opened = LLM2Vec.from_pretrained(model, allow_partial=True)
     try:
@@ -159,17 +159,16 @@ def _shape(model: LLM2Vec, pairs: Sequence[tuple[str, str]]) -> VectorShape:
     return measure_shape(*(encoded(encode, side) for side in zip(*pairs, strict=True)))
 
 
-def _docstring_pairs() -> list[tuple[str, str]]:
-    found = docstrings.pairs(docstrings.collect(limit=_DOCSTRINGS))
-    return [(doc.summary, doc.body) for doc in found]
-
-
-def _task_pairs(path: str | Path) -> list[tuple[str, str]]:
+def _pairs(path: str | Path | None) -> list[tuple[str, str]]:
+    """Texts that belong together, of a task or of docstrings."""
+    if path is None:
+        found = docstrings.pairs(docstrings.collect(limit=_DOCSTRINGS))
+        return [(doc.summary, doc.body) for doc in found]
     task = load_task(path)
-    found = [(a, b) for a, b in alike(task) if a != b]
-    if len(found) < 2:
+    pairs = [(a, b) for a, b in alike(task) if a != b]
+    if len(pairs) < 2:
         raise DataError(
             f"{path}: no texts that belong together in a task of {task.kind}. "
             "Fix: give scored pairs (STS), labelled pairs, reranking or retrieval."
         )
-    return found
+    return pairs

@@ -15,9 +15,10 @@ Shapes: S samples, N items (pairs or queries).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -70,12 +71,14 @@ def paired_difference(
     Raises:
         DataError: the results come from different tasks, or lack the metric.
     """
-    _check_same_task(a, b)
-    observed = _score(a, metric) - _score(b, metric)
-    if (key := redrawn_key(metric)) in a.items:
-        return _spread(observed, a.items[key] - b.items[key])
-    of_a, of_b = (_statistic(result.items, metric) for result in (a, b))
-    return _percentiles(observed, (of_a(c) - of_b(c) for c in _redrawn(a.items, samples, seed)))
+    size_a, size_b = ({key: len(v) for key, v in result.items.items()} for result in (a, b))
+    same = size_a == size_b and np.array_equal(a.items.get("gold", 0), b.items.get("gold", 0))
+    if a.name != b.name or not same:
+        raise DataError(
+            f"the results to compare are of different test items: '{a.name}' {size_a} and "
+            f"'{b.name}' {size_b}. Fix: score both systems on the same file."
+        )
+    return _bootstrapped((a, b), metric, samples, seed)
 
 
 def interval(result: TaskResult, metric: str, samples: int = 1000, seed: int = 0) -> Interval:
@@ -83,26 +86,16 @@ def interval(result: TaskResult, metric: str, samples: int = 1000, seed: int = 0
 
     It is a point for a result without items, and for 0 samples.
     """
-    observed = _score(result, metric)
-    if not (samples and result.items):
-        return Interval(observed, observed, observed)
-    if (key := redrawn_key(metric)) in result.items:
-        return _spread(observed, result.items[key])
-    statistic = _statistic(result.items, metric)
-    return _percentiles(observed, map(statistic, _redrawn(result.items, samples, seed)))
+    return _bootstrapped((result,), metric, samples, seed)
 
 
-def pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
-    """Pearson correlation of pairs that occur `counts` times.
+def pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Pearson correlation (S,) of pairs that occur `counts` times; 0 where none is defined.
 
     Args:
         x, y: (N,) or (S, N).
-        counts: (S, N), how often sample s holds pair n; by default every pair once, S = 1.
-
-    Returns:
-        (S,) correlations; 0 where all x or all y are equal and none is defined.
+        counts: (S, N), how often sample s holds pair n.
     """
-    counts = np.ones((1, x.shape[-1])) if counts is None else counts
     x, y = _centred(x, counts), _centred(y, counts)
     product, square_x, square_y = (
         np.einsum("sn,sn,sn->s", counts, u, v) for u, v in ((x, y), (x, x), (y, y))
@@ -111,24 +104,21 @@ def pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray | None = None) -> n
     return np.asarray(np.divide(product, spread, out=np.zeros_like(spread), where=spread > 0))
 
 
-def spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+def spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Spearman rank correlation, ties at their mean rank; x and y (N,), else as `pearson`."""
-    counts = np.ones((1, x.shape[-1])) if counts is None else counts
     return pearson(_mean_ranks(x, counts), _mean_ranks(y, counts), counts)
 
 
-def average_precision(x: np.ndarray, gold: np.ndarray, counts: np.ndarray | None) -> np.ndarray:
-    """Average precision of ranking pairs by similarity, ties sharing a rank, as in scikit-learn.
+def average_precision(x: np.ndarray, gold: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Average precision (S,) of ranking pairs by similarity, ties sharing a rank.
+
+    As in scikit-learn; 0 where a sample holds no match.
 
     Args:
         x: (N,) similarities.
         gold: (N,) 1 for a match, else 0.
-        counts: as `pearson`.
-
-    Returns:
-        (S,) values; 0 where a sample holds no match.
+        counts: (S, N), how often sample s holds pair n.
     """
-    counts = np.ones((1, len(gold))) if counts is None else counts
     order = np.argsort(-x, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(x[order]) != 0, True))
     seen = counts[:, order].cumsum(axis=1)[:, ends]
@@ -150,9 +140,11 @@ PAIR_METRICS: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...]]] = {
 def pair_metric(
     items: Mapping[str, np.ndarray], metric: str, counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """A metric (S,) of `PAIR_METRICS`; by several similarities, that of the best of them."""
+    """A metric (S,) of `PAIR_METRICS`, the best by its similarities; by default of all pairs."""
     compute, names = PAIR_METRICS[metric]
-    return np.asarray(np.max([compute(items[x], items["gold"], counts) for x in names], axis=0))
+    gold = items["gold"]
+    counts = np.ones((1, len(gold))) if counts is None else counts
+    return np.asarray(np.max([compute(items[name], gold, counts) for name in names], axis=0))
 
 
 def redrawn_key(metric: str) -> str:
@@ -182,10 +174,35 @@ def _mean_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return ranks[:, group]
 
 
-def _score(result: TaskResult, metric: str) -> float:
-    if metric not in result.scores:
-        raise DataError(f"task {result.name}: {unknown('metric', metric, result.scores)}")
-    return result.scores[metric]
+def _bootstrapped(
+    results: tuple[TaskResult, ...], metric: str, samples: int, seed: int
+) -> Interval:
+    """The interval of one result's score, or of its difference to a second result's."""
+    for result in results:
+        if metric not in result.scores:
+            raise DataError(f"task {result.name}: {unknown('metric', metric, result.scores)}")
+    observed = _less([result.scores[metric] for result in results])
+    items = [result.items for result in results]
+    if not (samples and items[0]):
+        return Interval(observed, observed, observed)
+    if (key := redrawn_key(metric)) in items[0]:
+        from scipy.stats import t
+
+        # The normal interval (Student's, for few samples): ten test sets have no percentiles.
+        drawn = _less([own[key] for own in items])
+        margin = float(t.ppf((1 + CONFIDENCE) / 2, len(drawn) - 1) * drawn.std(ddof=1))
+        return Interval(observed, observed - margin, observed + margin)
+    statistics = [_statistic(own, metric) for own in items]
+    redrawn = _redrawn(len(next(iter(items[0].values()))), samples, seed)
+    drawn = np.concatenate([_less([of(counts) for of in statistics]) for counts in redrawn])
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, (tail, 1 - tail)).tolist()
+    return Interval(observed, low, high)
+
+
+def _less(values: Sequence[Any]) -> Any:
+    """The first of one or two values, less the second."""
+    return values[0] - values[1] if len(values) > 1 else values[0]
 
 
 def _statistic(items: Mapping[str, np.ndarray], metric: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -198,36 +215,11 @@ def _statistic(items: Mapping[str, np.ndarray], metric: str) -> Callable[[np.nda
     return partial(pair_metric, items, metric)
 
 
-def _redrawn(items: Mapping[str, np.ndarray], samples: int, seed: int) -> Iterator[np.ndarray]:
+def _redrawn(items: int, samples: int, seed: int) -> Iterator[np.ndarray]:
     """Counts (at most S, N) of `samples` redrawn test sets, some at a time."""
-    random, count = np.random.default_rng(seed), len(next(iter(items.values())))
-    rows = max(1, _CHUNK // count)
+    random, rows = np.random.default_rng(seed), max(1, _CHUNK // items)
     for start in range(0, samples, rows):
         size = min(rows, samples - start)
-        drawn = random.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
+        drawn = random.integers(items, size=(size, items)) + items * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * items).reshape(size, items)
         yield counts.astype(np.float64)
-
-
-def _percentiles(observed: float, drawn: Iterable[np.ndarray]) -> Interval:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(list(drawn)), (tail, 1 - tail))
-    return Interval(observed, float(low), float(high))
-
-
-def _spread(observed: float, drawn: np.ndarray) -> Interval:
-    """The normal interval (Student's, for few samples) from values on redrawn test sets."""
-    from scipy.stats import t
-
-    margin = float(t.ppf((1 + CONFIDENCE) / 2, len(drawn) - 1) * drawn.std(ddof=1))
-    return Interval(observed, observed - margin, observed + margin)
-
-
-def _check_same_task(a: TaskResult, b: TaskResult) -> None:
-    size_a, size_b = ({key: len(v) for key, v in result.items.items()} for result in (a, b))
-    same = size_a == size_b and np.array_equal(a.items.get("gold", 0), b.items.get("gold", 0))
-    if a.name != b.name or not same:
-        raise DataError(
-            f"the results to compare are of different test items: '{a.name}' {size_a} and "
-            f"'{b.name}' {size_b}. Fix: score both systems on the same file."
-        )

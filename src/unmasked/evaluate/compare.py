@@ -134,13 +134,13 @@ def read_result(folder: Path, stage: str, metric: str) -> TaskResult:
     task, file = metric.rpartition(".")[0], folder / "scores" / f"{stage}.npz"
     if not file.is_file():
         raise DataError(f"{file} is missing, so nothing can be compared. Fix: run it again.")
-
-    def of_task(values: Mapping[str, Any]) -> dict[str, Any]:
-        keys = (key.rpartition(".") for key in values)
-        return {name: values[f"{owner}.{name}"] for owner, _, name in keys if owner == task}
-
     with np.load(file) as items:
-        return TaskResult(task, of_task(_read_scores(folder)[stage]), of_task(items))
+        values: list[Mapping[str, Any]] = [_read_scores(folder)[stage], items]
+        scores, kept = (
+            {key.rpartition(".")[2]: found[key] for key in found if key.rpartition(".")[0] == task}
+            for found in values
+        )
+    return TaskResult(task, scores, kept)
 
 
 def _read_scores(folder: Path) -> dict[str, dict[str, float]]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,9 @@ OTHER = "other"
 WIDTH = 4.4  # inches; a phone shows it nearly as large as a desk
 
 
-def style() -> AbstractContextManager[None]:
+def style() -> Any:
     """The look of the figures, for the time of a ``with`` block."""
-    found: AbstractContextManager[None] = matplotlib.style.context(
-        Path(__file__).with_name("report.mplstyle")
-    )
-    return found
+    return matplotlib.style.context(Path(__file__).with_name("report.mplstyle"))
 
 
 def save(folder: Path, name: str, figure: Figure) -> str:
@@ -64,34 +60,29 @@ def save(folder: Path, name: str, figure: Figure) -> str:
     return svg.replace(INK, "currentColor").replace(FAINT, "var(--faint)")
 
 
-def stages(title: str, rows: Sequence[tuple[str, Interval, bool]]) -> Figure:
-    """Scores with intervals, one row per stage.
-
-    Args:
-        title: the metric.
-        rows: stage, score as a fraction, and whether it is a causal baseline.
-    """
-    figure, axes = _axes(0.75 + 0.3 * len(rows))
-    for place, (_, score, causal) in enumerate(rows):
+def stages(metric: str, scores: Mapping[str, Interval]) -> Figure:
+    """Scores with intervals, one row per stage; the causal baselines in grey."""
+    figure, axes = _axes(0.75 + 0.3 * len(scores), metric)
+    for place, (name, score) in enumerate(scores.items()):
         at, low, high = (100 * v for v in (score.difference, score.low, score.high))
-        colour = CAUSAL if causal else OURS
+        colour = CAUSAL if name.startswith("causal") else OURS
         axes.plot([low, high], [place, place], color=colour, linewidth=2.5, alpha=0.55)
         axes.plot(at, place, "o", color=colour, markersize=6)
         axes.annotate(
             f"{at:.1f}", (high, place), (6, 0), textcoords="offset points", va="center", fontsize=8
         )
-    axes.set_yticks(range(len(rows)), [name.replace("_", " ") for name, _, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(scores)), [name.replace("_", " ") for name in scores])
+    axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.margins(x=0.14)
     axes.grid(visible=False, axis="y")
-    axes.set_title(title)
     axes.set_xlabel("x 100, with 95 % interval", fontsize=8)
     return figure
 
 
 def curves(name: str, records: Sequence[dict[str, float]]) -> Figure:
     """Loss, held-out loss and learning rate of a stage, by step; `records` is its metrics.jsonl."""
-    figure, (above, below) = _axes(3.1, 2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    ratios = {"height_ratios": [3, 1]}
+    figure, (above, below) = _axes(3.1, f"{name}: loss", 2, sharex=True, gridspec_kw=ratios)
     by_token = any("eval_token_loss" in record for record in records)
     for axes, key, label, colour, marker in (
         (above, "loss", "training", OURS, ""),
@@ -102,7 +93,6 @@ def curves(name: str, records: Sequence[dict[str, float]]) -> Figure:
         if points:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=3.5)
-    above.set_title(f"{name}: loss")
     if above.get_legend_handles_labels()[0]:
         above.legend(loc="upper right", fontsize=8)
     below.set_title("learning rate", fontsize=8)
@@ -114,17 +104,14 @@ def curves(name: str, records: Sequence[dict[str, float]]) -> Figure:
 
 def heatmap(title: str, similarity: np.ndarray, lowest: float) -> Figure:
     """Cosines (N, N) of a few texts, numbered from 1; `lowest` has the darkest colour."""
-    figure, axes = _axes(3.9)
+    figure, axes = _axes(3.9, title)
     shown = axes.imshow(similarity, cmap="viridis", vmin=lowest, vmax=1.0)
     for (row, column), value in np.ndenumerate(similarity):
-        colour = "#ffffff" if value < (lowest + 1.0) / 2 else "#000000"
         axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5,
-                  color=colour)  # fmt: skip
-    places = range(len(similarity))
-    axes.set_xticks(places, [str(place + 1) for place in places])
-    axes.set_yticks(places, [str(place + 1) for place in places])
+                  color="#ffffff" if value < (lowest + 1.0) / 2 else "#000000")  # fmt: skip
+    for ticks in (axes.set_xticks, axes.set_yticks):
+        ticks(range(len(similarity)), [str(n + 1) for n in range(len(similarity))])
     axes.grid(visible=False)
-    axes.set_title(title)
     figure.colorbar(shown, ax=axes, shrink=0.8)
     return figure
 
@@ -135,38 +122,35 @@ def text_map(title: str, points: np.ndarray, groups: Sequence[str], name: str) -
     The points are ``points-NAME`` in the SVG, in their order.
     """
     colours = group_colours(groups)
-    figure, axes = _axes(4.0)
+    figure, axes = _axes(4.0, title)
     axes.scatter(points[:, 0], points[:, 1], s=22, c=[colours.get(g, FAINT) for g in groups],
                  alpha=0.8, linewidths=0, gid=f"points-{name}")  # fmt: skip
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title(title)
     return figure
 
 
 def layers(means: Sequence[float], spread: Sequence[tuple[float, float]]) -> Figure:
     """How alike the states with the mask closed and open are, by layer, the embedding first."""
-    figure, axes = _axes(2.6)
+    figure, axes = _axes(2.6, "cosine of states, mask closed and open")
     low, high = zip(*spread, strict=True)
     axes.fill_between(range(len(means)), low, high, color=OURS, alpha=0.2, linewidth=0)
     axes.plot(range(len(means)), means, color=OURS, marker="o", markersize=3.5)
     axes.set_ylim(min(0.0, *low), 1.03)
     axes.set_xlabel("layer (band: 10 to 90 % of tokens)")
-    axes.set_title("cosine of states, mask closed and open")
     return figure
 
 
 def bars(shapes: Mapping[str, Mapping[str, float]]) -> Figure:
     """The same measures of several models, one small panel per measure."""
     measures = list(next(iter(shapes.values())))
-    figure, panels = _axes(1.0 + 0.28 * len(shapes) * len(measures), len(measures))
+    figure, panels = _axes(1.0 + 0.28 * len(shapes) * len(measures), "", len(measures))
     colours = [CAUSAL if name == "causal" else OURS for name in shapes]
     for axes, measure in zip(panels, measures, strict=True):
-        values = [shape[measure] for shape in shapes.values()]
-        drawn = axes.barh(range(len(values)), values, color=colours, height=0.6)
+        drawn = axes.barh(list(shapes), [own[measure] for own in shapes.values()], 0.6,
+                          color=colours)  # fmt: skip
         axes.bar_label(drawn, fmt="%.3f", padding=4, fontsize=8)
-        axes.set_yticks(range(len(values)), list(shapes))
-        axes.set_ylim(len(values) - 0.4, -0.6)
+        axes.set_ylim(len(shapes) - 0.4, -0.6)
         axes.margins(x=0.18)
         axes.set_title(measure.replace("_", " "), fontsize=9)
         axes.grid(visible=False, axis="y")
@@ -180,7 +164,9 @@ def group_colours(groups: Sequence[str]) -> dict[str, str]:
     return dict(zip(frequent, PALETTE, strict=False))
 
 
-def _axes(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure of the usual width, with its axes."""
+def _axes(height: float, title: str, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of the usual width and its axes, the first of which have the title."""
     figure = Figure(figsize=(WIDTH, height))
-    return figure, figure.subplots(rows, **options)
+    axes = figure.subplots(rows, **options)
+    np.atleast_1d(axes)[0].set_title(title)
+    return figure, axes

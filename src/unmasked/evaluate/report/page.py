@@ -14,7 +14,7 @@ Shapes: N texts, D width.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -24,14 +24,8 @@ import numpy as np
 from jinja2 import Environment
 
 from unmasked.errors import DataError
+from unmasked.evaluate import compare
 from unmasked.evaluate.bootstrap import Interval, interval
-from unmasked.evaluate.compare import (
-    CAUSAL,
-    COMMAND,
-    compare_stages,
-    headline_metrics,
-    read_result,
-)
 from unmasked.evaluate.report import figures
 from unmasked.evaluate.report.samples import Sample, draw_sample
 from unmasked.evaluate.scorer import encode_by_role
@@ -72,23 +66,27 @@ def write_report(
         raise DataError(f"{run} is not a run folder (no recipe.yaml). Fix: name what -o named.")
     output = Path(output) if output else run / "report.html"
     recipe = load_recipe(run / "recipe.yaml")
-    save: Save = partial(figures.save, output.parent / "figures")
-    columns = [compare_stages(run, metric) for metric in headline_metrics(run)]
+    command = f"unmasked run {run / 'recipe.yaml'} -o {run}"
+    if (run / compare.COMMAND).is_file():
+        command = (run / compare.COMMAND).read_text(encoding="utf-8").strip()
+    columns = [compare.compare_stages(run, metric) for metric in compare.headline_metrics(run)]
     before = (columns[0].best_causal if columns else None) or "causal_mean"
+    save: Save = partial(figures.save, output.parent / "figures")
     with figures.style():
-        rows = [_stages(run, column.metric, column.scores) for column in columns]
-        drawn = [figures.stages(column.metric, r) for column, r in zip(columns, rows, strict=True)]
+        scores = [_intervals(run, column) for column in columns]
+        drawn = [figures.stages(c.metric, own) for c, own in zip(columns, scores, strict=True)]
         content = {
             "columns": columns,
-            "rows": rows,
+            "scores": scores,
             "stages": [save(f"stages-{number}", figure) for number, figure in enumerate(drawn)],
-            "curves": [save(f"curves-{name}", figures.curves(name, r)) for name, r in _logs(run)],
-            "vectors": _vectors(run, recipe, before.removeprefix(CAUSAL), save),
+            "curves": [save(f"curves-{name}", figure) for name, figure in _curves(run)],
+            "vectors": _vectors(run, recipe, before.removeprefix(compare.CAUSAL), save),
         }
-    command = f"unmasked run {run / 'recipe.yaml'} -o {run}"
-    if (run / COMMAND).is_file():
-        command = (run / COMMAND).read_text(encoding="utf-8").strip()
-    written = _template().render(
+    jinja = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    jinja.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    jinja.filters["short"] = _short
+    template = files("unmasked.evaluate.report").joinpath("report.html").read_text(encoding="utf-8")
+    written = jinja.from_string(template).render(
         recipe=recipe,
         recipe_text=(run / "recipe.yaml").read_text(encoding="utf-8"),
         command=command,
@@ -99,26 +97,18 @@ def write_report(
     return output
 
 
-def _template() -> Any:
-    jinja = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    jinja.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    jinja.filters["short"] = _short
-    text = files("unmasked.evaluate.report").joinpath("report.html").read_text(encoding="utf-8")
-    return jinja.from_string(text)
+def _intervals(run: Path, column: compare.Comparison) -> dict[str, Interval]:
+    """The score of each stage, with its interval."""
+    metric = column.metric.rpartition(".")[2]
+    results = {stage: compare.read_result(run, stage, column.metric) for stage in column.scores}
+    return {stage: interval(result, metric) for stage, result in results.items()}
 
 
-def _stages(run: Path, metric: str, stages: Iterable[str]) -> list[tuple[str, Interval, bool]]:
-    """Stage, score with its interval, and whether it is a causal baseline."""
-    name = metric.rpartition(".")[2]
-    results = ((stage, read_result(run, stage, metric)) for stage in stages)
-    return [(stage, interval(found, name), stage.startswith(CAUSAL)) for stage, found in results]
-
-
-def _logs(run: Path) -> list[tuple[str, list[dict[str, float]]]]:
-    """Stage and the lines of its metrics, in the order in which they were written."""
-    found = sorted(run.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-    lines = [(path.parent.name, path.read_text(encoding="utf-8").splitlines()) for path in found]
-    return [(name, [json.loads(line) for line in rows]) for name, rows in lines]
+def _curves(run: Path) -> Iterator[tuple[str, Any]]:
+    """Stage and figure of each metrics.jsonl, in the order in which they were written."""
+    for path in sorted(run.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        yield path.parent.name, figures.curves(path.parent.name, [json.loads(x) for x in lines])
 
 
 def _vectors(run: Path, recipe: Recipe, pooling: str, save: Save) -> dict[str, Any] | None:
@@ -135,42 +125,37 @@ def _vectors(run: Path, recipe: Recipe, pooling: str, save: Save) -> dict[str, A
         max_length=recipe.model.max_length,
     )
     ours = LLM2Vec.from_pretrained(run / "model", allow_partial=True)
-    names = (f"before: causal, {pooling.replace('_', ' ')}", "after")
     encoders = [encode_once(encode_by_role(model)) for model in (causal, ours)]
-    places, pair_texts = ("before", "after"), [text for pair in sample.pairs for text in pair]
-    cosines = [_cosines(encoded(encode, pair_texts)) for encode in encoders if pair_texts]
+    places, names = ("before", "after"), (f"before: causal, {pooling.replace('_', ' ')}", "after")
+    pairs = [text for pair in sample.pairs for text in pair]
+    cosines = [unit @ unit.T for unit in (_unit(encode, pairs) for encode in encoders if pairs)]
+    lowest = min((float(values.min()) for values in cosines), default=0.0)
     role = "document" if sample.queries else None  # as in searches: encoded once for both
-    heatmaps, maps = [], []
-    for place, name, encode in zip(places, names, encoders, strict=True):
-        points = _plane(encoded(encode, sample.texts, role))
-        maps.append(save(f"map-{place}", figures.text_map(name, points, sample.groups, place)))
-    for place, name, similarity in zip(places, names, cosines, strict=False):
-        lowest = float(min(each.min() for each in cosines))
-        heatmaps.append(save(f"heatmap-{place}", figures.heatmap(name, similarity, lowest)))
+    maps = [
+        figures.text_map(name, _plane(_unit(encode, sample.texts, role)), sample.groups, place)
+        for place, name, encode in zip(places, names, encoders, strict=True)
+    ]
+    heatmaps = [figures.heatmap(*given, lowest) for given in zip(names, cosines, strict=False)]
+    texts = zip(sample.groups, sample.texts, strict=True)
     return {
-        "heatmaps": heatmaps,
-        "pair_texts": pair_texts,
-        "maps": maps,
-        "colours": figures.group_colours(sample.groups),
-        "texts": [
-            f"{g}: {_short(t, 220)}" for g, t in zip(sample.groups, sample.texts, strict=True)
-        ],
         "names": names,
+        "pairs": pairs,
+        "heatmaps": [save(f"heatmap-{p}", f) for p, f in zip(places, heatmaps, strict=False)],
+        "texts": [f"{group}: {_short(text, 220)}" for group, text in texts],
+        "colours": figures.group_colours(sample.groups),
+        "maps": [save(f"map-{place}", figure) for place, figure in zip(places, maps, strict=True)],
         "documents": sample.documents,
-        "searches": _searches(sample, encoders),
+        "searches": _searches(sample, encoders) if sample.queries else [],
     }
 
 
 def _searches(sample: Sample, encoders: Sequence[Encode]) -> list[dict[str, Any]]:
     """Each query with, for each encoder, the rank of the first wanted document and the hits."""
-    if not sample.queries:
-        return []
-    texts, count = [text for _, text in sample.documents], len(sample.documents)
-    queries = [query for query, _ in sample.queries]
+    texts, queries = [text for _, text in sample.documents], [query for query, _ in sample.queries]
     ranked = []
     for encode in encoders:
         documents, asked = encoded(encode, texts, "document"), encoded(encode, queries, "query")
-        ranked.append(most_similar(asked, documents, count, tie_rank=np.arange(count)))
+        ranked.append(most_similar(asked, documents, len(texts), tie_rank=np.arange(len(texts))))
     return [
         {
             "query": query,
@@ -193,21 +178,21 @@ def _find_sample(run: Path, tasks: Sequence[str]) -> Sample | None:
     return None
 
 
-def _plane(vectors: np.ndarray) -> np.ndarray:
-    """Texts on a plane (N, 2), neighbours near each other."""
+def _unit(encode: Encode, texts: Sequence[str], role: str | None = None) -> np.ndarray:
+    """The unit vectors (N, D) of texts."""
+    vectors = encoded(encode, texts, role)
+    return np.asarray(vectors / norms(vectors)[:, None])
+
+
+def _plane(unit: np.ndarray) -> np.ndarray:
+    """Unit vectors (N, D) on a plane (N, 2), neighbours near each other."""
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    near = min(30, max(2, len(vectors) // 4))
-    unit = vectors / norms(vectors)[:, None]
+    near = min(30, max(2, len(unit) // 4))
     with threadpool_limits(1):  # its threads spin: on a busy machine minutes instead of seconds
         placed = TSNE(perplexity=near, init="pca", random_state=0).fit_transform(unit)
     return np.asarray(placed, dtype=np.float32)
-
-
-def _cosines(vectors: np.ndarray) -> np.ndarray:
-    unit = vectors / norms(vectors)[:, None]
-    return np.asarray(unit @ unit.T)
 
 
 def _short(text: str, length: int = 90) -> str:
