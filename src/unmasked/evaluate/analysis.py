@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import DataError, ModelError
 from unmasked.evaluate.scorer import encode_by_role
 from unmasked.evaluate.tasks.kinds import alike
@@ -30,7 +31,7 @@ from unmasked.evaluate.tasks.task_files import load_task
 from unmasked.evaluate.tasks.vectors import encoded
 from unmasked.files import docstrings
 from unmasked.forward.geometry import alignment_and_uniformity
-from unmasked.model import LLM2Vec
+from unmasked.model import TextEncoder
 
 TEXTS = 256  # pairs whose vectors are looked at
 READ = 32  # texts whose layers are looked at
@@ -138,7 +139,7 @@ def measure_shape(first: np.ndarray, second: np.ndarray) -> VectorShape:
     )
 
 
-def compare_states(closed: LLM2Vec, opened: LLM2Vec, text: str) -> np.ndarray:
+def compare_states(closed: TextEncoder, opened: TextEncoder, text: str) -> np.ndarray:
     """Cosines (L + 1, T) of the states of one text in two models."""
     states = []
     for model in (closed, opened):
@@ -154,7 +155,7 @@ def compare_states(closed: LLM2Vec, opened: LLM2Vec, text: str) -> np.ndarray:
     return torch.nn.functional.cosine_similarity(states[0], states[1], dim=-1).cpu().numpy()
 
 
-def _shape(model: LLM2Vec, pairs: Sequence[tuple[str, str]]) -> VectorShape:
+def _shape(model: TextEncoder, pairs: Sequence[tuple[str, str]]) -> VectorShape:
     encode = encode_by_role(model)
     return measure_shape(*(encoded(encode, side) for side in zip(*pairs, strict=True)))
 

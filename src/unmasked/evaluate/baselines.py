@@ -24,14 +24,12 @@ def find_base(model: str) -> str:
     That is what an adapter names; for the ``model`` of a run folder, what its recipe names; else
     the model itself.
     """
-    folder, name = Path(model), locate(model).name
+    folder, place = Path(model), locate(model)
     recipe = folder.parent / "recipe.yaml"
     if folder.is_dir() and recipe.is_file():
         return find_base(load_recipe(recipe).model.base)
-    if adapters.is_adapter(locate(name)):
-        return find_base(
-            adapters.read_adapter_config(locate(name)).base_model_name_or_path or model
-        )
+    if adapters.is_adapter(place):
+        return find_base(adapters.read_adapter_config(place).base_model_name_or_path or model)
     return model
 
 

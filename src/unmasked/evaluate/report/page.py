@@ -116,7 +116,7 @@ def _vectors(run: Path, recipe: Recipe, pooling: str, save: Save) -> dict[str, A
     sample = _find_sample(run, recipe.evaluate.tasks)
     if sample is None or not (run / "model" / "config.json").is_file():
         return None
-    from unmasked.model import LLM2Vec
+    from unmasked.compat.llm2vec import LLM2Vec
 
     causal = LLM2Vec.from_pretrained(
         recipe.model.base,

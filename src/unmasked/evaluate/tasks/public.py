@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from unmasked.checkpoint.fingerprint import fingerprint
 from unmasked.errors import DataError, MissingExtraError, first_line, nearest
 from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.tasks.vectors import finite
@@ -129,7 +128,7 @@ class Instructed(AbsEncoder):  # type: ignore[misc]
         base = str(getattr(model, "base", "") or "model").rstrip("/").split("/")[-1]
         name = re.sub(r"[^\w.-]", "-", base)
         self.mteb_model_meta = ModelMeta.create_empty(
-            overwrites={"name": f"unmasked/{name}", "revision": fingerprint(model)[:12]}
+            overwrites={"name": f"unmasked/{name}", "revision": model.fingerprint()[:12]}
         )
 
     def encode(
