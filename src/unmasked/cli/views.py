@@ -22,7 +22,7 @@ from unmasked.evaluate.compare import (
 )
 
 if TYPE_CHECKING:
-    from unmasked.demo import Search
+    from unmasked.demo import DemoSearch
     from unmasked.evaluate.analysis import Analysis
     from unmasked.recipe.schema import Recipe
     from unmasked.train.plan.cost import Plan, StagePlan
@@ -113,7 +113,7 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
         terminal.show("~ no text could be read: half of max_length is assumed for its length")
 
 
-def show_searches(searches: Sequence[Search]) -> None:
+def show_searches(searches: Sequence[DemoSearch]) -> None:
     """A few searches: where the wanted document was found, and what was found instead."""
     for search in searches:
         terminal.show(f'\nsearch: "{search.query}"')
