@@ -20,9 +20,9 @@ from unmasked.evaluate import load_task
 from unmasked.evaluate.compare import compare_encoders
 from unmasked.evaluate.scorer import make_scorer
 from unmasked.evaluate.tasks.public import (
+    INSTRUCTIONS,
     find_instruction,
     find_tasks,
-    published_instructions,
     score_public,
 )
 
@@ -160,7 +160,7 @@ def test_another_model_inherits_no_score(model, tiny_decoder, tmp_path):
 
 def test_queries_are_instructed_and_documents_are_not(model, tmp_path, monkeypatch):
     spy = Spy(model)
-    monkeypatch.setitem(published_instructions(), "LocalRetrieval", "Find it:")
+    monkeypatch.setitem(INSTRUCTIONS, "LocalRetrieval", "Find it:")
     score_public(local.LocalRetrieval(), spy, tmp_path)
     queries, documents = sorted(spy.asked, key=lambda given: isinstance(given, str))
     assert queries == ["Find it:", "query 0"]
@@ -173,9 +173,8 @@ def test_queries_are_instructed_and_documents_are_not(model, tmp_path, monkeypat
 
 
 def test_published_instructions():
-    known = published_instructions()
-    assert len(known) == 67
-    assert {name: text for name, text in known.items() if not text.endswith(":")} == {}
+    assert len(INSTRUCTIONS) == 67
+    assert {name: text for name, text in INSTRUCTIONS.items() if not text.endswith(":")} == {}
     expected = {
         "FEVER": "Given a claim, retrieve documents that support or refute the claim:",
         "FEVERHardNegatives": "Given a claim, retrieve documents that support or refute the claim:",

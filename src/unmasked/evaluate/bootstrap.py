@@ -2,22 +2,18 @@
 
 Training often moves a score by less than the choice of test queries does. Both systems are
 therefore scored on the same 1000 redrawn test sets; the spread of the 1000 differences is the
-interval (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; for retrieval
-Sakai, SIGIR 2006).
+interval (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; Sakai, SIGIR
+2006). A redrawn test set is a row of counts: how often each item was drawn. All metrics here are
+sums over counts, so nothing is sorted again: the interval of a Spearman correlation of 1500 pairs
+takes 0.13 s and 100 MB; `scipy.stats.bootstrap` draws the same test sets and takes 0.83 s.
 
-A redrawn test set is a row of counts: how often each item was drawn. Means, Pearson, Spearman and
-average precision are sums over counts, so nothing is sorted again: the interval of a Spearman
-correlation of 1500 pairs takes 0.13 s and 100 MB. `scipy.stats.bootstrap` draws the same test sets
-and takes 0.83 s.
-
-Shapes: S samples, N items (pairs or queries).
+Shapes: S samples (redrawn test sets), N items (pairs or queries); counts are (S, N).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,10 +28,10 @@ _CHUNK = 2**20  # counts held at a time, which bounds memory for large test sets
 class TaskResult:
     """What one encoder scored on one task.
 
-    `items` are what a bootstrap redraws, arrays of one length: each metric per query or text; for
-    pairs the similarities and `gold`, from which metrics are computed anew. Where the task redrew
-    its own test sets: the metric on each, under `redrawn_key`. Where a metric is a share: both
-    sides of it per sentence, under `ratio_keys`. mteb's results have none.
+    `items` are what a bootstrap redraws, arrays of one length: METRIC per query or text; for pairs
+    the similarities and `gold`, from which metrics are computed anew; for a share, ``METRIC hits``
+    and ``METRIC of`` per sentence. A task that redraws its own test sets keeps the metric on each,
+    as ``redrawn METRIC``. mteb's results have no items.
     """
 
     name: str
@@ -90,12 +86,7 @@ def interval(result: TaskResult, metric: str, samples: int = 1000, seed: int = 0
 
 
 def pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Pearson correlation (S,) of pairs that occur `counts` times; 0 where none is defined.
-
-    Args:
-        x, y: (N,) or (S, N).
-        counts: (S, N), how often sample s holds pair n.
-    """
+    """Pearson correlation (S,) of x and y, (N,) or (S, N); 0 where all x or all y are equal."""
     x, y = _centred(x, counts), _centred(y, counts)
     product, square_x, square_y = (
         np.einsum("sn,sn,sn->s", counts, u, v) for u, v in ((x, y), (x, x), (y, y))
@@ -105,19 +96,14 @@ def pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Spearman rank correlation, ties at their mean rank; x and y (N,), else as `pearson`."""
+    """Spearman rank correlation (S,) of x and y (N,), ties at their mean rank; 0 as `pearson`."""
     return pearson(_mean_ranks(x, counts), _mean_ranks(y, counts), counts)
 
 
 def average_precision(x: np.ndarray, gold: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Average precision (S,) of ranking pairs by similarity, ties sharing a rank.
+    """Average precision (S,) of a ranking by similarity x (N,), ties sharing a rank.
 
-    As in scikit-learn; 0 where a sample holds no match.
-
-    Args:
-        x: (N,) similarities.
-        gold: (N,) 1 for a match, else 0.
-        counts: (S, N), how often sample s holds pair n.
+    As in scikit-learn; `gold` (N,) is 1 for a match, else 0. It is 0 where a sample has no match.
     """
     order = np.argsort(-x, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(x[order]) != 0, True))
@@ -137,24 +123,15 @@ PAIR_METRICS: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...]]] = {
 """Metrics of pairs: how similarities and `gold` give them, and which similarities."""
 
 
-def pair_metric(
-    items: Mapping[str, np.ndarray], metric: str, counts: np.ndarray | None = None
-) -> np.ndarray:
-    """A metric (S,) of `PAIR_METRICS`, the best by its similarities; by default of all pairs."""
+def measure(items: Mapping[str, np.ndarray], metric: str, counts: np.ndarray) -> np.ndarray:
+    """A metric (S,) of the items of a result, for test sets drawn as the counts say."""
+    if metric in items:
+        return np.asarray(counts @ items[metric] / len(items[metric]))
+    if (hits := f"{metric} hits") in items:
+        return np.asarray(counts @ items[hits] / np.maximum(counts @ items[f"{metric} of"], 1))
     compute, names = PAIR_METRICS[metric]
-    gold = items["gold"]
-    counts = np.ones((1, len(gold))) if counts is None else counts
-    return np.asarray(np.max([compute(items[name], gold, counts) for name in names], axis=0))
-
-
-def redrawn_key(metric: str) -> str:
-    """Where a result keeps a metric's values on test sets that the task redrew itself."""
-    return f"redrawn {metric}"
-
-
-def ratio_keys(metric: str) -> tuple[str, str]:
-    """Where a result keeps both sides of a metric that is a share: the hits, and of how many."""
-    return f"{metric} hits", f"{metric} of"
+    each = [compute(items[name], items["gold"], counts) for name in names]
+    return np.asarray(np.max(each, axis=0))
 
 
 def _centred(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -185,34 +162,23 @@ def _bootstrapped(
     items = [result.items for result in results]
     if not (samples and items[0]):
         return Interval(observed, observed, observed)
-    if (key := redrawn_key(metric)) in items[0]:
+    if (key := f"redrawn {metric}") in items[0]:
         from scipy.stats import t
 
         # The normal interval (Student's, for few samples): ten test sets have no percentiles.
         drawn = _less([own[key] for own in items])
         margin = float(t.ppf((1 + CONFIDENCE) / 2, len(drawn) - 1) * drawn.std(ddof=1))
         return Interval(observed, observed - margin, observed + margin)
-    statistics = [_statistic(own, metric) for own in items]
     redrawn = _redrawn(len(next(iter(items[0].values()))), samples, seed)
-    drawn = np.concatenate([_less([of(counts) for of in statistics]) for counts in redrawn])
+    values = [_less([measure(own, metric, counts) for own in items]) for counts in redrawn]
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(drawn, (tail, 1 - tail)).tolist()
+    low, high = np.quantile(np.concatenate(values), (tail, 1 - tail)).tolist()
     return Interval(observed, low, high)
 
 
 def _less(values: Sequence[Any]) -> Any:
     """The first of one or two values, less the second."""
     return values[0] - values[1] if len(values) > 1 else values[0]
-
-
-def _statistic(items: Mapping[str, np.ndarray], metric: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The metric (S,) as a function of counts (S, N)."""
-    hits, of = ratio_keys(metric)
-    if metric in items:
-        return lambda counts: counts @ items[metric] / len(items[metric])
-    if hits in items:
-        return lambda counts: counts @ items[hits] / np.maximum(counts @ items[of], 1)
-    return partial(pair_metric, items, metric)
 
 
 def _redrawn(items: int, samples: int, seed: int) -> Iterator[np.ndarray]:

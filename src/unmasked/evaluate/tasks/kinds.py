@@ -1,14 +1,9 @@
 """The kinds of tasks that files hold, each scored from the vectors of its texts.
 
-A score before and after each training stage has to be cheap and has to keep what each item scored,
-for the intervals; sentence-transformers' evaluators and mteb keep means only. The scores mean what
-they mean in mteb and pytrec_eval: the same metrics, classifiers and seeds (a test compares them on
-the same vectors).
-
-Cost: encoding each distinct text once, then seconds (ten classifiers, ten clusterings).
-scikit-learn is imported by the tasks that train something.
-
-Shapes: N texts or pairs, Q queries, D width.
+Intervals need what each item scored, and sentence-transformers' evaluators and mteb keep means
+only. The scores mean what they mean in mteb and pytrec_eval: the same metrics, classifiers and
+seeds (a test compares them on the same vectors). Cost: encoding each distinct text once, then
+seconds (ten classifiers, ten clusterings). Shapes: N texts or pairs, D width.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from unmasked.evaluate.bootstrap import PAIR_METRICS, TaskResult, pair_metric, redrawn_key
+from unmasked.evaluate.bootstrap import PAIR_METRICS, TaskResult, measure
 from unmasked.evaluate.tasks.vectors import Encode, encoded, most_similar, norms, paired_cosines
 
 TextsByRole = Mapping[Any, Sequence[str]]
@@ -34,7 +29,6 @@ EXPERIMENTS = 10  # classifiers or clusterings whose scores are averaged
 SAMPLES_PER_LABEL = 8  # texts of each label that a classifier is trained on
 CLUSTERED = 16_384  # most texts that are clustered, and texts of each redrawn clustering
 KMEANS_BATCH = 512
-
 SIMILARITIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "cosine": paired_cosines,
     "dot": lambda x, y: np.einsum("nd,nd->n", x, y, dtype=np.float64),
@@ -58,10 +52,10 @@ class Task:
         Raises:
             DataError: a vector is not finite.
         """
-        items = self.measure(encode)
+        items = self.per_item(encode)
         return TaskResult(self.name, {name: float(v.mean()) for name, v in items.items()}, items)
 
-    def measure(self, encode: Encode) -> dict[str, np.ndarray]:
+    def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
         """Metrics of each item, whose means are the scores."""
         raise NotImplementedError
 
@@ -82,7 +76,8 @@ class PairTask(Task):
         first, second = np.split(encoded(encode, self.texts[None]), 2)
         _, names = PAIR_METRICS[self.metrics[0]]
         items = {name: SIMILARITIES[name](first, second) for name in names} | {"gold": self.gold}
-        scores = {metric: pair_metric(items, metric).item() for metric in self.metrics}
+        once = np.ones((1, len(self.gold)))
+        scores = {metric: measure(items, metric, once).item() for metric in self.metrics}
         return TaskResult(self.name, scores, items)
 
 
@@ -109,7 +104,7 @@ class RetrievalTask(Task):
     grades: list[dict[int, float]]  # for each query, of its relevant documents by position
     kind = "retrieval"
 
-    def measure(self, encode: Encode) -> dict[str, np.ndarray]:
+    def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
         documents, queries = (encoded(encode, self.texts[r], r) for r in ("document", "query"))
         id_ranks = np.argsort(np.argsort(self.document_ids))
         best = most_similar(queries, documents, DEPTH, tie_rank=-id_ranks)
@@ -119,8 +114,7 @@ class RetrievalTask(Task):
             highest = sorted(grades.values(), reverse=True)[:DEPTH]
             ideal[q, : len(highest)] = highest
         discounts = 1 / np.log2(np.arange(2, DEPTH + 2))
-        found = gains > 0
-        relevant = np.array([len(grades) for grades in self.grades])
+        found, relevant = gains > 0, np.array([len(grades) for grades in self.grades])
         return {
             "ndcg@10": (gains @ discounts) / (ideal @ discounts),
             "recall@1": found[:, 0] / relevant,
@@ -140,12 +134,12 @@ class RerankingTask(Task):
     relevant: list[int]  # for each query how many of its candidates are relevant
     kind = "reranking"
 
-    def measure(self, encode: Encode) -> dict[str, np.ndarray]:
+    def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
         queries, documents = (encoded(encode, self.texts[r], r) for r in ("query", "document"))
         items = {"map": np.zeros(len(queries)), "mrr@10": np.zeros(len(queries))}
         for q, (own, relevant) in enumerate(zip(self.candidates, self.relevant, strict=True)):
-            later_first = -np.arange(len(own))
-            order = most_similar(queries[q : q + 1], documents[own], len(own), later_first)[0]
+            count = len(own)
+            order = most_similar(queries[q : q + 1], documents[own], count, -np.arange(count))[0]
             ranks = np.flatnonzero(order < relevant) + 1
             items["map"][q] = (np.arange(1, relevant + 1) / ranks).mean()
             items["mrr@10"][q] = 1 / ranks[0] if ranks[0] <= DEPTH else 0
@@ -178,7 +172,7 @@ class ClusteringTask(Task):
         mean = float(values.mean())
         # More draws than texts vary less than a test set of that size does.
         spread = mean + (values - mean) * np.sqrt(CLUSTERED / count)
-        return TaskResult(self.name, {"v_measure": mean}, {redrawn_key("v_measure"): spread})
+        return TaskResult(self.name, {"v_measure": mean}, {"redrawn v_measure": spread})
 
 
 @dataclass(slots=True)
@@ -198,7 +192,7 @@ class ClassificationTask(Task):
         """What the classifiers are judged by."""
         return self.texts[None][len(self.train_labels) :]
 
-    def measure(self, encode: Encode) -> dict[str, np.ndarray]:
+    def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
@@ -217,15 +211,15 @@ class ClassificationTask(Task):
 
     def _undersampled(self) -> list[list[int]]:
         """Positions of each experiment's training texts; mteb shuffles the same list again."""
-        order = list(range(len(self.train_labels)))
+        order = np.arange(len(self.train_labels))
         samples: list[list[int]] = []
         for _ in range(EXPERIMENTS):
             np.random.RandomState(SEED).shuffle(order)
             seen: Counter[str] = Counter()
             samples.append([])
-            for index in order:
-                seen[self.train_labels[index]] += 1
-                if seen[self.train_labels[index]] <= SAMPLES_PER_LABEL:
+            for index, label in zip(order.tolist(), self.train_labels[order], strict=True):
+                seen[label] += 1
+                if seen[label] <= SAMPLES_PER_LABEL:
                     samples[-1].append(index)
         return samples
 
@@ -233,19 +227,15 @@ class ClassificationTask(Task):
 def alike(task: Task, share: float = 0.2) -> list[tuple[str, str]]:
     """Texts of a task that belong together; none for clustering and classification.
 
-    Args:
-        task: STS, pairs, reranking or retrieval.
-        share: of scored pairs, the share of the most similar ones that is taken.
+    Of scored pairs it is the share of the most similar ones.
     """
     if isinstance(task, PairTask):
         first, second = np.split(np.array(task.texts[None], dtype=object), 2)
         best = np.flatnonzero(task.gold >= np.quantile(task.gold, 1 - share))
         return list(zip(first[best], second[best], strict=True))
+    found: list[int] = []
     if isinstance(task, RerankingTask):
         found = [own[0] for own in task.candidates]
     elif isinstance(task, RetrievalTask):
         found = [max(grades, key=grades.__getitem__) for grades in task.grades]
-    else:
-        return []
-    answers = [task.texts["document"][position] for position in found]
-    return list(zip(task.texts["query"], answers, strict=True))
+    return [(task.texts["query"][q], task.texts["document"][d]) for q, d in enumerate(found)]

@@ -4,10 +4,8 @@ One word per line with its labels behind it (separated by tabs or spaces) and a 
 each sentence. Every column of labels is probed alone and called by what it holds: ``pos``,
 ``chunk``, ``ner``, or by its number. Two states of each word are probed: its own, and the one
 before (``before``), where masked next token prediction puts what it knows (arXiv 2404.05961,
-section 4).
-
-Token accuracy counts every word, ``O`` included, as the paper does; columns of spans (B-, I-) also
-get the F1 of whole spans (seqeval), by which models differ more.
+section 4). Token accuracy counts every word, ``O`` included, as the paper does; columns of spans
+(B-, I-) also get the F1 of whole spans (seqeval), by which models differ more.
 
 Cost: encoding all words, then one logistic regression per column and state: about ten seconds for
 `TRAIN_WORDS` words of width 256.
@@ -17,15 +15,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unmasked.errors import DataError, MissingExtraError
-from unmasked.evaluate.bootstrap import TaskResult, ratio_keys
+from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.tasks.task_files import fault, read_lines
 from unmasked.evaluate.tasks.vectors import finite
 
@@ -38,6 +36,8 @@ _PHRASES = {"NP", "VP", "PP"}
 _SPLIT = re.compile(r"(dev|valid|testa|testb|test)(?=[^a-z]*\.[a-z]+$|$)")
 _SPAN = re.compile(r"O|[BIES]-.+")
 
+Labels = list[list[str]]
+"""Of the words of each sentence."""
 Sentence = tuple[list[str], list[list[str]]]
 """Words, and the labels of all words for each column."""
 
@@ -66,7 +66,7 @@ class WordTask:
                 for metric, (hits, of) in _measure(gold, said).items():
                     name = f"{column}{suffix} {metric}"
                     found.scores[name] = float(hits.sum() / max(of.sum(), 1))
-                    found.items.update(zip(ratio_keys(name), (hits, of), strict=True))
+                    found.items.update({f"{name} hits": hits, f"{name} of": of})
         return found
 
     def _sample(self) -> list[Sentence]:
@@ -94,15 +94,15 @@ def load_probe(path: str | Path) -> WordTask:
         given = f"there is no file to train on beside it ({partner.name})"
         raise fault(path, given, "give NAME_dev or NAME_test with NAME_train beside it")
     train, test = _read(partner), _read(path)
-    if len(train[0][1]) != len(test[0][1]):
+    width, columns = len(test[0][1]), []
+    if len(train[0][1]) != width:
         raise fault(path, f"other columns than {partner.name}", "give files of one layout")
-    columns = []
-    for number in range(len(test[0][1])):
+    for number in range(width):
         if len(set().union(*_column(train, number))) < 2:
             raise fault(partner, f"column {number + 2} has one label only", "leave it out")
         columns.append(_name(number, set().union(*_column(test, number))))
-        if columns[-1] in ("chunk", "ner") or columns[-1].startswith("span"):
-            _span_reader()
+        if re.match("chunk|ner|span", columns[-1]) and find_spec("seqeval") is None:
+            raise MissingExtraError("seqeval", "eval")
     return WordTask(path.resolve().stem, tuple(columns), train, test)
 
 
@@ -147,19 +147,17 @@ def _name(number: int, labels: set[str]) -> str:
     return "pos" if {"NN", "IN"} <= labels else f"column{number + 2}"
 
 
-def _column(sentences: Sequence[Sentence], number: int) -> list[list[str]]:
+def _column(sentences: list[Sentence], number: int) -> Labels:
     return [columns[number] for _, columns in sentences]
 
 
-def _vectors(model: Any, sentences: Sequence[Sentence], previous: bool) -> np.ndarray:
+def _vectors(model: Any, sentences: list[Sentence], previous: bool) -> np.ndarray:
     words = [words for words, _ in sentences]
     vectors = np.concatenate(model.encode_words(words, previous=previous))
     return finite(vectors, [word for sentence in words for word in sentence], None)
 
 
-def _predict(
-    train: np.ndarray, labels: list[list[str]], test: np.ndarray, gold: list[list[str]]
-) -> list[list[str]]:
+def _predict(train: np.ndarray, labels: Labels, test: np.ndarray, gold: Labels) -> Labels:
     """What a logistic regression says of the words of each sentence of `gold`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -174,24 +172,15 @@ def _predict(
     return [[next(said) for _ in row] for row in gold]
 
 
-def _measure(
-    gold: list[list[str]], said: list[list[str]]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _measure(gold: Labels, said: Labels) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """For each metric and sentence, how many were hit, and of how many."""
     pairs = list(zip(gold, said, strict=True))
     right = [sum(g == s for g, s in zip(*pair, strict=True)) for pair in pairs]
     measured = {"accuracy": (np.array(right), np.array([len(g) for g, _ in pairs]))}
     if all(_SPAN.fullmatch(label) for row in gold for label in row):
-        get = _span_reader()
-        spans = [(set(get(g)), set(get(s))) for g, s in pairs]
+        from seqeval.metrics.sequence_labeling import get_entities
+
+        spans = [(set(get_entities(g)), set(get_entities(s))) for g, s in pairs]
         hits = np.array([2 * len(g & s) for g, s in spans])
         measured["f1"] = (hits, np.array([len(g) + len(s) for g, s in spans]))
     return measured
-
-
-def _span_reader() -> Any:
-    try:
-        from seqeval.metrics.sequence_labeling import get_entities
-    except ImportError as error:
-        raise MissingExtraError("seqeval", "eval") from error
-    return get_entities

@@ -1,15 +1,13 @@
 """Public tasks and benchmarks by their mteb name, each with the published instruction of LLM2Vec.
 
-mteb runs them, and its result files stay in the given folder, one per task, so that a run that was
-interrupted goes on and nothing is computed twice. They are kept under a fingerprint of the weights
-as their revision: another model never inherits a score.
+mteb runs them, and its result files stay in the given folder, one per task, under a fingerprint of
+the weights: an interrupted run goes on, and another model never inherits a score.
 
 Instructions: those the paper evaluated with (arXiv 2404.05961, appendix; instructions.json), given
 as ``[instruction, text]``, so that they are joined as the model was trained; for other tasks mteb's
-own. mteb's `InstructSentenceTransformerModel` would pass them as prompts instead, and loads the
-model anew. Documents have no instruction.
-
-Cost: importing mteb (seconds), the download of each task's data, and encoding all of it.
+own; none for documents. mteb's `InstructSentenceTransformerModel` would load the model anew and
+pass them as prompts. Cost: importing mteb (seconds), the download of each task's data, and encoding
+all of it.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,14 +32,11 @@ try:
 except ImportError as error:
     raise MissingExtraError("mteb", "eval") from error
 
+INSTRUCTIONS: dict[str, str] = json.loads(
+    (files("unmasked.evaluate.tasks") / "instructions.json").read_text(encoding="utf-8")
+)
+"""Task name → instruction, as the paper evaluated with."""
 _VARIANT = re.compile(r"(HardNegatives|Retrieval|Summarization)?(\.v\d+)?$")
-
-
-@cache
-def published_instructions() -> dict[str, str]:
-    """Task name → instruction, as the paper evaluated with."""
-    file = files("unmasked.evaluate.tasks") / "instructions.json"
-    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def find_instruction(name: str, own: str = "") -> str:
@@ -52,9 +46,8 @@ def find_instruction(name: str, own: str = "") -> str:
         name: mteb's name; a later variant (``.v2``, ``HardNegatives``) has that of the first.
         own: mteb's instruction, for a task that the paper did not evaluate on.
     """
-    known = published_instructions()
-    own = f"{own.rstrip('.:')}:" if own else ""
-    return known.get(name) or known.get(_VARIANT.sub("", name)) or own
+    known = INSTRUCTIONS.get(name) or INSTRUCTIONS.get(_VARIANT.sub("", name))
+    return known or (f"{own.rstrip('.:')}:" if own else "")
 
 
 def find_tasks(name: str, languages: Sequence[str] | None = None) -> list[Any]:

@@ -8,8 +8,8 @@
     folder  train.tsv, test.tsv           classification
     folder  corpus.jsonl, queries.jsonl, qrels/test.tsv        retrieval in the BEIR layout
 
-Every error names the file, the line and the fix, which mteb's and sentence-transformers' loaders do
-not. Cost: one pass over each file.
+Every error names the file, the line and the fix, which no loader of mteb does. Cost: one pass over
+each file.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from unmasked.files import readers
 SCORED = ("score", "sentence1", "sentence2")
 PAIRED = ("label", "sentence1", "sentence2")
 LABELLED = ("label", "text")
+LAYOUTS = (SCORED, PAIRED, LABELLED)
 QRELS = ("query-id", "corpus-id", "score")
 BEIR = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 SPLITS = ("train.tsv", "test.tsv")
@@ -41,21 +42,23 @@ def load_task(path: str | Path) -> kinds.Task:
     """
     path = Path(path)
     if path.is_dir():
-        split = [name for name in SPLITS if (path / name).is_file()]
-        return _load_split(path, split) if split else _load_retrieval(path)
+        split = [file for name in SPLITS if (file := path / name).is_file()]
+        if len(split) == 1:
+            given = f"a classification task is a folder with {' and '.join(SPLITS)}; one is missing"
+            raise fault(path, given, "add the file")
+        name = path.resolve().name
+        return _load_classification(name, *split) if split else _load_retrieval(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder. Fix: check the path.")
     if path.suffix == ".jsonl":
         return _load_reranking(path)
     if path.suffix != ".tsv":
-        given = (
-            f"'{path.suffix}' given, but a task is a .tsv file (score, sentence1, sentence2; "
-            "label, sentence1, sentence2; or label, text), a .jsonl file (query, positive, "
-            "negative) or a folder"
-        )
+        tables = "; or ".join(", ".join(columns) for columns in LAYOUTS)
+        allowed = f"a .tsv file ({tables}), a .jsonl file (query, positive, negative) or a folder"
+        given = f"'{path.suffix}' given, but a task is {allowed}"
         raise fault(path, given, "convert or rename the file")
     header = next((line for _, line in read_lines(path) if line.strip(" ")), "").split("\t")
-    layout = max((SCORED, PAIRED, LABELLED), key=lambda columns: _likeness(columns, header))
+    layout = max(LAYOUTS, key=lambda columns: _likeness(columns, header))
     return _load_labelled(path) if layout == LABELLED else _load_pairs(path, layout)
 
 
@@ -107,13 +110,6 @@ def _load_labelled(path: Path) -> kinds.Task:
     return kinds.ClusteringTask(stem, {None: texts}, np.array(labels))
 
 
-def _load_split(folder: Path, there: Sequence[str]) -> kinds.ClassificationTask:
-    if len(there) < len(SPLITS):
-        given = f"a classification task is a folder with {' and '.join(SPLITS)}; one is missing"
-        raise fault(folder, given, "add the file")
-    return _load_classification(folder.resolve().name, *(folder / name for name in SPLITS))
-
-
 def _load_classification(name: str, train: Path, test: Path) -> kinds.ClassificationTask:
     (_, known, train_texts), (lines, labels, texts) = _labelled(train), _labelled(test)
     allowed = set(known)
@@ -128,9 +124,9 @@ def _load_classification(name: str, train: Path, test: Path) -> kinds.Classifica
 def _labelled(path: Path) -> tuple[list[int], list[str], list[str]]:
     """Line, label and text of each row."""
     rows = list(readers.read_tsv(str(path), LABELLED))
-    labels, texts = [label for _, (label, _) in rows], [text for _, (_, text) in rows]
+    labels = [label for _, (label, _) in rows]
     _check_labels(path, labels, "texts of at least two labels")
-    return [line for line, _ in rows], labels, texts
+    return [line for line, _ in rows], labels, [text for _, (_, text) in rows]
 
 
 def _check_labels(path: Path, labels: Sequence[str], wanted: str) -> None:
@@ -169,8 +165,8 @@ def _candidates(path: Path, line: int, row: Any, key: str) -> list[str]:
 
 def _load_retrieval(folder: Path) -> kinds.RetrievalTask:
     corpus, questions, qrels = (folder / name for name in BEIR)
-    for file, name in zip((corpus, questions, qrels), BEIR, strict=True):
-        if not file.is_file():
+    for name in BEIR:
+        if not (folder / name).is_file():
             given = f"a retrieval task is a folder with {', '.join(BEIR)}, and {name} is missing"
             raise fault(folder, given, "add the file")
     documents, queries = _records(corpus), _records(questions)
@@ -186,11 +182,10 @@ def _load_retrieval(folder: Path) -> kinds.RetrievalTask:
         if grades.setdefault(positions[document], grade) != grade:
             given = f"query '{query}', document '{document}': score {score}, another one above"
             raise fault(qrels, given, "keep one of the lines", line)
-    tested = _tested(queries, judged, qrels)
+    tested, name = _tested(queries, judged, qrels), folder.resolve().name
     asked = [queries[query] for query in tested]
     texts = {"document": list(documents.values()), "query": asked}
-    name, grades_of = folder.resolve().name, list(tested.values())
-    return kinds.RetrievalTask(name, texts, list(documents), grades_of)
+    return kinds.RetrievalTask(name, texts, list(documents), list(tested.values()))
 
 
 def _tested(
