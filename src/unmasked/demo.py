@@ -1,8 +1,8 @@
-"""The whole road in minutes: `nano` learns the documentation of the packages on this machine.
+"""The whole method in minutes: `nano` learns the documentation of the packages on this machine.
 
 The first sentence of a docstring has to find the rest of it among those of modules that training
 never read. Nothing is downloaded, and nothing is special: the demo writes texts and a retrieval
-task to files and runs an ordinary recipe on them.
+task to files and runs an ordinary recipe on them. Cost: see `Size`; minutes on two cores.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import DataError
 from unmasked.evaluate.scorer import make_scorer
 from unmasked.files.docstrings import Docstring, collect, pairs
+from unmasked.model import TextEncoder
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Recipe
 
@@ -45,50 +46,36 @@ QUICK = Size(docstrings=2500, documents=60, mntp_steps=8, simcse_steps=4, superv
 
 
 @dataclass(frozen=True)
-class Search:
-    """A held-out first sentence, and where its docstring was found before and after.
-
-    Attributes:
-        query: the sentence.
-        wanted: name of the docstring it begins.
-        before, after: rank of that docstring (1 is first) and the name of the first hit.
-    """
+class DemoSearch:
+    """A held-out first sentence, and where its docstring was found before and after."""
 
     query: str
-    wanted: str
-    before: tuple[int, str]
+    wanted: str  # the name of the docstring that the sentence begins
+    before: tuple[int, str]  # the rank of that docstring, from 1, and the name of the first hit
     after: tuple[int, str]
 
 
 def demo_recipe(folder: Path, size: Size) -> Recipe:
     """The ordinary recipe of the demo, on the files that `write_data` writes."""
     data = folder / "data"
-    return load_recipe(
-        "nano-supervised",
-        [
-            "name=demo",
-            f"mntp.data={data / 'train.jsonl'}",
-            f"mntp.steps={size.mntp_steps}",
-            f"mntp.warmup_steps={size.mntp_steps // 10}",
-            f"simcse.data={data / 'passages.jsonl'}",
-            f"simcse.steps={size.simcse_steps}",
-            f"simcse.warmup_steps={size.simcse_steps // 10}",
-            f"supervised.data={data / 'pairs.jsonl'}",
-            f"supervised.steps={size.supervised_steps}",
-            f"supervised.warmup_steps={size.supervised_steps // 10}",
-            "supervised.batch_size=48",
-            "supervised.max_length=64",
-            "supervised.learning_rate=1e-3",
-            f"evaluate.tasks={data / TASK}",
-        ],
-    )
+    stages = {
+        "mntp": ("train.jsonl", size.mntp_steps),
+        "simcse": ("passages.jsonl", size.simcse_steps),
+        "supervised": ("pairs.jsonl", size.supervised_steps),
+    }
+    own = ("batch_size=48", "max_length=64", "learning_rate=1e-3")
+    settings = ["name=demo", f"evaluate.tasks={data / TASK}", *(f"supervised.{s}" for s in own)]
+    for stage, (file, steps) in stages.items():
+        settings += [f"{stage}.data={data / file}", f"{stage}.steps={steps}"]
+        settings += [f"{stage}.warmup_steps={steps // 10}"]
+    return load_recipe("nano-supervised", settings)
 
 
 def write_data(folder: Path, size: Size) -> None:
     """Write the texts and the retrieval task below a run folder, unless they are there.
 
     Raises:
-        DataError: too few docstrings on this machine.
+        DataError: there are too few docstrings on this machine.
     """
     data = folder / "data"
     if (data / TASK / "qrels" / "test.tsv").is_file():
@@ -101,15 +88,16 @@ def write_data(folder: Path, size: Size) -> None:
             "packages of this Python. Fix: run the demo where more packages are installed."
         )
     train = [d for d in found if not d.held_out]
-    data.mkdir(parents=True, exist_ok=True)
-    _write_lines(data / "train.jsonl", ({"text": d.text} for d in train))
-    _write_lines(data / "passages.jsonl", ({"text": t} for d in train for t in _passages(d) if t))
+    # What SimCSE calls a sentence: the summary, and the first paragraph of the rest.
+    passages = (text for d in train for text in (d.summary, d.body.split("\n\n", 1)[0]) if text)
     answered = ({"query": d.summary, "positive": d.body} for d in pairs(train))
-    _write_lines(data / "pairs.jsonl", answered)
+    _write_rows(data / "train.jsonl", ({"text": d.text} for d in train))
+    _write_rows(data / "passages.jsonl", ({"text": text} for text in passages))
+    _write_rows(data / "pairs.jsonl", answered)
     _write_task(data / TASK, held_out)
 
 
-def run_demo(folder: Path, *, quick: bool, listener: Listener) -> list[Search]:
+def run_demo(folder: Path, *, quick: bool, listener: Listener) -> list[DemoSearch]:
     """Write the data, run the recipe, and make a few searches before and after.
 
     Args:
@@ -124,19 +112,18 @@ def run_demo(folder: Path, *, quick: bool, listener: Listener) -> list[Search]:
 
     size = QUICK if quick else FULL
     recipe = demo_recipe(folder, size)
-    Run(recipe, folder)  # refuses a folder that is not ours before writing to it
+    Run(recipe, folder)  # refuses a folder that is not ours before anything is written to it
     listener.stage("reading the docstrings of the installed packages")
     write_data(folder, size)
     score = make_scorer(recipe.evaluate.tasks)
     after = Run(recipe, folder, score, listener).run()
     listener.stage("searching")
     before = LLM2Vec.from_pretrained(recipe.model.base, enable_bidirectional=False)
-    return _searches(folder, before, after)
+    return _searches(folder / "data" / TASK, before, after)
 
 
-def _searches(folder: Path, before: LLM2Vec, after: LLM2Vec) -> list[Search]:
-    documents = _read_lines(folder / "data" / TASK / "corpus.jsonl")
-    queries = _read_lines(folder / "data" / TASK / "queries.jsonl")
+def _searches(task: Path, before: TextEncoder, after: TextEncoder) -> list[DemoSearch]:
+    documents, queries = (_read_rows(task / f"{name}.jsonl") for name in ("corpus", "queries"))
     chosen = range(0, len(queries), max(1, len(queries) // SEARCHES))[:SEARCHES]
     names = [row["_id"].partition(" ")[2] for row in documents]
     found: dict[int, list[tuple[int, str]]] = {index: [] for index in chosen}
@@ -146,34 +133,25 @@ def _searches(folder: Path, before: LLM2Vec, after: LLM2Vec) -> list[Search]:
         for index, scores in zip(chosen, model.similarity(asked, corpus).numpy(), strict=True):
             rank = int((scores > scores[index]).sum()) + 1
             found[index].append((rank, names[int(scores.argmax())]))
-    return [Search(queries[index]["text"], names[index], *found[index]) for index in chosen]
-
-
-def _read_lines(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _passages(doc: Docstring) -> tuple[str, str]:
-    """What SimCSE calls a sentence: the summary, and the first paragraph of the rest."""
-    return doc.summary, doc.body.split("\n\n", 1)[0]
+    return [DemoSearch(queries[index]["text"], names[index], *found[index]) for index in chosen]
 
 
 def _write_task(folder: Path, docs: list[Docstring]) -> None:
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
     ids = [f"{i:05d} {d.module}.{d.name}".rstrip(".") for i, d in enumerate(docs)]
-    _write_lines(
-        folder / "corpus.jsonl",
-        ({"_id": i, "text": d.body} for i, d in zip(ids, docs, strict=True)),
-    )
-    _write_lines(
-        folder / "queries.jsonl",
-        ({"_id": i, "text": d.summary} for i, d in zip(ids, docs, strict=True)),
-    )
-    rows = ["query-id\tcorpus-id\tscore", *(f"{i}\t{i}\t1" for i in ids)]
-    (folder / "qrels" / "test.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for name, texts in (("corpus", [d.body for d in docs]), ("queries", [d.summary for d in docs])):
+        rows = ({"_id": i, "text": text} for i, text in zip(ids, texts, strict=True))
+        _write_rows(folder / f"{name}.jsonl", rows)
+    lines = ["query-id\tcorpus-id\tscore", *(f"{i}\t{i}\t1" for i in ids)]
+    (folder / "qrels").mkdir(exist_ok=True)
+    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:  # whose lines end at line breaks alone
+        return [json.loads(line) for line in file]
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(lines, encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 
 from unmasked import LLM2Vec
 from unmasked.errors import DataError
-from unmasked.evaluate.analysis import _compare, analyse, measure_shape
+from unmasked.evaluate.analysis import analyse, compare_states, measure_shape
 
 
 def test_shape_by_hand():
@@ -38,7 +38,7 @@ def test_vectors_in_one_direction_are_anisotropic():
 def test_layers_are_those_of_the_model(tiny_decoder):
     closed = LLM2Vec.from_pretrained(tiny_decoder, enable_bidirectional=False, device="cpu")
     opened = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
-    cosines = _compare(closed, opened, "The cat sat on the mat.")
+    cosines = compare_states(closed, opened, "The cat sat on the mat.")
     assert cosines.shape[0] == 3 and np.allclose(cosines[0], 1, atol=1e-5)
     states = [
         m.encode(["The cat sat on the mat."], output_value="token_embeddings")[0]
@@ -47,7 +47,7 @@ def test_layers_are_those_of_the_model(tiny_decoder):
     last = torch.nn.functional.cosine_similarity(*states, dim=-1).numpy()
     np.testing.assert_allclose(cosines[-1], last, atol=1e-4)
     assert last[0] < 0.999, "the first token sees the others now"
-    assert np.allclose(_compare(opened, opened, "The cat."), 1, atol=1e-5)
+    assert np.allclose(compare_states(opened, opened, "The cat."), 1, atol=1e-5)
 
 
 def test_the_command(tiny_decoder, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,6 @@ from unmasked.evaluate.compare import (
     compare_stages,
     headline_metrics,
 )
-from unmasked.evaluate.scorer import make_scorer
 
 RANDOM = np.random.default_rng(0)
 CAUSAL = np.clip(RANDOM.normal(0.3, 0.1, 200), 0, 1)
@@ -86,31 +85,3 @@ def test_encoders_side_by_side():
         "score": row.score.difference, "low": row.score.low, "high": row.score.high, "gain": None,
     }  # fmt: skip
     assert row.score.low == row.score.high
-
-
-def test_tasks_of_one_name_are_refused_before_any_model_is_scored(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        rows = "score\tsentence1\tsentence2\n1\tx\ty\n2\tx\tz\n"
-        (tmp_path / folder / "sts.tsv").write_text(rows)
-    with pytest.raises(DataError, match="two tasks are called 'sts'"):
-        make_scorer([tmp_path / "a" / "sts.tsv", tmp_path / "b" / "sts.tsv"])
-
-
-def test_the_base_is_found_through_adapters_and_run_folders(tmp_path, tiny_decoder):
-    from unmasked.evaluate.baselines import causal_baselines, find_base
-    from unmasked.recipe.files import recipe_text
-    from unmasked.recipe.schema import Model, Recipe
-
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    settings = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_decoder)}
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    model = tmp_path / "run" / "model"
-    model.mkdir(parents=True)
-    recipe = Recipe(name="x", model=Model(base=str(adapter)))
-    (model.parent / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
-    for name in (tiny_decoder, adapter, model):
-        assert find_base(str(name)) == str(tiny_decoder)
-    names = [name for name, _ in causal_baselines(str(tiny_decoder))]
-    assert names == ["causal_mean", "causal_weighted_mean", "causal_last_token"]

@@ -15,15 +15,14 @@ import mteb
 from support import mteb_tasks as local
 
 from unmasked import LLM2Vec
-from unmasked.checkpoint.fingerprint import fingerprint
 from unmasked.errors import DataError
 from unmasked.evaluate import load_task
 from unmasked.evaluate.compare import compare_encoders
 from unmasked.evaluate.scorer import make_scorer
 from unmasked.evaluate.tasks.public import (
+    INSTRUCTIONS,
     find_instruction,
     find_tasks,
-    published_instructions,
     score_public,
 )
 
@@ -149,7 +148,7 @@ def test_only_what_is_missing_is_computed(model, tmp_path):
     assert mteb.results.TaskResult.from_disk(kept).get_score() == pytest.approx(
         first.scores["cosine_spearman"], abs=1e-6
     )
-    assert kept.parent.name == fingerprint(model)[:12]
+    assert kept.parent.name == model.fingerprint()[:12]
 
 
 def test_another_model_inherits_no_score(model, tiny_decoder, tmp_path):
@@ -161,7 +160,7 @@ def test_another_model_inherits_no_score(model, tiny_decoder, tmp_path):
 
 def test_queries_are_instructed_and_documents_are_not(model, tmp_path, monkeypatch):
     spy = Spy(model)
-    monkeypatch.setitem(published_instructions(), "LocalRetrieval", "Find it:")
+    monkeypatch.setitem(INSTRUCTIONS, "LocalRetrieval", "Find it:")
     score_public(local.LocalRetrieval(), spy, tmp_path)
     queries, documents = sorted(spy.asked, key=lambda given: isinstance(given, str))
     assert queries == ["Find it:", "query 0"]
@@ -174,10 +173,20 @@ def test_queries_are_instructed_and_documents_are_not(model, tmp_path, monkeypat
 
 
 def test_published_instructions():
-    assert len(published_instructions()) == 67
-    assert all(text.endswith(":") for text in published_instructions().values())
-    assert find_instruction("BiorxivClusteringP2P.v2").startswith("Identify the main category")
-    assert find_instruction("FEVERHardNegatives") == published_instructions()["FEVER"]
+    assert len(INSTRUCTIONS) == 67
+    assert {name: text for name, text in INSTRUCTIONS.items() if not text.endswith(":")} == {}
+    expected = {
+        "FEVER": "Given a claim, retrieve documents that support or refute the claim:",
+        "FEVERHardNegatives": "Given a claim, retrieve documents that support or refute the claim:",
+        "STSBenchmark": "Retrieve semantically similar text:",
+        "STS22.v2": "Retrieve semantically similar text:",
+        "BiorxivClusteringP2P.v2": "Identify the main category of Biorxiv papers based on the "
+        "titles and abstracts:",
+        "SummEvalSummarization.v2": "Given a news summary, retrieve other semantically similar "
+        "summaries:",
+    }
+    assert {name: find_instruction(name) for name in expected} == expected
+    assert find_instruction("FEVER", "mteb's own.") == expected["FEVER"]
     assert find_instruction("Unheard of") == ""
     assert find_instruction("Unheard of", "Do it.") == "Do it:"
 

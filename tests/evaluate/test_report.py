@@ -24,7 +24,8 @@ def run_folder(tiny_decoder, tmp_path_factory):
     from unmasked.cli import main
 
     folder = tmp_path_factory.mktemp("report")
-    texts = [f"{word} number {n} & <b>bold</b>" for n in range(20) for word in ("cat", "dog")]
+    marks = "& <b>bold</b> <!-- <script>"
+    texts = [f"{word} number {n} {marks}" for n in range(20) for word in ("cat", "dog")]
     (folder / "texts.txt").write_text("\n".join(texts))
     task = folder / "pets"
     (task / "qrels").mkdir(parents=True)
@@ -60,7 +61,8 @@ def test_one_file_holds_everything(run_folder):
         "block_length: 16", "unmasked run ", "torch", "causal mean", "Similarity of a few texts",
     ):  # fmt: skip
         assert wanted in page, wanted
-    assert "<b>bold</b>" not in page, "a text of the user's was taken for HTML"
+    for mark in ("<b>bold</b>", "<!--"):
+        assert mark not in page, "a text of the user's was taken for HTML"
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page), "something is loaded from elsewhere"
     names = {"stages-0", "curves-mntp", "curves-simcse", "heatmap-before", "map-after"}
     for suffix in (".png", ".svg"):
@@ -69,7 +71,7 @@ def test_one_file_holds_everything(run_folder):
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(DataError, match=r"no run folder.*Fix"):
+    with pytest.raises(DataError, match=r"not a run folder.*Fix"):
         write_report(tmp_path)
 
 

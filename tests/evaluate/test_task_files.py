@@ -1,38 +1,19 @@
-"""What kind of task a file is, what is wrong with it, and intervals for every kind."""
+"""What kind of task a file is, what is read from it, and what is wrong with it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
+from support.tasks import DATA, HEADER, QRELS, noisy, write
 
 from unmasked.errors import DataError
-from unmasked.evaluate import encode_once, evaluate, interval, load_task, paired_difference
-from unmasked.evaluate.bootstrap import average_precision
+from unmasked.evaluate import load_task
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
 LABELLED = "label\ttext\n" + "".join(f"{n % 3}\ttext {n} of {n % 3}\n" for n in range(30))
 PAIRED = "label\tsentence1\tsentence2\n" + "".join(f"{n % 2}\ta{n}\tb{n}\n" for n in range(20))
 RANKED = json.dumps({"query": "q", "positive": "good", "negative": ["bad", "worse"]}) + "\n"
-
-
-def noisy(noise: float):
-    """An encoder that knows the last character of a text, as far as the noise lets it."""
-
-    def encode(texts: Sequence[str], role: str | None) -> np.ndarray:
-        rows = [np.random.default_rng(list(t.encode())).standard_normal(16) for t in texts]
-        signal = np.eye(16)[[ord(text[-1]) % 16 for text in texts]]
-        return (signal + noise * np.array(rows)).astype(np.float32)
-
-    return encode
-
-
-def write(folder: Path, **files: str) -> None:
-    for name, content in files.items():
-        (folder / name.replace("__", ".")).write_text(content)
 
 
 def test_the_columns_say_the_kind(tmp_path):
@@ -95,55 +76,121 @@ def test_a_folder_with_one_half_of_a_classification_task(tmp_path):
         load_task(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["clustering", "classification", "pairs", "reranking"])
-def test_every_kind_tells_a_good_encoder_from_a_bad_one(tmp_path, kind):
-    pairs = [(n % 2, f"{n} a", f"{n} again {'a' if n % 2 else n}") for n in range(200)]
-    rows = "".join(f"{label}\t{first}\t{second}\n" for label, first, second in pairs)
-    ranked = [{"query": f"{n} {n % 7}", "positive": f"x{n} {n % 7}", "negative": [f"{n} z", "0 y"]}
-              for n in range(60)]  # fmt: skip
-    labelled = "label\ttext\n" + "".join(f"{n % 3}\ttext {n} {n % 3}\n" for n in range(300))
-    write(
-        tmp_path,
-        pairs__tsv="label\tsentence1\tsentence2\n" + rows,
-        clustering__tsv=labelled,
-        classification_train__tsv=labelled,
-        classification_test__tsv=labelled,
-        reranking__jsonl="".join(json.dumps(row) + "\n" for row in ranked),
-    )
-    names = {"classification": "classification_test.tsv", "reranking": "reranking.jsonl"}
-    task = load_task(tmp_path / names.get(kind, f"{kind}.tsv"))
-    good, bad = task.score(noisy(0.2)), task.score(noisy(3))
-    for metric in good.scores:
-        gain = paired_difference(good, bad, metric, samples=200)
-        assert gain.clear and gain.low > 0, metric
-        alone = interval(bad, metric, samples=200)
-        assert alone.low < alone.difference < alone.high, metric
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"title": "Wings", "text": "lift an aircraft."}, "Wings lift an aircraft."),
+        ({"title": "Wings", "text": "Wings lift."}, "Wings lift."),
+        ({"title": "Only a title", "text": ""}, "Only a title"),
+        ({"title": None, "text": "No title."}, "No title."),
+        ({"title": "", "text": ""}, ""),
+    ],
+)
+def test_title_goes_before_a_text_that_does_not_repeat_it(
+    tiny: Path, fields: dict[str, str], expected: str
+) -> None:
+    with (tiny / "corpus.jsonl").open("a") as file:
+        file.write(json.dumps({"_id": "d4"} | fields))
+    assert load_task(tiny).texts["document"] == ["doc 1", "doc 2", "doc 3", expected]
 
 
-def test_average_precision_is_that_of_scikit_learn():
-    from sklearn.metrics import average_precision_score
+def test_queries_of_another_split_are_left_out(tiny: Path) -> None:
+    with (tiny / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "q2", "text": "for training"}\n')
+    with pytest.raises(DataError, match=r"test\.tsv: query 'q2' has no document"):
+        load_task(tiny)
+    (tiny / "qrels" / "train.tsv").write_text(QRELS + "q2\td1\t1\n")
+    assert load_task(tiny).texts["query"] == ["query"]
+    (tiny / "qrels" / "test.tsv").write_text(QRELS + "q1\td1\t1\nq2\td1\t0\n")
+    with pytest.raises(DataError, match=r"test\.tsv: query 'q2' has no document"):
+        load_task(tiny)
 
-    random = np.random.default_rng(0)
-    gold, similarity = random.integers(0, 2, 50), random.integers(0, 20, 50) / 20
-    counts = random.multinomial(50, [1 / 50] * 50, size=20)
-    expected = [average_precision_score(gold, similarity, sample_weight=row) for row in counts]
-    np.testing.assert_allclose(average_precision(similarity, gold, counts), expected)
-    once = average_precision(similarity, gold).item()
-    assert once == pytest.approx(average_precision_score(gold, similarity))
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty. Fix"),
+        (b"\n\n", "the file is empty. Fix"),
+        (HEADER.encode(), "empty below its header"),
+        (b"score\tsentence\tsentence2\n1\ta\tb\n", "line 1: no column 'sentence1'.*did you mean"),
+        (
+            b"1\ta\tb\n",
+            "line 1: no column 'score' among 1, a.*begin with the header score, sentence1",
+        ),
+        (HEADER.encode() + b"1\ta\tb\n\nfive\ta\tb\n", "line 4: score 'five' is not a number"),
+        (HEADER.encode() + b"nan\ta\tb\n", "line 2: score 'nan' is not a number"),
+        (HEADER.encode() + b"1\ta\n", "line 2: 2 columns instead of 3"),
+        (HEADER.encode() + b"1\ta\tb\tc\n", "line 2: 4 columns instead of 3"),
+        (
+            HEADER.encode() + b"1\ta\tb\n2\tcaf\xe9\tb\n",
+            "line 3: not UTF-8 .byte 0xe9 at position 5",
+        ),
+        (HEADER.encode() + b"2\ta\tb\n2\tc\td\n", "every score is 2"),
+    ],
+)
+def test_bad_sts_file(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.tsv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"bad\.tsv.*{message}") as caught:
+        load_task(path)
+    assert "Fix: " in str(caught.value)
 
 
-def test_tasks_share_vectors(tmp_path):
-    write(tmp_path, a__tsv=LABELLED, b_train__tsv=LABELLED, b_test__tsv=LABELLED)
-    seen: list[str] = []
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("corpus.jsonl", b"", "the file is empty"),
+        ("corpus.jsonl", b'{"_id": "d1", "text": "a"}\n{"_id"', "line 2: not JSON"),
+        ("corpus.jsonl", b'["d1", "a"]\n', "line 1: a list"),
+        ("corpus.jsonl", b'{"_id": "d1"}\n', "line 1: .* lacks a string '_id' or 'text'"),
+        ("corpus.jsonl", b'{"_id": "d1", "text": "a"}\n' * 2, "line 2: id 'd1' was given above"),
+        ("corpus.jsonl", b'{"_id": "d1", "text": "\xff"}\n', "line 1: not UTF-8"),
+        ("queries.jsonl", b'{"_id": "q1", "text": "a"}\n' * 2, "line 2: id 'q1' was given above"),
+        ("qrels/test.tsv", b"", "the file is empty"),
+        ("qrels/test.tsv", b"q1 0 d1 1\n", "line 1: no column 'query-id'"),
+        ("qrels/test.tsv", b"q9\td1\t1\n", "line 2: id 'q9' is none of the 1 of queries.jsonl"),
+        ("qrels/test.tsv", b"q1\td9\t1\n", "line 2: id 'd9' is none of the 3 of corpus.jsonl"),
+        ("qrels/test.tsv", b"q1\td1\tyes\n", "line 2: score 'yes' is not a number"),
+        ("qrels/test.tsv", b"q1\td1\t1\nq1\td1\t2\n", "line 3: query 'q1', document 'd1'"),
+        ("qrels/test.tsv", b"q1\td1\t0\n", "query 'q1' has no document with a score above 0"),
+    ],
+)
+def test_bad_retrieval_file(tiny: Path, file: str, content: bytes, message: str) -> None:
+    headed = file.startswith("qrels") and b"\t" in content
+    (tiny / file).write_bytes(QRELS.encode() * headed + content)
+    with pytest.raises(DataError, match=f"{Path(file).name}.*{message}") as caught:
+        load_task(tiny)
+    assert "Fix: " in str(caught.value)
 
-    def encode(texts: Sequence[str], role: str | None) -> np.ndarray:
-        seen.extend(texts)
-        return noisy(1)(texts, role)
 
-    evaluate([load_task(tmp_path / "a.tsv"), load_task(tmp_path / "b_test.tsv")], encode)
-    assert len(seen) == len(set(seen)) == 30
-    encode_once(encode)(["new", "new"], None)
-    assert len(seen) == 31
+def test_bad_paths(tmp_path: Path, tiny: Path) -> None:
+    (tiny / "qrels" / "test.tsv").unlink()
+    (tmp_path / "pairs.csv").touch()
+    for path, message in (
+        (tiny, "qrels/test.tsv is missing"),
+        (tmp_path / "absent.tsv", "no such file"),
+        (tmp_path / "pairs.csv", "'.csv' given"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_task(path)
+
+
+def test_only_newlines_and_tabs_separate(tmp_path: Path) -> None:
+    path = tmp_path / "odd.tsv"
+    text = '\ufeffsentence2\tid\tscore\tsentence1\r\nb\x85"b\t7\t1\ta\u2028a\r\nd\t8\t2\tc'
+    path.write_bytes(text.encode())
+    assert load_task(path).texts[None] == ["a\u2028a", "c", 'b\x85"b', "d"]
+
+
+def test_cranfield_and_stsb_load() -> None:
+    if not (DATA / "retrieval" / "cranfield").is_dir():
+        pytest.skip("the development data (cranfield, stsb_en_dev) is not here")
+    cranfield = load_task(DATA / "retrieval" / "cranfield")
+    stsb = load_task(DATA / "sts" / "stsb_en_dev.tsv")
+    assert len(cranfield.texts["document"]) == 1400
+    assert len(cranfield.texts["query"]) == 225
+    assert len(stsb.texts[None]) == 2 * 1500
+    assert cranfield.texts["document"][0].count("aerodynamics of a wing in a slipstream .") == 1
 
 
 @pytest.mark.parametrize(

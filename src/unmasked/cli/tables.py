@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from unmasked.cli.terminal import duration, facts, short, show, table
 from unmasked.evaluate.bootstrap import Interval
-from unmasked.evaluate.compare import Row, compare_stages, headline_metrics, headlines
+from unmasked.evaluate.compare import EncoderScore, compare_stages, headline_metrics, headlines
 
 if TYPE_CHECKING:
-    from unmasked.demo import Search
+    from unmasked.demo import DemoSearch
     from unmasked.evaluate.analysis import Analysis
     from unmasked.recipe.schema import Recipe
     from unmasked.train.plan.cost import Plan, StagePlan
@@ -51,7 +51,7 @@ def stage_table(
             show(f"{over}, 95 % interval {limits}: {verdict}")
 
 
-def score_table(rows: Sequence[Row], every: bool = False) -> None:
+def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:
     """One row per task and metric; of several encoders, one row per metric and encoder.
 
     Several encoders are shown by the main metric of each task alone unless `every` is set, with
@@ -105,7 +105,7 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
         show("~ no text could be read: half of max_length is assumed for its length")
 
 
-def show_searches(searches: Sequence[Search]) -> None:
+def show_searches(searches: Sequence[DemoSearch]) -> None:
     """A few searches: where the wanted document was found, and what was found instead."""
     for search in searches:
         show(f'\nsearch: "{search.query}"')

@@ -1,9 +1,9 @@
 """From what a user names as tasks to a function that scores any model on all of them.
 
-A task is a path (see `files`), ``words:PATH`` (see `probe`), or a public name (see `public`).
-Names and files are checked before any model is loaded or trained.
+A task is a path (`task_files`), ``words:PATH`` (`probe`), or a public name (`public`). Names and
+files are checked before any model is loaded or trained.
 
-Cost: reading the files; mteb is imported only for a name that is no path.
+Cost: reading the files; mteb is imported only for a name that is not a path.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy as np
 
 from unmasked.errors import DataError
 from unmasked.evaluate.bootstrap import TaskResult
-from unmasked.evaluate.tasks.files import load_task
-from unmasked.evaluate.tasks.kinds import evaluate
+from unmasked.evaluate.tasks.task_files import load_task
 from unmasked.evaluate.tasks.vectors import Encode, encode_once
 
 WORDS = "words:"
 RESULTS = "mteb"
-"""The folder below a run's where results of public tasks lie."""
+"""The folder inside a run folder that holds results of public tasks."""
 _FILE = re.compile(r"[/\\]|\.[a-z]+$")  # what looks like a path is one, even if it is not there
 
-Score = Callable[[Any], list[TaskResult]]
+Scorer = Callable[[Any], list[TaskResult]]
+_Score = Callable[[Any, Encode], TaskResult]
 
 
 def encode_by_role(model: Any) -> Encode:
@@ -43,8 +43,8 @@ def make_scorer(
     tasks: Sequence[str | Path],
     languages: Sequence[str] | None = None,
     results: str | Path = RESULTS,
-) -> Score:
-    """Reads tasks now, so that a fault in them is known before any training; scores models later.
+) -> Scorer:
+    """A function that scores models; reads the tasks now, so that a fault is known beforehand.
 
     Args:
         tasks: paths, ``words:PATH``, and names of public tasks and benchmarks.
@@ -53,30 +53,32 @@ def make_scorer(
 
     Raises:
         DataError: a file is missing or malformed, or two tasks have one name.
-        MissingExtraError: a public task or a word task needs a package that is not there.
+        MissingExtraError: a public task or a word task needs a package that is not installed.
     """
-    makers: list[tuple[str, str, Callable[[Any, Encode], TaskResult]]] = []
+    read: dict[str, tuple[str, _Score]] = {}
     for given in map(str, tasks):
-        makers += [(name, given, score) for name, score in _read(given, languages, Path(results))]
-    seen: dict[str, str] = {}
-    for name, given, _ in makers:
-        if name in seen:
-            raise DataError(
-                f"two tasks are called '{name}': {seen[name]} and {given}. "
-                "Fix: rename one, scores are kept by name."
-            )
-        seen[name] = given
+        for name, score in _read(given, languages, Path(results)):
+            if name in read:
+                raise DataError(
+                    f"two tasks are called '{name}': {read[name][0]} and {given}. "
+                    "Fix: rename one, scores are kept by name."
+                )
+            read[name] = given, score
 
-    def score(model: Any) -> list[TaskResult]:
+    def score_all(model: Any) -> list[TaskResult]:
         encode = encode_once(encode_by_role(model))  # shared: a text is encoded once for all tasks
-        return [of_task(model, encode) for _, _, of_task in makers]
+        found = []
+        for name, (_, score) in read.items():
+            try:
+                found.append(score(model, encode))
+            except DataError as error:
+                raise DataError(f"task {name}: {error}") from error
+        return found
 
-    return score
+    return score_all
 
 
-def _read(
-    given: str, languages: Sequence[str] | None, results: Path
-) -> list[tuple[str, Callable[[Any, Encode], TaskResult]]]:
+def _read(given: str, languages: Sequence[str] | None, results: Path) -> list[tuple[str, _Score]]:
     """Name and scoring function of each task behind what was given."""
     if given.startswith(WORDS):
         from unmasked.evaluate.tasks.probe import load_probe
@@ -85,10 +87,10 @@ def _read(
         return [(probe.name, lambda model, _: probe.score(model))]
     if Path(given).exists() or _FILE.search(given):
         local = load_task(given)
-        return [(local.name, lambda _, encode: evaluate([local], encode)[0])]
+        return [(local.name, lambda _, encode: local.score(encode))]
     from unmasked.evaluate.tasks.public import find_tasks, score_public
 
-    def public(task: Any) -> Callable[[Any, Encode], TaskResult]:
+    def public(task: Any) -> _Score:
         return lambda model, _: score_public(task, model, results)
 
     return [(task.metadata.name, public(task)) for task in find_tasks(given, languages)]

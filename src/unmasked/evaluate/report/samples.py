@@ -1,9 +1,7 @@
-"""What a report shows of a task: texts for a map, alike texts for a heatmap, searches.
+"""What a report shows of a task: texts for a map, pairs for a heatmap, searches.
 
-Everything is drawn from the task's own texts, by a fixed seed, so that "before" and "after" show
-the same ones. Cost: none worth the name; encoding is the caller's.
-
-Shapes: N texts.
+Everything is drawn from the task's own texts by a fixed seed, so that "before" and "after" show the
+same ones. Cost: negligible; encoding is the caller's.
 """
 
 from __future__ import annotations
@@ -25,9 +23,9 @@ from unmasked.evaluate.tasks.kinds import (
     alike,
 )
 
-MAPPED = 400
+MAPPED = 400  # most texts on a map
 PAIRS = 6
-SEARCHED = 500  # documents at most that a search goes through
+SEARCHED = 500  # most documents that a search goes through, beside the wanted ones
 SEARCHES = 4
 _WORD = re.compile(r"[^\W\d_]\w*")
 
@@ -37,19 +35,17 @@ class Sample:
     """Texts of a task, with what is known of them.
 
     Attributes:
-        texts, groups: for the map, N each.
+        texts, groups: for the map: each text, and what it belongs to.
         pairs: texts that belong together, for the heatmap.
         queries: for searches: text, and positions of the documents that answer it.
-        documents: what is searched.
-        ids: a name for each document.
+        documents: what is searched: name and text.
     """
 
     texts: list[str]
     groups: list[str]
     pairs: list[tuple[str, str]]
     queries: list[tuple[str, set[int]]] = field(default_factory=list)
-    documents: list[str] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)
+    documents: list[tuple[str, str]] = field(default_factory=list)
 
 
 def draw_sample(task: Task) -> Sample:
@@ -58,50 +54,45 @@ def draw_sample(task: Task) -> Sample:
         return _of_retrieval(task)
     if isinstance(task, ClusteringTask | ClassificationTask):
         return _of_labels(task)
-    pairs = [(a, b) for a, b in alike(task, share=0.1) if a != b]
-    if isinstance(task, RerankingTask):
-        return _linked(pairs, "query", "relevant")
-    return _linked([pairs[i] for i in _shuffled(len(pairs))], "first", "second")
+    pairs, names = [(a, b) for a, b in alike(task, share=0.1) if a != b], ["query", "relevant"]
+    if not isinstance(task, RerankingTask):
+        pairs, names = [pairs[i] for i in _shuffled(len(pairs))], ["first", "second"]
+    shown = pairs[: MAPPED // 2]
+    return Sample([text for pair in shown for text in pair], names * len(shown), pairs[:PAIRS])
 
 
 def _of_labels(task: ClusteringTask | ClassificationTask) -> Sample:
-    texts = task.test_texts if isinstance(task, ClassificationTask) else list(task.texts[None])
+    texts = task.test_texts if isinstance(task, ClassificationTask) else task.texts[None]
     labels = [str(label) for label in task.labels]
     kept = {label for label, _ in Counter(labels).most_common(len(PALETTE))}
     order = [i for i in _shuffled(len(texts)) if labels[i] in kept][:MAPPED]
     pairs = []
     for label in sorted(kept)[:PAIRS]:
-        alike = [i for i in order if labels[i] == label][:2]
-        if len(alike) == 2:
-            pairs.append((texts[alike[0]], texts[alike[1]]))
+        first = [texts[i] for i in order if labels[i] == label][:2]
+        pairs += [(first[0], first[1])] if len(first) == 2 else []
     return Sample([texts[i] for i in order], [labels[i] for i in order], pairs)
-
-
-def _linked(pairs: Sequence[tuple[str, str]], first: str, second: str) -> Sample:
-    shown = pairs[: MAPPED // 2]
-    texts = [text for pair in shown for text in pair]
-    return Sample(texts, [first, second] * len(shown), list(pairs[:PAIRS]))
 
 
 def _of_retrieval(task: RetrievalTask) -> Sample:
     documents, queries = list(task.texts["document"]), list(task.texts["query"])
-    groups = _id_groups(task.document_ids)
-    order = _shuffled(len(documents))
-    if groups:
+    order, asked, linked = _shuffled(len(documents)), _shuffled(len(queries)), alike(task)
+    if groups := _id_groups(task.document_ids):
         mapped = [i for i in order if groups[i] != OTHER][:MAPPED]
-        texts, colours = [documents[i] for i in mapped], [groups[i] for i in mapped]
+        texts, groups = [documents[i] for i in mapped], [groups[i] for i in mapped]
     else:
-        texts = [documents[i] for i in order[: MAPPED // 2]] + queries[: MAPPED // 2]
-        colours = ["document"] * min(len(documents), MAPPED // 2)
-        colours += ["query"] * (len(texts) - len(colours))
-    asked, linked = _shuffled(len(queries)), alike(task)
-    pairs = [linked[q] for q in asked[:PAIRS]]
-    wanted = {d for q in asked[:SEARCHES] for d in task.grades[q]}
-    pool = sorted({*order[:SEARCHED], *wanted})
+        texts = [documents[i] for i in order[: MAPPED // 2]]
+        groups = ["document"] * len(texts) + ["query"] * len(queries[: MAPPED // 2])
+        texts += queries[: MAPPED // 2]
+    grades = {q: task.grades[q] for q in asked[:SEARCHES]}
+    pool = sorted({*order[:SEARCHED], *(document for own in grades.values() for document in own)})
     place = {document: position for position, document in enumerate(pool)}
-    found = [(queries[q], {place[d] for d in task.grades[q]}) for q in asked[:SEARCHES]]
-    names = [task.document_ids[i] for i in pool]
-    return Sample(texts, colours, pairs, found, [documents[i] for i in pool], names)
+    return Sample(
+        texts,
+        groups,
+        [linked[q] for q in asked[:PAIRS]],
+        [(queries[q], {place[document] for document in own}) for q, own in grades.items()],
+        [(task.document_ids[i], documents[i]) for i in pool],
+    )
 
 
 def _id_groups(ids: Sequence[str]) -> list[str]:
@@ -109,10 +100,9 @@ def _id_groups(ids: Sequence[str]) -> list[str]:
     firsts = [match[0] if (match := _WORD.search(name)) else "" for name in ids]
     common = Counter(firsts).most_common(len(PALETTE))
     enough = [name for name, count in common if name and count >= max(3, len(ids) // 50)]
-    if len(enough) < 3:
-        return []
-    return [first if first in enough else OTHER for first in firsts]
+    return [first if first in enough else OTHER for first in firsts] if len(enough) >= 3 else []
 
 
 def _shuffled(count: int) -> list[int]:
-    return [int(i) for i in np.random.default_rng(0).permutation(count)]
+    order: list[int] = np.random.default_rng(0).permutation(count).tolist()
+    return order

@@ -1,13 +1,9 @@
-"""Evaluation tasks, scored for any encoder from the vectors of their texts.
+"""The kinds of tasks that files hold, each scored from the vectors of its texts.
 
-mteb measures the public benchmarks; users' own data lies in plain files (see `files`), and a score
-before and after each training stage has to be cheap. The scores mean what they mean in mteb and
-pytrec_eval: same metrics, same classifiers, same seeds (a test compares them on the same vectors).
-
-Cost: encoding, once a distinct text; then seconds (ten classifiers, ten clusterings). numpy alone;
-scikit-learn is imported where a task trains something.
-
-Shapes: N texts or pairs, Q queries, D width.
+Intervals need what each item scored, and sentence-transformers' evaluators and mteb keep means
+only. The scores mean what they mean in mteb and pytrec_eval: the same metrics, classifiers and
+seeds (a test compares them on the same vectors). Cost: encoding each distinct text once, then
+seconds (ten classifiers, ten clusterings). Shapes: N texts or pairs, D width.
 """
 
 from __future__ import annotations
@@ -15,204 +11,152 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
-from unmasked.errors import DataError
-from unmasked.evaluate.bootstrap import (
-    CORRELATIONS,
-    SIMILARITIES,
-    TaskResult,
-    best_precision,
-    redrawn_key,
-)
-from unmasked.evaluate.tasks.vectors import (
-    Encode,
-    encode_once,
-    encoded,
-    most_similar,
-    norms,
-    paired_cosines,
-)
+from unmasked.evaluate.bootstrap import PAIR_METRICS, TaskResult, measure
+from unmasked.evaluate.tasks.vectors import Encode, encoded, most_similar, norms, paired_cosines
 
-Texts = Mapping[str | None, Sequence[str]]
-"""What a task has encoded, by role."""
+TextsByRole = Mapping[Any, Sequence[str]]
+"""Texts under "query" and "document", or all under None."""
 
-DEPTH = 10  # documents a ranking is judged by
+DEPTH = 10  # documents that a ranking is judged by
 SEED = 42  # mteb's, as are the numbers below
-EXPERIMENTS = 10
-SAMPLES_PER_LABEL = 8  # texts a label that a classifier is trained on
-CLUSTERED = 16_384  # texts at most that are clustered, and texts of each redrawn clustering
+EXPERIMENTS = 10  # classifiers or clusterings whose scores are averaged
+SAMPLES_PER_LABEL = 8  # texts of each label that a classifier is trained on
+CLUSTERED = 16_384  # most texts that are clustered, and texts of each redrawn clustering
 KMEANS_BATCH = 512
-
-
-class Task(Protocol):
-    """Texts to encode and a way to score their vectors; `name` is the file stem or folder."""
-
-    name: str
-    kind: str
-
-    @property
-    def texts(self) -> Texts:
-        """What is encoded."""
-
-    def score(self, encode: Encode) -> TaskResult:
-        """Scores an encoder; DataError for vectors that are not finite."""
+SIMILARITIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "cosine": paired_cosines,
+    "dot": lambda x, y: np.einsum("nd,nd->n", x, y, dtype=np.float64),
+    "euclidean": lambda x, y: -norms(x - y),
+    "manhattan": lambda x, y: -np.abs(x - y).sum(axis=1, dtype=np.float64),
+}
+"""Of the rows of two arrays (N, D): (N,) in float64, higher for rows that are more alike."""
 
 
 @dataclass(slots=True)
-class StsTask:
-    """Pairs of sentences and the similarity people see in each, compared with the cosine.
+class Task:
+    """Texts to encode and a way to score their vectors."""
 
-    Attributes:
-        texts: All first sentences, then all second ones; no role.
-        gold: The similarity of each pair, on any scale.
-    """
-
-    name: str
-    texts: Texts
-    gold: np.ndarray
-    kind: str = "sts"
+    name: str  # the stem of the file, or the name of the folder
+    texts: TextsByRole  # what is encoded
+    kind: ClassVar[str]
 
     def score(self, encode: Encode) -> TaskResult:
-        """`spearman` (the one to report) and `pearson`; 0 where all cosines are equal."""
-        cosine = paired_cosines(*np.split(encoded(encode, self.texts[None]), 2))
-        scores = {name: f(cosine, self.gold).item() for name, f in CORRELATIONS.items()}
-        return TaskResult(self.name, scores, {"cosine": cosine, "gold": self.gold})
+        """Score an encoder; the first metric is the one to report.
 
-
-@dataclass(slots=True)
-class RetrievalTask:
-    """Queries, and for each the documents that answer it.
-
-    Attributes:
-        texts: The documents and the queries.
-        grades: For each query the grade of its relevant documents, by their position.
-    """
-
-    name: str
-    texts: Texts
-    document_ids: list[str]
-    grades: list[dict[int, float]]
-    kind: str = "retrieval"
-
-    def score(self, encode: Encode) -> TaskResult:
-        """`ndcg@10` (the one to report), `recall@1`, `recall@10` and `mrr@10`.
-
-        As in trec_eval the gain is linear, grade / log2(rank + 1); recall is the share of all
-        relevant documents; of equal similarities the document with the higher id comes first.
+        Raises:
+            DataError: a vector is not finite.
         """
+        items = self.per_item(encode)
+        return TaskResult(self.name, {name: float(v.mean()) for name, v in items.items()}, items)
+
+    def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
+        """Metrics of each item, whose means are the scores."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class PairTask(Task):
+    """Pairs of sentences that match or do not, told apart by their similarity.
+
+    `max_ap` is mteb's: the best average precision by one of four similarities; and `cosine_ap`.
+    The texts are all first sentences, then all second ones.
+    """
+
+    gold: np.ndarray  # (N,) 1 for a match, else 0
+    kind = "pair classification"
+    metrics = ("max_ap", "cosine_ap")
+
+    def score(self, encode: Encode) -> TaskResult:
+        first, second = np.split(encoded(encode, self.texts[None]), 2)
+        _, names = PAIR_METRICS[self.metrics[0]]
+        items = {name: SIMILARITIES[name](first, second) for name in names} | {"gold": self.gold}
+        once = np.ones((1, len(self.gold)))
+        scores = {metric: measure(items, metric, once).item() for metric in self.metrics}
+        return TaskResult(self.name, scores, items)
+
+
+@dataclass(slots=True)
+class StsTask(PairTask):
+    """Pairs of sentences whose cosine is compared with the similarity that people see, `gold`.
+
+    `spearman` and `pearson`; 0 where all cosines are equal.
+    """
+
+    kind = "sts"
+    metrics = ("spearman", "pearson")
+
+
+@dataclass(slots=True)
+class RetrievalTask(Task):
+    """Queries, and the documents that answer each: `ndcg@10`, `recall@1`, `recall@10`, `mrr@10`.
+
+    As in trec_eval the gain is linear, grade / log2(rank + 1); recall is the share of all relevant
+    documents; of equal similarities the document with the higher id comes first.
+    """
+
+    document_ids: list[str]
+    grades: list[dict[int, float]]  # for each query, of its relevant documents by position
+    kind = "retrieval"
+
+    def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
         documents, queries = (encoded(encode, self.texts[r], r) for r in ("document", "query"))
         id_ranks = np.argsort(np.argsort(self.document_ids))
-        best, _ = most_similar(queries, documents, DEPTH, tie_rank=-id_ranks)
+        best = most_similar(queries, documents, DEPTH, tie_rank=-id_ranks)
         gains, ideal = np.zeros((2, len(queries), DEPTH))
         for q, grades in enumerate(self.grades):
             gains[q, : best.shape[1]] = [grades.get(document, 0.0) for document in best[q].tolist()]
             highest = sorted(grades.values(), reverse=True)[:DEPTH]
             ideal[q, : len(highest)] = highest
         discounts = 1 / np.log2(np.arange(2, DEPTH + 2))
-        found = gains > 0
-        relevant = np.array([len(grades) for grades in self.grades])
-        items = {
+        found, relevant = gains > 0, np.array([len(grades) for grades in self.grades])
+        return {
             "ndcg@10": (gains @ discounts) / (ideal @ discounts),
             "recall@1": found[:, 0] / relevant,
             "recall@10": found.sum(axis=1) / relevant,
             "mrr@10": (found / np.arange(1, DEPTH + 1)).max(axis=1),
         }
-        scores = {metric: float(values.mean()) for metric, values in items.items()}
-        return TaskResult(self.name, scores, items)
 
 
 @dataclass(slots=True)
-class PairTask:
-    """Pairs of sentences that match or do not, told apart by their similarity.
+class RerankingTask(Task):
+    """Queries, each with a few candidates of its own to be put in order: `map` and `mrr@10`.
 
-    Attributes:
-        texts: All first sentences, then all second ones; no role.
-        gold: (N,) 1 for a match, else 0.
+    Of equal similarities the later candidate comes first.
     """
 
-    name: str
-    texts: Texts
-    gold: np.ndarray
-    kind: str = "pair classification"
+    candidates: list[list[int]]  # for each query positions of documents, the relevant ones first
+    relevant: list[int]  # for each query how many of its candidates are relevant
+    kind = "reranking"
 
-    def score(self, encode: Encode) -> TaskResult:
-        """`max_ap` (the one to report: mteb's, the best of four similarities) and `cosine_ap`."""
-        first, second = np.split(encoded(encode, self.texts[None]), 2)
-        apart = first - second
-        items = {
-            "cosine": paired_cosines(first, second),
-            "dot": np.einsum("nd,nd->n", first, second, dtype=np.float64),
-            "euclidean": -norms(apart),
-            "manhattan": -np.abs(apart).sum(axis=1, dtype=np.float64),
-            "gold": self.gold,
-        }
-        scores = {
-            metric: best_precision(items, names).item() for metric, names in SIMILARITIES.items()
-        }
-        return TaskResult(self.name, scores, items)
-
-
-@dataclass(slots=True)
-class RerankingTask:
-    """Queries, each with a few candidates of its own to be put in order.
-
-    Attributes:
-        queries: Q queries.
-        candidates: For each query its documents, the relevant ones first.
-        relevant: For each query how many of its candidates are relevant.
-    """
-
-    name: str
-    queries: list[str]
-    candidates: list[list[str]]
-    relevant: list[int]
-    kind: str = "reranking"
-
-    @property
-    def texts(self) -> Texts:
-        documents = list(dict.fromkeys(text for own in self.candidates for text in own))
-        return {"query": self.queries, "document": documents}
-
-    def score(self, encode: Encode) -> TaskResult:
-        """`map` (the one to report) and `mrr@10`; of equal similarities the later comes first."""
-        texts = self.texts
-        queries, documents = (encoded(encode, texts[role], role) for role in ("query", "document"))
-        position = {text: index for index, text in enumerate(texts["document"])}
+    def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
+        queries, documents = (encoded(encode, self.texts[r], r) for r in ("query", "document"))
         items = {"map": np.zeros(len(queries)), "mrr@10": np.zeros(len(queries))}
         for q, (own, relevant) in enumerate(zip(self.candidates, self.relevant, strict=True)):
-            vectors = documents[[position[text] for text in own]]
-            order, _ = most_similar(queries[q : q + 1], vectors, len(own), -np.arange(len(own)))
-            ranks = np.flatnonzero(order[0] < relevant) + 1
+            count = len(own)
+            order = most_similar(queries[q : q + 1], documents[own], count, -np.arange(count))[0]
+            ranks = np.flatnonzero(order < relevant) + 1
             items["map"][q] = (np.arange(1, relevant + 1) / ranks).mean()
             items["mrr@10"][q] = 1 / ranks[0] if ranks[0] <= DEPTH else 0
-        scores = {metric: float(values.mean()) for metric, values in items.items()}
-        return TaskResult(self.name, scores, items)
+        return items
 
 
 @dataclass(slots=True)
-class ClusteringTask:
+class ClusteringTask(Task):
     """Labelled texts, grouped without the labels: k-means on ten redrawn sets of them.
 
-    Attributes:
-        texts: N texts; no role.
-        labels: (N,) their labels.
+    `v_measure` is the mean of ten clusterings, whose spread is kept for the interval.
     """
 
-    name: str
-    texts: Texts
-    labels: np.ndarray
-    kind: str = "clustering"
+    labels: np.ndarray  # (N,)
+    kind = "clustering"
 
     def score(self, encode: Encode) -> TaskResult:
-        """`v_measure`, the mean of ten clusterings.
-
-        Each clusters another redrawn set of the texts, so their spread is the interval's.
-        """
         from sklearn.cluster import MiniBatchKMeans
         from sklearn.metrics import v_measure_score
 
@@ -228,99 +172,70 @@ class ClusteringTask:
         mean = float(values.mean())
         # More draws than texts vary less than a test set of that size does.
         spread = mean + (values - mean) * np.sqrt(CLUSTERED / count)
-        return TaskResult(self.name, {"v_measure": mean}, {redrawn_key("v_measure"): spread})
+        return TaskResult(self.name, {"v_measure": mean}, {"redrawn v_measure": spread})
 
 
 @dataclass(slots=True)
-class ClassificationTask:
+class ClassificationTask(Task):
     """Labelled texts: ten logistic regressions, each trained on eight texts of every label.
 
-    Attributes:
-        train_texts, train_labels: what the classifiers are trained on.
-        test_texts, labels: what they are judged by.
+    `accuracy` is the mean of ten classifiers; of a text, the share of them that had it right. The
+    texts are those to train on, then those of the test set.
     """
 
-    name: str
-    train_texts: list[str]
-    train_labels: list[str]
-    test_texts: list[str]
-    labels: list[str]
-    kind: str = "classification"
+    train_labels: np.ndarray
+    labels: np.ndarray  # of the test set
+    kind = "classification"
 
     @property
-    def texts(self) -> Texts:
-        return {None: [*self.train_texts, *self.test_texts]}
+    def test_texts(self) -> Sequence[str]:
+        """What the classifiers are judged by."""
+        return self.texts[None][len(self.train_labels) :]
 
-    def score(self, encode: Encode) -> TaskResult:
-        """`accuracy`, the mean of ten classifiers; per test text the share that had it right."""
+    def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
-        chosen = self._undersampled()
-        used = sorted({index for sample in chosen for index in sample})
+        samples = self._undersampled()
+        used = sorted({index for sample in samples for index in sample})
         row = {index: position for position, index in enumerate(used)}
-        train = encoded(encode, [self.train_texts[i] for i in used])
-        test = encoded(encode, self.test_texts)
-        names = sorted(set(self.train_labels))
-        code = {label: number for number, label in enumerate(names)}
-        gold = np.array([code[label] for label in self.labels])
-        right = np.zeros(len(gold))
-        for sample in chosen:
+        train = encoded(encode, [self.texts[None][i] for i in used])
+        test, right = encoded(encode, self.test_texts), np.zeros(len(self.labels))
+        for sample in samples:
             classifier = LogisticRegression(max_iter=100, random_state=SEED)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # as far as mteb's goes
-                classifier.fit(
-                    train[[row[i] for i in sample]], [code[self.train_labels[i]] for i in sample]
-                )
-            right += classifier.predict(test) == gold
-        right /= EXPERIMENTS
-        return TaskResult(self.name, {"accuracy": float(right.mean())}, {"accuracy": right})
+                warnings.simplefilter("ignore", ConvergenceWarning)  # stopped where mteb's is
+                classifier.fit(train[[row[i] for i in sample]], self.train_labels[sample])
+            right += classifier.predict(test) == self.labels
+        return {"accuracy": right / EXPERIMENTS}
 
     def _undersampled(self) -> list[list[int]]:
-        """Positions of the training texts of each experiment; mteb shuffles the same list again."""
-        order = list(range(len(self.train_labels)))
+        """Positions of each experiment's training texts; mteb shuffles the same list again."""
+        order = np.arange(len(self.train_labels))
         samples: list[list[int]] = []
         for _ in range(EXPERIMENTS):
             np.random.RandomState(SEED).shuffle(order)
             seen: Counter[str] = Counter()
             samples.append([])
-            for index in order:
-                seen[self.train_labels[index]] += 1
-                if seen[self.train_labels[index]] <= SAMPLES_PER_LABEL:
+            for index, label in zip(order.tolist(), self.train_labels[order], strict=True):
+                seen[label] += 1
+                if seen[label] <= SAMPLES_PER_LABEL:
                     samples[-1].append(index)
         return samples
 
 
 def alike(task: Task, share: float = 0.2) -> list[tuple[str, str]]:
-    """Texts of a task that belong together; none where it has no such.
+    """Texts of a task that belong together; none for clustering and classification.
 
-    Args:
-        task: STS, pairs, reranking or retrieval.
-        share: of scored pairs, how many of the most alike are taken.
+    Of scored pairs it is the share of the most similar ones.
     """
-    if isinstance(task, StsTask | PairTask):
+    if isinstance(task, PairTask):
         first, second = np.split(np.array(task.texts[None], dtype=object), 2)
         best = np.flatnonzero(task.gold >= np.quantile(task.gold, 1 - share))
         return list(zip(first[best], second[best], strict=True))
+    found: list[int] = []
     if isinstance(task, RerankingTask):
-        return [(query, own[0]) for query, own in zip(task.queries, task.candidates, strict=True)]
-    if isinstance(task, RetrievalTask):
-        documents, queries = task.texts["document"], task.texts["query"]
-        found = (max(grades, key=grades.__getitem__) for grades in task.grades)
-        return [(query, documents[best]) for query, best in zip(queries, found, strict=True)]
-    return []
-
-
-def evaluate(tasks: Sequence[Task], encode: Encode) -> list[TaskResult]:
-    """Scores an encoder on every task, encoding each distinct text and role once.
-
-    Raises:
-        DataError: A vector is not finite; the message names the task and the first such texts.
-    """
-    encode, results = encode_once(encode), []
-    for task in tasks:
-        try:
-            results.append(task.score(encode))
-        except DataError as error:
-            raise DataError(f"task {task.name}: {error}") from error
-    return results
+        found = [own[0] for own in task.candidates]
+    elif isinstance(task, RetrievalTask):
+        found = [max(grades, key=grades.__getitem__) for grades in task.grades]
+    return [(task.texts["query"][q], task.texts["document"][d]) for q, d in enumerate(found)]

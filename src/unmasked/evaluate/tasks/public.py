@@ -1,14 +1,13 @@
 """Public tasks and benchmarks by their mteb name, each with the published instruction of LLM2Vec.
 
-mteb runs them, and its result files stay in the folder given, one a task, so that a run that was
-cut off goes on and nothing is computed twice. The revision they are kept under is a fingerprint of
-the weights: another model never inherits a score.
+mteb runs them, and its result files stay in the given folder, one per task, under a fingerprint of
+the weights: an interrupted run goes on, and another model never inherits a score.
 
 Instructions: those the paper evaluated with (arXiv 2404.05961, appendix; instructions.json), given
-as ``[instruction, text]``, so that they are joined as the model was trained; for a task not among
-them, mteb's own; documents have none.
-
-Cost: importing mteb (seconds), the download of each task's data, and encoding all of it.
+as ``[instruction, text]``, so that they are joined as the model was trained; for other tasks mteb's
+own; none for documents. mteb's `InstructSentenceTransformerModel` would load the model anew and
+pass them as prompts. Cost: importing mteb (seconds), the download of each task's data, and encoding
+all of it.
 """
 
 from __future__ import annotations
@@ -16,14 +15,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unmasked.errors import DataError, MissingExtraError, nearest
+from unmasked.errors import DataError, MissingExtraError, first_line, nearest
 from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.tasks.vectors import finite
 
@@ -34,16 +32,11 @@ try:
 except ImportError as error:
     raise MissingExtraError("mteb", "eval") from error
 
+INSTRUCTIONS: dict[str, str] = json.loads(
+    (files("unmasked.evaluate.tasks") / "instructions.json").read_text(encoding="utf-8")
+)
+"""Task name → instruction, as the paper evaluated with."""
 _VARIANT = re.compile(r"(HardNegatives|Retrieval|Summarization)?(\.v\d+)?$")
-
-
-@cache
-def published_instructions() -> dict[str, str]:
-    """Task name → instruction, as the paper evaluated with."""
-    text = (
-        files("unmasked.evaluate.tasks").joinpath("instructions.json").read_text(encoding="utf-8")
-    )
-    return dict(json.loads(text))
 
 
 def find_instruction(name: str, own: str = "") -> str:
@@ -53,11 +46,8 @@ def find_instruction(name: str, own: str = "") -> str:
         name: mteb's name; a later variant (``.v2``, ``HardNegatives``) has that of the first.
         own: mteb's instruction, for a task that the paper did not evaluate on.
     """
-    known = published_instructions()
-    for candidate in (name, _VARIANT.sub("", name)):
-        if candidate in known:
-            return known[candidate]
-    return f"{own.rstrip('.:')}:" if own else ""
+    known = INSTRUCTIONS.get(name) or INSTRUCTIONS.get(_VARIANT.sub("", name))
+    return known or (f"{own.rstrip('.:')}:" if own else "")
 
 
 def find_tasks(name: str, languages: Sequence[str] | None = None) -> list[Any]:
@@ -71,38 +61,32 @@ def find_tasks(name: str, languages: Sequence[str] | None = None) -> list[Any]:
         DataError: there is no such name, or nothing of it is in these languages.
     """
     benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
-    if name in benchmarks:
-        tasks = list(benchmarks[name].tasks)
-    else:
-        try:
-            tasks = [mteb.get_task(name)]
-        except KeyError as error:
-            known = [*benchmarks, *(task.metadata.name for task in mteb.get_tasks())]
-            raise DataError(
-                f"{name}: no such file or folder, and mteb has no task or benchmark of that name"
-                f"{nearest(name, known) or '.'} Fix: check the path or the name."
-            ) from error
-    if languages:
-        wanted = {language.partition("-")[0] for language in languages}
-        tasks = [
-            task.filter_languages(list(languages))
-            for task in tasks
-            if wanted & set(task.metadata.languages)
-        ]
-        if not tasks:
-            raise DataError(
-                f"{name}: nothing of it is in {', '.join(languages)}. "
-                "Fix: languages are ISO 639-3 codes, such as eng, kor, deu."
-            )
-    return tasks
+    try:
+        tasks = benchmarks[name].tasks if name in benchmarks else [mteb.get_task(name)]
+    except KeyError as error:
+        known = [*benchmarks, *(task.metadata.name for task in mteb.get_tasks())]
+        raise DataError(
+            f"{name}: no such file or folder, and mteb has no task or benchmark of that name"
+            f"{nearest(name, known)} Fix: check the path or the name."
+        ) from error
+    if not languages:
+        return list(tasks)
+    wanted = {language.partition("-")[0] for language in languages}
+    kept = [task for task in tasks if wanted & set(task.metadata.languages)]
+    if not kept:
+        raise DataError(
+            f"{name}: nothing of it is in {', '.join(languages)}. "
+            "Fix: languages are ISO 639-3 codes, such as eng, kor, deu."
+        )
+    return [task.filter_languages(list(languages)) for task in kept]
 
 
 def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
-    """Scores a model on a public task, or reads the score that lies in the folder.
+    """Score a model on a public task, or read the score that lies in the folder.
 
     Args:
         task: as `find_tasks` returns them.
-        model: an `LLM2Vec`.
+        model: a `TextEncoder`.
         folder: where mteb's results are kept: ``results/NAME/FINGERPRINT/TASK.json``.
 
     Returns:
@@ -123,14 +107,14 @@ def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
         )
     except OSError as error:
         raise DataError(
-            f"mteb task {name}: its data cannot be loaded ({str(error).splitlines()[0][:200]}). "
-            "Fix: a network, or a machine that has the data in its Hugging Face cache."
+            f"mteb task {name}: its data cannot be loaded ({first_line(error)[:200]}). Fix: "
+            "connect to the network, or use a machine whose Hugging Face cache has the data."
         ) from error
     return TaskResult(name, {task.metadata.main_score: float(found[0].get_score())}, {})
 
 
 class Instructed(AbsEncoder):  # type: ignore[misc]
-    """An `LLM2Vec` as mteb calls it, every text behind its task's instruction."""
+    """A `TextEncoder` as mteb calls it, every text behind its task's instruction."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -1,7 +1,9 @@
 """Vectors of texts as tasks need them: each text encoded once, every vector checked, ranked.
 
-Cost: the vector of every distinct text is kept (4 bytes x width a text, twice over while a task is
-scored); ranking holds at most 64 MB of similarities at a time.
+Cost: the vector of every distinct text is kept (4 bytes times the width, twice over while a task is
+scored); ranking holds at most 64 MB of similarities at a time. Ranking is our own because
+`sentence_transformers.util.semantic_search` leaves the order of equal similarities to chance, and
+trec_eval defines it.
 
 Shapes: N texts, Q queries, D width, k best documents.
 """
@@ -15,13 +17,13 @@ import numpy as np
 from unmasked.errors import DataError
 
 Encode = Callable[[Sequence[str], str | None], np.ndarray]
-"""Texts and their role ("query", "document" or None) to (N, D) float32 vectors."""
+"""From texts and their role ("query", "document" or None) to (N, D) float32 vectors."""
 
 _CHUNK = 2**24  # similarities held at a time
 
 
 def encode_once(encode: Encode) -> Encode:
-    """Wraps an encoder to see each text and role once; DataError for NaN or infinite vectors."""
+    """Wrap an encoder so that it sees each text and role once; refuses NaN and infinity."""
     known: dict[tuple[str, str | None], np.ndarray] = {}
 
     def encode_new(texts: Sequence[str], role: str | None) -> np.ndarray:
@@ -34,47 +36,35 @@ def encode_once(encode: Encode) -> Encode:
     return encode_new
 
 
-def search(
-    encode: Encode, documents: Sequence[str], query: str, k: int = 3
-) -> list[tuple[int, float]]:
-    """The k documents most like a query, best first, as (position, cosine)."""
-    if not documents:
-        return []
-    vectors = encoded(encode, documents, "document")
-    asked = encoded(encode, [query], "query")
-    best, cosines = most_similar(asked, vectors, k, tie_rank=np.arange(len(documents)))
-    return list(zip(best[0].tolist(), cosines[0].tolist(), strict=True))
-
-
 def encoded(encode: Encode, texts: Sequence[str], role: str | None = None) -> np.ndarray:
-    """The checked vectors (N, D) of texts."""
+    """The vectors (N, D) of texts, checked by `finite`."""
     return finite(np.asarray(encode(texts, role), dtype=np.float32), texts, role)
 
 
 def finite(vectors: np.ndarray, texts: Sequence[str], role: str | None) -> np.ndarray:
-    """The vectors themselves, of the right shape and without NaN or infinity.
+    """The vectors themselves, if they have the right shape and hold neither NaN nor infinity.
 
     Raises:
-        DataError: a vector is not finite; names the first such texts.
-        ValueError: the encoder gave another shape than (N, D).
+        DataError: a vector is not finite; the message names the first such texts.
+        ValueError: the encoder returned another shape than (N, D).
     """
     if vectors.ndim != 2 or len(vectors) != len(texts) or not vectors.shape[1]:
         raise ValueError(f"encode gave shape {vectors.shape} for {len(texts)} texts, not (N, D)")
     # The extremes of a row carry any NaN or infinity, without an (N, D) mask.
-    finite = np.isfinite(vectors.min(axis=1)) & np.isfinite(vectors.max(axis=1))
-    if not finite.all():
-        bad = np.flatnonzero(~finite).tolist()
+    good = np.isfinite(vectors.min(axis=1)) & np.isfinite(vectors.max(axis=1))
+    if not good.all():
+        bad = np.flatnonzero(~good).tolist()
         named = ", ".join(f"{i} '{texts[i][:60]}'" for i in bad[:3])
         raise DataError(
             f"NaN or infinite vectors for {len(bad)} of {len(texts)} texts"
             f"{f' with role {role}' if role else ''}, first by index: {named}. "
-            "Fix: encode in bfloat16 or float32 (float16 overflows), or mend these texts."
+            "Fix: encode in bfloat16 or float32 (float16 overflows), or correct these texts."
         )
     return vectors
 
 
 def norms(vectors: np.ndarray) -> np.ndarray:
-    """Lengths (N,) in float64; the cosine with a vector of zeros comes out as 0."""
+    """Lengths (N,) in float64, never 0, so that the cosine with a vector of zeros is 0."""
     squares: np.ndarray = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
     return np.asarray(np.sqrt(np.maximum(squares, np.finfo(np.float32).tiny)))
 
@@ -87,14 +77,19 @@ def paired_cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def most_similar(
     queries: np.ndarray, documents: np.ndarray, k: int, tie_rank: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and cosines, both (Q, at most k), best first; of equals the lower tie rank."""
-    count = len(documents)
-    k = min(k, count)
+) -> np.ndarray:
+    """Positions (Q, at most k) of the most similar documents; of equals the lower tie rank first.
+
+    Args:
+        queries: (Q, D).
+        documents: (N, D).
+        k: how many to find.
+        tie_rank: (N,).
+    """
+    count, k = len(documents), min(k, len(documents))
     lengths = norms(documents).astype(np.float32)
     queries = queries / norms(queries).astype(np.float32)[:, None]
     best = np.empty((len(queries), k), dtype=np.int64)
-    cosines = np.empty((len(queries), k), dtype=np.float32)
     rows = max(1, _CHUNK // count)
     for start in range(0, len(queries), rows):
         similarities = queries[start : start + rows] @ documents.T
@@ -103,5 +98,4 @@ def most_similar(
             # All that tie with the k-th stay in, so that the tie rank decides between them.
             kept = np.flatnonzero(row >= np.partition(row, -k)[-k])
             best[q] = kept[np.lexsort((tie_rank[kept], -row[kept]))[:k]]
-            cosines[q] = row[best[q]]
-    return best, cosines
+    return best

@@ -1,0 +1,232 @@
+"""Reads evaluation tasks from plain files; the columns of a file say what kind of task it is.
+
+    .tsv  score, sentence1, sentence2     similarity as people see it (STS)
+    .tsv  label, sentence1, sentence2     pair classification, label 1 or 0
+    .tsv  label, text                     clustering; classification if the file is called
+                                          NAME_test.tsv and NAME_train.tsv lies beside it
+    .jsonl  query, positive, negative     reranking: one query per line, texts or lists of texts
+    folder  train.tsv, test.tsv           classification
+    folder  corpus.jsonl, queries.jsonl, qrels/test.tsv        retrieval in the BEIR layout
+
+Every error names the file, the line and the fix, which no loader of mteb does. Cost: one pass over
+each file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmasked.errors import DataError, nearest
+from unmasked.evaluate.tasks import kinds
+from unmasked.files import readers
+
+SCORED = ("score", "sentence1", "sentence2")
+PAIRED = ("label", "sentence1", "sentence2")
+LABELLED = ("label", "text")
+LAYOUTS = (SCORED, PAIRED, LABELLED)
+QRELS = ("query-id", "corpus-id", "score")
+BEIR = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
+SPLITS = ("train.tsv", "test.tsv")
+
+
+def load_task(path: str | Path) -> kinds.Task:
+    """Read a task from local files; the module says which.
+
+    Raises:
+        DataError: a file is missing or malformed; the message names file, line and fix.
+    """
+    path = Path(path)
+    if path.is_dir():
+        split = [file for name in SPLITS if (file := path / name).is_file()]
+        if len(split) == 1:
+            given = f"a classification task is a folder with {' and '.join(SPLITS)}; one is missing"
+            raise fault(path, given, "add the file")
+        name = path.resolve().name
+        return _load_classification(name, *split) if split else _load_retrieval(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder. Fix: check the path.")
+    if path.suffix == ".jsonl":
+        return _load_reranking(path)
+    if path.suffix != ".tsv":
+        tables = "; or ".join(", ".join(columns) for columns in LAYOUTS)
+        allowed = f"a .tsv file ({tables}), a .jsonl file (query, positive, negative) or a folder"
+        given = f"'{path.suffix}' given, but a task is {allowed}"
+        raise fault(path, given, "convert or rename the file")
+    header = next((line for _, line in read_lines(path) if line.strip(" ")), "").split("\t")
+    layout = max(LAYOUTS, key=lambda columns: _likeness(columns, header))
+    return _load_labelled(path) if layout == LABELLED else _load_pairs(path, layout)
+
+
+def fault(path: Path, given: str, fix: str, line: int | None = None) -> DataError:
+    """An error that says in which file and line, what is wrong there and what to do."""
+    return readers.fault_error(readers.where(str(path), line) if line else str(path), (given, fix))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of every line."""
+    rows = readers.checked(str(path), readers.read_lines(str(path), "line"))
+    return ((number, row["line"]) for number, row in rows)
+
+
+def _likeness(columns: Sequence[str], header: Sequence[str]) -> tuple[int, int]:
+    """How well a header fits a layout: columns that it has, then columns that it nearly has."""
+    missing = [column for column in columns if column not in header]
+    return len(columns) - len(missing), sum(bool(nearest(c, header, end="")) for c in missing)
+
+
+def _load_pairs(path: Path, layout: tuple[str, ...]) -> kinds.PairTask:
+    rows = list(readers.read_tsv(str(path), layout))
+    texts = {None: [fields[side] for side in (1, 2) for _, fields in rows]}
+    if layout == SCORED:
+        gold = np.array([_number(path, line, score) for line, (score, _, _) in rows])
+        if np.ptp(gold) == 0:
+            given = f"every score is {gold[0]:g} ({len(gold)} pairs), so no correlation is defined"
+            raise fault(path, given, "give pairs with different scores")
+        return kinds.StsTask(path.resolve().stem, texts, gold)
+    for line, (label, _, _) in rows:
+        if label not in ("0", "1"):
+            raise fault(path, f"label '{label[:60]}' is not 0 or 1", "write 1 for a match", line)
+    labels = [label for _, (label, _, _) in rows]
+    _check_labels(path, labels, "pairs of both kinds, 0 and 1")
+    return kinds.PairTask(path.resolve().stem, texts, np.array(labels, dtype=int))
+
+
+def _load_labelled(path: Path) -> kinds.Task:
+    """Classification if the other half lies beside the file, else clustering."""
+    stem = path.resolve().stem
+    train = path.with_name(f"{stem.removesuffix('_test')}_train.tsv")
+    test = path.with_name(f"{stem.removesuffix('_train')}_test.tsv")
+    if stem.endswith("_test") and train.is_file():
+        return _load_classification(stem.removesuffix("_test"), train, path)
+    if stem.endswith("_train") and test.is_file():
+        given = f"the task of {test.name} is trained on this file"
+        raise fault(path, given, f"give {test.name}, or rename this file to cluster it")
+    _, labels, texts = _labelled(path)
+    return kinds.ClusteringTask(stem, {None: texts}, np.array(labels))
+
+
+def _load_classification(name: str, train: Path, test: Path) -> kinds.ClassificationTask:
+    (_, known, train_texts), (lines, labels, texts) = _labelled(train), _labelled(test)
+    allowed = set(known)
+    for line, label in zip(lines, labels, strict=True):
+        if label not in allowed:
+            given = f"label '{label[:60]}' does not occur in {train.name}{nearest(label, allowed)}"
+            raise fault(test, given, "add it there", line)
+    every = {None: [*train_texts, *texts]}
+    return kinds.ClassificationTask(name, every, np.array(known), np.array(labels))
+
+
+def _labelled(path: Path) -> tuple[list[int], list[str], list[str]]:
+    """Line, label and text of each row."""
+    rows = list(readers.read_tsv(str(path), LABELLED))
+    labels = [label for _, (label, _) in rows]
+    _check_labels(path, labels, "texts of at least two labels")
+    return [line for line, _ in rows], labels, [text for _, (_, text) in rows]
+
+
+def _check_labels(path: Path, labels: Sequence[str], wanted: str) -> None:
+    if len(set(labels)) == 1:
+        given = f"every label is '{labels[0][:60]}' ({len(labels)} rows), so nothing can be told"
+        raise fault(path, f"{given} apart", f"give {wanted}")
+
+
+def _load_reranking(path: Path) -> kinds.RerankingTask:
+    queries, candidates, relevant = [], [], []
+    place: dict[str, int] = {}  # of each distinct document
+    for line, row in readers.checked(str(path), readers.read(str(path), {})):
+        wrong = readers.string_fault("query", row.get("query"))
+        if "query" not in row:
+            wrong = readers.absent("query", row, "add it")
+        if wrong is not None:
+            raise fault(path, *wrong, line)
+        positive, negative = (_candidates(path, line, row, key) for key in ("positive", "negative"))
+        queries.append(row["query"])
+        candidates.append([place.setdefault(t, len(place)) for t in (*positive, *negative)])
+        relevant.append(len(positive))
+    if not queries:
+        raise fault(path, "the file is empty", "write one JSON object per line")
+    texts = {"query": queries, "document": list(place)}
+    return kinds.RerankingTask(path.resolve().stem, texts, candidates, relevant)
+
+
+def _candidates(path: Path, line: int, row: Any, key: str) -> list[str]:
+    texts = [row[key]] if isinstance(row.get(key), str) else row.get(key)
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return texts
+    missing = "relevant" if key == "positive" else "other"
+    given = f"query '{row['query'][:60]}' has no {missing} documents under '{key}'"
+    raise fault(path, given, f"give '{key}', a text or a list of texts", line)
+
+
+def _load_retrieval(folder: Path) -> kinds.RetrievalTask:
+    corpus, questions, qrels = (folder / name for name in BEIR)
+    for name in BEIR:
+        if not (folder / name).is_file():
+            given = f"a retrieval task is a folder with {', '.join(BEIR)}, and {name} is missing"
+            raise fault(folder, given, "add the file")
+    documents, queries = _records(corpus), _records(questions)
+    positions = {document: position for position, document in enumerate(documents)}
+    judged: dict[str, dict[int, float]] = {}
+    for line, (query, document, score) in readers.read_tsv(str(qrels), QRELS):
+        for name, known, path in ((query, queries, questions), (document, positions, corpus)):
+            if name not in known:
+                given = f"id '{name}' is none of the {len(known)} of {path.name}"
+                fix = "add it there or remove this line"
+                raise fault(qrels, f"{given} (such as '{next(iter(known))}')", fix, line)
+        grades, grade = judged.setdefault(query, {}), _number(qrels, line, score)
+        if grades.setdefault(positions[document], grade) != grade:
+            given = f"query '{query}', document '{document}': score {score}, another one above"
+            raise fault(qrels, given, "keep one of the lines", line)
+    tested, name = _tested(queries, judged, qrels), folder.resolve().name
+    asked = [queries[query] for query in tested]
+    texts = {"document": list(documents.values()), "query": asked}
+    return kinds.RetrievalTask(name, texts, list(documents), list(tested.values()))
+
+
+def _tested(
+    queries: dict[str, str], judged: dict[str, dict[int, float]], qrels: Path
+) -> dict[str, dict[int, float]]:
+    """The relevant documents of each query; queries that only other splits judge are left out."""
+    others = [path for path in qrels.parent.glob("*.tsv") if path.name != qrels.name]
+    elsewhere = {line.split("\t", 1)[0] for path in sorted(others) for _, line in read_lines(path)}
+    tested = {}
+    for query in queries:
+        grades = {d: grade for d, grade in judged.get(query, {}).items() if grade > 0}
+        if grades:
+            tested[query] = grades
+        elif query in judged or query not in elsewhere:
+            fix = "add a line with one, or remove the query here and from queries.jsonl"
+            raise fault(qrels, f"query '{query}' has no document with a score above 0", fix)
+    return tested
+
+
+def _records(path: Path) -> dict[str, str]:
+    """Text by id of a BEIR .jsonl file; a title goes before a text that does not repeat it."""
+    texts: dict[str, str] = {}
+    for line, row in readers.checked(str(path), readers.read(str(path), {})):
+        name, title, text = row.get("_id"), row.get("title") or "", row.get("text")
+        if not (isinstance(name, str) and isinstance(title, str) and isinstance(text, str)):
+            fix = 'write an object of strings, such as {"_id": "1", "title": "", "text": "..."}'
+            raise fault(path, f"{str(row)[:60]!r} lacks a string '_id' or 'text'", fix, line)
+        if name in texts:
+            fix = "remove this line or give it another id"
+            raise fault(path, f"id '{name}' was given above already", fix, line)
+        texts[name] = text if text.startswith(title) else f"{title} {text}".strip()
+    if not texts:
+        raise fault(path, "the file is empty", "write one JSON object per line")
+    return texts
+
+
+def _number(path: Path, line: int, given: str) -> float:
+    try:
+        number = float(given)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise fault(path, f"score {given[:60]!r} is not a number", "write one such as 3.5", line)
+    return number
