@@ -212,22 +212,26 @@ class LLM2Vec(TextEncoder):
             return TextTokenizer, TextPooling
         return CountingTokenizer, CountingPooling
 
-    def encode(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
+    def encode(
+        self,
+        inputs: Any = None,
+        prompt_name: Any = None,
+        prompt: Any = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As `TextEncoder.encode`, also with the original's arguments in its order.
 
         The original has ``batch_size`` and ``show_progress_bar`` where `SentenceTransformer` has
         the prompt's name and the prompt. It returns a tensor on the CPU; ``compat`` does so too.
         """
-        named = dict(zip(("prompt_name", "prompt", "batch_size"), arguments, strict=False))
-        rest = arguments[len(named) :]
-        if isinstance(named.get("prompt_name"), int):
-            named["batch_size"] = named.pop("prompt_name")
-        if isinstance(named.get("prompt"), bool):
-            named["show_progress_bar"] = named.pop("prompt")
-        options = {**named, **options}
-        if self.settings.compat and not options.get("convert_to_numpy"):
-            options["convert_to_tensor"] = True
-        vectors = super().encode(inputs, *rest, **options)
+        if isinstance(prompt_name, int):
+            batch_size, prompt_name = prompt_name, None
+        if isinstance(prompt, bool):
+            kwargs["show_progress_bar"], prompt = prompt, None
+        if self.settings.compat and not kwargs.get("convert_to_numpy"):
+            kwargs["convert_to_tensor"] = True
+        vectors = super().encode(inputs, prompt_name, prompt, batch_size, **kwargs)
         return vectors.cpu() if self.settings.compat and isinstance(vectors, Tensor) else vectors
 
     def forward(self, input: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
