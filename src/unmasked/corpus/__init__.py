@@ -16,7 +16,7 @@ length, so larger windows waste less on padding.
 Others may use the names below.
 """
 
-from unmasked.corpus.local import Local, Progress
+from unmasked.corpus.local import Load, Local, Progress
 from unmasked.corpus.manifest import Manifest, parse_part
 from unmasked.corpus.one_file import check_output, encode_corpus
 from unmasked.corpus.ray import OnRay
@@ -30,6 +30,7 @@ __all__ = [
     "PRECISIONS",
     "Encoded",
     "Encoding",
+    "Load",
     "Local",
     "Manifest",
     "OnRay",

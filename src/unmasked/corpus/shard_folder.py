@@ -52,9 +52,10 @@ def encode_folder(
         encoding: prompt, normalisation, precision and so on.
         shards: how the folder is divided.
         overwrite: begin again, whatever the folder holds.
-        announce: given the name of what takes a while before the first shard; entered meanwhile.
-        begin: given the rows that are done already and the number of all rows, if it is known;
-            what it returns is told of progress.
+        announce: called with a description of each step before the first shard; the context that
+            it returns is entered for the step.
+        begin: called with the number of rows that are done already and that of all rows, if it is
+            known; what it returns is told of progress.
 
     Returns:
         What this machine's part of the folder holds now.
@@ -84,11 +85,11 @@ def encode_folder(
         return Encoded(manifest.rows, width, manifest.skipped)
 
 
-def _check_folder(source: Source, folder: Path, shared: bool) -> None:
+def _check_folder(source: Source, folder: Path, deletes_others: bool) -> None:
     root = Path(source.path).resolve()
     if source.on_disk and root.is_dir() and folder.resolve().is_relative_to(root):
         raise OutputError(f"{folder} is in the folder that is read. Fix: a folder outside it.")
-    if shared:
+    if deletes_others:
         given = "--overwrite would delete the shards of other machines"
         raise OutputError(f"{given}. Fix: name a new folder.")
 

@@ -229,10 +229,11 @@ def _encode_window(
     source, skipped = job.source, []
 
     def skip(number: int, row: Row) -> None:
-        if not job.shards.skip or row.fault is None:
+        if not job.shards.skip:
             raise source.error(row)
-        name, reason = source.names[row.file] if source.on_disk else source.name, row.fault[0]
-        skipped.append({"row": number, "file": name, "line": row.number, "reason": reason})
+        assert row.fault is not None
+        name = source.names[row.file] if source.on_disk else source.name
+        skipped.append({"row": number, "file": name, "line": row.number, "reason": row.fault[0]})
 
     numbered = list(enumerate(rows, start=first))
     for number, row in numbered:
