@@ -152,11 +152,7 @@ def _folder_settings(job: CorpusJob) -> dict[str, Any]:
 
 
 def _shared_ranges(engine: Local | OnRay, job: CorpusJob, stream: Stream) -> np.ndarray:
-    """The ranges in the folder, which all machines share; the first one to come saves them.
-
-    Raises:
-        OutputError: they differ from those that were given.
-    """
+    """The ranges in the folder, which all machines share; the first one to come saves them."""
     path, chosen, (place, machines) = job.folder / RANGES, job.shards.ranges, job.shards.part
     ranges = None if chosen is None else read_ranges(chosen, job.width)
     mine = job.folder / f"._ranges-{place}-of-{machines}.npy"
@@ -204,11 +200,7 @@ def _fill(
 def _unwritten(
     job: CorpusJob, manifest: Manifest, stream: Stream, wanted: range | count[int], here: bool
 ) -> Iterator[int]:
-    """The shards to write; what is not in files is read `here` again and compared with the others.
-
-    Raises:
-        DataError: the rows of a shard that is there are not those that it was made of.
-    """
+    """The shards to write; rows that are not in files are read `here` again and compared."""
     for shard in wanted:
         first = shard * job.shards.rows
         if shard not in manifest.done:

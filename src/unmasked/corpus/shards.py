@@ -221,11 +221,7 @@ def write_vectors(
 def _encode_window(
     job: CorpusJob, model: TextEncoder, first: int, rows: list[Row]
 ) -> tuple[list[tuple[int, Row]], np.ndarray, Skipped]:
-    """The good rows with their numbers, (N, D) stored vectors of these, and the other rows.
-
-    Raises:
-        DataError: there are others, and faults are not skipped.
-    """
+    """The good rows with their numbers, (N, D) stored vectors of these, and the other rows."""
     source, skipped = job.source, []
 
     def skip(number: int, row: Row) -> None:

@@ -49,12 +49,6 @@ def is_held_out(module: str) -> bool:
     return hashlib.sha256(module.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def installed_roots() -> list[Path]:
-    """The folders of the running interpreter that hold importable source."""
-    paths = sysconfig.get_paths()
-    return [Path(p) for p in dict.fromkeys((paths["stdlib"], paths["purelib"], paths["platlib"]))]
-
-
 def collect(
     roots: list[Path] | None = None, limit: int | None = None, workers: int = 2
 ) -> list[Docstring]:
@@ -65,7 +59,11 @@ def collect(
         limit: stop once this many were found.
         workers: processes that parse.
     """
-    files = sorted(_source_files(roots or installed_roots()), key=lambda item: _digest(item[1]))
+    if roots is None:
+        paths = sysconfig.get_paths()
+        roots = [Path(paths[name]) for name in ("stdlib", "purelib", "platlib")]
+    # Two folders may be one; a shuffled order takes a limited number from all packages.
+    files = sorted(_source_files(list(dict.fromkeys(roots))), key=lambda item: _digest(item[1]))
     seen: set[str] = set()
     found = (doc for doc in _parse_all(files, workers) if _is_new(doc, seen))
     return list(islice(found, limit))
