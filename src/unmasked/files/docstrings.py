@@ -62,7 +62,7 @@ def collect(
     if roots is None:
         paths = sysconfig.get_paths()
         roots = [Path(paths[name]) for name in ("stdlib", "purelib", "platlib")]
-    # Two folders may be one; a shuffled order takes a limited number from all packages.
+    # purelib and platlib are often one folder; a shuffled order draws from all packages.
     files = sorted(_source_files(list(dict.fromkeys(roots))), key=lambda item: _digest(item[1]))
     seen: set[str] = set()
     found = (doc for doc in _parse_all(files, workers) if _is_new(doc, seen))
