@@ -18,7 +18,7 @@ from unmasked.corpus.local import Local, Progress
 from unmasked.corpus.manifest import Manifest, checksum, locked
 from unmasked.corpus.ray import OnRay
 from unmasked.corpus.shards import CorpusJob, Encoded, Shards, Stream, add_rows, new_digest
-from unmasked.corpus.vectors import CALIBRATION, Encoding, read_ranges, save_ranges
+from unmasked.corpus.stored_vectors import CALIBRATION, Encoding, read_ranges, save_ranges
 from unmasked.errors import DataError, OutputError
 from unmasked.files.source import Source
 

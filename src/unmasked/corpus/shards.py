@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from unmasked.corpus.manifest import Part, checksum
-from unmasked.corpus.vectors import CALIBRATION, Encoding
+from unmasked.corpus.stored_vectors import CALIBRATION, Encoding
 from unmasked.corpus.writers import make_writer
 from unmasked.errors import OutputError
 from unmasked.files.readers import Fault
