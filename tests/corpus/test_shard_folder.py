@@ -329,14 +329,14 @@ def test_other_settings_are_named(model, corpus, tmp_path, tiny_decoder):
     make(model, clean, tmp_path / "w", Shards(skip=True))
 
 
-def test_folders_that_are_refused(model, corpus, tmp_path):
+def test_folders_that_are_refused(model, corpus, given, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="other things .thesis.tex"):
             make(model, corpus, tmp_path / "mine", overwrite=overwrite)
     with pytest.raises(OutputError, match="is a file"):
-        make(model, corpus, corpus / "a.jsonl")
+        make(model, corpus, given("f", ""))
     with pytest.raises(OutputError, match="in the folder that is read"):
         make(model, corpus, corpus / "v")
     with pytest.raises(OutputError, match="delete the shards of other machines"):

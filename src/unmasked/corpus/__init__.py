@@ -5,9 +5,9 @@ the same command continues, on one machine or many. Row i of the output is row i
 its number stands beside the vector; a row without a vector is an error or is listed, so nothing is
 lost silently.
 
-The way of a row: `files.Source` reads it; an engine (`Local` here, `OnRay` in many processes) has
-its shard written; `shards` encodes it in a window of rows; `vectors` says how, and in which numbers
-it is stored; `writers` puts it into the file; `manifest` records the shard.
+The way of a row: `files.source` reads it; an engine (`Local` here, `OnRay` in many processes) has
+its shard written; `shards` encodes it in a window of rows; `stored_vectors` says how, and in which
+numbers it is stored; `writers` puts it into the file; `manifest` records the shard.
 
 Cost: files are read once more beforehand, to check and count every row (a few hundred thousand rows
 per second), and one window of texts and vectors is in memory. Within a window, texts are sorted by
@@ -16,13 +16,13 @@ length, so larger windows waste less on padding.
 Others may use the names below.
 """
 
-from unmasked.corpus.local import Local, Progress
+from unmasked.corpus.local import Load, Local, Progress
 from unmasked.corpus.manifest import Manifest, parse_part
 from unmasked.corpus.one_file import check_output, encode_corpus
 from unmasked.corpus.ray import OnRay
 from unmasked.corpus.shard_folder import encode_folder
 from unmasked.corpus.shards import Encoded, Shards
-from unmasked.corpus.vectors import PRECISIONS, Encoding
+from unmasked.corpus.stored_vectors import PRECISIONS, Encoding
 from unmasked.corpus.writers import OUTPUTS
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "PRECISIONS",
     "Encoded",
     "Encoding",
+    "Load",
     "Local",
     "Manifest",
     "OnRay",

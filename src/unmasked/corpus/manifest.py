@@ -135,9 +135,8 @@ class Manifest:
                     _compare(self.folder, json.loads(file.readline() or b"{}"), header)
         if not self.done:
             place, machines = self.part
-            for path in self.folder.glob(
-                "part-*"
-            ):  # renamed by a run killed before it was recorded
+            # What a run renamed before it was killed, and did not record.
+            for path in self.folder.glob("part-*"):
                 if path.stem[5:].isdecimal() and int(path.stem[5:]) % machines == place - 1:
                     path.unlink()
             with written_aside(self.path) as file:

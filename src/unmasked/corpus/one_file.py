@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from unmasked.corpus.local import Progress
 from unmasked.corpus.manifest import lock
 from unmasked.corpus.shards import CorpusJob, Encoded, Shards, Stream, write_vectors
-from unmasked.corpus.vectors import Encoding, read_ranges, save_ranges
+from unmasked.corpus.stored_vectors import Encoding, read_ranges, save_ranges
 from unmasked.corpus.writers import OUTPUTS
 from unmasked.errors import DataError, OutputError
 from unmasked.files.source import Source

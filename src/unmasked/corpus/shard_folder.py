@@ -18,7 +18,7 @@ from unmasked.corpus.local import Local, Progress
 from unmasked.corpus.manifest import Manifest, checksum, locked
 from unmasked.corpus.ray import OnRay
 from unmasked.corpus.shards import CorpusJob, Encoded, Shards, Stream, add_rows, new_digest
-from unmasked.corpus.vectors import CALIBRATION, Encoding, read_ranges, save_ranges
+from unmasked.corpus.stored_vectors import CALIBRATION, Encoding, read_ranges, save_ranges
 from unmasked.errors import DataError, OutputError
 from unmasked.files.source import Source
 
@@ -52,9 +52,10 @@ def encode_folder(
         encoding: prompt, normalisation, precision and so on.
         shards: how the folder is divided.
         overwrite: begin again, whatever the folder holds.
-        announce: given the name of what takes a while before the first shard; entered meanwhile.
-        begin: given the rows that are done already and the number of all rows, if it is known;
-            what it returns is told of progress.
+        announce: called with a description of each step before the first shard; the context that
+            it returns is entered for the step.
+        begin: called with the number of rows that are done already and that of all rows, if it is
+            known; what it returns is told of progress.
 
     Returns:
         What this machine's part of the folder holds now.
@@ -84,11 +85,11 @@ def encode_folder(
         return Encoded(manifest.rows, width, manifest.skipped)
 
 
-def _check_folder(source: Source, folder: Path, shared: bool) -> None:
+def _check_folder(source: Source, folder: Path, deletes_others: bool) -> None:
     root = Path(source.path).resolve()
     if source.on_disk and root.is_dir() and folder.resolve().is_relative_to(root):
         raise OutputError(f"{folder} is in the folder that is read. Fix: a folder outside it.")
-    if shared:
+    if deletes_others:
         given = "--overwrite would delete the shards of other machines"
         raise OutputError(f"{given}. Fix: name a new folder.")
 
@@ -151,11 +152,7 @@ def _folder_settings(job: CorpusJob) -> dict[str, Any]:
 
 
 def _shared_ranges(engine: Local | OnRay, job: CorpusJob, stream: Stream) -> np.ndarray:
-    """The ranges in the folder, which all machines share; the first one to come saves them.
-
-    Raises:
-        OutputError: they differ from those that were given.
-    """
+    """The ranges in the folder, which all machines share; the first one to come saves them."""
     path, chosen, (place, machines) = job.folder / RANGES, job.shards.ranges, job.shards.part
     ranges = None if chosen is None else read_ranges(chosen, job.width)
     mine = job.folder / f"._ranges-{place}-of-{machines}.npy"
@@ -203,11 +200,7 @@ def _fill(
 def _unwritten(
     job: CorpusJob, manifest: Manifest, stream: Stream, wanted: range | count[int], here: bool
 ) -> Iterator[int]:
-    """The shards to write; what is not in files is read `here` again and compared with the others.
-
-    Raises:
-        DataError: the rows of a shard that is there are not those that it was made of.
-    """
+    """The shards to write; rows that are not in files are read `here` again and compared."""
     for shard in wanted:
         first = shard * job.shards.rows
         if shard not in manifest.done:

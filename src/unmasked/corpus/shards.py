@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from unmasked.corpus.manifest import Part, checksum
-from unmasked.corpus.vectors import CALIBRATION, Encoding
+from unmasked.corpus.stored_vectors import CALIBRATION, Encoding
 from unmasked.corpus.writers import make_writer
 from unmasked.errors import OutputError
 from unmasked.files.readers import Fault
@@ -221,18 +221,15 @@ def write_vectors(
 def _encode_window(
     job: CorpusJob, model: TextEncoder, first: int, rows: list[Row]
 ) -> tuple[list[tuple[int, Row]], np.ndarray, Skipped]:
-    """The good rows with their numbers, (N, D) stored vectors of these, and the other rows.
-
-    Raises:
-        DataError: there are others, and faults are not skipped.
-    """
+    """The good rows with their numbers, (N, D) stored vectors of these, and the other rows."""
     source, skipped = job.source, []
 
     def skip(number: int, row: Row) -> None:
-        if not job.shards.skip or row.fault is None:
+        if not job.shards.skip:
             raise source.error(row)
-        name, reason = source.names[row.file] if source.on_disk else source.name, row.fault[0]
-        skipped.append({"row": number, "file": name, "line": row.number, "reason": reason})
+        assert row.fault is not None
+        name = source.names[row.file] if source.on_disk else source.name
+        skipped.append({"row": number, "file": name, "line": row.number, "reason": row.fault[0]})
 
     numbered = list(enumerate(rows, start=first))
     for number, row in numbered:

@@ -16,9 +16,9 @@ import inspect
 import re
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
-from multiprocessing import Pool
 from pathlib import Path
 
 HELD_OUT_SHARE = 5  # one module in five is never trained on
@@ -28,7 +28,7 @@ _SKIPPED_FOLDERS = {"tests", "test", "testing", "__pycache__", "idlelib", "lib2t
 
 @dataclass(frozen=True, slots=True)
 class Docstring:
-    """One docstring: `summary` is its first sentence, `body` all that follows."""
+    """One docstring: `summary` is its first sentence, `body` is all that follows."""
 
     module: str
     name: str
@@ -49,12 +49,6 @@ def is_held_out(module: str) -> bool:
     return hashlib.sha256(module.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def installed_roots() -> list[Path]:
-    """The folders of the running interpreter that hold importable source."""
-    paths = sysconfig.get_paths()
-    return [Path(p) for p in dict.fromkeys((paths["stdlib"], paths["purelib"], paths["platlib"]))]
-
-
 def collect(
     roots: list[Path] | None = None, limit: int | None = None, workers: int = 2
 ) -> list[Docstring]:
@@ -65,14 +59,18 @@ def collect(
         limit: stop once this many were found.
         workers: processes that parse.
     """
-    files = sorted(_source_files(roots or installed_roots()), key=lambda item: _digest(item[1]))
+    if roots is None:
+        paths = sysconfig.get_paths()
+        roots = [Path(paths[name]) for name in ("stdlib", "purelib", "platlib")]
+    # purelib and platlib are often one folder; a shuffled order draws from all packages.
+    files = sorted(_source_files(list(dict.fromkeys(roots))), key=lambda item: _digest(item[1]))
     seen: set[str] = set()
     found = (doc for doc in _parse_all(files, workers) if _is_new(doc, seen))
     return list(islice(found, limit))
 
 
 def pairs(docstrings: list[Docstring], min_body_words: int = 12) -> list[Docstring]:
-    """Those whose summary is a question worth asking and whose body can answer it."""
+    """The docstrings whose summary can serve as a query that the body answers."""
     return [
         d
         for d in docstrings
@@ -108,8 +106,13 @@ def _parse_all(files: list[tuple[Path, str]], workers: int) -> Iterator[Docstrin
     if workers <= 1:
         yield from chain.from_iterable(map(_parse, files))
         return
-    with Pool(workers) as pool:  # which is ended when nobody asks for more
-        yield from chain.from_iterable(pool.imap(_parse, files, chunksize=16))
+    with ProcessPoolExecutor(workers) as pool:  # which, unlike `Pool`, tells of a killed process
+        try:
+            for start in range(0, len(files), 512):  # bounded look-ahead, so a limit ends early
+                found = pool.map(_parse, files[start : start + 512], chunksize=16)
+                yield from chain.from_iterable(found)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _parse(item: tuple[Path, str]) -> list[Docstring]:

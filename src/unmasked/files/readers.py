@@ -86,7 +86,7 @@ def read(path: str, required: Mapping[str, str], wanted: Iterable[str] = ()) -> 
     elif kind == ".parquet":
         yield from _parquet(path, required, wanted)
     elif kind == ".txt":
-        yield from read_lines(path, next(iter(required)))
+        yield from read_txt(path, next(iter(required)))
     else:
         with _opened(path) as file:
             lines = _lines(file, path)
@@ -98,7 +98,7 @@ def hub_parts(path: str) -> tuple[str, ...]:
     return (*path.removeprefix(HUB).split(":"), "", "")[:3]
 
 
-def read_lines(path: str, column: str) -> Iterator[Cells]:
+def read_txt(path: str, column: str) -> Iterator[Cells]:
     """Every line of a file, whatever its name, without its line break."""
     with _opened(path) as file:
         for number, line in enumerate(_lines(file, path), start=1):
@@ -118,7 +118,7 @@ def read_tsv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]
             header, or there is no row; names file, line and fix.
     """
     fix = f"begin with the header {', '.join(columns)}, separated by tabs; rows below"
-    rows = checked(path, read_lines(path, "line"))
+    rows = checked(path, read_txt(path, "line"))
     lines = ((number, row["line"].split("\t")) for number, row in rows if row["line"].strip(" "))
     header: list[str] = next((cells for _, cells in lines), [])
     if not header:

@@ -69,7 +69,7 @@ def fault(path: Path, given: str, fix: str, line: int | None = None) -> DataErro
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number, from 1, and text of every line."""
-    rows = readers.checked(str(path), readers.read_lines(str(path), "line"))
+    rows = readers.checked(str(path), readers.read_txt(str(path), "line"))
     return ((number, row["line"]) for number, row in rows)
 
 
