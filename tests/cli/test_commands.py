@@ -54,8 +54,7 @@ def test_the_choices_are_those_of_the_rooms():
     from typing import Literal, get_args, get_origin
 
     from unmasked.cli import encode_verb, options, training_verbs
-    from unmasked.corpus import OUTPUTS, PRECISIONS
-    from unmasked.corpus.encode import SHARD_ROWS
+    from unmasked.corpus import OUTPUTS, PRECISIONS, Shards
     from unmasked.forward.precision import NAMES
     from unmasked.forward.quantization import KINDS
     from unmasked.recipe.schema import Model
@@ -72,7 +71,7 @@ def test_the_choices_are_those_of_the_rooms():
     assert set(choices(encode_verb.QUANTIZE)) == set(KINDS)
     stage = inspect.get_annotations(training_verbs.train, eval_str=True)["stage"]
     assert choices(stage) == STAGES
-    assert inspect.signature(encode_verb.encode).parameters["shard_rows"].default == SHARD_ROWS
+    assert inspect.signature(encode_verb.encode).parameters["shard_rows"].default == Shards().rows
 
 
 def test_version(cli):

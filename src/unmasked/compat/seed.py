@@ -124,7 +124,7 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
     for flag, value in zip(words[::2], [*words[1::2], "--"], strict=False):
         name = flag.removeprefix("--")
         if name not in allowed or not flag.startswith("--"):
-            raise RecipeError(f"unknown flag '{flag}'{nearest(name, allowed) or '.'}")
+            raise RecipeError(f"unknown flag '{flag}'{nearest(name, allowed)}")
         if value.startswith("--"):
             raise RecipeError(f"{flag} has no value. Fix: {flag} VALUE.")
         options[name] = yaml.safe_load(value)
