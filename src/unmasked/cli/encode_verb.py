@@ -61,7 +61,8 @@ FORMAT = Annotated[
 SHARD_ROWS = Annotated[int, Option(min=1, help="Rows of the input per shard.")]
 SHARD = Annotated[str | None, Option(metavar="i/n", help="This is machine i of n machines.")]
 ON_ERROR = Annotated[
-    Literal["fail", "skip"], Option(help="At a row without a usable text, stop, or list it.")
+    Literal["fail", "skip"],
+    Option(help="At a row without usable text: stop, or list it and go on."),
 ]
 BYTES = Annotated[int, Option(min=1, help="Texts of this many bytes or more are refused.")]
 ENGINE = Annotated[

@@ -166,7 +166,9 @@ def push(
     check_name(repository)
     files = list_files(folder)
     total = sum(size for _, size in files)
-    terminal.table(["file", "size"], [[name, terminal.short(size, "B")] for name, size in files])
+    terminal.show_table(
+        ["file", "size"], [[name, terminal.short(size, "B")] for name, size in files]
+    )
     who = "public" if public else "private"
     terminal.show(f"{len(files)} files, {terminal.short(total, 'B')}, to {repository} ({who})")
     if dry_run:

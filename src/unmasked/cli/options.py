@@ -17,7 +17,7 @@ MODEL = Annotated[str, Argument(help="Hub name, folder, or 'nano', the bundled d
 RECIPE = Annotated[str, Argument(help="YAML file, or the name of a shipped recipe.")]
 OVERRIDES = Annotated[
     list[str] | None,
-    Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings to change: mntp.steps=500."),
+    Argument(metavar="SECTION.KEY=VALUE", help="Settings to change: mntp.steps=500."),
 ]
 DTYPE = Annotated[
     Dtype,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unmasked.cli.terminal import duration, facts, short, show, table
+from unmasked.cli.terminal import duration, facts, short, show, show_table
 from unmasked.evaluate.bootstrap import Interval
 from unmasked.evaluate.compare import EncoderScore, compare_stages, headline_metrics, headlines
 
@@ -42,7 +42,7 @@ def stage_table(
         rows.append([stage, *map("".join, zip(scores, best, strict=True))])
         if " *" in best:
             marked.append(index)
-    table(["stage", *metrics], rows, marked)
+    show_table(["stage", *metrics], rows, marked)
     show("* best causal baseline")
     for column in columns:
         if column.gain is not None:
@@ -60,7 +60,7 @@ def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:
     first = rows[0].encoder
     if all(row.encoder == first for row in rows):
         cells = [[row.task, row.metric, *_score_cells(row.score)] for row in rows]
-        table(["task", "metric", "score", "95 % interval"], cells)
+        show_table(["task", "metric", "score", "95 % interval"], cells)
         return
     names = [f"{row.task}.{row.metric}" for row in rows]
     shown = names if every else headlines(names)
@@ -70,7 +70,7 @@ def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:
         for r in rows
     ]
     columns = ["metric", "encoder", "score", "95 % interval", "gain on it", "95 % interval", ""]
-    table(columns, cells, [i for i, row in enumerate(rows) if row.encoder == first])
+    show_table(columns, cells, [i for i, row in enumerate(rows) if row.encoder == first])
 
 
 def plan_table(recipe: Recipe, plan: Plan) -> None:
@@ -100,7 +100,7 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
     if any(stage.seconds is not None for stage in plan.stages):
         rows.append(("time", lambda s: duration(s.seconds or 0)))
     cells = [[label, *(value(stage) for stage in plan.stages)] for label, value in rows]
-    table(["", *(stage.name for stage in plan.stages)], cells, marked)
+    show_table(["", *(stage.name for stage in plan.stages)], cells, marked)
     if any(stage.assumed for stage in plan.stages):
         show("~ no text could be read: half of max_length is assumed for its length")
 
@@ -125,10 +125,10 @@ def show_analysis(found: Analysis) -> None:
             [name, f"{mean:.3f}", f"[{low:.3f}, {high:.3f}]"]
             for name, mean, (low, high) in zip(names, found.layers, found.spread, strict=True)
         ]
-        table(["closed and open mask", "cosine", "10 to 90 % of tokens"], cells)
+        show_table(["closed and open mask", "cosine", "10 to 90 % of tokens"], cells)
     shapes = [asdict(shape) for shape in found.shapes.values()]
     rows = [[key.replace("_", " "), *(f"{s[key]:.3f}" for s in shapes)] for key in shapes[0]]
-    table([f"vectors of {found.pairs} pairs", *found.shapes], rows)
+    show_table([f"vectors of {found.pairs} pairs", *found.shapes], rows)
 
 
 def _score_cells(score: Interval) -> tuple[str, str]:

@@ -52,7 +52,7 @@ def facts(rows: Sequence[tuple[str, str]], *, stderr: bool = False) -> None:
         console.print(Text.assemble((label.ljust(width), "dim"), "  ", value), soft_wrap=True)
 
 
-def table(
+def show_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int] = ()
 ) -> None:
     """A table on stdout, all but the first column to the right, `marked` rows (numbers) in bold."""

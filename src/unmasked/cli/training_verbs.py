@@ -18,9 +18,7 @@ recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with the
 
 def demo(
     output: Annotated[Path, Option("-o", "--output", help="Run folder.")] = Path("runs/demo"),
-    quick: Annotated[
-        bool, Option("--quick", help="Take only a few steps, to see the way.")
-    ] = False,
+    quick: Annotated[bool, Option("--quick", help="Take only a few steps, as a trial.")] = False,
 ) -> None:
     """Train the bundled decoder on the documentation installed on this machine, in minutes."""
     from unmasked.cli import run_display, tables
@@ -79,7 +77,7 @@ def mine(
     output: Annotated[Path, Option("-o", "--output", help="New .jsonl file.")],
     negatives: Annotated[int, Option(min=1, help="Maximum number of negatives per row.")] = 5,
     margin: Annotated[
-        float, Option(min=0, max=1, help="Margin below the positive's score, a share of it.")
+        float, Option(min=0, max=1, help="Margin below the positive's score, as a share of it.")
     ] = 0.05,
     skip: Annotated[int, Option(min=0, help="Number of nearest documents to leave out.")] = 0,
     depth: Annotated[int, Option(min=1, help="Number of nearest documents to search.")] = 100,

@@ -124,7 +124,7 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
     for flag, value in zip(words[::2], [*words[1::2], "--"], strict=False):
         name = flag.removeprefix("--")
         if name not in allowed or not flag.startswith("--"):
-            raise RecipeError(f"unknown flag '{flag}'{nearest(name, allowed) or '.'}")
+            raise RecipeError(f"unknown flag '{flag}'{nearest(name, allowed)}")
         if value.startswith("--"):
             raise RecipeError(f"{flag} has no value. Fix: {flag} VALUE.")
         options[name] = yaml.safe_load(value)
@@ -144,7 +144,7 @@ def to_recipe(stage: str, flags: Any, options: dict[str, Any], name: str) -> Rec
     default = Path(flags.data_dir) / "wiki1m_for_simcse.txt"
     data = [str(path) for path in flags.data_path or [default]]
     length, longest = longest_input(flags.model_name, flags.max_seq_length, flags.model_max_length)
-    texts, tokens = measure(flags.model_name, data)
+    texts, tokens = count_tokens(flags.model_name, data)
     per_step = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
     epoch = max(1, (tokens // length if stage == "mntp" else texts) // per_step)
     steps = flags.max_steps if flags.max_steps > 0 else max(1, int(epoch * flags.num_train_epochs))
@@ -199,7 +199,7 @@ def longest_input(model: str, *lengths: int) -> list[int]:
     return [min(length, most or length) for length in lengths]
 
 
-def measure(model: str, data: Sequence[str]) -> tuple[int, int]:
+def count_tokens(model: str, data: Sequence[str]) -> tuple[int, int]:
     """How many different texts training files hold, and how many tokens these have.
 
     Raises:
