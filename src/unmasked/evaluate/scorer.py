@@ -1,9 +1,8 @@
 """From what a user names as tasks to a function that scores any model on all of them.
 
 A task is a path (`task_files`), ``words:PATH`` (`probe`), or a public name (`public`). Names and
-files are checked before any model is loaded or trained.
-
-Cost: reading the files; mteb is imported only for a name that is not a path.
+files are checked before any model is loaded or trained. Cost: reading the files; mteb is imported
+only for a name that is not a path.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def make_scorer(
     languages: Sequence[str] | None = None,
     results: str | Path = RESULTS,
 ) -> Scorer:
-    """A function that scores models; reads the tasks now, so that a fault is known beforehand.
+    """A function that scores models on tasks, which are read now.
 
     Args:
         tasks: paths, ``words:PATH``, and names of public tasks and benchmarks.
