@@ -8,7 +8,7 @@ only for a name that is not a path.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,7 @@ def encode_by_role(model: Any) -> Encode:
 
 
 def make_scorer(
-    tasks: Sequence[str | Path],
-    languages: Sequence[str] | None = None,
-    results: str | Path = RESULTS,
+    tasks: Iterable[Any], languages: Sequence[str] | None = None, results: str | Path = RESULTS
 ) -> Scorer:
     """A function that scores models on tasks, which are read now.
 
@@ -58,10 +56,9 @@ def make_scorer(
     for given in map(str, tasks):
         for name, score in _read(given, languages, Path(results)):
             if name in read:
-                raise DataError(
-                    f"two tasks are called '{name}': {read[name][0]} and {given}. "
-                    "Fix: rename one, scores are kept by name."
-                )
+                both = f"{read[name][0]} and {given}"
+                fix = "Fix: rename one, scores are kept by name."
+                raise DataError(f"two tasks are called '{name}': {both}. {fix}")
             read[name] = given, score
 
     def score_all(model: Any) -> list[TaskResult]:

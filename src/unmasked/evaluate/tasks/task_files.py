@@ -83,16 +83,14 @@ def _load_pairs(path: Path, layout: tuple[str, ...]) -> kinds.PairTask:
     rows = list(readers.read_tsv(str(path), layout))
     texts = {None: [fields[side] for side in (1, 2) for _, fields in rows]}
     if layout == SCORED:
-        gold = np.array([_number(path, line, score) for line, (score, _, _) in rows])
-        if np.ptp(gold) == 0:
-            given = f"every score is {gold[0]:g} ({len(gold)} pairs), so no correlation is defined"
-            raise fault(path, given, "give pairs with different scores")
-        return kinds.StsTask(path.resolve().stem, texts, gold)
+        scores = [_number(path, line, score) for line, (score, _, _) in rows]
+        _check_varied(path, "score", scores, "pairs with different scores")
+        return kinds.StsTask(path.resolve().stem, texts, np.array(scores))
     for line, (label, _, _) in rows:
         if label not in ("0", "1"):
             raise fault(path, f"label '{label[:60]}' is not 0 or 1", "write 1 for a match", line)
     labels = [label for _, (label, _, _) in rows]
-    _check_labels(path, labels, "pairs of both kinds, 0 and 1")
+    _check_varied(path, "label", labels, "pairs of both kinds, 0 and 1")
     return kinds.PairTask(path.resolve().stem, texts, np.array(labels, dtype=int))
 
 
@@ -125,14 +123,14 @@ def _labelled(path: Path) -> tuple[list[int], list[str], list[str]]:
     """Line, label and text of each row."""
     rows = list(readers.read_tsv(str(path), LABELLED))
     labels = [label for _, (label, _) in rows]
-    _check_labels(path, labels, "texts of at least two labels")
+    _check_varied(path, "label", labels, "texts of at least two labels")
     return [line for line, _ in rows], labels, [text for _, (_, text) in rows]
 
 
-def _check_labels(path: Path, labels: Sequence[str], wanted: str) -> None:
-    if len(set(labels)) == 1:
-        given = f"every label is '{labels[0][:60]}' ({len(labels)} rows), so nothing can be told"
-        raise fault(path, f"{given} apart", f"give {wanted}")
+def _check_varied(path: Path, what: str, values: Sequence[Any], wanted: str) -> None:
+    if len(set(values)) == 1:
+        given = f"every {what} is {values[0]!r:.60} ({len(values)} rows), so nothing is told apart"
+        raise fault(path, given, f"give {wanted}")
 
 
 def _load_reranking(path: Path) -> kinds.RerankingTask:
