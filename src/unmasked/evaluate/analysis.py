@@ -27,7 +27,7 @@ from unmasked.errors import DataError, ModelError
 from unmasked.evaluate.scorer import encode_by_role
 from unmasked.evaluate.tasks.kinds import alike
 from unmasked.evaluate.tasks.task_files import load_task
-from unmasked.evaluate.tasks.vectors import encoded
+from unmasked.evaluate.tasks.task_vectors import encoded
 from unmasked.files import docstrings
 from unmasked.forward.geometry import alignment_and_uniformity
 from unmasked.model import TextEncoder
@@ -103,9 +103,9 @@ def draw(analysis: Analysis, folder: Path) -> list[Path]:
     names = ["shape"]
     with figures.style():
         shapes = {name: asdict(shape) for name, shape in analysis.shapes.items()}
-        figures.save(folder, "shape", figures.bars(shapes))
+        figures.save_figure(folder, "shape", figures.bars(shapes))
         if analysis.layers and analysis.spread:
-            figures.save(folder, "layers", figures.layers(analysis.layers, analysis.spread))
+            figures.save_figure(folder, "layers", figures.layers(analysis.layers, analysis.spread))
             names.append("layers")
     return sorted(folder / f"{name}{suffix}" for name in names for suffix in (".png", ".svg"))
 

@@ -17,7 +17,7 @@ import numpy as np
 from unmasked.errors import DataError
 from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.tasks.task_files import load_task
-from unmasked.evaluate.tasks.vectors import Encode, encode_once
+from unmasked.evaluate.tasks.task_vectors import Encode, encode_once
 
 WORDS = "words:"
 RESULTS = "mteb"

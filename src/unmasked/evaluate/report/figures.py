@@ -40,7 +40,7 @@ def style() -> Any:
     return matplotlib.style.context(Path(__file__).with_name("report.mplstyle"))
 
 
-def save(folder: Path, name: str, figure: Figure) -> str:
+def save_figure(folder: Path, name: str, figure: Figure) -> str:
     """Write NAME.png (white) and NAME.svg; returns the SVG with the page's colours in it."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=180, facecolor="white")

@@ -28,7 +28,7 @@ from unmasked.evaluate.report import figures
 from unmasked.evaluate.report.samples import Sample, draw_sample
 from unmasked.evaluate.scorer import encode_by_role
 from unmasked.evaluate.tasks.task_files import load_task
-from unmasked.evaluate.tasks.vectors import Encode, encode_once, encoded, most_similar, norms
+from unmasked.evaluate.tasks.task_vectors import Encode, encode_once, encoded, most_similar, norms
 from unmasked.files.writing import write_text
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Recipe
@@ -69,7 +69,7 @@ def write_report(
         command = (run / compare.COMMAND).read_text(encoding="utf-8").strip()
     columns = [compare.compare_stages(run, metric) for metric in compare.headline_metrics(run)]
     before = (columns[0].best_causal if columns else None) or "causal_mean"
-    save: Save = partial(figures.save, output.parent / "figures")
+    save: Save = partial(figures.save_figure, output.parent / "figures")
     with figures.style():
         scores = [_intervals(run, column) for column in columns]
         drawn = [figures.stages(c.metric, own) for c, own in zip(columns, scores, strict=True)]

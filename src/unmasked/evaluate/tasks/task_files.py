@@ -57,7 +57,7 @@ def load_task(path: str | Path) -> kinds.Task:
         allowed = f"a .tsv file ({tables}), a .jsonl file (query, positive, negative) or a folder"
         given = f"'{path.suffix}' given, but a task is {allowed}"
         raise fault(path, given, "convert or rename the file")
-    header = next((line for _, line in read_lines(path) if line.strip(" ")), "").split("\t")
+    header = next((line for _, line in numbered_lines(path) if line.strip(" ")), "").split("\t")
     layout = max(LAYOUTS, key=lambda columns: _likeness(columns, header))
     return _load_labelled(path) if layout == LABELLED else _load_pairs(path, layout)
 
@@ -67,7 +67,7 @@ def fault(path: Path, given: str, fix: str, line: int | None = None) -> DataErro
     return readers.fault_error(readers.where(str(path), line) if line else str(path), (given, fix))
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number, from 1, and text of every line."""
     rows = readers.checked(str(path), readers.read_lines(str(path), "line"))
     return ((number, row["line"]) for number, row in rows)
@@ -191,7 +191,9 @@ def _tested(
 ) -> dict[str, dict[int, float]]:
     """The relevant documents of each query; queries that only other splits judge are left out."""
     others = [path for path in qrels.parent.glob("*.tsv") if path.name != qrels.name]
-    elsewhere = {line.split("\t", 1)[0] for path in sorted(others) for _, line in read_lines(path)}
+    elsewhere = {
+        line.split("\t", 1)[0] for path in sorted(others) for _, line in numbered_lines(path)
+    }
     tested = {}
     for query in queries:
         grades = {d: grade for d, grade in judged.get(query, {}).items() if grade > 0}

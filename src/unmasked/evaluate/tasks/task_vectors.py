@@ -68,12 +68,6 @@ def norms(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(np.sqrt(np.maximum(squares, np.finfo(np.float32).tiny)))
 
 
-def paired_cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cosine (N,) in float64 of each row of one array with the same row of another."""
-    products = np.einsum("nd,nd->n", first, second, dtype=np.float64)
-    return np.asarray(products / (norms(first) * norms(second)))
-
-
 def most_similar(
     queries: np.ndarray, documents: np.ndarray, k: int, tie_rank: np.ndarray
 ) -> np.ndarray:
