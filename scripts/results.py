@@ -1,12 +1,12 @@
 """What each stage gains on public test sets, with three seeds: makes `docs/results.md`.
 
-    python scripts/results.py --data ../shared/data
+    python scripts/results.py --data DATA
 
 The bundled decoder is trained on Wikipedia sentences (MNTP, SimCSE) and NLI triplets (supervised),
 English and Korean, none of which the test sets come from. Everything is kept in ``--work``: a stage
 that was trained is not trained again, a score that was computed is not computed again, and the
-same command continues. About eight minutes of processor time a seed for training, and two or three
-for each encoder that is scored: four before training and three a seed.
+same command continues. Cost: about eight minutes of processor time per seed for training, and two
+or three for each encoder that is scored: four before training and three per seed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NAMES = {
 
 
 def write_texts(data: Path, file: Path) -> None:
-    """Every n-th sentence of each language, one a line."""
+    """Every n-th sentence of each language, one per line."""
     if file.is_file():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +64,7 @@ def write_texts(data: Path, file: Path) -> None:
 
 
 def recipe(data: Path, work: Path, seed: int) -> Recipe:
+    """The shipped recipe of three stages, on these texts."""
     texts = work / "texts.txt"
     pairs = ", ".join(f"{data / 'pairs' / name}" for name in PAIRS)
     settings = [f"mntp.data={texts}", f"simcse.data={texts}", f"supervised.data=[{pairs}]"]
@@ -82,7 +83,7 @@ def encoders(work: Path, seeds: list[int]) -> Iterator[tuple[str, int | None, di
 
 
 def score_all(data: Path, work: Path, seeds: list[int]) -> list[dict[str, Any]]:
-    """One row an encoder: stage, seed, and the headline score of each task, times 100."""
+    """One row per encoder: stage, seed, and the headline score of each task, times 100."""
     file = work / "scores.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     known = {(row["stage"], row["seed"]) for row in rows}
@@ -90,18 +91,15 @@ def score_all(data: Path, work: Path, seeds: list[int]) -> list[dict[str, Any]]:
     for stage, seed, options in encoders(work, seeds):
         if (stage, seed) in known:
             continue
-        results = score(_load(options))
+        # bfloat16 encodes 1.7 times as fast here; STS agrees with float32's to 0.05.
+        model = LLM2Vec.from_pretrained("nano", max_length=256, dtype="bfloat16", **options)
+        results = score(model)
         every = {f"{r.name}.{metric}": v for r in results for metric, v in r.scores.items()}
         values = [100 * every[metric] for metric in headlines(every)]
         rows.append({"stage": stage, "seed": seed, "scores": dict(zip(TASKS, values, strict=True))})
         print(stage, seed, [round(value, 2) for value in values], flush=True)
         write_text(file, json.dumps(rows, indent=1))
     return rows
-
-
-def _load(options: dict[str, Any]) -> LLM2Vec:
-    # bfloat16 encodes 1.7 times as fast here; STS agrees with float32's to 0.05
-    return LLM2Vec.from_pretrained("nano", max_length=256, dtype="bfloat16", **options)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

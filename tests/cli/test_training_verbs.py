@@ -11,6 +11,8 @@ import subprocess
 import yaml
 from support.commands import COMMAND, listing
 
+from unmasked.evaluate.compare import compare_stages
+
 
 def test_recipes(cli, tmp_path):
     code, out, _ = cli("recipes", "list")
@@ -38,10 +40,13 @@ def test_run_from_end_to_end_and_again(cli, recipe, tmp_path):
     assert [row[0] for row in rows if row and row[0] in names] == names
     best = max(causal, key=lambda name: stages[names.index(name)]["scores"]["sts.spearman"])
     assert any(row[0] == best and row[2] == "*" for row in rows if row)
-    assert re.search(
-        r"sts\.spearman: simcse [+-][\d.]+ over causal_\w+, 95 % interval \[.*\]: ", out
-    )
-    assert "clear of zero" in out or "not clear" in out
+    gain = compare_stages(tmp_path / "out", "sts.spearman", samples=50).gain
+    verdict = "worse, clear of zero" if gain.high < 0 else "clear of zero"
+    if gain.low <= 0 <= gain.high:
+        verdict = "not clear: may be chance"
+    gained, low, high = (100 * value for value in (gain.difference, gain.low, gain.high))
+    expected = f"simcse {gained:+.2f} over {best}, 95 % interval [{low:.2f}, {high:.2f}]: {verdict}"
+    assert f"sts.spearman: {expected}" in out.splitlines()
     assert "saved  out/model" in out
     assert re.search(r"^stages +mntp 3 steps of 2, simcse 2 steps of 2$", err, re.M)
     assert re.search(r"^dtype +float32 \(auto", err, re.M)

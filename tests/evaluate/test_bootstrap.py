@@ -11,14 +11,16 @@ from scipy import stats
 
 from unmasked.errors import DataError
 from unmasked.evaluate import TaskResult, interval, paired_difference
-from unmasked.evaluate.bootstrap import average_precision, measure, pearson, spearman
+from unmasked.evaluate.bootstrap import average_precision, metric_values, pearson, spearman
 
 
 def sts_result(noise: float, pairs: int = 1500, seed: int = 0) -> TaskResult:
     gold = np.random.default_rng(99).integers(0, 26, pairs) / 5
     cosine = gold / 5 + noise * np.random.default_rng(seed).standard_normal(pairs)
     items, once = {"cosine": cosine, "gold": gold}, np.ones((1, pairs))
-    scores = {metric: measure(items, metric, once).item() for metric in ("spearman", "pearson")}
+    scores = {
+        metric: metric_values(items, metric, once).item() for metric in ("spearman", "pearson")
+    }
     return TaskResult("sts", scores, items)
 
 
@@ -105,5 +107,5 @@ def test_average_precision_is_that_of_scikit_learn():
              "manhattan": similarity, "gold": gold}  # fmt: skip
     expected = [average_precision_score(gold, by) for by in (similarity, -similarity)]
     once = np.ones((1, 50))
-    assert measure(items, "cosine_ap", once).item() == pytest.approx(expected[0])
-    assert measure(items, "max_ap", once).item() == pytest.approx(max(expected))
+    assert metric_values(items, "cosine_ap", once).item() == pytest.approx(expected[0])
+    assert metric_values(items, "max_ap", once).item() == pytest.approx(max(expected))

@@ -13,7 +13,7 @@ from scipy import stats
 from support.tasks import TINY, beir_folder, by_text, hashed, noisy, sts_file, write
 
 from unmasked.evaluate import interval, load_task, paired_difference
-from unmasked.evaluate.tasks import vectors
+from unmasked.evaluate.tasks import task_vectors
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["random", "tied"])
@@ -22,7 +22,7 @@ def test_retrieval_scores_are_those_of_pytrec_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, ties: bool
 ) -> None:
     pytrec_eval = pytest.importorskip("pytrec_eval")
-    monkeypatch.setattr(vectors, "_CHUNK", 7 * count)  # several chunks, the last one short
+    monkeypatch.setattr(task_vectors, "_CHUNK", 7 * count)  # several chunks, the last one short
     random = np.random.default_rng(0)
     documents = {f"d{d}": f"document {d}" for d in range(count)}
     queries = {f"q{q}": f"query {q}" for q in range(min(40, count))}

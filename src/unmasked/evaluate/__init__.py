@@ -19,7 +19,7 @@ from __future__ import annotations
 from unmasked.evaluate.bootstrap import Interval, TaskResult, interval, paired_difference
 from unmasked.evaluate.tasks.kinds import Task
 from unmasked.evaluate.tasks.task_files import load_task
-from unmasked.evaluate.tasks.vectors import Encode, encode_once
+from unmasked.evaluate.tasks.task_vectors import Encode, encode_once
 
 __all__ = [
     "Encode",

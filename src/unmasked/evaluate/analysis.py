@@ -8,9 +8,8 @@
   together, and the share of all variance that lies along one direction.
 
 Where the user gives no texts, the docstrings of this Python serve: a first sentence belongs to the
-rest. Cost: two loads of the model and one forward of `TEXTS` pairs with each.
-
-Shapes: N pairs, T tokens, L layers and the embedding, D width.
+rest. Cost: two loads of the model and one forward of `TEXTS` pairs with each. Shapes: N pairs, T
+tokens, L layers and the embedding, D width.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from unmasked.errors import DataError, ModelError
 from unmasked.evaluate.scorer import encode_by_role
 from unmasked.evaluate.tasks.kinds import alike
 from unmasked.evaluate.tasks.task_files import load_task
-from unmasked.evaluate.tasks.vectors import encoded
+from unmasked.evaluate.tasks.task_vectors import encoded
 from unmasked.files import docstrings
 from unmasked.forward.geometry import alignment_and_uniformity
 from unmasked.model import TextEncoder
@@ -50,16 +49,11 @@ class VectorShape:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was seen in a model.
-
-    `layers` are mean cosines of states with the mask closed and open, the embedding first, and
-    `spread` the 10th and 90th percentile beside each; None for a model that was saved without its
-    causal mask.
-    """
+    """What was seen in a model; no layers and no spread if it has no causal mask any more."""
 
     model: str
-    layers: list[float] | None
-    spread: list[tuple[float, float]] | None
+    layers: list[float] | None  # mean cosine of states, mask closed and open, the embedding first
+    spread: list[tuple[float, float]] | None  # the 10th and 90th percentile beside each
     shapes: dict[str, VectorShape]  # "causal" and "bidirectional"
     pairs: int  # how many pairs of texts were looked at
 
@@ -87,8 +81,7 @@ def analyse(model: str, task: str | Path | None = None) -> Analysis:
         closed = LLM2Vec.from_pretrained(model, enable_bidirectional=False)
     except ModelError:
         closed = opened
-    shapes = {}
-    layers = spread = None
+    layers, spread, shapes = None, None, {}
     if closed.report.verdict == "impossible":  # its mask is really closed
         texts = [text for pair in pairs for text in pair][:READ]
         cosines = np.concatenate([compare_states(closed, opened, text) for text in texts], axis=1)
@@ -107,36 +100,28 @@ def draw(analysis: Analysis, folder: Path) -> list[Path]:
     """
     from unmasked.evaluate.report import figures
 
+    names = ["shape"]
     with figures.style():
-        drawn = {"shape": figures.bars({k: asdict(s) for k, s in analysis.shapes.items()})}
-        if analysis.layers is not None and analysis.spread is not None:
-            drawn["layers"] = figures.layers(analysis.layers, analysis.spread)
-        for name, figure in drawn.items():
-            figures.save(folder, name, figure)
-    return sorted(folder / f"{name}{suffix}" for name in drawn for suffix in (".png", ".svg"))
+        shapes = {name: asdict(shape) for name, shape in analysis.shapes.items()}
+        figures.save_figure(folder, "shape", figures.bars(shapes))
+        if analysis.layers and analysis.spread:
+            figures.save_figure(folder, "layers", figures.layers(analysis.layers, analysis.spread))
+            names.append("layers")
+    return sorted(folder / f"{name}{suffix}" for name in names for suffix in (".png", ".svg"))
 
 
 def measure_shape(first: np.ndarray, second: np.ndarray) -> VectorShape:
-    """How vectors lie.
-
-    Args:
-        first, second: (N, D) vectors; those of one row belong together.
-    """
+    """How vectors (N, D) lie; those of one row belong together."""
     x, y = (torch.as_tensor(v, dtype=torch.float64) for v in (first, second))
     found = alignment_and_uniformity(x, y, all_texts=True)
     x, y = (torch.nn.functional.normalize(v, dim=1) for v in (x, y))
     both, count = torch.cat([x, y]), 2 * len(x)
     # The sum of all cosines, less those of each text with itself and with its partner.
     cosines = both.sum(dim=0).square().sum() - both.square().sum() - 2 * (x * y).sum()
+    mean = cosines.item() / (count * (count - 2))
     values = torch.linalg.svdvals(both - both.mean(dim=0)).square()
-    return VectorShape(
-        alignment=found["alignment"].item(),
-        uniformity=found["uniformity"].item(),
-        mean_cosine=cosines.item() / (count * (count - 2)),
-        first_direction=(
-            values[0] / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        ).item(),
-    )
+    share = (values / values.sum().clamp(min=1e-300))[0].item()
+    return VectorShape(found["alignment"].item(), found["uniformity"].item(), mean, share)
 
 
 def compare_states(closed: TextEncoder, opened: TextEncoder, text: str) -> np.ndarray:
@@ -144,13 +129,9 @@ def compare_states(closed: TextEncoder, opened: TextEncoder, text: str) -> np.nd
     states = []
     for model in (closed, opened):
         features = model.preprocess([text])
+        ids = {key: features[key].to(model.device) for key in ("input_ids", "attention_mask")}
         with torch.inference_mode():
-            out = model.backbone.auto_model(
-                input_ids=features["input_ids"].to(model.device),
-                attention_mask=features["attention_mask"].to(model.device),
-                output_hidden_states=True,
-                use_cache=False,
-            )
+            out = model.backbone.auto_model(**ids, output_hidden_states=True, use_cache=False)
         states.append(torch.cat([layer.float() for layer in out.hidden_states]))  # (L + 1, T, D)
     return torch.nn.functional.cosine_similarity(states[0], states[1], dim=-1).cpu().numpy()
 

@@ -123,7 +123,7 @@ PAIR_METRICS: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...]]] = {
 """Metrics of pairs: how similarities and `gold` give them, and which similarities."""
 
 
-def measure(items: Mapping[str, np.ndarray], metric: str, counts: np.ndarray) -> np.ndarray:
+def metric_values(items: Mapping[str, np.ndarray], metric: str, counts: np.ndarray) -> np.ndarray:
     """A metric (S,) of the items of a result, for test sets drawn as the counts say."""
     if metric in items:
         return np.asarray(counts @ items[metric] / len(items[metric]))
@@ -170,7 +170,7 @@ def _bootstrapped(
         margin = float(t.ppf((1 + CONFIDENCE) / 2, len(drawn) - 1) * drawn.std(ddof=1))
         return Interval(observed, observed - margin, observed + margin)
     redrawn = _redrawn(len(next(iter(items[0].values()))), samples, seed)
-    values = [_less([measure(own, metric, counts) for own in items]) for counts in redrawn]
+    values = [_less([metric_values(own, metric, counts) for own in items]) for counts in redrawn]
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.concatenate(values), (tail, 1 - tail)).tolist()
     return Interval(observed, low, high)

@@ -1,10 +1,9 @@
 """Which of several encoders is better, and whether the test set is large enough to say so.
 
-A run leaves the scores of every stage in its folder, with what each test item scored; here the
-stages are put side by side and the last is compared with the best *causal* baseline: the decoder as
-it was, with its best pooling. Beating an unlucky pooling is no achievement.
-
-Cost: reading the scores, and one paired bootstrap per metric (0.2 s for 1500 items).
+A run leaves in its folder what each test item scored at every stage. Here the stages are put side
+by side and the last is compared with the best *causal* baseline: the decoder as it was, with its
+best pooling. Beating an unlucky pooling is no achievement. Cost: reading the scores, and one paired
+bootstrap per metric (0.2 s for 1500 items).
 """
 
 from __future__ import annotations
@@ -28,31 +27,24 @@ COMMAND = "command.txt"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The stages of a run by one metric.
-
-    The gain is the last stage less the best causal baseline; None if one of them is missing, no
-    samples were drawn, or the task keeps no items to draw from.
-    """
+    """The stages of a run by one metric."""
 
     metric: str  # ``TASK.METRIC``
     scores: dict[str, float]  # stage → score as a fraction, in the order they were made
     best_causal: str | None  # the causal baseline that scored highest
     last: str | None  # the last stage that is not a baseline
-    gain: Interval | None
+    gain: Interval | None  # last less best_causal; None without samples or items to draw from
 
 
 @dataclass(frozen=True)
 class EncoderScore:
-    """One encoder's score by one metric, and what the first encoder gains on it.
-
-    The gain is None for the first encoder itself, and without samples or items to draw from.
-    """
+    """One encoder's score by one metric."""
 
     task: str
     metric: str  # ``ndcg@10``, ``spearman``, ...
     encoder: str
-    score: Interval
-    gain: Interval | None
+    score: Interval  # a point without samples or items to draw from
+    gain: Interval | None  # the first encoder less this one; None without samples or items
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the score is a number with ``low`` and ``high`` beside it."""
@@ -85,18 +77,16 @@ def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> 
     Raises:
         DataError: no scores there, or no such metric.
     """
-    folder = Path(run_folder)
-    scores = _read_scores(folder)
-    if not scores:
+    folder, column, gain = Path(run_folder), {}, None
+    for stage, scores in _read_scores(folder).items():
+        if metric not in scores:
+            raise DataError(unknown("metric", metric, scores))
+        column[stage] = float(scores[metric])
+    if not column:
         raise DataError(f"{folder} holds no scores. Fix: run a recipe with evaluate.tasks there.")
-    for given in scores.values():
-        if metric not in given:
-            raise DataError(unknown("metric", metric, given))
-    column = {name: float(given[metric]) for name, given in scores.items()}
-    causal = [name for name in column if name.startswith(CAUSAL)]
+    causal = [stage for stage in column if stage.startswith(CAUSAL)]
     best = max(causal, key=column.__getitem__, default=None)
-    last = next((name for name in reversed(column) if name not in causal), None)
-    gain = None
+    last = next((stage for stage in reversed(column) if stage not in causal), None)
     if best and last and samples:
         a, b = (read_result(folder, name, metric) for name in (last, best))
         if a.items and b.items:

@@ -1,15 +1,14 @@
 """From what a user names as tasks to a function that scores any model on all of them.
 
 A task is a path (`task_files`), ``words:PATH`` (`probe`), or a public name (`public`). Names and
-files are checked before any model is loaded or trained.
-
-Cost: reading the files; mteb is imported only for a name that is not a path.
+files are checked before any model is loaded or trained. Cost: reading the files; mteb is imported
+only for a name that is not a path.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from unmasked.errors import DataError
 from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.tasks.task_files import load_task
-from unmasked.evaluate.tasks.vectors import Encode, encode_once
+from unmasked.evaluate.tasks.task_vectors import Encode, encode_once
 
 WORDS = "words:"
 RESULTS = "mteb"
@@ -40,11 +39,9 @@ def encode_by_role(model: Any) -> Encode:
 
 
 def make_scorer(
-    tasks: Sequence[str | Path],
-    languages: Sequence[str] | None = None,
-    results: str | Path = RESULTS,
+    tasks: Iterable[Any], languages: Sequence[str] | None = None, results: str | Path = RESULTS
 ) -> Scorer:
-    """A function that scores models; reads the tasks now, so that a fault is known beforehand.
+    """A function that scores models on tasks, which are read now.
 
     Args:
         tasks: paths, ``words:PATH``, and names of public tasks and benchmarks.
@@ -59,10 +56,9 @@ def make_scorer(
     for given in map(str, tasks):
         for name, score in _read(given, languages, Path(results)):
             if name in read:
-                raise DataError(
-                    f"two tasks are called '{name}': {read[name][0]} and {given}. "
-                    "Fix: rename one, scores are kept by name."
-                )
+                both = f"{read[name][0]} and {given}"
+                fix = "Fix: rename one, scores are kept by name."
+                raise DataError(f"two tasks are called '{name}': {both}. {fix}")
             read[name] = given, score
 
     def score_all(model: Any) -> list[TaskResult]:

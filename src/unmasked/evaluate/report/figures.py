@@ -1,13 +1,9 @@
 """Small figures for reports, as SVG that follows the page's colours, and as PNG.
 
 By matplotlib, because its SVG is small (a map of 400 texts is 40 kB; a plotly page begins at 4.7
-MB), needs no script to be seen, and the same figure is a PNG for a paper. Text stays text. What is
-drawn in `INK` and `FAINT` gets the page's own colours. Draw and save inside ``with style():``,
-which matplotlib reads as each part is made.
-
-Cost: importing matplotlib (0.5 s), then 0.1 to 0.3 s per figure.
-
-Shapes: N texts or points.
+MB), needs no script to be seen, and the same figure is a PNG for a paper. What is drawn in `INK`
+and `FAINT` gets the page's own colours. Draw and save inside ``with style():``, which matplotlib
+reads as each part is made. Cost: importing matplotlib (0.5 s), then 0.1 to 0.3 s per figure.
 """
 
 from __future__ import annotations
@@ -44,7 +40,7 @@ def style() -> Any:
     return matplotlib.style.context(Path(__file__).with_name("report.mplstyle"))
 
 
-def save(folder: Path, name: str, figure: Figure) -> str:
+def save_figure(folder: Path, name: str, figure: Figure) -> str:
     """Write NAME.png (white) and NAME.svg; returns the SVG with the page's colours in it."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=180, facecolor="white")
@@ -68,9 +64,8 @@ def stages(metric: str, scores: Mapping[str, Interval]) -> Figure:
         colour = CAUSAL if name.startswith("causal") else OURS
         axes.plot([low, high], [place, place], color=colour, linewidth=2.5, alpha=0.55)
         axes.plot(at, place, "o", color=colour, markersize=6)
-        axes.annotate(
-            f"{at:.1f}", (high, place), (6, 0), textcoords="offset points", va="center", fontsize=8
-        )
+        axes.annotate(f"{at:.1f}", (high, place), (6, 0), textcoords="offset points", va="center",
+                      fontsize=8)  # fmt: skip
     axes.set_yticks(range(len(scores)), [name.replace("_", " ") for name in scores])
     axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.margins(x=0.14)
@@ -117,16 +112,12 @@ def heatmap(title: str, similarity: np.ndarray, lowest: float) -> Figure:
 
 
 def text_map(title: str, points: np.ndarray, groups: Sequence[str], name: str) -> Figure:
-    """Texts as points (N, 2), coloured by group; the page adds the texts on hover.
-
-    The points are ``points-NAME`` in the SVG, in their order.
-    """
+    """Texts as points (N, 2), coloured by group, which the SVG calls ``points-NAME``."""
     colours = group_colours(groups)
     figure, axes = _axes(4.0, title)
     axes.scatter(points[:, 0], points[:, 1], s=22, c=[colours.get(g, FAINT) for g in groups],
                  alpha=0.8, linewidths=0, gid=f"points-{name}")  # fmt: skip
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     return figure
 
 

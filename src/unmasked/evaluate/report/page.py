@@ -2,13 +2,10 @@
 
 Scores of every stage with their intervals, loss and learning rate, and three looks at the vectors
 before (the decoder as it was, with its best causal pooling) and after: a heatmap, a map, searches.
-The page is one file, readable on a phone and in the dark. Here is what it says; `report.html` is
-its template (jinja2 escapes every text) and `figures` says how it is drawn.
+Here is what the page says; `report.html` is its template, in which jinja2 escapes every text.
 
 Cost: loading two models, encoding a few hundred texts (and up to `samples.SEARCHED` documents) with
 each, and about ten figures: half a minute for the bundled decoder on two cores.
-
-Shapes: N texts, D width.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from unmasked.evaluate.report import figures
 from unmasked.evaluate.report.samples import Sample, draw_sample
 from unmasked.evaluate.scorer import encode_by_role
 from unmasked.evaluate.tasks.task_files import load_task
-from unmasked.evaluate.tasks.vectors import Encode, encode_once, encoded, most_similar, norms
+from unmasked.evaluate.tasks.task_vectors import Encode, encode_once, encoded, most_similar, norms
 from unmasked.files.writing import write_text
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Recipe
@@ -71,7 +69,7 @@ def write_report(
         command = (run / compare.COMMAND).read_text(encoding="utf-8").strip()
     columns = [compare.compare_stages(run, metric) for metric in compare.headline_metrics(run)]
     before = (columns[0].best_causal if columns else None) or "causal_mean"
-    save: Save = partial(figures.save, output.parent / "figures")
+    save: Save = partial(figures.save_figure, output.parent / "figures")
     with figures.style():
         scores = [_intervals(run, column) for column in columns]
         drawn = [figures.stages(c.metric, own) for c, own in zip(columns, scores, strict=True)]
@@ -125,45 +123,41 @@ def _vectors(run: Path, recipe: Recipe, pooling: str, save: Save) -> dict[str, A
         max_length=recipe.model.max_length,
     )
     ours = LLM2Vec.from_pretrained(run / "model", allow_partial=True)
-    encoders = [encode_once(encode_by_role(model)) for model in (causal, ours)]
-    places, names = ("before", "after"), (f"before: causal, {pooling.replace('_', ' ')}", "after")
-    pairs = [text for pair in sample.pairs for text in pair]
-    cosines = [unit @ unit.T for unit in (_unit(encode, pairs) for encode in encoders if pairs)]
-    lowest = min((float(values.min()) for values in cosines), default=0.0)
+    name, pairs = f"before: causal, {pooling.replace('_', ' ')}", list(chain(*sample.pairs))
     role = "document" if sample.queries else None  # as in searches: encoded once for both
-    maps = [
-        figures.text_map(name, _plane(_unit(encode, sample.texts, role)), sample.groups, place)
-        for place, name, encode in zip(places, names, encoders, strict=True)
-    ]
-    heatmaps = [figures.heatmap(*given, lowest) for given in zip(names, cosines, strict=False)]
+    sides: list[dict[str, Any]] = []
+    for place, title, model in (("before", name, causal), ("after", "after", ours)):
+        encode = encode_once(encode_by_role(model))
+        sides.append({"name": title, "place": place})
+        if pairs:
+            unit = _unit(encode, pairs)
+            sides[-1]["cosines"] = unit @ unit.T
+        points = _plane(_unit(encode, sample.texts, role))
+        drawn = figures.text_map(title, points, sample.groups, place)
+        sides[-1]["map"] = save(f"map-{place}", drawn)
+        sides[-1]["found"] = _search(sample, encode) if sample.queries else []
+    lowest = min(float(side["cosines"].min()) for side in sides) if pairs else 0.0
+    for side in sides if pairs else ():
+        heatmap = figures.heatmap(side["name"], side["cosines"], lowest)
+        side["heatmap"] = save(f"heatmap-{side['place']}", heatmap)
     texts = zip(sample.groups, sample.texts, strict=True)
     return {
-        "names": names,
+        "sample": sample,
+        "sides": sides,
         "pairs": pairs,
-        "heatmaps": [save(f"heatmap-{p}", f) for p, f in zip(places, heatmaps, strict=False)],
         "texts": [f"{group}: {_short(text, 220)}" for group, text in texts],
         "colours": figures.group_colours(sample.groups),
-        "maps": [save(f"map-{place}", figure) for place, figure in zip(places, maps, strict=True)],
-        "documents": sample.documents,
-        "searches": _searches(sample, encoders) if sample.queries else [],
     }
 
 
-def _searches(sample: Sample, encoders: Sequence[Encode]) -> list[dict[str, Any]]:
-    """Each query with, for each encoder, the rank of the first wanted document and the hits."""
+def _search(sample: Sample, encode: Encode) -> list[tuple[int, list[int]]]:
+    """For each query the rank of the first wanted document, and the positions of the hits."""
     texts, queries = [text for _, text in sample.documents], [query for query, _ in sample.queries]
-    ranked = []
-    for encode in encoders:
-        documents, asked = encoded(encode, texts, "document"), encoded(encode, queries, "query")
-        ranked.append(most_similar(asked, documents, len(texts), tie_rank=np.arange(len(texts))))
+    documents, asked = encoded(encode, texts, "document"), encoded(encode, queries, "query")
+    ranked = most_similar(asked, documents, len(texts), tie_rank=np.arange(len(texts)))
     return [
-        {
-            "query": query,
-            "wanted": wanted,
-            "ranks": [1 + int(np.isin(found[q], list(wanted)).argmax()) for found in ranked],
-            "hits": [found[q, :HITS].tolist() for found in ranked],
-        }
-        for q, (query, wanted) in enumerate(sample.queries)
+        (1 + int(np.isin(found, list(wanted)).argmax()), found[:HITS].tolist())
+        for found, (_, wanted) in zip(ranked, sample.queries, strict=True)
     ]
 
 

@@ -9,19 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from unmasked.evaluate.report.figures import OTHER, PALETTE
-from unmasked.evaluate.tasks.kinds import (
-    ClassificationTask,
-    ClusteringTask,
-    RerankingTask,
-    RetrievalTask,
-    Task,
-    alike,
-)
+from unmasked.evaluate.tasks import kinds
 
 MAPPED = 400  # most texts on a map
 PAIRS = 6
@@ -32,37 +25,33 @@ _WORD = re.compile(r"[^\W\d_]\w*")
 
 @dataclass
 class Sample:
-    """Texts of a task, with what is known of them.
+    """Texts of a task, with what is known of them."""
 
-    Attributes:
-        texts, groups: for the map: each text, and what it belongs to.
-        pairs: texts that belong together, for the heatmap.
-        queries: for searches: text, and positions of the documents that answer it.
-        documents: what is searched: name and text.
-    """
-
-    texts: list[str]
-    groups: list[str]
-    pairs: list[tuple[str, str]]
-    queries: list[tuple[str, set[int]]] = field(default_factory=list)
-    documents: list[tuple[str, str]] = field(default_factory=list)
+    texts: list[str]  # for the map
+    groups: list[str]  # what each of these texts belongs to
+    pairs: list[tuple[str, str]]  # texts that belong together, for the heatmap
+    queries: Sequence[tuple[str, set[int]]] = ()  # text, and positions of the documents it wants
+    documents: Sequence[tuple[str, str]] = ()  # what is searched: name and text
 
 
-def draw_sample(task: Task) -> Sample:
+def draw_sample(task: kinds.Task) -> Sample:
     """What to show of a task."""
-    if isinstance(task, RetrievalTask):
+    if isinstance(task, kinds.RetrievalTask):
         return _of_retrieval(task)
-    if isinstance(task, ClusteringTask | ClassificationTask):
+    if isinstance(task, kinds.ClusteringTask | kinds.ClassificationTask):
         return _of_labels(task)
-    pairs, names = [(a, b) for a, b in alike(task, share=0.1) if a != b], ["query", "relevant"]
-    if not isinstance(task, RerankingTask):
+    pairs, names = (
+        [(a, b) for a, b in kinds.alike(task, share=0.1) if a != b],
+        ["query", "relevant"],
+    )
+    if not isinstance(task, kinds.RerankingTask):
         pairs, names = [pairs[i] for i in _shuffled(len(pairs))], ["first", "second"]
     shown = pairs[: MAPPED // 2]
     return Sample([text for pair in shown for text in pair], names * len(shown), pairs[:PAIRS])
 
 
-def _of_labels(task: ClusteringTask | ClassificationTask) -> Sample:
-    texts = task.test_texts if isinstance(task, ClassificationTask) else task.texts[None]
+def _of_labels(task: kinds.ClusteringTask | kinds.ClassificationTask) -> Sample:
+    texts = task.test_texts if isinstance(task, kinds.ClassificationTask) else task.texts[None]
     labels = [str(label) for label in task.labels]
     kept = {label for label, _ in Counter(labels).most_common(len(PALETTE))}
     order = [i for i in _shuffled(len(texts)) if labels[i] in kept][:MAPPED]
@@ -73,9 +62,9 @@ def _of_labels(task: ClusteringTask | ClassificationTask) -> Sample:
     return Sample([texts[i] for i in order], [labels[i] for i in order], pairs)
 
 
-def _of_retrieval(task: RetrievalTask) -> Sample:
+def _of_retrieval(task: kinds.RetrievalTask) -> Sample:
     documents, queries = list(task.texts["document"]), list(task.texts["query"])
-    order, asked, linked = _shuffled(len(documents)), _shuffled(len(queries)), alike(task)
+    order, asked, linked = _shuffled(len(documents)), _shuffled(len(queries)), kinds.alike(task)
     if groups := _id_groups(task.document_ids):
         mapped = [i for i in order if groups[i] != OTHER][:MAPPED]
         texts, groups = [documents[i] for i in mapped], [groups[i] for i in mapped]

@@ -1,6 +1,6 @@
 """What an encoder is scored on: a user's own files, the words of a CoNLL file, a public task.
 
-`task_files` reads a task from a file or folder and `kinds` scores it from vectors (`vectors`);
+`task_files` reads a task from a file or folder and `kinds` scores it from vectors (`task_vectors`);
 `probe` reads and scores words; `public` has mteb score its own tasks, behind the published
 instructions. Each gives a `bootstrap.TaskResult`. Cost: the texts of a task are encoded once.
 

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from unmasked.evaluate.bootstrap import PAIR_METRICS, TaskResult, measure
-from unmasked.evaluate.tasks.vectors import Encode, encoded, most_similar, norms, paired_cosines
+from unmasked.evaluate.bootstrap import PAIR_METRICS, TaskResult, metric_values
+from unmasked.evaluate.tasks.task_vectors import Encode, encoded, most_similar, norms
 
 TextsByRole = Mapping[Any, Sequence[str]]
 """Texts under "query" and "document", or all under None."""
@@ -29,9 +29,15 @@ EXPERIMENTS = 10  # classifiers or clusterings whose scores are averaged
 SAMPLES_PER_LABEL = 8  # texts of each label that a classifier is trained on
 CLUSTERED = 16_384  # most texts that are clustered, and texts of each redrawn clustering
 KMEANS_BATCH = 512
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.asarray(np.einsum("nd,nd->n", x, y, dtype=np.float64))
+
+
 SIMILARITIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "cosine": paired_cosines,
-    "dot": lambda x, y: np.einsum("nd,nd->n", x, y, dtype=np.float64),
+    "cosine": lambda x, y: _dot(x, y) / (norms(x) * norms(y)),
+    "dot": _dot,
     "euclidean": lambda x, y: -norms(x - y),
     "manhattan": lambda x, y: -np.abs(x - y).sum(axis=1, dtype=np.float64),
 }
@@ -77,7 +83,7 @@ class PairTask(Task):
         _, names = PAIR_METRICS[self.metrics[0]]
         items = {name: SIMILARITIES[name](first, second) for name in names} | {"gold": self.gold}
         once = np.ones((1, len(self.gold)))
-        scores = {metric: measure(items, metric, once).item() for metric in self.metrics}
+        scores = {metric: metric_values(items, metric, once).item() for metric in self.metrics}
         return TaskResult(self.name, scores, items)
 
 

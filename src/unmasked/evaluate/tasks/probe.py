@@ -24,8 +24,8 @@ import numpy as np
 
 from unmasked.errors import DataError, MissingExtraError
 from unmasked.evaluate.bootstrap import TaskResult
-from unmasked.evaluate.tasks.task_files import fault, read_lines
-from unmasked.evaluate.tasks.vectors import finite
+from unmasked.evaluate.tasks.task_files import fault, numbered_lines
+from unmasked.evaluate.tasks.task_vectors import finite
 
 TRAIN_WORDS = 30_000  # in whole sentences, drawn from all
 LONGEST = 60  # words; longer sentences are cut into pieces of this many, so that no model cuts them
@@ -109,7 +109,7 @@ def load_probe(path: str | Path) -> WordTask:
 def _read(path: Path) -> list[Sentence]:
     sentences: list[list[list[str]]] = [[]]  # of rows: a word, then its labels
     separator, width, first = None, 0, ""
-    for number, line in read_lines(path):
+    for number, line in numbered_lines(path):
         if not line.strip() or line.startswith("-DOCSTART-"):
             sentences.append([])
             continue

@@ -23,7 +23,7 @@ import numpy as np
 
 from unmasked.errors import DataError, MissingExtraError, first_line, nearest
 from unmasked.evaluate.bootstrap import TaskResult
-from unmasked.evaluate.tasks.vectors import finite
+from unmasked.evaluate.tasks.task_vectors import finite
 
 try:
     import mteb

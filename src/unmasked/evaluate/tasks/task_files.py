@@ -57,7 +57,7 @@ def load_task(path: str | Path) -> kinds.Task:
         allowed = f"a .tsv file ({tables}), a .jsonl file (query, positive, negative) or a folder"
         given = f"'{path.suffix}' given, but a task is {allowed}"
         raise fault(path, given, "convert or rename the file")
-    header = next((line for _, line in read_lines(path) if line.strip(" ")), "").split("\t")
+    header = next((line for _, line in numbered_lines(path) if line.strip(" ")), "").split("\t")
     layout = max(LAYOUTS, key=lambda columns: _likeness(columns, header))
     return _load_labelled(path) if layout == LABELLED else _load_pairs(path, layout)
 
@@ -67,7 +67,7 @@ def fault(path: Path, given: str, fix: str, line: int | None = None) -> DataErro
     return readers.fault_error(readers.where(str(path), line) if line else str(path), (given, fix))
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number, from 1, and text of every line."""
     rows = readers.checked(str(path), readers.read_txt(str(path), "line"))
     return ((number, row["line"]) for number, row in rows)
@@ -83,16 +83,14 @@ def _load_pairs(path: Path, layout: tuple[str, ...]) -> kinds.PairTask:
     rows = list(readers.read_tsv(str(path), layout))
     texts = {None: [fields[side] for side in (1, 2) for _, fields in rows]}
     if layout == SCORED:
-        gold = np.array([_number(path, line, score) for line, (score, _, _) in rows])
-        if np.ptp(gold) == 0:
-            given = f"every score is {gold[0]:g} ({len(gold)} pairs), so no correlation is defined"
-            raise fault(path, given, "give pairs with different scores")
-        return kinds.StsTask(path.resolve().stem, texts, gold)
+        scores = [_number(path, line, score) for line, (score, _, _) in rows]
+        _check_varied(path, "score", scores, "pairs with different scores")
+        return kinds.StsTask(path.resolve().stem, texts, np.array(scores))
     for line, (label, _, _) in rows:
         if label not in ("0", "1"):
             raise fault(path, f"label '{label[:60]}' is not 0 or 1", "write 1 for a match", line)
     labels = [label for _, (label, _, _) in rows]
-    _check_labels(path, labels, "pairs of both kinds, 0 and 1")
+    _check_varied(path, "label", labels, "pairs of both kinds, 0 and 1")
     return kinds.PairTask(path.resolve().stem, texts, np.array(labels, dtype=int))
 
 
@@ -125,14 +123,14 @@ def _labelled(path: Path) -> tuple[list[int], list[str], list[str]]:
     """Line, label and text of each row."""
     rows = list(readers.read_tsv(str(path), LABELLED))
     labels = [label for _, (label, _) in rows]
-    _check_labels(path, labels, "texts of at least two labels")
+    _check_varied(path, "label", labels, "texts of at least two labels")
     return [line for line, _ in rows], labels, [text for _, (_, text) in rows]
 
 
-def _check_labels(path: Path, labels: Sequence[str], wanted: str) -> None:
-    if len(set(labels)) == 1:
-        given = f"every label is '{labels[0][:60]}' ({len(labels)} rows), so nothing can be told"
-        raise fault(path, f"{given} apart", f"give {wanted}")
+def _check_varied(path: Path, what: str, values: Sequence[Any], wanted: str) -> None:
+    if len(set(values)) == 1:
+        given = f"every {what} is {values[0]!r:.60} ({len(values)} rows), so nothing is told apart"
+        raise fault(path, given, f"give {wanted}")
 
 
 def _load_reranking(path: Path) -> kinds.RerankingTask:
@@ -193,7 +191,9 @@ def _tested(
 ) -> dict[str, dict[int, float]]:
     """The relevant documents of each query; queries that only other splits judge are left out."""
     others = [path for path in qrels.parent.glob("*.tsv") if path.name != qrels.name]
-    elsewhere = {line.split("\t", 1)[0] for path in sorted(others) for _, line in read_lines(path)}
+    elsewhere = {
+        line.split("\t", 1)[0] for path in sorted(others) for _, line in numbered_lines(path)
+    }
     tested = {}
     for query in queries:
         grades = {d: grade for d, grade in judged.get(query, {}).items() if grade > 0}

@@ -12,7 +12,7 @@ from support.tasks import hashed, sts_file
 
 from unmasked.errors import DataError
 from unmasked.evaluate import encode_once, load_task
-from unmasked.evaluate.tasks.vectors import most_similar
+from unmasked.evaluate.tasks.task_vectors import most_similar
 
 
 def test_each_text_and_role_is_encoded_once(tmp_path: Path, tiny: Path) -> None:

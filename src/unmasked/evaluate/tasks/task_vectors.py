@@ -1,11 +1,10 @@
 """Vectors of texts as tasks need them: each text encoded once, every vector checked, ranked.
 
-Cost: the vector of every distinct text is kept (4 bytes times the width, twice over while a task is
-scored); ranking holds at most 64 MB of similarities at a time. Ranking is our own because
-`sentence_transformers.util.semantic_search` leaves the order of equal similarities to chance, and
-trec_eval defines it.
+Ranking is our own because `sentence_transformers.util.semantic_search` leaves the order of equal
+similarities to chance, and trec_eval defines it. Cost: the vector of every distinct text is kept (4
+bytes times the width, twice over while a task is scored), and at most 64 MB of similarities.
 
-Shapes: N texts, Q queries, D width, k best documents.
+Shapes: N texts, Q queries, D width.
 """
 
 from __future__ import annotations
@@ -69,22 +68,12 @@ def norms(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(np.sqrt(np.maximum(squares, np.finfo(np.float32).tiny)))
 
 
-def paired_cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cosine (N,) in float64 of each row of one array with the same row of another."""
-    products = np.einsum("nd,nd->n", first, second, dtype=np.float64)
-    return np.asarray(products / (norms(first) * norms(second)))
-
-
 def most_similar(
     queries: np.ndarray, documents: np.ndarray, k: int, tie_rank: np.ndarray
 ) -> np.ndarray:
-    """Positions (Q, at most k) of the most similar documents; of equals the lower tie rank first.
+    """Positions (Q, at most k) of the documents (N, D) most similar to queries (Q, D), best first.
 
-    Args:
-        queries: (Q, D).
-        documents: (N, D).
-        k: how many to find.
-        tie_rank: (N,).
+    Of equally similar documents the one with the lower tie rank (N,) comes first.
     """
     count, k = len(documents), min(k, len(documents))
     lengths = norms(documents).astype(np.float32)
