@@ -8,6 +8,6 @@ Others use:
 
 * `opening`: `open_config` before loading; `attention_name`, `bare`, `learned_positions`, `window`
   and `NATIVE_KEY` to read what a config or a model says of itself.
-* `proof`: `open_mask` (open a loaded model and prove it), `prove`, `require`, `stock_loading` and
-  `Proof`.
+* `proof`: `open_mask` (open a loaded model and prove it), `prove`, `require`, `stock_loading`,
+  `evaluating` and `Proof`.
 """
