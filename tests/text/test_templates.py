@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from unmasked.errors import ModelError
-from unmasked.text.templates import PLAIN, Template, detect, named, read_template, table
+from unmasked.text.templates import PLAIN, Template, detect, named, read_template, shipped
 
 
 def test_tokenizers_of_later_models_have_no_template_as_published():
@@ -19,9 +19,9 @@ def test_tokenizers_of_later_models_have_no_template_as_published():
     assert detect(None, {}) is None
 
 
-@pytest.mark.parametrize("name", table())
+@pytest.mark.parametrize("name", shipped())
 def test_every_row_is_complete_and_found_by_what_it_needs(name):
-    row = table()[name]
+    row = shipped()[name]
     assert {*asdict(PLAIN), "needs", "lacks"} == set(row)
     assert detect(" ".join(row["needs"]), {}) == named(name) == read_template(row)
     assert detect(" ".join(row["needs"][1:]), {}) is None

@@ -6,8 +6,8 @@ rows by 16 tokens: 0.03 s for a tiny model. A saved config keeps the flag that o
 
 Others use:
 
-* `opening`: `open_config` before loading; `attention_name`, `bare`, `learned_positions`, `window`
-  and `NATIVE_KEY` to read what a config or a model says of itself.
-* `proof`: `open_mask` (open a loaded model and prove it), `prove`, `require`, `stock_loading` and
-  `Proof`.
+* `opening`: `open_config` before loading; `attention_name`, `decoder_of`, `learned_positions`,
+  `window` and `NATIVE_KEY` to read what a config or a model says of itself.
+* `proof`: `open_mask` (open a loaded model and prove it), `prove`, `require`, `stock_loading`,
+  `evaluating` and `Proof`.
 """

@@ -97,7 +97,7 @@ def window(config: PretrainedConfig) -> int | None:
 
 def learned_positions(model: Any) -> int | None:
     """The longest input of a model with a table of positions; None where they are computed."""
-    text = bare(model).config.get_text_config()
+    text = decoder_of(model).config.get_text_config()
     most = getattr(text, "max_position_embeddings", None) or 0
     tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
     offset = 8  # some tables begin with a few rows that belong to no position (OPT: 2)
@@ -105,7 +105,7 @@ def learned_positions(model: Any) -> int | None:
     return int(most) if learned else None
 
 
-def bare(model: Any) -> Any:
+def decoder_of(model: Any) -> Any:
     """The bare transformers model inside PEFT wrappers and language-model heads."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
 

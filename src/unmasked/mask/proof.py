@@ -24,8 +24,8 @@ from unmasked.errors import NotBidirectionalError
 from unmasked.mask.opening import (
     as_stock,
     attention_name,
-    bare,
     clear_module_flags,
+    decoder_of,
     give_mask,
     mirror_triangles,
     set_flag,
@@ -90,7 +90,7 @@ def open_mask(model: nn.Module) -> Proof:
     `open_config` before loading is the better way for Gemma 3 and 4, whose windows are built in: a
     loaded one gets ``is_causal=False``, which gives it twice the reach of its own key.
     """
-    decoder = bare(model)
+    decoder = decoder_of(model)
     set_flag(decoder.config, rebuild=False)
     clear_module_flags(model)
     mirror_triangles(model)
@@ -111,7 +111,7 @@ def prove(model: nn.Module) -> Proof:
     Args:
         model: a bare ``*Model``, a ``*ForCausalLM`` or a PEFT model around either.
     """
-    decoder = bare(model)
+    decoder = decoder_of(model)
     depth = getattr(decoder.config.get_text_config(), "num_hidden_layers", 0)
     about = (attention_name(decoder), decoder.config.model_type, window(decoder.config))
     try:
@@ -178,7 +178,7 @@ def stock_loading(model: nn.Module) -> Literal["same", "eager", "causal"]:
         ``same``: what it is here. ``eager``: the same, if ``config.json`` names
         ``"attn_implementation": "eager"``. ``causal``: only this package opens it.
     """
-    decoder = bare(model)
+    decoder = decoder_of(model)
     here = prove(decoder)
     if here.verdict == "impossible":
         return "same"

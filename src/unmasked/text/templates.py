@@ -49,7 +49,7 @@ PLAIN = Template()
 
 
 @lru_cache(maxsize=1)
-def table() -> dict[str, dict[str, Any]]:
+def shipped() -> dict[str, dict[str, Any]]:
     """The rows of `templates.yaml` by name."""
     text = (files("unmasked.text") / "templates.yaml").read_text(encoding="utf-8")
     content: dict[str, dict[str, Any]] = yaml.safe_load(text)
@@ -64,9 +64,9 @@ def named(name: str) -> Template:
     """
     if name == "none":
         return PLAIN
-    if name not in table():
-        raise ModelError(unknown("template", name, [*table(), "none"]))
-    return read_template(table()[name])
+    if name not in shipped():
+        raise ModelError(unknown("template", name, [*shipped(), "none"]))
+    return read_template(shipped()[name])
 
 
 def detect(chat_template: Any, vocabulary: Mapping[str, int]) -> Template | None:
@@ -77,7 +77,7 @@ def detect(chat_template: Any, vocabulary: Mapping[str, int]) -> Template | None
         vocabulary: token → id.
     """
     text = str(chat_template or "")
-    for row in table().values():
+    for row in shipped().values():
         lacking = not any(token in vocabulary for token in row["lacks"])
         if lacking and all(token in text for token in row["needs"]):
             return read_template(row)
