@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from unmasked.doctor.miniature import WINDOW, miniature
+from unmasked.doctor.miniature import WINDOW, small_fields
 from unmasked.forward.packing import enable_packing, pack, run_packed
 from unmasked.mask.opening import open_config
 from unmasked.mask.proof import Proof, open_mask, prove, stock_loading
@@ -37,6 +37,9 @@ from unmasked.mask.proof import Proof, open_mask, prove, stock_loading
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 LARGEST = 20_000_000  # weights; a family whose miniature has more is not built
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
+SCHEDULES = ("layer_types", "layers_block_type", "mlp_layer_types")
+"""Fields that say for each layer of which kind it is."""
 TEXTS = [[*range(20, 29)], [*range(40, 43)], [*range(60, 77)], [*range(90, 95)]]
 
 HINTS: dict[str, dict[str, Any]] = {
@@ -174,9 +177,28 @@ def config(family: str) -> PretrainedConfig:
         if text is not whole:
             raise NotADecoderError(f"composite; its text trunk is {text.model_type}")
         hints = copy.deepcopy(HINTS.get(family, {}))
-        return miniature(whole, hints.pop("layers", 2), **hints)
+        fields = _shallow(whole, hints.pop("layers", 2))
+        return type(whole).from_dict({**fields, **hints})
     except (AttributeError, KeyError, StrictDataclassError, TypeError, ValueError) as error:
         raise NotADecoderError(f"not built: {_first_line(error)}") from error
+
+
+def _shallow(whole: Any, count: int) -> dict[str, Any]:
+    """The fields of a miniature of `count` layers, and of one of each kind in any case."""
+    depth, fields = int(whole.num_hidden_layers), small_fields(whole)
+    schedules = [s for s in (getattr(whole, name, None) for name in SCHEDULES) if s]
+    kinds = list(zip(*(s for s in schedules if len(s) == depth), strict=False)) or [()] * depth
+    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    others = [i for i in range(depth) if i not in firsts]
+    kept = sorted((firsts + others)[: max(count, len(firsts))])
+    for name, value in fields.items():
+        if isinstance(value, list | tuple) and len(value) == depth > 1:
+            fields[name] = [value[layer] for layer in kept]
+        elif isinstance(value, dict) and value and all(isinstance(key, int) for key in value):
+            fields[name] = {at: value[old] for at, old in enumerate(kept) if old in value}
+        elif name in DEPTHS and value:
+            fields[name] = max(1, round(value * len(kept) / depth))
+    return fields
 
 
 def build(source: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:

@@ -49,50 +49,34 @@ _SIZES: tuple[tuple[int, str], ...] = (
 )
 SMALL = {name: size for size, names in _SIZES for name in names.split()}
 """Name of a field → its value in a miniature."""
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
-SCHEDULES = ("layer_types", "layers_block_type", "mlp_layer_types")
-"""Fields that say for each layer of which kind it is."""
 
 
-def miniature(
-    config: PretrainedConfig, layers: int | None = None, **fields: Any
-) -> PretrainedConfig:
-    """A small config that builds the same kinds of layers, with weights that show.
+def miniature(config: PretrainedConfig) -> PretrainedConfig:
+    """A small config that builds the same layers, with weights that show.
 
     Args:
         config: of a bare decoder or of a text trunk; unchanged.
-        layers: how many to keep; by default all. One of each kind is kept in any case.
-        fields: values that replace what would be chosen.
 
     Raises:
         ValueError, TypeError, AttributeError: the family cannot be shrunk by rule.
     """
     text = config.get_text_config()
+    return type(text).from_dict(small_fields(text))
+
+
+def small_fields(text: PretrainedConfig) -> dict[str, Any]:
+    """The fields of a miniature by name; a list or table with a value per layer keeps them all."""
     given = text.to_dict()
-    depth = int(text.num_hidden_layers)
-    kept = _representatives(text, depth, layers or depth)
     small = {name: _shrunk(name, value, given) for name, value in given.items()}
     for name, value in given.items():
-        if isinstance(value, list | tuple) and len(value) == depth > 1:
-            small[name] = [_shrunk(name, value[i], given) for i in kept]
+        if isinstance(value, list | tuple) and len(value) == text.num_hidden_layers > 1:
+            small[name] = [_shrunk(name, item, given) for item in value]
         elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
-            old = {int(key): inner for key, inner in small[name].items()}
-            small[name] = {at: old[layer] for at, layer in enumerate(kept) if layer in old}
-        elif name in DEPTHS and value:
-            small[name] = max(1, round(value * len(kept) / depth))
+            small[name] = {int(layer): inner for layer, inner in small[name].items()}
         elif name.endswith("token_id") and value is not None:
             small[name] = 0
     small["initializer_range"] = 0.2  # with usual weights attention is nearly uniform
-    return type(text).from_dict({**small, **fields})
-
-
-def _representatives(text: Any, depth: int, count: int) -> list[int]:
-    """Indices of `count` layers, in order, and of one of each kind."""
-    schedules = [s for s in (getattr(text, name, None) for name in SCHEDULES) if s]
-    kinds = list(zip(*(s for s in schedules if len(s) == depth), strict=False)) or [()] * depth
-    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-    others = [i for i in range(depth) if i not in firsts]
-    return sorted((firsts + others)[: max(count, len(firsts))])
+    return small
 
 
 def _shrunk(name: str, value: Any, given: dict[str, Any]) -> Any:
