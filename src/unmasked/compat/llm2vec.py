@@ -212,7 +212,7 @@ class LLM2Vec(TextEncoder):
             return TextTokenizer, TextPooling
         return CountingTokenizer, CountingPooling
 
-    def encode(
+    def encode(  # type: ignore[override]
         self,
         inputs: Any = None,
         prompt_name: Any = None,
