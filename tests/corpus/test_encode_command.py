@@ -121,7 +121,7 @@ def test_what_is_refused(cli, tiny_decoder, corpus, arguments, said, monkeypatch
 def test_control_c_keeps_whole_shards_and_the_same_command_continues(
     tiny_decoder, sentences, tmp_path
 ):
-    (tmp_path / "a.txt").write_text("\n".join(sentences * 3000) + "\n")
+    (tmp_path / "a.txt").write_text("\n".join(sentences * 1500) + "\n")
     command = [*COMMAND, "encode", str(tiny_decoder), "a.txt", "-o", "v", "--shard-rows", "512"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -131,16 +131,16 @@ def test_control_c_keeps_whole_shards_and_the_same_command_continues(
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.endswith("v has whole shards only; run the same command to continue\n")
     assert not list((tmp_path / "v").glob("*.aside"))
     there = {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "v").glob("part-*"))}
-    assert 2 <= len(there) < 47
+    assert 2 <= len(there) < 24
     there.popitem()  # the last may be in its place and not yet recorded: it is made again
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
-    assert done.stdout == "24,000 vectors of 32 numbers in v\n"
-    assert len(list((tmp_path / "v").glob("part-*"))) == 47
+    assert done.stdout == "12,000 vectors of 32 numbers in v\n"
+    assert len(list((tmp_path / "v").glob("part-*"))) == 24
     assert all(p.stat().st_mtime_ns == time for p, time in there.items())

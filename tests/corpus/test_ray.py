@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -48,22 +49,35 @@ def test_ray_writes_the_same_bytes(tiny_decoder, many_texts, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_local_cluster_listens_on_the_loopback_interface_alone():
     """In a process of its own, as Ray reads its environment when it is imported."""
     pytest.importorskip("ray", reason="the extra 'corpus' is not installed")
     code = """
+        import os
         from pathlib import Path
         from unmasked.corpus import OnRay
-        def listening():
-            lines = [line.split() for kind in ("tcp", "tcp6")
-                     for line in Path("/proc/net", kind).read_text().splitlines()[1:]]
-            return {line[1].rpartition(":")[0]: line[1] for line in lines if line[3] == "0A"}
-        before = listening()
+        def sockets():  # of all processes that were started from here
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    if b"LISTENING_TEST=1" in (process / "environ").read_bytes():
+                        yield from {os.readlink(handle) for handle in (process / "fd").iterdir()}
+                except OSError:
+                    pass
         with OnRay(lambda: None):
-            print(*(a for a, place in listening().items() if place not in before.values()))
+            ours = {name.strip("socket:[]") for name in sockets() if name.startswith("socket:")}
+            for kind in ("tcp", "tcp6"):
+                for line in Path("/proc/net", kind).read_text().splitlines()[1:]:
+                    _, address, _, state, *_, inode = line.split()[:10]
+                    if state == "0A" and inode in ours:
+                        print(address.rpartition(":")[0])
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"LISTENING_TEST": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     loopback = {"0100007F", "0" * 16 + "FFFF00000100007F"}  # 127.0.0.1 in IPv4 and in IPv6
     assert done.stdout.split() and {*done.stdout.split()} <= loopback
