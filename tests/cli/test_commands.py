@@ -56,7 +56,7 @@ def test_the_choices_are_those_of_the_rooms():
     from unmasked.cli import encode_verb, options, training_verbs
     from unmasked.corpus import OUTPUTS, PRECISIONS, Shards
     from unmasked.forward.precision import NAMES
-    from unmasked.forward.quantization import KINDS
+    from unmasked.forward.quantization import DTYPES
     from unmasked.recipe.schema import Model
     from unmasked.train.run import STAGES
 
@@ -68,7 +68,7 @@ def test_the_choices_are_those_of_the_rooms():
     assert get_args(options.Dtype) == NAMES
     assert choices(encode_verb.PRECISION) == PRECISIONS
     assert {f".{name}" for name in choices(encode_verb.FORMAT)} == set(OUTPUTS)
-    assert set(choices(encode_verb.QUANTIZE)) == set(KINDS)
+    assert set(choices(encode_verb.QUANTIZE)) == set(DTYPES)
     stage = inspect.get_annotations(training_verbs.train, eval_str=True)["stage"]
     assert choices(stage) == STAGES
     assert inspect.signature(encode_verb.encode).parameters["shard_rows"].default == Shards().rows

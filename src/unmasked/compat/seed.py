@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import islice
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
     """
     from transformers import TrainingArguments
 
-    allowed = set(TrainingArguments.__dataclass_fields__) - OWN
+    allowed = {field.name for field in fields(TrainingArguments)} - OWN
     words = [part for word in further for part in word.split("=", 1)]
     options: dict[str, Any] = {}
     for flag, value in zip(words[::2], [*words[1::2], "--"], strict=False):
@@ -215,12 +215,11 @@ def count_tokens(model: str, data: Sequence[str]) -> tuple[int, int]:
                 "one sentence per line (the seed system looked in /data)."
             )
     sources = (Source(path, skip_blank=True) for path in data)
-    texts = dict.fromkeys(text for source in sources for _, text, _ in source.records())
+    texts = list(dict.fromkeys(text for source in sources for _, text, _ in source.records()))
     tokenize = TextTokenizer(prepare_tokenizer(load_tokenizer(model)))
-    count, left = 0, iter(texts)
-    while chunk := list(islice(left, 4096)):
-        count += sum(len(row.ids) for row in tokenize(chunk, max_length=1 << 30))
-    return len(texts), count
+    starts = range(0, len(texts), 4096)  # what the tokenizer makes of them does not stay in memory
+    chunks = (tokenize(texts[at : at + 4096], max_length=1 << 30) for at in starts)
+    return len(texts), sum(len(row.ids) for chunk in chunks for row in chunk)
 
 
 def read_environment(file: Path) -> None:
