@@ -190,22 +190,10 @@ def integers_multiply_without_overflow():
     return found.dtype == torch.int32 and found.eq(3200).all()
 
 
-def storages_can_be_told_apart():
-    one, other = (torch.zeros(2, device="meta") for _ in range(2))
-    same = one[1:].untyped_storage()._cdata == one.untyped_storage()._cdata
-    return same and one.untyped_storage()._cdata != other.untyped_storage()._cdata
-
-
-def ray_takes_an_address():
-    ray = pytest.importorskip("ray")
-    return "_node_ip_address" in inspect.signature(ray.init).parameters
-
-
 PROBES: dict[str, Callable[..., bool]] = {
     "_attn_implementation": attention_can_be_read,
     "q_offset": mask_takes_lengths_and_offsets,
     "kv_offset": mask_takes_lengths_and_offsets,
-    "_supports_sdpa": lambda: tiny_model()._supports_sdpa is True,
     "_no_split_modules": lambda: "LlamaDecoderLayer" in tiny_model()._no_split_modules,
     "_inference": inference_is_the_loop_of_encode,
     "RandContext": random_context_makes_a_forward_repeatable,
@@ -231,8 +219,6 @@ PROBES: dict[str, Callable[..., bool]] = {
     "fsdp_version": plugin_has("fsdp_version"),
     "activation_checkpointing": plugin_has("activation_checkpointing"),
     "_int_mm": integers_multiply_without_overflow,
-    "_cdata": storages_can_be_told_apart,
-    "_node_ip_address": ray_takes_an_address,
 }
 """For each name of the table, a call that is true while the library has it as we use it."""
 
@@ -251,8 +237,9 @@ def test_the_library_still_has_it(row, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.name)
 def test_the_table_is_about_code_that_is_there(row):
-    text = (SOURCE / row.where).read_text(encoding="utf-8")
-    assert row.name in text, f"{row.where} no longer has {row.name}: take the row out"
+    file = SOURCE / row.where
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    assert row.name in text, f"{row.where} no longer has {row.name}: take it out of the table"
     assert row.why.endswith(".") and row.breaks.endswith(".")
 
 
