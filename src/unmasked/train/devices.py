@@ -12,7 +12,7 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from unmasked.checkpoint.adapters import bare
@@ -80,6 +80,14 @@ def most(number: int, device: torch.device) -> int:
     shared = torch.tensor(number, device=device)
     distributed.all_reduce(shared, distributed.ReduceOp.MAX)
     return int(shared.item())
+
+
+def mean(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The means, over all processes, of scalars; every process must give the same names."""
+    names = sorted(values)
+    shared = torch.stack([values[name].double().to(device) for name in names])
+    distributed.all_reduce(shared)
+    return dict(zip(names, shared / world(), strict=True))
 
 
 def any_of(flag: bool, device: torch.device) -> bool:

@@ -35,13 +35,13 @@ from unmasked.forward.pooling import CAUSAL_BASELINES
 from unmasked.recipe.files import load_recipe, recipe_differences, recipe_text
 from unmasked.recipe.schema import Pairs, Recipe
 from unmasked.train import devices
+from unmasked.train.callback import OnLog
 from unmasked.train.checkpoints import last_checkpoint
-from unmasked.train.checks import check_inputs, check_settings
 from unmasked.train.data.mixing import prompts_of
-from unmasked.train.fitting import Job, clear, fit, is_done
+from unmasked.train.fitting import StageSetup, clear, fit, is_done
 from unmasked.train.losses.mntp import TOKENS
+from unmasked.train.preflight import check_inputs, check_settings
 from unmasked.train.trackers import require_trackers
-from unmasked.train.trainer import Report
 
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
@@ -70,7 +70,7 @@ class Listener:
     """What the caller wants to hear; every part may be left out."""
 
     stage: Callable[[str], None] = lambda name: None
-    step: Report = lambda step, steps, measured: None
+    step: OnLog = lambda step, steps, measured: None
     scored: Callable[[str, dict[str, float]], None] = lambda stage, scores: None
 
 
@@ -241,11 +241,11 @@ class Run:
         }
         return LLM2Vec.from_pretrained(base, merged, **options)
 
-    def _job(self, name: str, done: Sequence[str | Path], start: str | Path | None) -> Job:
+    def _job(self, name: str, done: Sequence[str | Path], start: str | Path | None) -> StageSetup:
         """What a stage trains: the base with the adapters before it merged."""
         recipe, encoder, told = self.recipe, self._encoder(done), self.listener.step
         folder = self.path / name
-        return Job(folder, encoder, recipe.model, recipe.seed, told, start, recipe.trackers)
+        return StageSetup(folder, encoder, recipe.model, recipe.seed, told, start, recipe.trackers)
 
     def _card(self, encoder: LLM2Vec) -> Card:
         recipe = (self.path / RECIPE).read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from unmasked.errors import DataError, ModelError
@@ -31,7 +31,6 @@ from unmasked.text.tokens import TextTokenizer
 from unmasked.train import devices
 from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.data.texts import Blocks, token_file
-from unmasked.train.trainer import AdapterCheckpoints
 
 IGNORED = -100
 TOKENS = "tokens"
@@ -347,7 +346,3 @@ def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "perplexity": math.exp(min(mean, 700.0)),
         "accuracy": correct / count,
     }
-
-
-class MaskedNextTokenTrainer(AdapterCheckpoints, Trainer):
-    """The transformers `Trainer`; its checkpoints hold the adapter, not the whole model."""

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.util import get_world_size
 from torch import Tensor, nn
 
 from unmasked.errors import ModelError
-from unmasked.train.trainer import AdapterCheckpoints
+from unmasked.forward.geometry import alignment_and_uniformity
 
 ATTENTION_DROPOUT = ("attention_dropout", "attn_dropout", "attn_pdrop")
 """Names of the attention dropout in attention modules: a number in most, a `Dropout` in some."""
@@ -89,25 +89,6 @@ def _prove_noise(model: nn.Module, found: int) -> None:
         )
 
 
-@torch.no_grad()
-def alignment_and_uniformity(first: Tensor, second: Tensor) -> dict[str, Tensor]:
-    """How near the two of a pair are, and how evenly all first ones spread; less is better of both.
-
-    Squared distance of unit vectors, and the logarithm of the mean Gaussian potential (Wang and
-    Isola, arXiv 2005.10242).
-
-    Args:
-        first, second: (B, D) vectors of the pairs, B at least 2.
-    """
-    first, second = (nn.functional.normalize(v.float(), dim=1) for v in (first, second))
-    between = (2 - 2 * first @ first.T).clamp(min=0)  # (B, B)
-    others = ~torch.eye(len(first), dtype=torch.bool, device=first.device)
-    return {
-        "alignment": (first - second).square().sum(dim=1).mean(),
-        "uniformity": (-2 * between[others]).exp().mean().log(),
-    }
-
-
 class TwoViewsLoss(nn.Module):
     """InfoNCE between two passes over the same texts, done as one forward of twice the rows.
 
@@ -141,7 +122,3 @@ class TwoViewsLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         return {"temperature": self.temperature}
-
-
-class ContrastiveTrainer(AdapterCheckpoints, SentenceTransformerTrainer):
-    """The sentence-transformers trainer; its checkpoints hold the adapter only."""

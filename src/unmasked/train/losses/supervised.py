@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy, normalize
 
+from unmasked.forward.geometry import alignment_and_uniformity
 from unmasked.train import devices
-from unmasked.train.losses.simcse import alignment_and_uniformity
 
 
-class Texts(NamedTuple):
+class BatchLayout(NamedTuple):
     """What the loss knows of the R texts of a batch besides their vectors.
 
     Attributes:
@@ -56,6 +56,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
         dimensions: lengths of the vector's beginning that are trained too (Matryoshka).
     """
 
+    views = 1
     mini_batch_size = 1 << 62  # cut by tokens alone
 
     def __init__(
@@ -78,7 +79,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
         """Scalar loss of the features that `PairCollator` makes."""
         features: dict[str, Any] = dict(next(iter(sentence_features)))
         features["repad"] = False
-        texts = Texts(len(labels), features.pop("place"), features.pop("key"))
+        texts = BatchLayout(len(labels), features.pop("place"), features.pop("key"))
         limit, attention = self.mini_batch_num_tokens, features["attention_mask"]
         if limit is None or not devices.any_of(int(attention.sum()) > limit, attention.device):
             vectors = self.model(features)["sentence_embedding"]  # (R, D)
@@ -107,7 +108,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
             loss = loss.detach()
         return loss
 
-    def score(self, vectors: Tensor, texts: Texts) -> Tensor:
+    def score(self, vectors: Tensor, texts: BatchLayout) -> Tensor:
         """Scalar loss of (R, D) vectors, the mean over all trained lengths of the vector."""
         vectors = torch.empty_like(vectors).index_copy(0, texts.place, vectors).float()
         queries, documents = vectors.split([texts.rows, len(vectors) - texts.rows])
