@@ -140,7 +140,7 @@ def mntp_trainer(decoder: str, folder: Path, callbacks: list) -> StageTrainer:
     ids = np.random.default_rng(0).integers(10, 300, (32, 24))
     settings = MNTP.model_validate({**SETTINGS, "block_length": 24})
     return StageTrainer(
-        tally=callbacks[0].tally,
+        callback=callbacks[0],
         model=MaskedNextTokenModel(encoder.backbone.auto_model, head),
         args=TrainingArguments(
             **stage_arguments(settings, folder, 0, most_rows=2),
@@ -149,7 +149,7 @@ def mntp_trainer(decoder: str, folder: Path, callbacks: list) -> StageTrainer:
         ),
         data_collator=default_data_collator,
         train_dataset=BlockData(ids, Masking(5, 300, (0, 1)), 0),
-        callbacks=callbacks,
+        others=callbacks[1:],
     )
 
 
@@ -186,14 +186,14 @@ def contrastive_trainer(
     size = arguments["per_device_train_batch_size"]
     order = RandomSampler(rows, generator=torch.Generator().manual_seed(0))
     return ContrastiveTrainer(
-        tally=callbacks[0].tally,
+        callback=callbacks[0],
         loss=loss,
         batches=(BatchSampler(order, size, drop_last=True), None),
         model=encoder,
         args=TrainingArguments(**arguments),
         data_collator=collate,
         train_dataset=rows,
-        callbacks=callbacks,
+        others=callbacks[1:],
     )
 
 

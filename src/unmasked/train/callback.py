@@ -3,8 +3,7 @@
 ``metrics.jsonl`` is part of what resumes exactly: a run that was killed, at any step and in any
 way, ends with the lines of a run that was not. What depends on the machine and the hour (speed,
 memory, run times) therefore stands under ``machine`` in a line; everything else is the same each
-time. The sums of a logging interval that is still open are saved by the trainer with the state of
-the callback. Cost: one small all-reduce per step on several devices, and none on one.
+time. Cost: one small all-reduce per step on several devices, and none on one.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from unmasked.files.writing import write_text
@@ -27,179 +26,84 @@ from unmasked.train import checkpoints, devices
 
 OnLog = Callable[[int, int, dict[str, float]], None]
 """Called at each log with the step, the number of steps, and what was measured."""
-
 MACHINE = ("_runtime", "_per_second", "memory_gb")
 """Endings of the names of what depends on the machine."""
-
-
-class Tally:
-    """Sums of what the forwards of a logging interval measured, as means over the devices.
-
-    On one device the values are added in the order and the precision in which they come. Numbers
-    that were saved as JSON continue to the same bits, as Python's floats hold a float32 exactly.
-
-    Attributes:
-        since: the step of the last log.
-        sums: name → number or scalar tensor.
-    """
-
-    def __init__(self) -> None:
-        self.since = 0
-        self.sums: dict[str, Any] = {}
-        self._forwards: list[Mapping[str, Tensor]] = []
-
-    def add(self, **measured: Tensor) -> None:
-        """Note what one forward of the step measured; scalars stay on their device."""
-        self._forwards.append({name: value.detach() for name, value in measured.items()})
-
-    def end_step(self, interrupted: bool, device: torch.device) -> bool:
-        """Add the step to the sums; tells whether any process was interrupted.
-
-        Every process must call this.
-        """
-        forwards, self._forwards = self._forwards, []
-        if devices.world() > 1:
-            step: dict[str, Any] = {"interrupted": torch.tensor(float(interrupted))}
-            for forward in forwards:
-                _add(step, forward)
-            step = devices.mean(step, device)
-            interrupted = bool(step.pop("interrupted") > 0)
-            forwards = [step]
-        for forward in forwards:
-            _add(self.sums, forward)
-        return interrupted
-
-    def state(self) -> dict[str, Any]:
-        """What `load` reads back, as plain numbers."""
-        return {"since": self.since, "sums": {k: _number(v) for k, v in self.sums.items()}}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue with what `state` told."""
-        self.since, self.sums = int(state["since"]), dict(state["sums"])
-
-    def end_interval(self, step: int) -> dict[str, float]:
-        """The metrics of the steps since the last log; begins anew."""
-        sums = {name: _number(value) for name, value in self.sums.items()}
-        steps, forwards = step - self.since, sums.pop("forwards")
-        self.since, self.sums = step, {}
-        loss, tokens, places = (sums.pop(name) for name in ("loss", "tokens", "places"))
-        means = {name: value / forwards for name, value in sums.items()}
-        return {"loss": loss / steps, "padding": 1 - tokens / places, **means}
-
-
-def _add(sums: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0) + value
-
-
-def _number(value: Any) -> float:
-    number: float = value.item() if isinstance(value, Tensor) else value
-    return number
 
 
 class StageCallback(TrainerCallback, ExportableState):
     """What a `StageTrainer` does besides training.
 
+    The sums of the open logging interval are the state that the trainer saves in a checkpoint and
+    gives back when training begins. JSON keeps them to the bit, as Python's floats hold a float32.
+
     Args:
         steps: stop after this many.
         metrics: JSON-lines file; lines of steps that are trained again are dropped first.
         notify: called at each log; None for nobody.
+        data: told the epoch through its `set_epoch`; accelerate forgets to when it skips batches.
 
     Attributes:
-        tally: what the trainer adds to.
         interrupted: whether Ctrl-C was pressed, in any process.
     """
 
-    def __init__(self, steps: int, metrics: Path, notify: OnLog | None = None) -> None:
+    def __init__(
+        self, steps: int, metrics: Path, notify: OnLog | None = None, data: Any = None
+    ) -> None:
         self.steps = steps
         self.metrics = metrics
         self.notify = notify
-        self.tally = Tally()
+        self.data = data
         self.interrupted = False
-        self._seconds = 0.0  # spent in the steps since the last log, or since the start
-        self._begun = 0.0
-        self._tokens_before: float = 0  # of the interval, counted before the start
+        self._since = 0  # the step of the last log
+        self._sums: dict[str, Any] = {}  # since then; numbers or scalars, means over the devices
+        self._forwards: list[Mapping[str, Tensor]] = []  # of the step
+        self._tokens_before: float = 0  # in the sums, from before the start
+        self._seconds = self._begun = 0.0
+
+    def add(self, **measured: Tensor) -> None:
+        """Note what one forward of training measured; scalars stay on their device."""
+        self._forwards.append({name: value.detach() for name, value in measured.items()})
 
     def state(self) -> dict[str, Any]:
-        """What the trainer saves in a checkpoint and hands back when training begins."""
-        return {"args": {}, "attributes": self.tally.state()}
+        """What is saved, as plain numbers."""
+        return {"args": {}, "attributes": {"since": self._since, "sums": _numbers(self._sums)}}
 
-    @contextmanager
-    def catching_interrupts(self) -> Iterator[None]:
-        """In the block, the first Ctrl-C ends training after the step; the second raises."""
-        try:
-            previous = signal.signal(signal.SIGINT, self._interrupt)
-        except ValueError:  # not the main thread, which alone may do this
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    def _interrupt(self, *_: Any) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if devices.world() > 1:  # each has its own dropout; a checkpoint brings its own state
             torch.manual_seed(args.seed + devices.rank())
-        self.tally.load(state.stateful_callbacks[type(self).__name__]["attributes"])
-        self._tokens_before = _number(self.tally.sums.get("tokens", 0))
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self._since, self._sums = saved["since"], saved["sums"]
+        self._tokens_before = self._sums.get("tokens", 0)
         if state.is_world_process_zero and self.metrics.exists():
             _keep_lines(self.metrics, state.global_step)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
-        """Tell data and samplers the epoch: accelerate forgets the data when it skips batches."""
-        loader = given["train_dataloader"]
-        told = [loader.dataset]
-        sampler = loader.batch_sampler
-        while sampler is not None:
-            told.append(sampler)
-            sampler = getattr(sampler, "batch_sampler", None)
-        for listener in told:
-            if hasattr(listener, "set_epoch"):
-                listener.set_epoch(int(state.epoch or 0))
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(int(state.epoch or 0))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._begun = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._seconds += time.perf_counter() - self._begun
-        self.interrupted = self.tally.end_step(self.interrupted, args.device)
-        if self.interrupted:
-            control.should_save = True
-        if self.interrupted or state.global_step >= self.steps:
-            control.should_training_stop = True
-        return control
+        forwards, self._forwards = self._forwards, []
+        if devices.world() > 1:
+            step: dict[str, Any] = {"interrupted": torch.tensor(float(self.interrupted))}
+            for forward in forwards:
+                _add(step, forward)
+            forwards = [step := devices.mean(step, args.device)]
+            self.interrupted = bool(step.pop("interrupted") > 0)
+        for forward in forwards:  # one by one: the order of a sum is part of its bits
+            _add(self._sums, forward)
+        control.should_save |= self.interrupted
+        control.should_training_stop |= self.interrupted or state.global_step >= self.steps
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Put what was tallied into the trainer's logs, before the callbacks after this one."""
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Put the measurements into the trainer's logs, for the callbacks after this one, too."""
         if logs is None or "train_runtime" in logs:
             return  # the trainer's last word, about the part of the stage since the last start
         if "loss" in logs:
-            tokens = _number(self.tally.sums["tokens"]) - self._tokens_before
-            speed = tokens * args.world_size / max(self._seconds, 1e-9)
-            logs |= self.tally.end_interval(state.global_step) | {"epoch": logs.pop("epoch")}
-            logs["tokens_per_second"] = round(speed, 1)
-            logs["memory_gb"] = round(devices.peak_memory(args.device) / 1e9, 3)
-            self._tokens_before, self._seconds = 0, 0.0
+            self._measure(logs, args, state.global_step)
         if not state.is_world_process_zero:
             return
         measured = {k: float(v) for k, v in logs.items() if isinstance(v, int | float)}
@@ -212,23 +116,62 @@ class StageCallback(TrainerCallback, ExportableState):
         if self.notify is not None:
             self.notify(state.global_step, self.steps, measured)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def _measure(self, logs: dict[str, Any], args: Any, step: int) -> None:
+        """The metrics of the steps since the last log; the sums begin anew."""
+        sums, epoch = _numbers(self._sums), logs.pop("epoch")
+        tokens, forwards = sums.pop("tokens"), sums.pop("forwards")
+        logs["loss"] = sums.pop("loss") / (step - self._since)
+        logs["padding"] = 1 - tokens / sums.pop("places")
+        logs |= {name: value / forwards for name, value in sums.items()}
+        logs["epoch"] = epoch
+        seen = (tokens - self._tokens_before) * args.world_size
+        logs["tokens_per_second"] = round(seen / max(self._seconds, 1e-9), 1)
+        logs["memory_gb"] = round(devices.peak_memory(args.device) / 1e9, 3)
+        self._since, self._sums, self._tokens_before, self._seconds = step, {}, 0, 0.0
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Complete the checkpoint that the trainer has written, once every process has."""
         devices.wait()
         if state.is_world_process_zero:
-            checkpoints.complete(checkpoints.place(args.output_dir, state.global_step))
+            checkpoints.complete(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    @contextmanager
+    def catching_interrupts(self) -> Iterator[None]:
+        """In the block, the first Ctrl-C ends training after the step; the second raises."""
+
+        def interrupt(*_: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        try:
+            previous = signal.signal(signal.SIGINT, interrupt)
+        except ValueError:  # not the main thread, which alone may do this
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def _add(sums: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
 def _keep_lines(metrics: Path, step: int) -> None:
     """Drop what is trained again: every line after a step, half a line, all of them at step 0."""
+
+    def step_of(line: str) -> float:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            return float("inf")  # half a line of a killed run
+
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-    write_text(metrics, "".join(line + "\n" for line in lines if step and _step_of(line) <= step))
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 62  # half a line of a killed run
+    write_text(metrics, "".join(line + "\n" for line in lines if step and step_of(line) <= step))

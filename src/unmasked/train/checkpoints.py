@@ -3,8 +3,7 @@
 The trainer writes one into a folder named after its step; when everything is on the disk, a marker
 is written as the last file. So a kill or a full disk leaves a folder without the marker, which is
 removed, and the checkpoint before it as it was. A checkpoint holds the weights that are trained
-(the adapter, a few MB, or all of them), beside optimizer, scheduler, random state and the sums of
-the open logging interval.
+(the adapter, a few MB, or all of them), optimizer, scheduler, random state and the callback's sums.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import nn
 from transformers.trainer import OPTIMIZER_NAME_BIN
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from unmasked.errors import OutputError, RecipeError
+from unmasked.errors import OutputError, RecipeError, first_line
 from unmasked.files.writing import write_text
 
 COMPLETE = "complete"
@@ -33,11 +32,6 @@ class Checkpoint(NamedTuple):
 
     step: int
     path: Path
-
-
-def place(folder: str | Path, step: int) -> Path:
-    """Where the trainer writes the checkpoint of a step."""
-    return Path(folder) / f"checkpoint-{step}"
 
 
 def last_checkpoint(folder: Path) -> Checkpoint | None:
@@ -70,7 +64,7 @@ def complete(path: Path) -> None:
 
 @contextmanager
 def told_if_unsaved(folder: Path) -> Iterator[None]:
-    """Turn the failure to write a checkpoint in the block into an error that the user can mend.
+    """Turn a checkpoint of the block that cannot be written into an error the user can mend.
 
     Whatever is raised while a checkpoint is begun and not complete is such a failure: on a full
     disk torch's writer raises a RuntimeError, and safetensors an error of its own.
@@ -81,19 +75,15 @@ def told_if_unsaved(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        begun = str(getattr(error, "filename", "")).startswith(str(folder / "checkpoint-"))
-        if not (remove_incomplete(folder) or begun):
+        refused = str(getattr(error, "filename", "")).startswith(str(folder / "checkpoint-"))
+        if not (remove_incomplete(folder) or refused):
             raise
         last = last_checkpoint(folder)
-        kept = f"The checkpoint of step {last.step} is whole" if last else "There is none before it"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        kept = f"That of step {last.step} is whole" if last else "There is none before it"
         raise OutputError(
-            f"a checkpoint could not be written to {folder} ({reason}). {kept}. "
+            f"a checkpoint could not be written to {folder} ({first_line(error)}). {kept}. "
             "Fix: make room on the disk and run the same command."
         ) from error
-
-
-# What is in it
 
 
 @contextmanager
@@ -103,20 +93,19 @@ def trained_weights_only(model: nn.Module) -> Iterator[None]:
     That is what a trainer saves and loads, however many devices share the weights.
     """
 
+    def trained() -> set[str]:  # a weight that two modules share, such as a tied head, has one name
+        return {name for name, weight in model.named_parameters() if weight.requires_grad}
+
     def keep_trained(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
-        kept = trained()
-        for name, value in list(state.items()):
-            if name.removeprefix(prefix) in kept:
-                state[name] = value.contiguous()  # safetensors writes no other
+        kept = {prefix + name for name in trained()}
+        for name in list(state):
+            if name in kept:
+                state[name] = state[name].contiguous()  # safetensors writes no other
             else:
                 del state[name]
 
     def forget_frozen(_: nn.Module, keys: Any) -> None:
-        kept = trained()
-        keys.missing_keys[:] = [name for name in keys.missing_keys if name in kept]
-
-    def trained() -> set[str]:  # names of a weight that is shared, such as a tied head, but one
-        return {name for name, weight in model.named_parameters() if weight.requires_grad}
+        keys.missing_keys[:] = trained() & set(keys.missing_keys)
 
     hooks = [
         model.register_state_dict_post_hook(keep_trained),

@@ -24,8 +24,7 @@ from unmasked.train import devices
 from unmasked.train.data.mixing import OneSourceBatches
 from unmasked.train.data.pairs import read_rows, split_rows
 from unmasked.train.data.texts import Blocks, read_texts, split_held_out, token_file
-from unmasked.train.fitting import is_done
-from unmasked.train.losses.mntp import TOKENS
+from unmasked.train.fitting import TOKENS, is_done
 from unmasked.train.losses.simcse import noise
 from unmasked.train.plan.shapes import attach
 from unmasked.train.trainer import stage_arguments

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from transformers import set_seed
 
 from unmasked.checkpoint.card import Card, versions
 from unmasked.compat.llm2vec import LLM2Vec
-from unmasked.errors import OutputError
+from unmasked.errors import MissingExtraError, OutputError
 from unmasked.files.writing import aside_of, write_text
 from unmasked.forward import precision
 from unmasked.forward.pooling import CAUSAL_BASELINES
@@ -40,10 +41,9 @@ from unmasked.train import devices
 from unmasked.train.callback import OnLog
 from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.data.mixing import prompts_of
-from unmasked.train.fitting import StageSetup, clear, fit, is_done
-from unmasked.train.losses.mntp import TOKENS
+from unmasked.train.fitting import TOKENS, StageSetup, clear, is_done
 from unmasked.train.preflight import check_inputs, check_settings
-from unmasked.train.trackers import require_trackers
+from unmasked.train.stages import fit
 
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
@@ -54,18 +54,8 @@ Chain = Sequence[str | Path]
 """A base, and the adapters to merge into it in this order."""
 
 
-class Scored(Protocol):
-    """What a task says of an encoder; `evaluate.bootstrap.TaskResult` is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def scores(self) -> dict[str, float]: ...
-    @property
-    def items(self) -> dict[str, np.ndarray]: ...
-
-
-Scoring = Callable[[LLM2Vec], Sequence[Scored]]
+Scoring = Callable[[LLM2Vec], Sequence[Any]]
+"""Scores an encoder on tasks; each result is an `evaluate.bootstrap.TaskResult`."""
 
 
 @dataclass
@@ -107,7 +97,9 @@ class Run:
         devices.join()
         self.device = torch.device(get_device_name())
         self.dtype = precision.pick(recipe.model.dtype, self.device).dtype
-        require_trackers(recipe.trackers)
+        for tracker in recipe.trackers:
+            if find_spec(tracker) is None:
+                raise MissingExtraError(tracker, tracker)
         self._check_folder()
 
     def run(self) -> LLM2Vec:
@@ -269,9 +261,7 @@ class Run:
     def _setup(self, name: str, chain: Chain, start: str | Path | None) -> StageSetup:
         """What a stage trains: the base with the adapters before it merged."""
         encoder, self._loaded = self._encoder(chain), None  # it is trained in place
-        recipe, told = self.recipe, self.listener.step
-        folder = self.path / name
-        return StageSetup(folder, encoder, recipe.model, recipe.seed, told, start, recipe.trackers)
+        return StageSetup(self.path / name, encoder, self.recipe, self.listener.step, start)
 
     def _card(self, encoder: LLM2Vec) -> Card:
         recipe = (self.path / RECIPE).read_text(encoding="utf-8")

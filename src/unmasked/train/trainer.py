@@ -1,7 +1,7 @@
 """transformers' `Trainer` for the stages; only public methods are replaced, and none for saving.
 
-`SentenceTransformerTrainer` is not used: it reloads a whole model to resume, and cannot do so where
-weights are shared among devices (FSDP).
+`SentenceTransformerTrainer` is not used: to resume it reloads a whole model, and it cannot resume
+where weights are shared among devices (FSDP).
 """
 
 from __future__ import annotations
@@ -16,79 +16,65 @@ from transformers import Trainer, TrainingArguments
 
 from unmasked.errors import RecipeError, nearest
 from unmasked.train import devices
-from unmasked.train.callback import Tally
+from unmasked.train.callback import StageCallback
 
 
 class StageTrainer(Trainer):
-    """A `Trainer` that adds what each forward of training measured to a tally.
+    """A `Trainer` that tells its callback what each forward of training measured.
 
     Args:
-        tally: of the stage's callback.
+        callback: of the stage; it comes before all others.
+        others: further callbacks.
         given: as in `Trainer`.
     """
 
-    def __init__(self, *, tally: Tally, **given: Any) -> None:
-        super().__init__(**given)
-        self.tally = tally
+    def __init__(self, *, callback: StageCallback, others: Any = (), **given: Any) -> None:
+        super().__init__(callbacks=[callback, *others], **given)
+        self.callback = callback
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
         if model.training:
-            self._add(loss, tokens := torch.tensor(inputs["input_ids"].numel()), tokens)
+            self.tell(loss, size := torch.tensor(inputs["input_ids"].numel()), size)
         return (loss, outputs) if return_outputs else loss
 
-    def _add(self, loss: Tensor, tokens: Tensor, places: Tensor, **measured: Tensor) -> None:
-        """Add a forward: its share of the step's loss, real tokens, and tokens computed for."""
+    def tell(self, loss: Tensor, tokens: Tensor, places: Tensor, **measured: Tensor) -> None:
+        """Of one forward: its part of the step's loss, real tokens, and those with padding."""
         counts = {"tokens": tokens, "places": places, "forwards": torch.tensor(1)}
-        self.tally.add(loss=loss.mean(), **counts, **measured)
+        self.callback.add(loss=loss.mean(), **counts, **measured)
 
 
 class ContrastiveTrainer(StageTrainer):
     """A trainer whose loss runs the encoder as often as it needs to, and whose batches are given.
 
     Args:
-        loss: called, as in sentence-transformers, with a list of one dictionary of features and
-            with the labels. Its ``model`` is replaced by the encoder as it is wrapped for several
-            devices; ``views`` says how often it runs every token; ``measured`` holds further
-            scalars to log.
+        loss: as `unmasked.train.losses` describes. Its ``model`` is replaced by the encoder as it
+            is wrapped for several devices.
         batches: of training, and of the held-out rows.
         given: as in `StageTrainer`.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(
-        self, *, loss: nn.Module, batches: tuple[BatchSampler, BatchSampler], **given: Any
-    ) -> None:
+    def __init__(self, *, loss: nn.Module, batches: Any, **given: Any) -> None:
         super().__init__(**given)
-        self.loss = loss
+        self.loss: Any = loss
         self.batches = batches
-        self.can_return_loss = True  # without labels, as sentence-transformers does
+        self.can_return_loss = True  # without labels
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         features = {name.removeprefix("text_"): value for name, value in inputs.items()}
         attention = features["attention_mask"]
         self.loss.model = model
-        loss: Tensor = self.loss([features], features.pop("label", None))
+        loss = self.loss([features], features.pop("label", None))
         if model.training:
             loss = loss / self.current_gradient_accumulation_steps
-            views = self.loss.views
-            tokens = attention.sum() * views
-            padded = self.model.backbone.unpackable is not None
-            places = torch.tensor(attention.numel() * views) if padded else tokens
-            self._add(loss, tokens, places, **self.loss.measured)
+            tokens = places = attention.sum() * self.loss.views
+            if self.model.backbone.unpackable is not None:
+                places = torch.tensor(attention.numel() * self.loss.views)
+            self.tell(loss, tokens, places, **self.loss.measured)
         return (loss, {}) if return_outputs else loss
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -119,13 +105,13 @@ def stage_arguments(
         settings: of the stage.
         folder: of the stage.
         seed: of the run.
-        most_rows: of a forward; a batch is cut into equal parts of no more, for stages whose loss
-            is a sum over rows. None leaves it whole.
+        most_rows: maximum number of rows per forward, for a loss that is a sum over rows; a batch
+            is divided into equal parts. None leaves it whole.
         own: further arguments of the stage; those that the settings name under ``trainer`` win.
 
     Raises:
-        RecipeError: the batch does not divide among the devices, ``trainer`` names an argument that
-            there is not, or wants weights shared where they cannot be.
+        RecipeError: the batch cannot be divided among the devices, or ``trainer`` has an argument
+            that does not exist, or shares weights where that is impossible.
     """
     devices.check_sharding(bool(settings.trainer.get("fsdp")), f"{folder.name}.trainer.fsdp")
     allowed = TrainingArguments.__dataclass_fields__
@@ -133,7 +119,7 @@ def stage_arguments(
         if name not in allowed:
             raise RecipeError(
                 f"{folder.name}.trainer: unknown argument of TrainingArguments '{name}'"
-                f"{nearest(name, allowed)}"
+                f"{nearest(name, allowed) or '.'}"
             )
     schedules = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
     rows = devices.rows_per_device(settings.batch_size, f"{folder.name}.batch_size")
@@ -151,9 +137,10 @@ def stage_arguments(
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "logging_steps": settings.log_steps,
+        "eval_steps": settings.eval_steps,
         "save_steps": settings.save_steps,
         "disable_tqdm": True,
-        "report_to": "none",  # `trackers` puts in what is wanted
+        "report_to": "none",  # `fitting` adds the callbacks that are wanted
         "run_name": f"{folder.parent.name}-{folder.name}",
         "project": "unmasked",
         "seed": seed,
