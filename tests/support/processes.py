@@ -17,31 +17,24 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.data_collator import (
-    SentenceTransformerDataCollator,
-)
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.data import BatchSampler, RandomSampler
 from transformers import TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters, loading
 from unmasked.errors import RecipeError
 from unmasked.recipe.schema import MNTP, Pairs, Recipe, SimCSE, Supervised
-from unmasked.train import devices
+from unmasked.train import checkpoints, devices
+from unmasked.train.callback import StageCallback
 from unmasked.train.data.mixing import PairCollator
-from unmasked.train.losses.mntp import (
-    BlockData,
-    MaskedNextTokenModel,
-    MaskedNextTokenTrainer,
-    Masking,
-)
-from unmasked.train.losses.simcse import ContrastiveTrainer, TwoViewsLoss
+from unmasked.train.losses.mntp import BlockData, MaskedNextTokenModel, Masking
+from unmasked.train.losses.simcse import TwoViewsLoss
 from unmasked.train.losses.supervised import RankingLoss
 from unmasked.train.run import Listener, Run
-from unmasked.train.trainer import RunCallback, stage_arguments, trained
+from unmasked.train.trainer import ContrastiveTrainer, StageTrainer, stage_arguments
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["unmasked.train.run"])
@@ -133,16 +126,21 @@ def encoder_of(decoder: str) -> LLM2Vec:
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     encoder.backbone.auto_model = peft_model
-    encoder.model_card_data.generate_widget_examples = False
     return encoder
 
 
-def mntp_trainer(decoder: str, folder: Path, callbacks: list) -> MaskedNextTokenTrainer:
+def trained(model: torch.nn.Module) -> torch.nn.Module:
+    """The trunk inside the model of a stage."""
+    return model.trunk if hasattr(model, "trunk") else model.backbone.auto_model
+
+
+def mntp_trainer(decoder: str, folder: Path, callbacks: list) -> StageTrainer:
     encoder = encoder_of(decoder)
     head = loading.load_causal_lm(decoder, torch.float32)
     ids = np.random.default_rng(0).integers(10, 300, (32, 24))
     settings = MNTP.model_validate({**SETTINGS, "block_length": 24})
-    return MaskedNextTokenTrainer(
+    return StageTrainer(
+        callback=callbacks[0],
         model=MaskedNextTokenModel(encoder.backbone.auto_model, head),
         args=TrainingArguments(
             **stage_arguments(settings, folder, 0, most_rows=2),
@@ -151,7 +149,7 @@ def mntp_trainer(decoder: str, folder: Path, callbacks: list) -> MaskedNextToken
         ),
         data_collator=default_data_collator,
         train_dataset=BlockData(ids, Masking(5, 300, (0, 1)), 0),
-        callbacks=callbacks,
+        others=callbacks[1:],
     )
 
 
@@ -160,16 +158,11 @@ def simcse_trainer(decoder: str, folder: Path, callbacks: list) -> ContrastiveTr
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(WORDS, draw.integers(2, 12))) for _ in range(64)]
     settings = SimCSE.model_validate({**SETTINGS, "max_length": 24})
-    return ContrastiveTrainer(
-        model=encoder,
-        args=SentenceTransformerTrainingArguments(
-            **stage_arguments(settings, folder, 0), dataloader_drop_last=True
-        ),
-        data_collator=SentenceTransformerDataCollator(encoder.preprocess, max_length=24),
-        train_dataset=Dataset.from_dict({"text": texts}),
-        loss=TwoViewsLoss(encoder, 0.05),
-        callbacks=callbacks,
-    )
+    return contrastive_trainer(
+        settings, folder, callbacks, encoder, TwoViewsLoss(encoder, 0.05),
+        lambda texts: {f"text_{k}": v for k, v in encoder.preprocess(texts, max_length=24).items()},
+        texts,
+    )  # fmt: skip
 
 
 def supervised_trainer(decoder: str, folder: Path, callbacks: list) -> ContrastiveTrainer:
@@ -178,15 +171,29 @@ def supervised_trainer(decoder: str, folder: Path, callbacks: list) -> Contrasti
     settings = Supervised.model_validate(
         {**SETTINGS, "warmup_steps": 0, "data": ["none.jsonl"], "max_length": 24}
     )
+    return contrastive_trainer(
+        settings, folder, callbacks, encoder,
+        RankingLoss(encoder, 0.05, None if devices.world() == 1 else 40),
+        PairCollator(encoder.preprocess, [Pairs(path="none.jsonl")], 1, 24),
+        Dataset.from_list(pairs(64)),
+    )  # fmt: skip
+
+
+def contrastive_trainer(
+    settings, folder: Path, callbacks: list, encoder, loss, collate, rows
+) -> ContrastiveTrainer:
+    arguments = stage_arguments(settings, folder, 0, label_names=[], ddp_broadcast_buffers=False)
+    size = arguments["per_device_train_batch_size"]
+    order = RandomSampler(rows, generator=torch.Generator().manual_seed(0))
     return ContrastiveTrainer(
+        callback=callbacks[0],
+        loss=loss,
+        batches=(BatchSampler(order, size, drop_last=True), None),
         model=encoder,
-        args=SentenceTransformerTrainingArguments(
-            **stage_arguments(settings, folder, 0), dataloader_drop_last=True
-        ),
-        data_collator=PairCollator(encoder.preprocess, [Pairs(path="none.jsonl")], 1, 24),
-        train_dataset=Dataset.from_list(pairs(64)),
-        loss=RankingLoss(encoder, 0.05, None if devices.world() == 1 else 40),
-        callbacks=callbacks,
+        args=TrainingArguments(**arguments),
+        data_collator=collate,
+        train_dataset=rows,
+        others=callbacks[1:],
     )
 
 
@@ -209,11 +216,12 @@ TRAINERS = {"mntp": mntp_trainer, "simcse": simcse_trainer, "supervised": superv
 
 def record(kind: str, decoder: str, folder: Path, name: str) -> None:
     """Train two steps of a kind, and save the gradient of each."""
-    callback = RunCallback(2, folder / f"{name}.jsonl", None)
+    callback = StageCallback(2, folder / f"{name}.jsonl")
     trainer = TRAINERS[kind](decoder, folder / name, [callback, Recorder(folder / name)])
     trainer.args.max_grad_norm = 1e9  # the norm is taken, nothing is clipped
     devices.prepare_sharding(trainer, trained(trainer.model), kind)
-    trainer.train()
+    with checkpoints.trained_weights_only(trainer.model):
+        trainer.train()
 
 
 # --- runs -------------------------------------------------------------------------------------

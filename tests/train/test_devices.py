@@ -27,7 +27,7 @@ from support.processes import (
 )
 
 from unmasked.errors import RecipeError
-from unmasked.train import devices, saving
+from unmasked.train import checkpoints, devices
 
 LAUNCHED = {
     "ACCELERATE_USE_FSDP": "true",
@@ -188,7 +188,7 @@ def test_what_cannot_be_shared_is_refused(asked, dtype, message):
 def test_a_checkpoint_of_shared_weights_continues_with_shared_weights(shared, tmp_path):
     (tmp_path / ("optimizer.pt" if shared else "optimizer.bin")).touch()
     with pytest.raises(RecipeError, match=f"made {'without' if shared else 'with'} weights shared"):
-        saving.check_optimizer(Mock(is_fsdp_enabled=shared), tmp_path)
+        checkpoints.check_optimizer(Mock(is_fsdp_enabled=shared), tmp_path)
 
 
 def test_what_a_stage_asks_of_accelerate_is_not_asked_by_the_next(monkeypatch):

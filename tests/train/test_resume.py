@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny_decoder, tmp_path):
 
 
 def test_half_a_line_of_metrics_is_dropped(tmp_path):
-    from unmasked.train.trainer import _keep_lines
+    from unmasked.train.callback import _keep_lines
 
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 1.0}\n{"step": 5, "lo')

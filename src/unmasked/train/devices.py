@@ -1,4 +1,4 @@
-"""Many devices: who speaks and writes, and who waits.
+"""Many devices: which process writes, which ones wait, and what they share.
 
 ``torchrun`` and ``accelerate launch`` start the same command once per device and tell each process
 its rank. The first one scores, prints and writes; the others train along. On one device everything
@@ -12,7 +12,7 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from unmasked.checkpoint.adapters import bare
@@ -74,7 +74,7 @@ def wait() -> None:
 
 
 def most(number: int, device: torch.device) -> int:
-    """The largest of what the processes give; all of them must ask."""
+    """The largest number of any process; every process must give one."""
     if not distributed.is_initialized():
         return number
     shared = torch.tensor(number, device=device)
@@ -82,22 +82,25 @@ def most(number: int, device: torch.device) -> int:
     return int(shared.item())
 
 
-def any_of(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in any process; all of them must ask."""
-    return bool(most(int(flag), device))
+def mean(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The means of scalars over all processes, each of which must give the same names."""
+    names = sorted(values)
+    shared = torch.stack([values[name].double().to(device) for name in names])
+    distributed.all_reduce(shared)
+    return dict(zip(names, shared / world(), strict=True))
 
 
 def rows_per_device(batch_size: int, key: str) -> int:
     """A device's share of a batch, so that a recipe takes the same steps on any number of them.
 
     Raises:
-        RecipeError: the batch does not divide.
+        RecipeError: the batch cannot be divided.
     """
     if batch_size % world():
         below = batch_size // world() * world()
         near = [str(n) for n in (below, below + world()) if n]
         raise RecipeError(
-            f"{key}: {batch_size} rows do not divide among {world()} devices. "
+            f"{key}: {batch_size} rows cannot be divided among {world()} devices. "
             f"Fix: {key}={' or '.join(near)}."
         )
     return batch_size // world()
@@ -109,15 +112,18 @@ def micro_batch(rows: int, most: int) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: of the GPU's allocator, or of this process."""
+    """Highest number of bytes so far: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # what the system counts otherwise has the parent in it, too
+    if status.exists():  # `getrusage` counts the memory of the parent, too
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+# Shared weights (FSDP2)
 
 
 def check_sharding(wanted: bool, key: str) -> None:
@@ -138,7 +144,7 @@ def check_sharding(wanted: bool, key: str) -> None:
         here = "no accelerator" if on_cpus and (wanted or launched) else ""
     if here:
         raise RecipeError(
-            f"weights are shared (FSDP) among the processes of several accelerators, and here is "
+            "weights are shared (FSDP) among the processes of several accelerators, but here is "
             f"{here}. Fix: leave out {key} and --use_fsdp, or run it on a machine that has them."
         )
 
@@ -146,10 +152,10 @@ def check_sharding(wanted: bool, key: str) -> None:
 def prepare_sharding(trainer: Any, model: nn.Module, name: str) -> None:
     """Where a trainer shares weights (FSDP2), have it do so layer by layer.
 
-    What the models of transformers say of their layers is not found in those a stage trains, and a
-    model that is not cut into layers is gathered whole in every forward. State is gathered on the
-    first process, so that a checkpoint does not depend on the number of devices. Every process
-    loads all weights first: they are proved before they are cut.
+    accelerate looks for the names of the layers on the model that is trained, which is a module
+    around the transformer; a model that is not divided into layers is gathered whole in every
+    forward. State is gathered on the first process, so that a checkpoint does not depend on the
+    number of devices. Every process loads all weights first: they are proved before they are cut.
 
     Args:
         trainer: a transformers `Trainer`.
@@ -162,17 +168,6 @@ def prepare_sharding(trainer: Any, model: nn.Module, name: str) -> None:
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
-    _refuse_sharding(plugin, model, name)
-    there = {type(module).__name__ for module in model.modules()}
-    layers = there & set(getattr(bare(model), "_no_split_modules", None) or ())
-    plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
-    plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or sorted(layers)
-    plugin.cpu_ram_efficient_loading = False
-    plugin.state_dict_config = plugin.optim_state_dict_config = None
-    plugin.set_state_dict_type("FULL_STATE_DICT")
-
-
-def _refuse_sharding(plugin: Any, model: nn.Module, name: str) -> None:
     if plugin.fsdp_version != 2:
         raise RecipeError(
             f"{name}: FSDP{plugin.fsdp_version} is asked for, but only FSDP2 is supported. "
@@ -189,6 +184,24 @@ def _refuse_sharding(plugin: Any, model: nn.Module, name: str) -> None:
             f"{name}.lora.method qlora: FSDP does not share weights of 4 bits, every device would "
             "have all of them. Fix: accelerate launch --multi_gpu, or lora.method lora."
         )
+    plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or _layers(model)
+    plugin.cpu_ram_efficient_loading = False
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Names of the classes of a trunk's layers: the list of modules that has most of its weights.
+
+    Of 189 families of causal language models every one has its layers so.
+    """
+
+    def weights(modules: nn.ModuleList) -> int:
+        return sum(p.numel() for p in modules.parameters())
+
+    lists = [m for m in bare(model).modules() if isinstance(m, nn.ModuleList)]
+    return sorted({type(layer).__name__ for layer in max(lists, key=weights, default=())})
 
 
 @contextmanager

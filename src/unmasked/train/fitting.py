@@ -1,336 +1,65 @@
-"""What each stage trains and how: its data, its loss, its trainer; and the loop they all share.
-
-A stage is one function here that builds a trainer and hands it to `_fit`, which trains, or
-continues from the last checkpoint, and leaves the adapter in the stage's folder.
-"""
+"""The loop that all stages share: train or continue, stop at Ctrl-C, keep the adapter alone."""
 
 from __future__ import annotations
 
-import logging
+import copy
+import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datasets import Dataset
+import torch
 from peft import PeftModel
-from sentence_transformers import SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.data_collator import (
-    SentenceTransformerDataCollator,
-)
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.tensorboard import SummaryWriter
-from transformers import (
-    PrinterCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
+from transformers import PrinterCallback, set_seed
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    get_reporting_integration_callbacks,
 )
-from transformers.integrations.integration_utils import TensorBoardCallback
 
-from unmasked.checkpoint import adapters, loading
-from unmasked.compat.llm2vec import LLM2Vec
-from unmasked.errors import RecipeError
+from unmasked.checkpoint import adapters
 from unmasked.forward.packing import checkpoint_contexts
-from unmasked.recipe import schema as config
-from unmasked.recipe.schema import MNTP, SimCSE, Supervised, Training
-from unmasked.train import devices, saving
-from unmasked.train.checkpoints import last_checkpoint
-from unmasked.train.data.mixing import OneSourceBatches, PairCollator, measuring_batches
-from unmasked.train.data.pairs import split_rows, store_rows
-from unmasked.train.data.texts import read_texts, split_held_out
-from unmasked.train.losses.mntp import (
-    MaskedNextTokenModel,
-    MaskedNextTokenTrainer,
-    Masking,
-    block_data,
-    find_mask_id,
-    micro_batch_rows,
-    token_metrics,
-)
-from unmasked.train.losses.simcse import ContrastiveTrainer, TwoViewsLoss, noise
-from unmasked.train.losses.supervised import RankingLoss
-from unmasked.train.trackers import finish_trackers, tracker_callbacks
-from unmasked.train.trainer import Report, RunCallback, stage_arguments
+from unmasked.model import TextEncoder
+from unmasked.recipe.schema import Recipe, Training
+from unmasked.train import checkpoints, devices
+from unmasked.train.callback import OnLog, StageCallback
+from unmasked.train.trainer import StageTrainer
 
-logger = logging.getLogger(__name__)
-
+TOKENS = "tokens"
+"""Folder of the token file, in the run folder until MNTP is done."""
 ROWS = "rows.arrow"
 """The checked rows of a supervised stage, while it trains."""
-FEWEST = 2
-"""Held-out rows below which there is no negative to tell a row from."""
 DONE = (adapters.CONFIG_NAME, "config.json")
 """Written last, for an adapter and for a whole encoder."""
 
 
 @dataclass(frozen=True)
-class Job:
+class StageSetup:
     """Where and on what a stage is trained.
 
     Attributes:
         folder: the stage's own, for the adapter, checkpoints and metrics.
         encoder: the base with the adapters of the stages before merged; trained in place.
-        model: the recipe's settings of the base.
-        seed: of data order, masks, dropout and the adapter.
-        report: told about each log.
+        recipe: of the run.
+        notify: called at each log.
         start: the adapter to train on from; None for a new one.
-        trackers: where metrics go besides.
     """
 
     folder: Path
-    encoder: LLM2Vec
-    model: config.Model
-    seed: int
-    report: Report
+    encoder: TextEncoder
+    recipe: Recipe
+    notify: OnLog
     start: str | Path | None = None
-    trackers: Sequence[str] = ()
 
-
-def fit(job: Job, stage: MNTP | SimCSE | Supervised) -> None:
-    """Train a stage, or continue it; its folder then holds the adapter.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
-    """
-    with devices.own_environment():
-        if isinstance(stage, MNTP):
-            _fit_mntp(job, stage)
-        elif isinstance(stage, SimCSE):
-            _fit_simcse(job, stage)
-        else:
-            _fit_supervised(job, stage)
-
-
-def _fit_mntp(job: Job, stage: MNTP) -> None:
-    tokens = job.encoder.backbone.tokens
-    trunk: Any = job.encoder.backbone.auto_model
-    dtype = next(trunk.parameters()).dtype
-    language_model: Any = loading.load_causal_lm(
-        job.model.base, dtype, job.encoder.report.attention, revision=job.model.revision
-    )
-    mask_id = find_mask_id(tokens.tokenizer, stage.mask_token)
-    vocabulary = language_model.config.get_text_config().vocab_size
-    if mask_id is None:
-        mask_id = vocabulary
-        trunk.resize_token_embeddings(vocabulary + 1)
-        language_model.resize_token_embeddings(vocabulary + 1)
-    model = _attach(job, stage)
-    masking = Masking(
-        mask_id,
-        min(vocabulary, len(tokens.tokenizer)),
-        tuple({*tokens.prefix, *tokens.tokenizer.all_special_ids}),
-        stage.mask_probability,
-        stage.mask_style,
-    )
-    train, evaluation = block_data(job.folder, stage, tokens, masking, job.seed, _apart(job, stage))
-    callback = _callback(job, stage)
-    most_rows = micro_batch_rows(stage, job.encoder.device)
-    trainer = MaskedNextTokenTrainer(
-        model=MaskedNextTokenModel(model, language_model).to(job.encoder.device),
-        args=TrainingArguments(
-            **stage_arguments(
-                stage,
-                job.folder,
-                job.seed,
-                most_rows,
-                remove_unused_columns=False,
-                label_names=["labels"],
-                eval_strategy="steps" if evaluation else "no",
-                eval_steps=stage.eval_steps or None,
-                eval_on_start=evaluation is not None,
-                per_device_eval_batch_size=most_rows,
-            )
-        ),
-        data_collator=default_data_collator,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        compute_metrics=token_metrics,
-        callbacks=_callbacks(job, callback),
-    )
-    _fit(job, trainer, callback, model)
-
-
-def _fit_simcse(job: Job, stage: SimCSE) -> None:
-    model = _attach(job, stage)
-    texts, held_out = _texts(job, stage)
-    collator = SentenceTransformerDataCollator(job.encoder.preprocess, max_length=stage.max_length)
-    with noise(model, stage.attention_dropout, stage.embedding_dropout):
-        _fit_contrastive(
-            job,
-            stage,
-            (Dataset.from_dict({"text": texts}), Dataset.from_dict({"text": held_out})),
-            TwoViewsLoss(job.encoder, stage.temperature),
-            collator,
-            dataloader_drop_last=True,
-        )
-
-
-def _fit_supervised(job: Job, stage: Supervised) -> None:
-    width = job.encoder.backbone.get_embedding_dimension()
-    if max(stage.matryoshka, default=0) > width:
-        raise RecipeError(
-            f"supervised.matryoshka: {max(stage.matryoshka)} given, but vectors have {width} "
-            f"numbers. Fix: shorter lengths; {width} itself is always trained."
-        )
-    _attach(job, stage)
-    train, held_out = split_rows(_rows(job, stage), stage.held_out, job.seed)
-    weights = [pairs.weight for pairs in stage.data]
-    measuring = measuring_batches(
-        np.asarray(held_out["source"]), stage.batch_size // devices.world(), devices.world()
-    )
-
-    def batches(rows: Dataset, batch_size: int, **_: Any) -> Any:
-        if rows is held_out:
-            return measuring
-        sources = np.asarray(rows["source"])
-        return OneSourceBatches(sources, batch_size, weights, devices.world(), job.seed)
-
-    loss = RankingLoss(
-        job.encoder,
-        stage.temperature,
-        stage.mini_batch_tokens,
-        stage.false_negative_margin,
-        stage.matryoshka,
-    )
-    collator = PairCollator(
-        job.encoder.preprocess, stage.data, stage.hard_negatives, stage.max_length
-    )
-    measured = held_out if measuring else held_out.select([])
-    _fit_contrastive(job, stage, (train, measured), loss, collator, batch_sampler=batches)
-
-
-def _fit_contrastive(
-    job: Job,
-    stage: SimCSE | Supervised,
-    rows: tuple[Dataset, Dataset],
-    loss: nn.Module,
-    collator: Any,
-    **arguments: Any,
-) -> None:
-    train, held_out = rows
-    measured = len(held_out) // devices.world()
-    callback = _callback(job, stage)
-    trainer = ContrastiveTrainer(
-        model=job.encoder,
-        args=SentenceTransformerTrainingArguments(
-            **stage_arguments(
-                stage,
-                job.folder,
-                job.seed,
-                eval_strategy="steps" if measured >= FEWEST else "no",
-                eval_steps=stage.eval_steps,
-                eval_on_start=measured >= FEWEST,
-                per_device_eval_batch_size=min(stage.batch_size // devices.world(), measured) or 1,
-                **arguments,
-            )
-        ),
-        data_collator=collator,
-        train_dataset=train,
-        eval_dataset=held_out if measured >= FEWEST else None,
-        loss=loss,
-        callbacks=_callbacks(job, callback),
-    )
-    _fit(job, trainer, callback, job.encoder.backbone.auto_model)
-
-
-def _rows(job: Job, stage: Supervised) -> Dataset:
-    """All rows, on disk; the first device writes them."""
-    file = job.folder / ROWS
-    if devices.is_first():
-        store_rows(stage.data, file)
-    devices.wait()
-    return Dataset.from_file(str(file))
-
-
-def _texts(job: Job, stage: SimCSE) -> tuple[list[str], list[str]]:
-    texts = read_texts(stage.data, stage.max_texts)
-    return split_held_out(texts, stage.held_out, job.seed)
-
-
-def _apart(job: Job, stage: MNTP) -> bool:
-    """Whether documents are kept apart; told if this family has no way to."""
-    reason = job.encoder.backbone.unpackable
-    if stage.documents == "apart" and reason is not None:
-        logger.warning("mntp.documents: joined, not apart, as %s.", reason)
-        return False
-    return stage.documents == "apart"
-
-
-def _attach(job: Job, stage: Training) -> nn.Module:
-    trunk: Any = job.encoder.backbone.auto_model
-    lora = stage.lora
-    set_seed(job.seed)
-    model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.method)
-    if job.start is not None:
-        saving.load(model, job.start)
-    job.encoder.backbone.auto_model = model
-    job.encoder.model_card_data.generate_widget_examples = False
-    if stage.gradient_checkpointing:
-        trunk.activation_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": checkpoint_contexts}
-        )
-        trunk.enable_input_require_grads()
-    return model
-
-
-def _callback(job: Job, stage: Training) -> RunCallback:
-    return RunCallback(stage.steps, job.folder / "metrics.jsonl", job.report)
-
-
-def _callbacks(job: Job, callback: RunCallback) -> list[Any]:
-    if not devices.is_first():
-        return [callback]
-    checkpoint = last_checkpoint(job.folder)
-    hidden = checkpoint and checkpoint.step + 1  # points of steps that are trained again
-    board = TensorBoardCallback(SummaryWriter(str(job.folder), purge_step=hidden))
-    return [callback, board, *tracker_callbacks(job.trackers)]
-
-
-def _fit(job: Job, trainer: Any, callback: RunCallback, model: nn.Module) -> None:
-    """Train, or continue, until the stage's last step; then keep the adapter alone."""
-    devices.prepare_sharding(trainer, model, job.folder.name)
-    spare = None  # to be saved in the place of a whole model that is taken apart for good
-    if trainer.is_fsdp_enabled and not isinstance(model, PeftModel):
-        spare = saving.unfilled_copy(model)
-    trainer.remove_callback(PrinterCallback)  # the report speaks
-    checkpoint = last_checkpoint(job.folder)
-    if checkpoint is not None and checkpoint.step >= callback.steps:
-        saving.load(model, checkpoint.path)  # cut off after its last step
-    else:
-        trainer.args.eval_on_start &= checkpoint is None
-        if checkpoint is not None:
-            saving.check_optimizer(trainer, checkpoint.path)
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
-        finally:
-            finish_trackers(job.trackers)
-        if callback.interrupted and trainer.state.global_step < callback.steps:
-            raise KeyboardInterrupt
-    state = saving.gather(model) if spare or isinstance(model, PeftModel) else {}
-    if devices.is_first():
-        if spare:
-            saving.fill(spare, state)
-            job.encoder.backbone.auto_model = spare.to(job.encoder.device)
-        _keep(job, model, state)
-    devices.wait()
-    if callback.interrupted:
-        raise KeyboardInterrupt
-
-
-def _keep(job: Job, model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Write the adapter, or the whole encoder; once its config is there, the stage is done."""
-    aside = job.folder / "trained.tmp"
-    if isinstance(model, PeftModel):
-        adapters.save_adapter(model, aside, state)
-    else:
-        job.encoder.save(aside)
-    for item in sorted(aside.iterdir(), key=lambda item: item.name in DONE):
-        place = job.folder / item.name
-        if place.is_dir():
-            shutil.rmtree(place)
-        item.replace(place)
+    @property
+    def trunk(self) -> Any:
+        """The transformer that is trained, with its adapter once that is attached."""
+        return self.encoder.backbone.auto_model
 
 
 def is_done(folder: Path) -> bool:
@@ -339,8 +68,111 @@ def is_done(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a finished stage needs no more, also after a kill in the middle of this."""
+    """Remove what a finished stage no longer needs, also after a kill in the middle of this."""
     for scrap in [*folder.glob("checkpoint-*"), *folder.glob("*.tmp")]:
         if scrap.is_dir():
             shutil.rmtree(scrap)
     (folder / ROWS).unlink(missing_ok=True)
+
+
+def attach(setup: StageSetup, stage: Training) -> None:
+    """Make the trunk trainable, with the weights of the adapter that it continues, if any."""
+    trunk, lora = setup.trunk, stage.lora
+    set_seed(setup.recipe.seed)
+    model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.method)
+    if setup.start is not None:
+        state = load_file(Path(setup.start) / adapters.WEIGHTS_NAME)
+        adapters.load_adapter_state(model, state, str(setup.start))
+    setup.encoder.backbone.auto_model = model
+    if stage.gradient_checkpointing:
+        trunk.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        )
+        trunk.enable_input_require_grads()
+
+
+def callbacks(setup: StageSetup, stage: Training, data: Any) -> dict[str, Any]:
+    """What a `StageTrainer` tells: the stage's callback, TensorBoard, the recipe's trackers.
+
+    Args:
+        setup, stage: of the stage.
+        data: told the epoch, if it has a `set_epoch`.
+    """
+    callback = StageCallback(stage.steps, setup.folder / "metrics.jsonl", setup.notify, data)
+    if not devices.is_first():
+        return {"callback": callback}
+    checkpoint = checkpoints.last_checkpoint(setup.folder)
+    hidden = checkpoint and checkpoint.step + 1  # points of steps that are trained again
+    board = TensorBoardCallback(SummaryWriter(str(setup.folder), purge_step=hidden))
+    os.environ.setdefault("WANDB_PROJECT", "unmasked")
+    trackers = get_reporting_integration_callbacks(list(setup.recipe.trackers))
+    return {"callback": callback, "others": [board, *(made() for made in trackers)]}
+
+
+def train(setup: StageSetup, trainer: StageTrainer) -> None:
+    """Train, or continue, until the stage's last step; then keep the result alone.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
+        OutputError: a checkpoint could not be written.
+        RecipeError: weights are shared among devices where they cannot be, or were not before.
+    """
+    callback, trunk, whole = trainer.callback, setup.trunk, None
+    devices.prepare_sharding(trainer, trunk, setup.folder.name)
+    if trainer.is_fsdp_enabled and not isinstance(trunk, PeftModel):
+        # The trunk is taken apart for good; this is what will be saved in its place.
+        apart = {id(p): nn.Parameter(torch.empty_like(p, device="cpu")) for p in trunk.parameters()}
+        whole = copy.deepcopy(trunk, apart)
+    trainer.remove_callback(PrinterCallback)  # the listener speaks
+    if devices.is_first():
+        checkpoints.remove_incomplete(setup.folder)
+    devices.wait()
+    checkpoint = checkpoints.last_checkpoint(setup.folder)
+    with checkpoints.trained_weights_only(trainer.model):
+        if checkpoint is not None and checkpoint.step >= callback.steps:
+            checkpoints.load(trainer.model, checkpoint)  # cut off after its last step
+        else:
+            trainer.args.eval_on_start &= checkpoint is None
+            if checkpoint is not None:
+                checkpoints.check_optimizer(trainer, checkpoint.path)
+            try:
+                with callback.catching_interrupts(), checkpoints.told_if_unsaved(setup.folder):
+                    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
+            finally:  # so that the next stage begins a run of its own
+                if "wandb" in setup.recipe.trackers and devices.is_first():
+                    import_module("wandb").finish()
+            if callback.interrupted and trainer.state.global_step < callback.steps:
+                raise KeyboardInterrupt
+    _keep(setup, whole)
+    if callback.interrupted:
+        raise KeyboardInterrupt
+
+
+def _keep(setup: StageSetup, whole: nn.Module | None) -> None:
+    """Write the adapter, or the whole encoder; once its config is there, the stage is done.
+
+    Args:
+        setup: of the stage.
+        whole: what to fill with the weights of a trunk that was taken apart, where it was.
+    """
+    trunk, state = setup.trunk, None
+    if whole is not None or isinstance(trunk, PeftModel):  # every process holds a part
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
+        state = get_model_state_dict(trunk, options=options)
+    if devices.is_first():
+        aside = setup.folder / "trained.tmp"
+        if isinstance(trunk, PeftModel):
+            adapters.save_adapter(trunk, aside, adapters.adapter_state(trunk, state))
+        else:
+            if whole is not None:
+                whole.load_state_dict(state)
+                setup.encoder.backbone.auto_model = whole.to(setup.encoder.device)
+            setup.encoder.save(aside)
+        for item in sorted(aside.iterdir(), key=lambda item: item.name in DONE):
+            place = setup.folder / item.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            item.replace(place)
+    devices.wait()

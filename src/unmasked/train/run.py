@@ -1,8 +1,10 @@
-"""The recipe, stage by stage: baselines, MNTP, SimCSE, supervised, each scored; the result saved.
+"""A recipe, stage by stage: baselines, MNTP, SimCSE, supervised, each scored; the result saved.
 
-Everything lives in a run folder, and the same command continues it: a stage that has its adapter is
-not trained again, a score that is written is not computed again, a stage that was cut off resumes
-from its last checkpoint.
+Everything is kept in a run folder, and the same command continues it: a stage that has its adapter
+is not trained again, a score that is written is not computed again, and a stage that was cut off
+resumes from its last checkpoint. Cost beside training and scoring: a model is loaded and proved
+once before the first stage (with scores twice more, as the causal baselines need the closed mask)
+and once after each.
 
     recipe.yaml      as resolved         results.json     scores of every stage
     mntp/ simcse/ supervised/            adapter, checkpoints, metrics.jsonl, TensorBoard events
@@ -15,10 +17,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,49 +31,39 @@ from transformers import set_seed
 
 from unmasked.checkpoint.card import Card, versions
 from unmasked.compat.llm2vec import LLM2Vec
-from unmasked.errors import OutputError
+from unmasked.errors import MissingExtraError, OutputError
 from unmasked.files.writing import aside_of, write_text
 from unmasked.forward import precision
 from unmasked.forward.pooling import CAUSAL_BASELINES
 from unmasked.recipe.files import load_recipe, recipe_differences, recipe_text
-from unmasked.recipe.schema import Pairs, Recipe
+from unmasked.recipe.schema import Pairs, Recipe, Supervised, Training
 from unmasked.train import devices
+from unmasked.train.callback import OnLog
 from unmasked.train.checkpoints import last_checkpoint
-from unmasked.train.checks import check_inputs, check_settings
 from unmasked.train.data.mixing import prompts_of
-from unmasked.train.fitting import Job, clear, fit, is_done
-from unmasked.train.losses.mntp import TOKENS
-from unmasked.train.trackers import require_trackers
-from unmasked.train.trainer import Report
+from unmasked.train.fitting import TOKENS, StageSetup, clear, is_done
+from unmasked.train.preflight import check_inputs, check_settings
+from unmasked.train.stages import fit
 
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
 """Held while a run is at work; it ends with the process."""
 MAY_BE_THERE = {"data", aside_of(Path(RECIPE)).name, TOKENS, LOCK}
 """In a folder without a recipe: given, or left by a run that was killed early."""
-STAGES = ("mntp", "simcse", "supervised")
+Chain = Sequence[str | Path]
+"""A base, and the adapters to merge into it in this order."""
 
 
-class Scored(Protocol):
-    """What a task says of an encoder: `evaluate.tasks.TaskResult` is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def scores(self) -> dict[str, float]: ...
-    @property
-    def items(self) -> dict[str, np.ndarray]: ...
-
-
-Score = Callable[[LLM2Vec], Sequence[Scored]]
+Scoring = Callable[[LLM2Vec], Sequence[Any]]
+"""Scores an encoder on tasks; each result is an `evaluate.bootstrap.TaskResult`."""
 
 
 @dataclass
 class Listener:
-    """What the caller wants to hear; every part may be left out."""
+    """What the caller wants to be told; every part may be left out."""
 
     stage: Callable[[str], None] = lambda name: None
-    step: Report = lambda step, steps, measured: None
+    step: OnLog = lambda step, steps, measured: None
     scored: Callable[[str, dict[str, float]], None] = lambda stage, scores: None
 
 
@@ -81,36 +74,41 @@ class Run:
         recipe: what to do.
         path: the run folder; made, or continued if it was made with the same recipe, or with
             another that was neither trained nor scored. Only a folder ``data`` may be there before.
-        score: how an encoder is scored; none of the stages is if None.
+        score: how an encoder is scored; None scores nothing.
         listener: told what happens.
 
     Raises:
         OutputError: the folder belongs to another recipe, or holds something else.
+        MissingExtraError: a tracker that is not installed.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         path: str | Path,
-        score: Score | None = None,
+        score: Scoring | None = None,
         listener: Listener | None = None,
     ) -> None:
         self.recipe = recipe
         self.path = Path(path)
         self.score = score
         self.listener = listener if listener and devices.is_first() else Listener()
+        self._loaded: tuple[tuple[object, ...], LLM2Vec] | None = None
         devices.join()
         self.device = torch.device(get_device_name())
         self.dtype = precision.pick(recipe.model.dtype, self.device).dtype
-        require_trackers(recipe.trackers)
+        for tracker in recipe.trackers:
+            if find_spec(tracker) is None:
+                raise MissingExtraError(tracker, tracker)
         self._check_folder()
 
     def run(self) -> LLM2Vec:
-        """All stages that are not done yet; returns the finished encoder.
+        """Do everything that is not done yet; returns the finished encoder.
 
         Raises:
-            OutputError: another run is at work in the folder.
-            UnmaskedError: what `checks` refuses, or a stage could not use.
+            OutputError: another run is at work in the folder, or a checkpoint cannot be written.
+            UnmaskedError: what `preflight` refuses, or a stage could not use.
+            KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
         """
         with self._locked():
             return self._run()
@@ -118,26 +116,25 @@ class Run:
     def _run(self) -> LLM2Vec:
         set_seed(self.recipe.seed)
         self.listener.stage("checking texts and model")
-        self._check_inputs()
+        chain: list[str | Path] = [self.recipe.model.base, *self.recipe.model.adapters]
+        self._check_inputs(chain)
         if devices.is_first():
             self._write_recipe()
         devices.wait()
-        done: list[str | Path] = [self.recipe.model.base, *self.recipe.model.adapters]
-        if self.score is not None:
-            for mode in CAUSAL_BASELINES:
-                causal = partial(self._encoder, pooling_mode=mode, enable_bidirectional=False)
-                self._score(f"causal_{mode}", partial(causal, done))
-            self._score("bidirectional", partial(self._encoder, done))
+        for mode in CAUSAL_BASELINES:
+            self._score(f"causal_{mode}", partial(self._causal, chain, mode))
+        self._score("bidirectional", partial(self._encoder, chain))
+        stage: Training | None = None
         for name, stage in self.recipe.stages():
-            start = done.pop() if stage.lora.start == "continue" else None
+            start = chain.pop() if stage.lora.start == "continue" else None
             if not is_done(self.path / name):
                 self.listener.stage(name)
-                fit(self._job(name, done, start), stage)
+                fit(self._setup(name, chain, start), stage)
             if devices.is_first():
                 self._clear(name)
-            done = [*([] if stage.lora.method == "full" else done), self.path / name]
-            self._score(name, partial(self._encoder, done))
-        encoder = self._encoder(done)
+            chain = [*([] if stage.lora.method == "full" else chain), self.path / name]
+            self._score(name, partial(self._encoder, chain, stage))
+        encoder = self._encoder(chain, stage)
         if devices.is_first() and not (self.path / "model" / "config.json").is_file():
             self.listener.stage("saving")
             encoder.save(self.path / "model", card=self._card(encoder))
@@ -172,14 +169,14 @@ class Run:
 
     def _has_begun(self) -> bool:
         """Whether something belongs to the recipe: a score, a checkpoint, an adapter."""
-        folders = [self.path / name for name in STAGES]
+        folders = [self.path / name for name in ("mntp", "simcse", "supervised")]
         trained = any(is_done(folder) or last_checkpoint(folder) for folder in folders)
         return trained or bool(self.results())
 
-    def _check_inputs(self) -> None:
+    def _check_inputs(self, chain: Chain) -> None:
         """Prove the model and read every text of what is not done, before anything else is made."""
         check_settings(self.recipe, self.path)
-        encoder = self._encoder([self.recipe.model.base, *self.recipe.model.adapters])
+        encoder = self._encoder(chain)
         if not devices.is_first():
             return
         try:
@@ -223,29 +220,48 @@ class Run:
 
     # Encoders
 
-    def _encoder(self, chain: Sequence[str | Path], **overrides: Any) -> LLM2Vec:
-        """A base, the recipe's or one that was trained in full, with adapters merged into it."""
+    def _encoder(self, chain: Chain, last: Training | None = None, closed: bool = False) -> LLM2Vec:
+        """The base with adapters merged into it; kept until another one is asked for.
+
+        Args:
+            chain: the base, the recipe's or one that was trained in full, and the adapters.
+            last: the stage that trained the last of them; its prompts are the encoder's.
+            closed: leave the causal mask as it is.
+        """
+        key = (*map(str, chain), closed)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # before the next one is loaded: two may not fit in memory
+            self._loaded = key, self._load(chain, last, closed)
+        return self._loaded[1]
+
+    def _load(self, chain: Chain, last: Training | None, closed: bool) -> LLM2Vec:
         model = self.recipe.model
         base, *merged = chain
-        last = self.recipe.supervised if Path(chain[-1]).name == "supervised" else None
-        options: dict[str, Any] = {
-            "pooling_mode": model.pooling,
-            "max_length": model.max_length,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "attn_implementation": model.attention,
-            "allow_partial": model.allow_partial,
-            "enable_bidirectional": model.bidirectional,
-            "revision": model.revision if base == model.base else None,
-            "prompts": prompts_of(last.data) if last else None,
-            **overrides,
-        }
-        return LLM2Vec.from_pretrained(base, merged, **options)
+        return LLM2Vec.from_pretrained(
+            base,
+            merged,
+            enable_bidirectional=model.bidirectional and not closed,
+            pooling_mode=CAUSAL_BASELINES[0] if closed else model.pooling,
+            max_length=model.max_length,
+            dtype=self.dtype,
+            attn_implementation=model.attention,
+            allow_partial=model.allow_partial,
+            prompts=prompts_of(last.data) if isinstance(last, Supervised) else None,
+            revision=model.revision if base == model.base else None,
+        )
 
-    def _job(self, name: str, done: Sequence[str | Path], start: str | Path | None) -> Job:
+    def _causal(self, chain: Chain, mode: str) -> LLM2Vec:
+        """The base with its mask closed, and another pooling: all that baselines differ in."""
+        encoder = self._encoder(chain, closed=True)
+        encoder.settings = replace(encoder.settings, pooling_mode=mode)
+        width = encoder.backbone.get_embedding_dimension()
+        encoder[1] = type(encoder[1])(width, mode, encoder.settings.skip_instruction)
+        return encoder
+
+    def _setup(self, name: str, chain: Chain, start: str | Path | None) -> StageSetup:
         """What a stage trains: the base with the adapters before it merged."""
-        recipe, encoder, told = self.recipe, self._encoder(done), self.listener.step
-        folder = self.path / name
-        return Job(folder, encoder, recipe.model, recipe.seed, told, start, recipe.trackers)
+        encoder, self._loaded = self._encoder(chain), None  # it is trained in place
+        return StageSetup(self.path / name, encoder, self.recipe, self.listener.step, start)
 
     def _card(self, encoder: LLM2Vec) -> Card:
         recipe = (self.path / RECIPE).read_text(encoding="utf-8")
@@ -257,21 +273,19 @@ class Run:
 
     # Scores
 
-    def _score(self, name: str, make: Callable[[], LLM2Vec]) -> None:
+    def _score(self, name: str, load: Callable[[], LLM2Vec]) -> None:
+        """Score an encoder on the first process, unless that is done or not wanted."""
         if self.score is not None and devices.is_first():
-            self._score_here(self.score, name, make)
+            stages = self.results()
+            if all(stage["name"] != name for stage in stages):
+                self.listener.stage(f"scoring {name}")
+                results = self.score(load())
+                items = {f"{r.name}.{key}": v for r in results for key, v in r.items.items()}
+                (self.path / "scores").mkdir(exist_ok=True)
+                np.savez(self.path / "scores" / f"{name}.npz", **items)  # type: ignore[arg-type]
+                scores = {f"{r.name}.{k}": float(v) for r in results for k, v in r.scores.items()}
+                stages.append({"name": name, "scores": scores})
+                text = json.dumps({"stages": stages}, indent=2) + "\n"
+                write_text(self.path / "results.json", text)
+                self.listener.scored(name, scores)
         devices.wait()
-
-    def _score_here(self, score: Score, name: str, make: Callable[[], LLM2Vec]) -> None:
-        stages = self.results()
-        if any(stage["name"] == name for stage in stages):
-            return
-        self.listener.stage(f"scoring {name}")
-        results = score(make())
-        items = {f"{r.name}.{key}": value for r in results for key, value in r.items.items()}
-        (self.path / "scores").mkdir(exist_ok=True)
-        np.savez(self.path / "scores" / f"{name}.npz", **items)  # type: ignore[arg-type]
-        scores = {f"{r.name}.{key}": float(v) for r in results for key, v in r.scores.items()}
-        stages.append({"name": name, "scores": scores})
-        write_text(self.path / "results.json", json.dumps({"stages": stages}, indent=2) + "\n")
-        self.listener.scored(name, scores)

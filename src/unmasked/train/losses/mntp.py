@@ -1,18 +1,18 @@
 """Masked next-token prediction: teaching a decoder to use the tokens to its right.
 
-Some tokens are masked; the one at position i is predicted from the state at i - 1, where the model
-is used to predicting it (LLM2Vec, arXiv 2404.05961, section 2.2). Only the LoRA on the trunk
-trains. The family's own head turns states into logits, so soft caps and scales are kept, but only
-the states that are scored reach it: at 20 % masking that is a fifth of the logits and of their
-memory, to the same loss.
+Some tokens are masked; the one at position i is predicted from the state at i - 1, from which the
+decoder is used to predicting it (LLM2Vec, arXiv 2404.05961, section 2.2). The head is frozen: only
+the trunk is trained. The family's own head turns states into logits, so soft caps and scales are
+kept, but only the states that are scored reach it: at 20 % masking that takes a fifth of the time
+and memory of all logits, for the same loss.
+
+Shapes: B rows, T tokens, N scored tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,23 +21,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from unmasked.errors import DataError, ModelError
+from unmasked.errors import ModelError
 from unmasked.forward.packing import pack_documents, run_packed
 from unmasked.recipe.schema import MNTP
-from unmasked.text.tokens import TextTokenizer
-from unmasked.train import devices
-from unmasked.train.checkpoints import last_checkpoint
-from unmasked.train.data.texts import Blocks, token_file
-from unmasked.train.trainer import AdapterCheckpoints
+from unmasked.train.data.texts import Blocks
 
 IGNORED = -100
-TOKENS = "tokens"
-"""Folder of the token file, in the run folder until MNTP is done."""
+"""The label of a token that is not scored."""
 MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a forward: enough to keep the device busy."""
+"""Tokens per forward by default: enough to keep the device busy."""
 LOGITS_AT_ONCE = 1 << 27
 """Rows times vocabulary of one chunk of logits: 0.5 GB in float32."""
 
@@ -54,7 +49,7 @@ class StatesOnly(BaseModelOutputWithPast):
 class GivenStates(nn.Module):
     """Stands in for the trunk inside a causal LM, so that its own forward applies its head.
 
-    The numbers of the trunk are kept: some heads are scaled by one of them (falcon_h1).
+    The floats of the trunk are kept, as some heads are scaled by one of them (falcon_h1).
     """
 
     def __init__(self, trunk: nn.Module) -> None:
@@ -75,8 +70,8 @@ class MaskedNextTokenModel(nn.Module):
 
     Args:
         trunk: the bare transformer, with an adapter on it.
-        language_model: the causal LM the trunk belongs to. Its trunk is taken out, only its head
-            is used.
+        language_model: the causal LM that the trunk belongs to. Its own trunk is taken out, and
+            only its head is used.
     """
 
     accepts_loss_kwargs = True
@@ -108,10 +103,10 @@ class MaskedNextTokenModel(nn.Module):
             input_ids: (B, T) with masked tokens replaced.
             labels: (B, T) the original id where a token is scored, else -100.
             attention_mask: (B, T); None without padding.
-            begins: (B, T) bool, where a document begins that sees itself alone; None if all
-                tokens of a row see each other. The model must be one that can be packed.
-            num_items_in_batch: scored tokens of the whole optimiser step, on all devices; those
-                of this batch if None.
+            begins: (B, T) bool, where a document begins that sees only itself; None if all tokens
+                of a row see each other. The model must be one that can be packed.
+            num_items_in_batch: number of scored tokens of the whole optimizer step, on all
+                devices; None takes those of this batch.
 
         Returns:
             As `score`.
@@ -122,7 +117,7 @@ class MaskedNextTokenModel(nn.Module):
             ).last_hidden_state  # (B, T, D)
         else:
             packed = pack_documents(begins)
-            apart = run_packed(self.trunk, input_ids, packed)  # (N, D)
+            apart = run_packed(self.trunk, input_ids, packed)  # (B * T, D), by document
             places = (packed.rows, packed.columns)
             states = apart.new_empty(*labels.shape, apart.shape[1]).index_put(places, apart)
         return self.score(states, labels, num_items_in_batch)
@@ -135,11 +130,11 @@ class MaskedNextTokenModel(nn.Module):
         Args:
             states: (B, T, D) of the trunk.
             labels: (B, T) as in `forward`.
-            scored: what the summed loss is divided by; the tokens scored here if None.
+            scored: what the summed loss is divided by; the number of tokens scored here if None.
 
         Returns:
-            ``loss``: mean over the scored tokens; ``totals``: (B, 3) summed loss, correct
-            predictions and scored tokens of each row.
+            ``loss``, the mean over the scored tokens, and ``totals``, (B, 3): summed loss, number
+            of correct predictions and number of scored tokens of each row.
         """
         rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # (N,), (N,)
         targets = labels[rows, places + 1]  # (N,)
@@ -151,7 +146,7 @@ class MaskedNextTokenModel(nn.Module):
         return {"loss": losses.sum() / count.clamp(min=1), "totals": totals.detach()}
 
     def _score(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) losses and hits of (N, D) states, a chunk of logits at a time."""
+        """(N,) losses and hits of (N, D) states, one chunk of logits at a time."""
         rows = max(1, LOGITS_AT_ONCE // self.config.get_text_config().vocab_size)
         chunks = list(zip(states.split(rows), targets.split(rows), strict=True))
         if len(chunks) == 1 or not torch.is_grad_enabled():
@@ -161,7 +156,7 @@ class MaskedNextTokenModel(nn.Module):
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     def _score_chunk(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.head(inputs_embeds=states[None], use_cache=False).logits[0].float()  # (n, V)
+        logits = self.head(inputs_embeds=states[None], use_cache=False).logits[0].float()  # (N, V)
         losses = cross_entropy(logits, targets, reduction="none")
         return losses, (logits.detach().argmax(-1) == targets).float()
 
@@ -196,7 +191,7 @@ class Masking:
         """
         scored = torch.rand(ids.shape, generator=generator) < self.probability
         scored &= ~torch.isin(ids, torch.tensor(self.special_ids, dtype=ids.dtype))
-        scored[:, 0] = False  # nothing stands before it to predict it from
+        scored[:, 0] = False  # no state comes before it to predict it from
         if begins is not None:
             scored &= ~begins
         labels = torch.where(scored, ids, IGNORED)
@@ -225,11 +220,13 @@ def find_mask_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int | None:
         return None
     if kind == "eos":
         if tokenizer.eos_token_id is None:
-            raise ModelError("mask_token eos: the tokenizer names no EOS. Fix: mask_token: blank")
+            raise ModelError("mask_token eos: the tokenizer names no EOS. Fix: mask_token: blank.")
         return int(tokenizer.eos_token_id)
     found: Any = tokenizer.convert_tokens_to_ids("_")
     if found is None or found == tokenizer.unk_token_id:
-        raise ModelError("mask_token blank: '_' is no single token here. Fix: mask_token: mask")
+        raise ModelError(
+            "mask_token blank: '_' is not one token of this tokenizer. Fix: mask_token: mask."
+        )
     return int(found)
 
 
@@ -237,14 +234,14 @@ class BlockData(Dataset[dict[str, Tensor]]):
     """Blocks of ids, masked anew in each epoch.
 
     What is masked depends on seed, epoch and index alone, not on the order of reading, so an
-    interrupted run continues with the very masks it would have had. Without `set_epoch`, which
-    the trainer calls for training data, masks stay as they are: that is what evaluation needs.
+    interrupted run continues with the very masks that it would have had. Without `set_epoch`,
+    which is called for training data only, masks stay as they are, as evaluation needs.
 
     Args:
-        blocks: (N, T) ids, or what gives (T,) of them for a number.
+        blocks: (N, T) ids, or an object that gives (T,) of them for an index.
         masking: what to mask.
         seed: of the masks.
-        apart: also give ``begins``, (T,), where documents begin that see themselves alone.
+        apart: also give ``begins``, (T,), where documents begin that see only themselves.
     """
 
     def __init__(
@@ -275,69 +272,14 @@ class BlockData(Dataset[dict[str, Tensor]]):
         return {name: row[0] for name, row in batch.items()}
 
 
-def block_data(
-    folder: Path,
-    stage: MNTP,
-    tokens: TextTokenizer,
-    masking: Masking,
-    seed: int,
-    apart: bool,
-) -> tuple[BlockData, BlockData | None]:
-    """Blocks to train on and, if any texts are held out, to evaluate on.
-
-    Args:
-        folder: of the stage; it gets ``data.json``, what was read and what was left out.
-        stage: the settings.
-        tokens: how texts become ids.
-        masking, seed, apart: as in `BlockData`.
-
-    Raises:
-        DataError: as `token_file` and `Blocks`, or the texts have changed since the checkpoint.
-    """
-    file = token_file(stage.data, stage.max_texts, tokens, folder.parent / TOKENS)
-    train, held_out = file.split(stage.held_out, seed)
-    blocks = Blocks(file, train, stage.block_length)
-    if devices.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        _refuse_other_texts(folder, file.source)
-        facts = {
-            "source": file.source,
-            "texts": len(file.keys),
-            "repeated": len(file.keys) - len(train) - len(held_out),
-            "held_out": len(held_out),
-            "tokens": len(file.ids),
-            "blocks": len(blocks),
-            "dropped_tokens": blocks.dropped,
-        }
-        text = json.dumps(facts, indent=2) + "\n"
-        (folder / "data.json").write_text(text, encoding="utf-8")
-    evaluation = None
-    if len(held_out) and stage.eval_steps:
-        kept = Blocks(file, held_out, stage.block_length, held_out=True)
-        evaluation = BlockData(kept, masking, seed, apart)
-    return BlockData(blocks, masking, seed, apart), evaluation
-
-
-def _refuse_other_texts(folder: Path, source: str) -> None:
-    """An interrupted stage continues on the texts it began with, or not at all."""
-    facts = folder / "data.json"
-    if last_checkpoint(folder) is None or not facts.is_file():
-        return
-    if json.loads(facts.read_text(encoding="utf-8"))["source"] != source:
-        raise DataError(
-            f"the texts of {folder.name} have changed since its last checkpoint (names, sizes or "
-            "times of the files). Fix: put them back to continue, or take another output folder."
-        )
-
-
 def micro_batch_rows(stage: MNTP, device: torch.device) -> int:
-    """Most blocks of an MNTP forward."""
+    """Maximum number of blocks per forward."""
     budget = stage.micro_batch_tokens or MICRO_BATCH.get(device.type, 8192)
     return max(1, budget // stage.block_length)
 
 
 def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Loss, perplexity and accuracy over all scored tokens (not means of batch means)."""
+    """Loss, perplexity and accuracy over all scored tokens, not means of means of batches."""
     loss, correct, count = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
     if count == 0:
         return {}
@@ -347,7 +289,3 @@ def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "perplexity": math.exp(min(mean, 700.0)),
         "accuracy": correct / count,
     }
-
-
-class MaskedNextTokenTrainer(AdapterCheckpoints, Trainer):
-    """The transformers `Trainer`; its checkpoints hold the adapter, not the whole model."""

@@ -1,9 +1,9 @@
-"""SimCSE: two dropout views of a sentence are closer to each other than to any other sentence.
+"""SimCSE: two dropout views of a text are closer to each other than to any other text.
 
-(Gao et al., arXiv 2104.08821, as used by LLM2Vec, arXiv 2404.05961, section 2.3.) Decoders are
-trained without dropout and their configs say 0, so the noise has to be switched on, and is proved
-to be on. Both views go through the model in one forward, behind the same preprocessing and pooling
-as `encode`.
+Gao et al., arXiv 2104.08821, as used by LLM2Vec, arXiv 2404.05961, section 2.3. Decoders are
+trained without dropout and their configs say 0, so the noise is switched on here, and is proved to
+act by two forwards of eight tokens. Both views of a batch are one packed forward, behind the same
+preprocessing and pooling as in `encode`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.util import get_world_size
 from torch import Tensor, nn
 
 from unmasked.errors import ModelError
-from unmasked.train.trainer import AdapterCheckpoints
+from unmasked.forward.geometry import alignment_and_uniformity
 
 ATTENTION_DROPOUT = ("attention_dropout", "attn_dropout", "attn_pdrop")
 """Names of the attention dropout in attention modules: a number in most, a `Dropout` in some."""
 
 
 @contextmanager
-def noise(model: nn.Module, attention: float, embedding: float = 0.0) -> Iterator[None]:
-    """Dropout switched on in a transformer for the time of the block, and proved to act.
+def noise(model: Any, attention: float, embedding: float = 0.0) -> Iterator[None]:
+    """Switch on dropout in a transformer for the time of the block, and prove that it acts.
 
     Args:
         model: a transformer, perhaps with an adapter.
@@ -35,32 +35,28 @@ def noise(model: nn.Module, attention: float, embedding: float = 0.0) -> Iterato
         embedding: probability of dropping a number of a token's embedding, in train mode.
 
     Raises:
-        ModelError: attention dropout is wanted and no module has one, or two passes are equal.
+        ModelError: attention dropout is asked for and two forwards are equal all the same.
     """
+
+    def drop(module: nn.Module, _: Any, states: Tensor) -> Tensor:
+        return nn.functional.dropout(states, embedding, module.training)
+
+    hooks = []
     before = _set_dropout(model, attention)
     try:
         if attention > 0:
-            _prove_noise(model, found=len(before))
-        with _embedding_dropout(model, embedding):
-            yield
+            _prove_noise(model, found=len(before))  # without the other noise, which would hide it
+        hooks.append(model.get_input_embeddings().register_forward_hook(drop))
+        yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, name, value in before:
             setattr(module, name, value)
 
 
-@contextmanager
-def _embedding_dropout(model: Any, probability: float) -> Iterator[None]:
-    def drop(module: nn.Module, _: Any, states: Tensor) -> Tensor:
-        return nn.functional.dropout(states, probability, module.training)
-
-    hook = model.get_input_embeddings().register_forward_hook(drop)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def _set_dropout(model: nn.Module, probability: float) -> list[tuple[nn.Module, str, float]]:
+    """Set the attention dropout everywhere; returns what `setattr` needs to undo it."""
     before: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         for name in ATTENTION_DROPOUT:
@@ -74,6 +70,7 @@ def _set_dropout(model: nn.Module, probability: float) -> list[tuple[nn.Module, 
 
 @torch.no_grad()
 def _prove_noise(model: nn.Module, found: int) -> None:
+    """Refuse a model whose two forwards in train mode are equal."""
     was_training = model.training
     device = next(model.parameters()).device
     config: Any = model.config
@@ -89,25 +86,6 @@ def _prove_noise(model: nn.Module, found: int) -> None:
         )
 
 
-@torch.no_grad()
-def alignment_and_uniformity(first: Tensor, second: Tensor) -> dict[str, Tensor]:
-    """How near the two of a pair are, and how evenly all first ones spread; less is better of both.
-
-    Squared distance of unit vectors, and the logarithm of the mean Gaussian potential (Wang and
-    Isola, arXiv 2005.10242).
-
-    Args:
-        first, second: (B, D) vectors of the pairs, B at least 2.
-    """
-    first, second = (nn.functional.normalize(v.float(), dim=1) for v in (first, second))
-    between = (2 - 2 * first @ first.T).clamp(min=0)  # (B, B)
-    others = ~torch.eye(len(first), dtype=torch.bool, device=first.device)
-    return {
-        "alignment": (first - second).square().sum(dim=1).mean(),
-        "uniformity": (-2 * between[others]).exp().mean().log(),
-    }
-
-
 class TwoViewsLoss(nn.Module):
     """InfoNCE between two passes over the same texts, done as one forward of twice the rows.
 
@@ -116,32 +94,26 @@ class TwoViewsLoss(nn.Module):
     Args:
         model: the encoder, in train mode with dropout.
         temperature: of the cosine similarities (0.05 in the paper).
+
+    Attributes:
+        measured: alignment and uniformity of the last forward.
     """
 
     views = 2
-    """Forwards of every token, for the count of tokens."""
 
     def __init__(self, model: SentenceTransformer, temperature: float = 0.05) -> None:
         super().__init__()
         self.model = model
-        self.temperature = temperature
         self.ranking = MultipleNegativesRankingLoss(
             model, scale=1 / temperature, gather_across_devices=get_world_size() > 1
         )
         self.measured: dict[str, Tensor] = {}
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
-        """Scalar loss of (B, T) features."""
+        """Scalar loss of the features of B texts; there are no labels."""
         (features,) = sentence_features
         twice = {name: torch.cat([value, value]) for name, value in features.items()}
         vectors = self.model({**twice, "repad": False})["sentence_embedding"]  # (2B, D)
         first, second = vectors.chunk(2)
         self.measured = alignment_and_uniformity(first, second)
         return self.ranking.compute_loss_from_embeddings([first, second], labels)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        return {"temperature": self.temperature}
-
-
-class ContrastiveTrainer(AdapterCheckpoints, SentenceTransformerTrainer):
-    """The sentence-transformers trainer; its checkpoints hold the adapter only."""

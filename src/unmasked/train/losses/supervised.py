@@ -1,32 +1,32 @@
 """Supervised contrastive training: a query finds its document among those of the whole batch.
 
-InfoNCE with hard negatives (LLM2Vec, arXiv 2404.05961, section 3.2), where a document that answers
-the query after all does not count as a negative. All texts of a batch are one packed forward;
-sentence-transformers runs one for each column. With GradCache (Gao et al., arXiv 2101.06983) the
-batch no longer has to fit: texts are embedded twice, some tokens at a time, for half as much
-computing again, to the same gradient.
+InfoNCE with hard negatives (LLM2Vec, arXiv 2404.05961, section 3.2). A document that is the query's
+own text, or another positive of it, does not count as a negative. All texts of a batch are one
+packed forward, where sentence-transformers runs one per column. With GradCache (Gao et al., arXiv
+2101.06983) the batch need not fit into memory: texts are embedded twice, in forwards of a limited
+number of tokens, for half as much computation again and the same gradient.
 
 Shapes: B rows of this device, R = (2 + K) B texts with K hard negatives, W devices, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.util import all_gather, get_rank, get_world_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy, normalize
 
+from unmasked.forward.geometry import alignment_and_uniformity
 from unmasked.train import devices
-from unmasked.train.losses.simcse import alignment_and_uniformity
 
 
-class Texts(NamedTuple):
+class BatchLayout(NamedTuple):
     """What the loss knows of the R texts of a batch besides their vectors.
 
     Attributes:
@@ -50,13 +50,18 @@ class RankingLoss(CachedLossMixin, nn.Module):
     Args:
         model: the encoder.
         temperature: of the cosines (0.02 in the paper).
-        mini_batch_tokens: most tokens of a forward; None runs each batch at once.
-        margin: documents this much closer to a query than its positive are no negatives; None
-            leaves out only those that are the same text as the query or a positive of it.
-        dimensions: lengths of the vector's beginning that are trained too (Matryoshka).
+        mini_batch_tokens: maximum number of tokens per forward; None runs each batch at once.
+        margin: documents whose cosine to the query is larger than the positive's by more than this
+            are not negatives; None leaves out only equal texts.
+        dimensions: lengths of the beginning of the vector that are trained as well (Matryoshka,
+            arXiv 2205.13147).
+
+    Attributes:
+        measured: alignment and uniformity of the last forward.
     """
 
-    mini_batch_size = 1 << 62  # cut by tokens alone
+    views = 1
+    mini_batch_size = 1 << 62  # forwards are limited by their tokens alone
 
     def __init__(
         self,
@@ -73,28 +78,45 @@ class RankingLoss(CachedLossMixin, nn.Module):
         self.margin = margin
         self.dimensions = dimensions
         self.measured: dict[str, Tensor] = {}
+        self._lacking = 0  # forwards that this device has less than another
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Scalar loss of the features that `PairCollator` makes."""
         features: dict[str, Any] = dict(next(iter(sentence_features)))
         features["repad"] = False
-        texts = Texts(len(labels), features.pop("place"), features.pop("key"))
+        layout = BatchLayout(len(labels), features.pop("place"), features.pop("key"))
         limit, attention = self.mini_batch_num_tokens, features["attention_mask"]
-        if limit is None or not devices.any_of(int(attention.sum()) > limit, attention.device):
-            vectors = self.model(features)["sentence_embedding"]  # (R, D)
-            return self.score(vectors, texts)
-        return self.forward_cached([features], texts)  # type: ignore[arg-type]
+        if limit is None or devices.most(int(attention.sum()), attention.device) <= limit:
+            return self.score(self.model(features)["sentence_embedding"], layout)
+        return self.forward_cached([features], layout)  # type: ignore[arg-type]
 
-    def embed_minibatch_iter(self, sentence_feature: Any, *given: Any, **named: Any) -> Any:
-        """As many forwards as on the device that has the most: sharded weights need all devices."""
-        count, mask = len(named["ranges"]), sentence_feature["attention_mask"]
-        if isinstance(self.model, FSDPModule):
-            last = (len(mask) - 1, len(mask), named["with_grad"], False)  # the shortest text
-            for _ in range(devices.most(count, mask.device) - count):
-                vectors, _ = self.embed_minibatch(sentence_feature, *last, RandContext(mask))
-                if named["with_grad"]:
-                    (0 * vectors).sum().backward()
-        yield from super().embed_minibatch_iter(sentence_feature, *given, **named)
+    def embed_minibatch_iter(
+        self, sentence_feature: dict[str, Tensor], with_grad: bool, *given: Any, **named: Any
+    ) -> Iterator[Any]:
+        """As many forwards as on the device that has the most: sharded weights need all devices.
+
+        The empty ones come last in the first pass, and first in the second, which takes no more
+        from this iterator than it needs.
+        """
+        sharded, count = isinstance(self.model, FSDPModule), 0
+        if sharded and with_grad:
+            self._run_empty(sentence_feature, with_grad)
+        for found in super().embed_minibatch_iter(sentence_feature, with_grad, *given, **named):
+            count += 1
+            yield found
+        if sharded and not with_grad:
+            mask = sentence_feature["attention_mask"]
+            self._lacking = devices.most(count, mask.device) - count
+            self._run_empty(sentence_feature, with_grad)
+
+    def _run_empty(self, features: dict[str, Tensor], with_grad: bool) -> None:
+        """Forwards of the shortest text, the last one, whose result and gradient are dropped."""
+        rows, device = len(features["attention_mask"]), features["attention_mask"].device
+        for _ in range(self._lacking):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                vectors, _ = self.embed_minibatch(features, rows - 1, rows, with_grad, False)
+            if with_grad:
+                (0 * vectors).sum().backward()
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False
@@ -107,14 +129,14 @@ class RankingLoss(CachedLossMixin, nn.Module):
             loss = loss.detach()
         return loss
 
-    def score(self, vectors: Tensor, texts: Texts) -> Tensor:
+    def score(self, vectors: Tensor, layout: BatchLayout) -> Tensor:
         """Scalar loss of (R, D) vectors, the mean over all trained lengths of the vector."""
-        vectors = torch.empty_like(vectors).index_copy(0, texts.place, vectors).float()
-        queries, documents = vectors.split([texts.rows, len(vectors) - texts.rows])
-        self.measured = alignment_and_uniformity(queries, documents[: texts.rows])
-        query_keys, keys = texts.key.split([len(queries), len(documents)])
+        vectors = torch.empty_like(vectors).index_copy(0, layout.place, vectors).float()
+        queries, documents = vectors.split([layout.rows, len(vectors) - layout.rows])
+        self.measured = alignment_and_uniformity(queries, documents[: layout.rows])
+        query_keys, keys = layout.key.split([len(queries), len(documents)])
         documents = _gathered(documents, with_grad=True)  # (W (1 + K) B, D)
-        own = get_rank() * len(keys) + torch.arange(texts.rows, device=vectors.device)
+        own = get_rank() * len(keys) + torch.arange(layout.rows, device=vectors.device)
         same = _same(query_keys, keys, own)
         widths = {*self.dimensions, vectors.shape[1]}
         losses = [self._infonce(queries[:, :w], documents[:, :w], own, same) for w in widths]
@@ -128,9 +150,6 @@ class RankingLoss(CachedLossMixin, nn.Module):
             left_out = left_out | (cosines.detach() > positive + self.margin)
         left_out = left_out.scatter(1, own[:, None], False)
         return cross_entropy((cosines / self.temperature).masked_fill(left_out, -torch.inf), own)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "margin": self.margin}
 
 
 def _same(query_keys: Tensor, keys: Tensor, own: Tensor) -> Tensor:
@@ -150,5 +169,5 @@ def _same(query_keys: Tensor, keys: Tensor, own: Tensor) -> Tensor:
 
 
 def _gathered(tensor: Tensor, with_grad: bool = False) -> Tensor:
-    """The same of all devices, one after the other."""
+    """The same tensor of all devices, one after the other."""
     return all_gather(tensor, with_grad=with_grad) if get_world_size() > 1 else tensor

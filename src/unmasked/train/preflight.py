@@ -16,16 +16,15 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import DataError, MissingExtraError, RecipeError
 from unmasked.files.source import Source
+from unmasked.model import TextEncoder
 from unmasked.recipe.schema import MNTP, Recipe, SimCSE, Supervised
 from unmasked.train import devices
 from unmasked.train.data.mixing import OneSourceBatches
 from unmasked.train.data.pairs import read_rows, split_rows
 from unmasked.train.data.texts import Blocks, read_texts, split_held_out, token_file
-from unmasked.train.fitting import is_done
-from unmasked.train.losses.mntp import TOKENS
+from unmasked.train.fitting import TOKENS, is_done
 from unmasked.train.losses.simcse import noise
 from unmasked.train.plan.shapes import attach
 from unmasked.train.trainer import stage_arguments
@@ -71,7 +70,7 @@ def check_settings(recipe: Recipe, path: Path) -> None:
             raise RecipeError(f"{name}.trainer cannot be used: {error}") from error
 
 
-def check_inputs(recipe: Recipe, path: Path, encoder: LLM2Vec) -> None:
+def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
     """Refuse what does not fit the model, and texts that make no batch.
 
     Args:
@@ -110,7 +109,7 @@ def _to_do(recipe: Recipe, path: Path) -> Iterator[Named]:
     return ((name, stage) for name, stage in recipe.stages() if not is_done(path / name))
 
 
-def _check_adapter(stage: MNTP | SimCSE | Supervised, encoder: LLM2Vec) -> None:
+def _check_adapter(stage: MNTP | SimCSE | Supervised, encoder: TextEncoder) -> None:
     """Attach a stage's adapter and take it off; for SimCSE, see its dropout act."""
     trunk: Any = encoder.backbone.auto_model
     if isinstance(stage, SimCSE):
@@ -130,7 +129,7 @@ def _check_pairs(stage: Supervised, seed: int) -> None:
     OneSourceBatches(np.asarray(train["source"]), batch, weights, devices.world())
 
 
-def _check_length(name: str, stage: MNTP | SimCSE | Supervised, encoder: LLM2Vec) -> None:
+def _check_length(name: str, stage: MNTP | SimCSE | Supervised, encoder: TextEncoder) -> None:
     """Where an input may be longer than the model's positions, try one of that length."""
     key = "block_length" if isinstance(stage, MNTP) else "max_length"
     length = int(getattr(stage, key))

@@ -1,0 +1,177 @@
+"""The one callback of every stage: it measures, reports, stops at Ctrl-C and completes checkpoints.
+
+``metrics.jsonl`` is part of what resumes exactly: a run that was killed, at any step and in any
+way, ends with the lines of a run that was not. What depends on the machine and the hour (speed,
+memory, run times) therefore stands under ``machine`` in a line; everything else is the same each
+time. Cost: one small all-reduce per step on several devices, and none on one.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from unmasked.files.writing import write_text
+from unmasked.train import checkpoints, devices
+
+OnLog = Callable[[int, int, dict[str, float]], None]
+"""Called at each log with the step, the number of steps, and what was measured."""
+MACHINE = ("_runtime", "_per_second", "memory_gb")
+"""Endings of the names of what depends on the machine."""
+
+
+class StageCallback(TrainerCallback, ExportableState):
+    """What a `StageTrainer` does besides training.
+
+    The sums of the open logging interval are the state that the trainer saves in a checkpoint and
+    gives back when training begins. JSON keeps them to the bit, as Python's floats hold a float32.
+
+    Args:
+        steps: stop after this many.
+        metrics: JSON-lines file; lines of steps that are trained again are dropped first.
+        notify: called at each log; None for nobody.
+        data: told the epoch through its `set_epoch`; accelerate forgets to when it skips batches.
+
+    Attributes:
+        interrupted: whether Ctrl-C was pressed, in any process.
+    """
+
+    def __init__(
+        self, steps: int, metrics: Path, notify: OnLog | None = None, data: Any = None
+    ) -> None:
+        self.steps = steps
+        self.metrics = metrics
+        self.notify = notify
+        self.data = data
+        self.interrupted = False
+        self._since = 0  # the step of the last log
+        self._sums: dict[str, Any] = {}  # since then; numbers or scalars, means over the devices
+        self._forwards: list[Mapping[str, Tensor]] = []  # of the step
+        self._tokens_before: float = 0  # in the sums, from before the start
+        self._seconds = self._begun = 0.0
+
+    def add(self, **measured: Tensor) -> None:
+        """Note what one forward of training measured; scalars stay on their device."""
+        self._forwards.append({name: value.detach() for name, value in measured.items()})
+
+    def state(self) -> dict[str, Any]:
+        """What is saved, as plain numbers."""
+        return {"args": {}, "attributes": {"since": self._since, "sums": _numbers(self._sums)}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if devices.world() > 1:  # each has its own dropout; a checkpoint brings its own state
+            torch.manual_seed(args.seed + devices.rank())
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self._since, self._sums = saved["since"], saved["sums"]
+        self._tokens_before = self._sums.get("tokens", 0)
+        if state.is_world_process_zero and self.metrics.exists():
+            _keep_lines(self.metrics, state.global_step)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._seconds += time.perf_counter() - self._begun
+        forwards, self._forwards = self._forwards, []
+        if devices.world() > 1:
+            step: dict[str, Any] = {"interrupted": torch.tensor(float(self.interrupted))}
+            for forward in forwards:
+                _add(step, forward)
+            forwards = [step := devices.mean(step, args.device)]
+            self.interrupted = bool(step.pop("interrupted") > 0)
+        for forward in forwards:  # one by one: the order of a sum is part of its bits
+            _add(self._sums, forward)
+        control.should_save |= self.interrupted
+        control.should_training_stop |= self.interrupted or state.global_step >= self.steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Put the measurements into the trainer's logs, for the callbacks after this one, too."""
+        if logs is None or "train_runtime" in logs:
+            return  # the trainer's last word, about the part of the stage since the last start
+        if "loss" in logs:
+            self._measure(logs, args, state.global_step)
+        if not state.is_world_process_zero:
+            return
+        measured = {k: float(v) for k, v in logs.items() if isinstance(v, int | float)}
+        line: dict[str, Any] = {"step": state.global_step}
+        line |= {k: v for k, v in measured.items() if not k.endswith(MACHINE)}
+        if machine := {k: v for k, v in measured.items() if k.endswith(MACHINE)}:
+            line["machine"] = machine
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.notify is not None:
+            self.notify(state.global_step, self.steps, measured)
+
+    def _measure(self, logs: dict[str, Any], args: Any, step: int) -> None:
+        """The metrics of the steps since the last log; the sums begin anew."""
+        sums, epoch = _numbers(self._sums), logs.pop("epoch")
+        tokens, forwards = sums.pop("tokens"), sums.pop("forwards")
+        logs["loss"] = sums.pop("loss") / (step - self._since)
+        logs["padding"] = 1 - tokens / sums.pop("places")
+        logs |= {name: value / forwards for name, value in sums.items()}
+        logs["epoch"] = epoch
+        seen = (tokens - self._tokens_before) * args.world_size
+        logs["tokens_per_second"] = round(seen / max(self._seconds, 1e-9), 1)
+        logs["memory_gb"] = round(devices.peak_memory(args.device) / 1e9, 3)
+        self._since, self._sums, self._tokens_before, self._seconds = step, {}, 0, 0.0
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Complete the checkpoint that the trainer has written, once every process has."""
+        devices.wait()
+        if state.is_world_process_zero:
+            checkpoints.complete(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    @contextmanager
+    def catching_interrupts(self) -> Iterator[None]:
+        """In the block, the first Ctrl-C ends training after the step; the second raises."""
+
+        def interrupt(*_: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        try:
+            previous = signal.signal(signal.SIGINT, interrupt)
+        except ValueError:  # not the main thread, which alone may do this
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def _add(sums: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+def _keep_lines(metrics: Path, step: int) -> None:
+    """Drop what is trained again: every line after a step, half a line, all of them at step 0."""
+
+    def step_of(line: str) -> float:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            return float("inf")  # half a line of a killed run
+
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    write_text(metrics, "".join(line + "\n" for line in lines if step and step_of(line) <= step))

@@ -1,0 +1,238 @@
+"""What each stage trains on and how: its data, its loss and its trainer; `fitting` has the loop.
+
+Cost beside training: MNTP loads the base a second time, for its head.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, RandomSampler
+from transformers import TrainingArguments, default_data_collator
+
+from unmasked.checkpoint import loading
+from unmasked.errors import DataError, RecipeError
+from unmasked.files.writing import write_text
+from unmasked.recipe.schema import MNTP, SimCSE, Supervised
+from unmasked.train import checkpoints, devices
+from unmasked.train.data.mixing import OneSourceBatches, PairCollator, measuring_batches
+from unmasked.train.data.pairs import split_rows, store_rows
+from unmasked.train.data.texts import Blocks, read_texts, split_held_out, token_file
+from unmasked.train.fitting import ROWS, TOKENS, StageSetup, attach, callbacks, train
+from unmasked.train.losses.mntp import (
+    BlockData,
+    MaskedNextTokenModel,
+    Masking,
+    find_mask_id,
+    micro_batch_rows,
+    token_metrics,
+)
+from unmasked.train.losses.simcse import TwoViewsLoss, noise
+from unmasked.train.losses.supervised import RankingLoss
+from unmasked.train.trainer import ContrastiveTrainer, StageTrainer, stage_arguments
+
+logger = logging.getLogger(__name__)
+
+FEWEST = 2
+"""Held-out rows below which a row has no other to be told from."""
+Batched = tuple[Any, BatchSampler]
+"""Rows, and the batches of them."""
+
+
+def fit(setup: StageSetup, stage: MNTP | SimCSE | Supervised) -> None:
+    """Train a stage, or continue it; its folder then holds the adapter, or the whole encoder.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
+        OutputError: a checkpoint could not be written.
+        DataError: the texts of MNTP have changed since the checkpoint.
+        RecipeError: settings that the encoder cannot be trained with.
+    """
+    with devices.own_environment():
+        if isinstance(stage, MNTP):
+            _fit_mntp(setup, stage)
+        elif isinstance(stage, SimCSE):
+            _fit_simcse(setup, stage)
+        else:
+            _fit_supervised(setup, stage)
+
+
+def _fit_mntp(setup: StageSetup, stage: MNTP) -> None:
+    tokens, base = setup.encoder.backbone.tokens, setup.recipe.model
+    dtype = next(setup.trunk.parameters()).dtype
+    language_model: Any = loading.load_causal_lm(
+        base.base, dtype, setup.encoder.report.attention, revision=base.revision
+    )
+    mask_id = find_mask_id(tokens.tokenizer, stage.mask_token)
+    vocabulary = language_model.config.get_text_config().vocab_size
+    if mask_id is None:
+        mask_id = vocabulary
+        for model in (setup.trunk, language_model):
+            model.resize_token_embeddings(vocabulary + 1)
+    attach(setup, stage)
+    masking = Masking(
+        mask_id,
+        min(vocabulary, len(tokens.tokenizer)),
+        tuple({*tokens.prefix, *tokens.tokenizer.all_special_ids}),
+        stage.mask_probability,
+        stage.mask_style,
+    )
+    data, held_out = _blocks(setup, stage, masking)
+    most_rows = micro_batch_rows(stage, setup.encoder.device)
+    arguments = stage_arguments(
+        stage,
+        setup.folder,
+        setup.recipe.seed,
+        most_rows,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        eval_strategy="steps" if held_out else "no",
+        eval_on_start=held_out is not None,
+        per_device_eval_batch_size=most_rows,
+    )
+    trainer = StageTrainer(
+        **callbacks(setup, stage, data),
+        model=MaskedNextTokenModel(setup.trunk, language_model).to(setup.encoder.device),
+        args=TrainingArguments(**arguments),
+        data_collator=default_data_collator,
+        train_dataset=data,
+        eval_dataset=held_out,
+        compute_metrics=token_metrics,
+    )
+    train(setup, trainer)
+
+
+def _blocks(setup: StageSetup, stage: MNTP, masking: Masking) -> tuple[BlockData, BlockData | None]:
+    """Blocks to train on and, if any texts are held out, to measure on.
+
+    ``data.json`` in the stage's folder tells what was read and what was left out.
+    """
+    apart, reason = stage.documents == "apart", setup.encoder.backbone.unpackable
+    if apart and reason is not None:
+        logger.warning("mntp.documents: joined, not apart, as %s.", reason)
+        apart = False
+    tokens, seed = setup.encoder.backbone.tokens, setup.recipe.seed
+    file = token_file(stage.data, stage.max_texts, tokens, setup.folder.parent / TOKENS)
+    kept, held_out = file.split(stage.held_out, seed)
+    blocks = Blocks(file, kept, stage.block_length)
+    if devices.is_first():
+        told = {
+            "source": file.source,
+            "texts": len(file.keys),
+            "repeated": len(file.keys) - len(kept) - len(held_out),
+            "held_out": len(held_out),
+            "tokens": len(file.ids),
+            "blocks": len(blocks),
+            "dropped_tokens": blocks.dropped,
+        }
+        _write_facts(setup.folder, told)
+    measured = None
+    if len(held_out):
+        others = Blocks(file, held_out, stage.block_length, held_out=True)
+        measured = BlockData(others, masking, seed, apart)
+    return BlockData(blocks, masking, seed, apart), measured
+
+
+def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """An interrupted stage continues on the texts it began with, or not at all."""
+    file = folder / "data.json"
+    if checkpoints.last_checkpoint(folder) is not None and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before["source"] != facts["source"]:
+            raise DataError(
+                f"the texts of {folder.name} have changed since its last checkpoint (names, sizes "
+                "or times of the files). Fix: put them back to continue, or take another output "
+                "folder."
+            )
+    write_text(file, json.dumps(facts, indent=2) + "\n")
+
+
+def _fit_simcse(setup: StageSetup, stage: SimCSE) -> None:
+    def collate(texts: Sequence[str]) -> dict[str, Tensor]:
+        features = setup.encoder.preprocess(texts, max_length=stage.max_length)
+        return {f"text_{name}": value for name, value in features.items()}
+
+    def batched(texts: Sequence[str], size: int) -> Batched:
+        order = RandomSampler(texts, generator=torch.Generator().manual_seed(setup.recipe.seed))
+        return texts, BatchSampler(order, size, drop_last=True)
+
+    attach(setup, stage)
+    texts = read_texts(stage.data, stage.max_texts)
+    kept, held_out = split_held_out(texts, stage.held_out, setup.recipe.seed)
+    size = stage.batch_size // devices.world()
+    fewer = min(size, len(held_out) // devices.world())
+    measured = batched(held_out, fewer) if fewer >= FEWEST else None
+    loss = TwoViewsLoss(setup.encoder, stage.temperature)
+    with noise(setup.trunk, stage.attention_dropout, stage.embedding_dropout):
+        _fit_contrastive(setup, stage, loss, collate, batched(kept, size), measured)
+
+
+def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
+    width = setup.encoder.backbone.get_embedding_dimension()
+    if max(stage.matryoshka, default=0) > width:
+        raise RecipeError(
+            f"supervised.matryoshka: {max(stage.matryoshka)} given, but vectors have {width} "
+            f"numbers. Fix: shorter lengths; {width} itself is always trained."
+        )
+    attach(setup, stage)
+    if devices.is_first():
+        store_rows(stage.data, setup.folder / ROWS)
+    devices.wait()
+    rows = Dataset.from_file(str(setup.folder / ROWS))
+    kept, held_out = split_rows(rows, stage.held_out, setup.recipe.seed)
+    world, seed = devices.world(), setup.recipe.seed
+    size, weights = stage.batch_size // world, [pairs.weight for pairs in stage.data]
+    batches = OneSourceBatches(np.asarray(kept["source"]), size, weights, world, seed)
+    measuring = measuring_batches(np.asarray(held_out["source"]), size, world)
+    loss = RankingLoss(
+        setup.encoder,
+        stage.temperature,
+        stage.mini_batch_tokens,
+        stage.false_negative_margin,
+        stage.matryoshka,
+    )
+    preprocess = setup.encoder.preprocess
+    collate = PairCollator(preprocess, stage.data, stage.hard_negatives, stage.max_length)
+    measured = (held_out, measuring) if measuring else None
+    _fit_contrastive(setup, stage, loss, collate, (kept, batches), measured)
+
+
+def _fit_contrastive(
+    setup: StageSetup,
+    stage: SimCSE | Supervised,
+    loss: nn.Module,
+    collate: Any,
+    data: Batched,
+    held_out: Batched | None,
+) -> None:
+    rows = min(stage.batch_size, len(held_out[0])) if held_out else 0
+    arguments = stage_arguments(
+        stage,
+        setup.folder,
+        setup.recipe.seed,
+        eval_strategy="steps" if held_out else "no",
+        eval_on_start=held_out is not None,
+        per_device_eval_batch_size=max(1, rows // devices.world()),
+        prediction_loss_only=True,
+        label_names=[],
+        ddp_broadcast_buffers=False,
+    )
+    trainer = ContrastiveTrainer(
+        **callbacks(setup, stage, data[1]),
+        loss=loss,
+        batches=(data[1], held_out and held_out[1]),
+        model=setup.encoder,
+        args=TrainingArguments(**arguments),
+        data_collator=collate,
+        train_dataset=data[0],
+        eval_dataset=held_out and held_out[0],
+    )
+    train(setup, trainer)
