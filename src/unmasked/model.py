@@ -122,9 +122,10 @@ class TextEncoder(SentenceTransformer):
         """Load a decoder, open its mask, prove it, and merge adapters.
 
         Args:
-            name, peft, base, hub: as in `loading.find`.
+            name, peft, base, hub: what to load, as in `loading.find`.
             given: fields of `Settings` by name that go before what the folder says.
-            enable_bidirectional, attention, allow_partial, allow_pickle: as in `loading.load`.
+            enable_bidirectional, attention, allow_partial, allow_pickle: how, as in
+                `loading.load_transformer`.
             dtype: see `precision.pick`.
             quantize: ``int8`` (CPU) or ``fp8`` (GPU); see `quantization.quantize`.
             device, prompts: as in the constructor; prompts are added to those of the folder.
@@ -139,7 +140,7 @@ class TextEncoder(SentenceTransformer):
         found = loading.find(name, peft, base, **hub)
         precision = pick(dtype, torch.device(device), found.config)
         tokenizer, settings = cls.read_checkpoint(found, given)
-        model, report = loading.load(
+        model, report = loading.load_transformer(
             found, precision.dtype, attention, enable_bidirectional, allow_partial, allow_pickle
         )
         encoder = cls(

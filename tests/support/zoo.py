@@ -209,7 +209,7 @@ def build(source: PretrainedConfig, attention: str | None = None) -> PreTrainedM
 
 
 def opened(source: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
-    """As `loading.load` does it."""
+    """As `loading.load_transformer` does it."""
     model = build(open_config(source), attention)
     open_mask(model)
     return model

@@ -75,7 +75,7 @@ def attach(
         use_dora=method == "dora",
     )
     if method == "qlora":
-        quantize(model)
+        quantize_4bit(model)
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
@@ -125,7 +125,7 @@ def _check_unshared(model: nn.Module) -> None:
             seen[id(weight)] = name
 
 
-def quantize(model: nn.Module) -> None:
+def quantize_4bit(model: nn.Module) -> None:
     """Put the linear layers of a trunk into 4 bits (NF4) in place, an eighth of float32.
 
     Only for training: the adapter is merged into the weights as they were.

@@ -2,7 +2,7 @@
 
 Nothing from a repository is executed: no remote code, and no pickles unless they are asked for.
 Whatever goes wrong is raised as a `ModelError` with the fix. Loading has two steps, because the
-dtype is chosen by the config: `find` reads everything but weights, `load` reads these.
+dtype is chosen by the config: `find` reads everything but weights, `load_transformer` these.
 
 Cost: reading the weights once, and the proof (eleven forwards of a few tokens).
 """
@@ -87,7 +87,7 @@ def find(
     return Found(given, trunk, chain, added, config, tokenizer, settings, prompts)
 
 
-def load(
+def load_transformer(
     found: Found,
     dtype: torch.dtype,
     attention: str | None = None,

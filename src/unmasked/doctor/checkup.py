@@ -85,7 +85,7 @@ def _without_weights(config: Any, **how: Any) -> Any:
 
 
 def _random(config: Any) -> tuple[Any, Proof]:
-    """A random model of a config, opened as `loading.load` does, and the proof."""
+    """A random model of a config, opened as `load_transformer` does, and the proof."""
     for attention in ({}, {"attn_implementation": "eager"}):
         with torch.random.fork_rng():
             torch.manual_seed(0)
