@@ -1,6 +1,6 @@
 """How does a decoder become an encoder: which stages, on what, and what does it cost?
 
-The answer is a run folder: `run.Run` does the stages of a recipe that are not done yet (MNTP, SimCSE,
+The answer is a run folder: `run.Run` does the stages of a recipe that are not done (MNTP, SimCSE,
 supervised), scores between them, and saves the merged encoder; the same call continues a run that
 was cut off, to the same weights. Cost: that of the stages, which `plan` tells beforehand.
 
