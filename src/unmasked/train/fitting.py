@@ -79,7 +79,9 @@ def attach(setup: StageSetup, stage: Training) -> None:
     """Make the trunk trainable, with the weights of the adapter that it continues, if any."""
     trunk, lora = setup.trunk, stage.lora
     set_seed(setup.recipe.seed)
-    model = adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.method)
+    model: Any = adapters.attach(
+        trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.method
+    )
     if setup.start is not None:
         state = load_file(Path(setup.start) / adapters.WEIGHTS_NAME)
         adapters.load_adapter_state(model, state, str(setup.start))
@@ -155,7 +157,8 @@ def _keep(setup: StageSetup, whole: nn.Module | None) -> None:
         setup: of the stage.
         whole: what to fill with the weights of a trunk that was taken apart, where it was.
     """
-    trunk, state = setup.trunk, None
+    trunk: Any = setup.trunk
+    state: Any = None
     if whole is not None or isinstance(trunk, PeftModel):  # every process holds a part
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True

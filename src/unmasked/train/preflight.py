@@ -42,8 +42,8 @@ def check_settings(recipe: Recipe, path: Path) -> None:
         path: the run folder.
 
     Raises:
-        RecipeError: arguments of the trainer, or a batch that does not divide among the devices.
-        DataError: a stage without data, or texts that are not there or cannot be read again.
+        RecipeError: arguments of the trainer, or a batch that cannot be divided among the devices.
+        DataError: a stage without data, or texts that do not exist or cannot be read again.
         MissingExtraError: no bitsandbytes for ``qlora``.
     """
     for name, stage in _to_do(recipe, path):
@@ -52,17 +52,16 @@ def check_settings(recipe: Recipe, path: Path) -> None:
                 f"{name}.data: nothing to train on was given. Fix: {name}.data=FILE (or [FILE, "
                 f"...]), or {name}=null to leave the stage out."
             )
-        if not isinstance(stage, Supervised):
-            for source in map(Source, stage.data):
-                if not source.files or not source.again:
-                    raise DataError(
-                        f"{name}.data: {source.name} cannot be read again, which continuing a run "
-                        "needs. Fix: write the texts to a file."
-                    )
+        for source in map(Source, [] if isinstance(stage, Supervised) else stage.data):
+            if not source.files or not source.again:
+                raise DataError(
+                    f"{name}.data: {source.name} cannot be read again, which continuing a run "
+                    "needs. Fix: write the texts to a file."
+                )
         if stage.lora.method == "qlora" and find_spec("bitsandbytes") is None:
             raise MissingExtraError("bitsandbytes", "qlora")
         for key in OWN_PLACE.keys() & stage.trainer.keys():
-            raise RecipeError(f"{name}.trainer.{key} is set by the run. Fix: {OWN_PLACE[key]}")
+            raise RecipeError(f"{name}.trainer.{key} is set by the run. Fix: {OWN_PLACE[key]}.")
         arguments = stage_arguments(stage, path / name, recipe.seed)
         try:
             TrainingArguments(**arguments)
@@ -82,17 +81,16 @@ def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
         ModelError: adapters that fit no layer, or dropout that does not act.
         DataError: a faulty row, or too few of them.
     """
+    trunk: Any = encoder.backbone.auto_model
     for name, stage in _to_do(recipe, path):
-        if isinstance(stage, Supervised):
-            _check_pairs(stage, recipe.seed)
-        elif isinstance(stage, MNTP):
+        if isinstance(stage, MNTP):
             tokens = encoder.backbone.tokens
             file = token_file(stage.data, stage.max_texts, tokens, path / TOKENS)
             train, held_out = file.split(stage.held_out, recipe.seed)
             Blocks(file, train, stage.block_length)
             if len(held_out):
                 Blocks(file, held_out, stage.block_length, held_out=True)
-        else:
+        elif isinstance(stage, SimCSE):
             texts = read_texts(stage.data, stage.max_texts)
             count = len(split_held_out(texts, stage.held_out, recipe.seed)[0])
             if count < stage.batch_size:
@@ -101,23 +99,24 @@ def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
                     f"of {stage.batch_size}. Fix: a smaller simcse.batch_size or simcse.held_out, "
                     "or more texts."
                 )
-        _check_adapter(stage, encoder)
+            with noise(trunk, stage.attention_dropout, stage.embedding_dropout):
+                pass
+        else:
+            _check_pairs(stage, recipe.seed)
+            width = encoder.backbone.get_embedding_dimension()
+            if max(stage.matryoshka, default=0) > width:
+                raise RecipeError(
+                    f"{name}.matryoshka: {max(stage.matryoshka)} given, but vectors have {width} "
+                    f"numbers. Fix: shorter lengths; {width} itself is always trained."
+                )
+        if stage.lora.method != "full":
+            attached: Any = attach(trunk, stage)
+            attached.unload()
         _check_length(name, stage, encoder)
 
 
 def _to_do(recipe: Recipe, path: Path) -> Iterator[Named]:
     return ((name, stage) for name, stage in recipe.stages() if not is_done(path / name))
-
-
-def _check_adapter(stage: MNTP | SimCSE | Supervised, encoder: TextEncoder) -> None:
-    """Attach a stage's adapter and take it off; for SimCSE, see its dropout act."""
-    trunk: Any = encoder.backbone.auto_model
-    if isinstance(stage, SimCSE):
-        with noise(trunk, stage.attention_dropout, stage.embedding_dropout):
-            pass
-    if stage.lora.method != "full":
-        attached: Any = attach(trunk, stage)
-        attached.unload()
 
 
 def _check_pairs(stage: Supervised, seed: int) -> None:

@@ -282,7 +282,7 @@ class Run:
                 results = self.score(load())
                 items = {f"{r.name}.{key}": v for r in results for key, v in r.items.items()}
                 (self.path / "scores").mkdir(exist_ok=True)
-                np.savez(self.path / "scores" / f"{name}.npz", **items)  # type: ignore[arg-type]
+                np.savez(self.path / "scores" / f"{name}.npz", **items)
                 scores = {f"{r.name}.{k}": float(v) for r in results for k, v in r.scores.items()}
                 stages.append({"name": name, "scores": scores})
                 text = json.dumps({"stages": stages}, indent=2) + "\n"

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 from transformers import TrainingArguments, default_data_collator
 
 from unmasked.checkpoint import loading
-from unmasked.errors import DataError, RecipeError
+from unmasked.errors import DataError
 from unmasked.files.writing import write_text
 from unmasked.recipe.schema import MNTP, SimCSE, Supervised
 from unmasked.train import checkpoints, devices
@@ -27,14 +27,7 @@ from unmasked.train.data.mixing import OneSourceBatches, PairCollator, measuring
 from unmasked.train.data.pairs import split_rows, store_rows
 from unmasked.train.data.texts import Blocks, read_texts, split_held_out, token_file
 from unmasked.train.fitting import ROWS, TOKENS, StageSetup, attach, callbacks, train
-from unmasked.train.losses.mntp import (
-    BlockData,
-    MaskedNextTokenModel,
-    Masking,
-    find_mask_id,
-    micro_batch_rows,
-    token_metrics,
-)
+from unmasked.train.losses import mntp
 from unmasked.train.losses.simcse import TwoViewsLoss, noise
 from unmasked.train.losses.supervised import RankingLoss
 from unmasked.train.trainer import ContrastiveTrainer, StageTrainer, stage_arguments
@@ -54,7 +47,7 @@ def fit(setup: StageSetup, stage: MNTP | SimCSE | Supervised) -> None:
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
         OutputError: a checkpoint could not be written.
         DataError: the texts of MNTP have changed since the checkpoint.
-        RecipeError: settings that the encoder cannot be trained with.
+        RecipeError: as `fitting.train`.
     """
     with devices.own_environment():
         if isinstance(stage, MNTP):
@@ -71,14 +64,14 @@ def _fit_mntp(setup: StageSetup, stage: MNTP) -> None:
     language_model: Any = loading.load_causal_lm(
         base.base, dtype, setup.encoder.report.attention, revision=base.revision
     )
-    mask_id = find_mask_id(tokens.tokenizer, stage.mask_token)
+    mask_id = mntp.find_mask_id(tokens.tokenizer, stage.mask_token)
     vocabulary = language_model.config.get_text_config().vocab_size
     if mask_id is None:
         mask_id = vocabulary
         for model in (setup.trunk, language_model):
             model.resize_token_embeddings(vocabulary + 1)
     attach(setup, stage)
-    masking = Masking(
+    masking = mntp.Masking(
         mask_id,
         min(vocabulary, len(tokens.tokenizer)),
         tuple({*tokens.prefix, *tokens.tokenizer.all_special_ids}),
@@ -86,7 +79,7 @@ def _fit_mntp(setup: StageSetup, stage: MNTP) -> None:
         stage.mask_style,
     )
     data, held_out = _blocks(setup, stage, masking)
-    most_rows = micro_batch_rows(stage, setup.encoder.device)
+    most_rows = mntp.micro_batch_rows(stage, setup.encoder.device)
     arguments = stage_arguments(
         stage,
         setup.folder,
@@ -100,17 +93,19 @@ def _fit_mntp(setup: StageSetup, stage: MNTP) -> None:
     )
     trainer = StageTrainer(
         **callbacks(setup, stage, data),
-        model=MaskedNextTokenModel(setup.trunk, language_model).to(setup.encoder.device),
+        model=mntp.MaskedNextTokenModel(setup.trunk, language_model).to(setup.encoder.device),
         args=TrainingArguments(**arguments),
         data_collator=default_data_collator,
         train_dataset=data,
         eval_dataset=held_out,
-        compute_metrics=token_metrics,
+        compute_metrics=mntp.token_metrics,
     )
     train(setup, trainer)
 
 
-def _blocks(setup: StageSetup, stage: MNTP, masking: Masking) -> tuple[BlockData, BlockData | None]:
+def _blocks(
+    setup: StageSetup, stage: MNTP, masking: mntp.Masking
+) -> tuple[mntp.BlockData, mntp.BlockData | None]:
     """Blocks to train on and, if any texts are held out, to measure on.
 
     ``data.json`` in the stage's folder tells what was read and what was left out.
@@ -137,8 +132,8 @@ def _blocks(setup: StageSetup, stage: MNTP, masking: Masking) -> tuple[BlockData
     measured = None
     if len(held_out):
         others = Blocks(file, held_out, stage.block_length, held_out=True)
-        measured = BlockData(others, masking, seed, apart)
-    return BlockData(blocks, masking, seed, apart), measured
+        measured = mntp.BlockData(others, masking, seed, apart)
+    return mntp.BlockData(blocks, masking, seed, apart), measured
 
 
 def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -176,12 +171,6 @@ def _fit_simcse(setup: StageSetup, stage: SimCSE) -> None:
 
 
 def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
-    width = setup.encoder.backbone.get_embedding_dimension()
-    if max(stage.matryoshka, default=0) > width:
-        raise RecipeError(
-            f"supervised.matryoshka: {max(stage.matryoshka)} given, but vectors have {width} "
-            f"numbers. Fix: shorter lengths; {width} itself is always trained."
-        )
     attach(setup, stage)
     if devices.is_first():
         store_rows(stage.data, setup.folder / ROWS)

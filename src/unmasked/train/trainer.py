@@ -28,14 +28,16 @@ class StageTrainer(Trainer):
         given: as in `Trainer`.
     """
 
+    model: Any
+
     def __init__(self, *, callback: StageCallback, others: Any = (), **given: Any) -> None:
         super().__init__(callbacks=[callback, *others], **given)
         self.callback = callback
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self.tell(loss, size := torch.tensor(inputs["input_ids"].numel()), size)
         return (loss, outputs) if return_outputs else loss
@@ -64,7 +66,9 @@ class ContrastiveTrainer(StageTrainer):
         self.batches = batches
         self.can_return_loss = True  # without labels
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         features = {name.removeprefix("text_"): value for name, value in inputs.items()}
         attention = features["attention_mask"]
         self.loss.model = model

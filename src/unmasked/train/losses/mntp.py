@@ -263,12 +263,10 @@ class BlockData(Dataset[dict[str, Tensor]]):
         (state,) = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)
         generator = torch.Generator().manual_seed(int(state))
         ids = torch.from_numpy(np.asarray(self.blocks[index], dtype=np.int64))[None]
-        begins = None
-        if self.apart and isinstance(self.blocks, Blocks):
-            begins = torch.from_numpy(self.blocks.begins(index))[None]
-        batch = self.masking(ids, generator, begins)
-        if begins is not None:
-            batch["begins"] = begins
+        if not self.apart:
+            return {name: row[0] for name, row in self.masking(ids, generator).items()}
+        begins = torch.from_numpy(self.blocks.begins(index))[None]  # type: ignore[union-attr]
+        batch = {**self.masking(ids, generator, begins), "begins": begins}
         return {name: row[0] for name, row in batch.items()}
 
 

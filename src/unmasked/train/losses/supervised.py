@@ -78,7 +78,6 @@ class RankingLoss(CachedLossMixin, nn.Module):
         self.margin = margin
         self.dimensions = dimensions
         self.measured: dict[str, Tensor] = {}
-        self._lacking = 0  # forwards that this device has less than another
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Scalar loss of the features that `PairCollator` makes."""
@@ -91,32 +90,24 @@ class RankingLoss(CachedLossMixin, nn.Module):
         return self.forward_cached([features], layout)  # type: ignore[arg-type]
 
     def embed_minibatch_iter(
-        self, sentence_feature: dict[str, Tensor], with_grad: bool, *given: Any, **named: Any
+        self, sentence_feature: Any, with_grad: bool, *given: Any, ranges: Any = None, **named: Any
     ) -> Iterator[Any]:
         """As many forwards as on the device that has the most: sharded weights need all devices.
 
-        The empty ones come last in the first pass, and first in the second, which takes no more
-        from this iterator than it needs.
+        Those without a part of the batch come first, and run the shortest text, which is the last.
+        Their result and gradient are dropped, and they leave the random state as it was.
         """
-        sharded, count = isinstance(self.model, FSDPModule), 0
-        if sharded and with_grad:
-            self._run_empty(sentence_feature, with_grad)
-        for found in super().embed_minibatch_iter(sentence_feature, with_grad, *given, **named):
-            count += 1
-            yield found
-        if sharded and not with_grad:
-            mask = sentence_feature["attention_mask"]
-            self._lacking = devices.most(count, mask.device) - count
-            self._run_empty(sentence_feature, with_grad)
-
-    def _run_empty(self, features: dict[str, Tensor], with_grad: bool) -> None:
-        """Forwards of the shortest text, the last one, whose result and gradient are dropped."""
-        rows, device = len(features["attention_mask"]), features["attention_mask"].device
-        for _ in range(self._lacking):
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                vectors, _ = self.embed_minibatch(features, rows - 1, rows, with_grad, False)
-            if with_grad:
-                (0 * vectors).sum().backward()
+        if isinstance(self.model, FSDPModule):
+            count, mask = len(ranges), sentence_feature["attention_mask"]
+            part, cuda = (len(mask) - 1, len(mask), with_grad, False), mask.device.type == "cuda"
+            for _ in range(devices.most(count, mask.device) - count):
+                with torch.random.fork_rng([mask.device] if cuda else []):
+                    vectors, _ = self.embed_minibatch(sentence_feature, *part)
+                if with_grad:
+                    (0 * vectors).sum().backward()
+        yield from super().embed_minibatch_iter(
+            sentence_feature, with_grad, *given, ranges=ranges, **named
+        )
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False

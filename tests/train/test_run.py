@@ -1,0 +1,95 @@
+"""A run: how often it loads a model, and which prompts an encoder is scored with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from unmasked.compat.llm2vec import LLM2Vec
+from unmasked.errors import RecipeError
+from unmasked.recipe.schema import Recipe
+from unmasked.train.run import Run
+
+INSTRUCTION = "Find the answer"
+
+
+class Result:
+    name, items = "probe", {}
+
+    def __init__(self, model):
+        self.scores = {"first": float(model.encode(["a text"])[0, 0])}
+
+
+@pytest.fixture
+def recipe(tiny_decoder, tmp_path) -> dict:
+    texts = [f"the cat sat on the mat and looked at dog {i}" for i in range(40)]
+    rows = [{"query": f"question {i}", "positive": f"answer {i}"} for i in range(40)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    stage = {"steps": 1, "batch_size": 4, "held_out": 0, "warmup_steps": 0, "lora": {"rank": 2}}
+    pairs = {"path": str(tmp_path / "pairs.jsonl"), "instruction": INSTRUCTION}
+    return {
+        "name": "test",
+        "model": {"base": str(tiny_decoder), "max_length": 32},
+        "mntp": {**stage, "data": str(tmp_path / "texts.txt"), "block_length": 16},
+        "simcse": {**stage, "data": str(tmp_path / "texts.txt"), "max_length": 16},
+        "supervised": {**stage, "data": [pairs], "max_length": 16},
+    }
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[tuple[int, bool]]:
+    """The number of adapters of every model that is loaded, and whether its mask is open."""
+    seen = []
+    load = LLM2Vec.from_pretrained.__func__
+
+    def counted(cls, base, merged=None, **options):
+        seen.append((len(merged or ()), options.get("enable_bidirectional", True)))
+        return load(cls, base, merged, **options)
+
+    monkeypatch.setattr(LLM2Vec, "from_pretrained", classmethod(counted))
+    return seen
+
+
+def test_a_model_is_loaded_once_before_training_and_once_after_each_stage(recipe, loaded, tmp_path):
+    Run(Recipe.model_validate(recipe), tmp_path / "run").run()
+    assert loaded == [(0, True), (1, True), (2, True), (3, True)]
+
+
+def test_scores_take_two_more_loads_for_the_closed_mask_of_all_baselines(recipe, loaded, tmp_path):
+    Run(Recipe.model_validate(recipe), tmp_path / "run", lambda model: [Result(model)]).run()
+    before = [(0, True), (0, False), (0, True)]
+    assert loaded == [*before, (1, True), (2, True), (3, True)]
+    stages = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]
+    scores = {stage["name"]: stage["scores"]["probe.first"] for stage in stages}
+    for mode in ("mean", "weighted_mean", "last_token"):
+        alone = LLM2Vec.from_pretrained(
+            recipe["model"]["base"], enable_bidirectional=False, pooling_mode=mode, max_length=32
+        )
+        assert scores[f"causal_{mode}"] == Result(alone).scores["first"]
+
+
+def test_a_base_called_supervised_has_the_prompts_of_the_data_only_once_it_is_trained(
+    recipe, tiny_decoder, tmp_path
+):
+    base = shutil.copytree(tiny_decoder, tmp_path / "before" / "supervised")
+    content = {**recipe, "model": {"base": str(base)}, "mntp": None, "simcse": None}
+    asked = []
+
+    def score(model):
+        asked.append(model.prompts.get("query") or "")
+        return [Result(model)]
+
+    encoder = Run(Recipe.model_validate(content), tmp_path / "run", score).run()
+    assert [INSTRUCTION in prompt for prompt in asked] == [False] * 4 + [True]
+    assert INSTRUCTION in encoder.prompts["query"]
+
+
+def test_vectors_too_short_for_a_late_stage_are_refused_at_once(recipe, tmp_path):
+    recipe["supervised"]["matryoshka"] = [64]
+    with pytest.raises(RecipeError, match=r"supervised\.matryoshka: 64 given, but vectors have 32"):
+        Run(Recipe.model_validate(recipe), tmp_path / "run").run()
+    assert not Path(tmp_path / "run").exists()
