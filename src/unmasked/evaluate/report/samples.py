@@ -40,10 +40,8 @@ def draw_sample(task: kinds.Task) -> Sample:
         return _of_retrieval(task)
     if isinstance(task, kinds.ClusteringTask | kinds.ClassificationTask):
         return _of_labels(task)
-    pairs, names = (
-        [(a, b) for a, b in kinds.alike(task, share=0.1) if a != b],
-        ["query", "relevant"],
-    )
+    pairs = [(a, b) for a, b in kinds.alike(task, share=0.1) if a != b]
+    names = ["query", "relevant"]
     if not isinstance(task, kinds.RerankingTask):
         pairs, names = [pairs[i] for i in _shuffled(len(pairs))], ["first", "second"]
     shown = pairs[: MAPPED // 2]
