@@ -37,9 +37,10 @@ TEMPLATES = {
 }
 POISON = """
 from pathlib import Path
-Path(__file__).with_name("executed").touch()
+Path({mark!r}).touch()
 raise RuntimeError("remote code was executed")
 """
+"""It leaves its mark even where somebody catches its error; transformers runs a copy of it."""
 
 
 # --- tokenizers -------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def publish(cache: Path, tokenizer: PreTrainedTokenizerFast, base: str = "llamas
         "AutoConfig": "modeling_llama_encoder.LlamaEncoderConfig",
     }
     write_json(mntp / "config.json", {**llama_config(len(tokenizer)), "auto_map": remote})
-    (mntp / "modeling_llama_encoder.py").write_text(POISON)
+    (mntp / "modeling_llama_encoder.py").write_text(POISON.format(mark=str(mntp / "executed")))
     second = repository(cache, f"{OWNER}/LLM2Vec-Tiny-mntp-supervised")
     write_adapter(second, base, seed=2)
     with_mask.save_pretrained(second)
