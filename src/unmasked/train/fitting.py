@@ -75,7 +75,7 @@ def clear(folder: Path) -> None:
     (folder / ROWS).unlink(missing_ok=True)
 
 
-def attach(setup: StageSetup, stage: Training) -> None:
+def attach_adapter(setup: StageSetup, stage: Training) -> None:
     """Make the trunk trainable, with the weights of the adapter that it continues, if any."""
     trunk, lora = setup.trunk, stage.lora
     set_seed(setup.recipe.seed)

@@ -89,8 +89,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
             return self.score(self.model(features)["sentence_embedding"], layout)
         return self.forward_cached([features], layout)  # type: ignore[arg-type]
 
-    def embed_minibatch_iter(
-        self, sentence_feature: Any, with_grad: bool, *given: Any, ranges: Any = None, **named: Any
+    def embed_minibatch_iter(  # type: ignore[override]
+        self, sentence_feature: Any, with_grad: bool, *, ranges: Any = None, **named: Any
     ) -> Iterator[Any]:
         """As many forwards as on the device that has the most: sharded weights need all devices.
 
@@ -105,9 +105,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
                     vectors, _ = self.embed_minibatch(sentence_feature, *part)
                 if with_grad:
                     (0 * vectors).sum().backward()
-        yield from super().embed_minibatch_iter(
-            sentence_feature, with_grad, *given, ranges=ranges, **named
-        )
+        yield from super().embed_minibatch_iter(sentence_feature, with_grad, ranges=ranges, **named)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False
