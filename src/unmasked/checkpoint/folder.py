@@ -21,9 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unmasked.checkpoint.card import Card, render
-from unmasked.errors import OutputError
+from unmasked.files.writing import folder_aside
 from unmasked.mask.opening import NATIVE_KEY
 from unmasked.text.templates import PLAIN, Template, read_template
 from unmasked.text.tokens import MARK
@@ -95,7 +93,7 @@ def write_folder(
         needs_eager: stock loaders must use eager attention for this family.
         card: what the README says.
     """
-    with _written_aside(Path(path)) as folder:
+    with folder_aside(Path(path)) as folder:
         model.save_pretrained(folder)  # type: ignore[operator]
         for weights in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", weights)  # safetensors makes them private
@@ -157,33 +155,6 @@ def read_prompts(saved: dict[str, str], template: Template = PLAIN) -> dict[str,
         for name, prompt in saved.items()
     }
     return {name: prompt for name, prompt in prompts.items() if name != "default"}
-
-
-@contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place when the block ends well."""
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file. Fix: name a folder.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        aside.chmod(0o755)
-        yield aside
-        if path.exists():
-            _replace_files(aside, path)
-        else:
-            aside.replace(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replace_files(source: Path, target: Path) -> None:
-    for item in sorted(source.rglob("*")):
-        place = target / item.relative_to(source)
-        if item.is_dir():
-            place.mkdir(exist_ok=True)
-        else:
-            item.replace(place)
 
 
 def _write_json(path: Path, content: Any) -> None:
