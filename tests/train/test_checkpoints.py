@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from unmasked.checkpoint import adapters
 from unmasked.errors import OutputError
-from unmasked.mask.proof import open_config
+from unmasked.mask.opening import open_config
 from unmasked.recipe.schema import Recipe
 from unmasked.train import checkpoints
 from unmasked.train.callback import StageCallback

@@ -21,13 +21,13 @@ from torch.utils.benchmark import Timer
 from unmasked.checkpoint import loading
 from unmasked.errors import UnmaskedError
 from unmasked.forward import precision
-from unmasked.recipe.schema import MNTP, Recipe, SimCSE, Supervised
+from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Supervised
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 from unmasked.train import devices
 from unmasked.train.data.pairs import read_rows
 from unmasked.train.data.texts import iterate_texts
 from unmasked.train.losses.mntp import LOGITS_AT_ONCE, micro_batch_rows
-from unmasked.train.plan.shapes import AnyStage, DecoderSizes, saved_activations, with_adapter
+from unmasked.train.plan.shapes import DecoderSizes, saved_activations, with_adapter
 
 SAMPLE = 512
 """Number of texts whose mean length stands for all."""

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, PretrainedConfig
 
 from unmasked.checkpoint import adapters
-from unmasked.recipe.schema import MNTP, SimCSE, Supervised
+from unmasked.recipe.schema import AnyStage
 
 KERNEL = "unmasked-plan"
 """Name under which transformers knows the attention that is run on the meta device."""
-AnyStage = MNTP | SimCSE | Supervised
 
 
 class DecoderSizes:
