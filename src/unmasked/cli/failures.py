@@ -48,8 +48,7 @@ def explain(error: BaseException, verb: str) -> tuple[int, str]:
     if isinstance(error, UnmaskedError):
         return MISUSED, f"error: {error}"
     if FULL in str(error):  # safetensors reports a full disk with an error class of its own
-        where = getattr(error, "filename", None)
-        place = f"{where}: " if where else ""
+        place = f"{where}: " if (where := getattr(error, "filename", None)) else ""
         return MISUSED, f"error: {place}{FULL}. Fix: make room and run the same command."
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.filename:
         return MISUSED, f"error: {error.filename}: {error.strerror}."

@@ -160,20 +160,17 @@ def push(
     dry_run: Annotated[bool, Option("--dry-run", help="List the files and send nothing.")] = False,
 ) -> None:
     """Upload a saved model to the Hugging Face hub, private by default."""
-    from unmasked.checkpoint.push import check_name, list_files
-    from unmasked.checkpoint.push import push as upload
+    from unmasked.checkpoint import push as hub
 
-    check_name(repository)
-    files = list_files(folder)
-    total = sum(size for _, size in files)
-    terminal.show_table(
-        ["file", "size"], [[name, terminal.short(size, "B")] for name, size in files]
-    )
-    who = "public" if public else "private"
+    hub.check_name(repository)
+    files = hub.list_files(folder)
+    rows = [[name, terminal.short(size, "B")] for name, size in files]
+    terminal.show_table(["file", "size"], rows)
+    total, who = sum(size for _, size in files), "public" if public else "private"
     terminal.show(f"{len(files)} files, {terminal.short(total, 'B')}, to {repository} ({who})")
     if dry_run:
         terminal.show("dry run: nothing was sent")
         return
     with terminal.waiting("uploading"):
-        address = upload(folder, repository, private=not public)
+        address = hub.push(folder, repository, private=not public)
     terminal.show(f"pushed  {address}")
