@@ -23,6 +23,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from unmasked.checkpoint import adapters
+from unmasked.files.writing import folder_aside
 from unmasked.forward.packing import checkpoint_contexts
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import Recipe, Training
@@ -75,7 +76,7 @@ def clear(folder: Path) -> None:
     (folder / ROWS).unlink(missing_ok=True)
 
 
-def attach(setup: StageSetup, stage: Training) -> None:
+def make_trainable(setup: StageSetup, stage: Training) -> None:
     """Make the trunk trainable, with the weights of the adapter that it continues, if any."""
     trunk, lora = setup.trunk, stage.lora
     set_seed(setup.recipe.seed)
@@ -166,16 +167,12 @@ def _keep(setup: StageSetup, whole: nn.Module | None) -> None:
         state = get_model_state_dict(trunk, options=options)
     if devices.is_first():
         aside = setup.folder / "trained.tmp"
-        if isinstance(trunk, PeftModel):
-            adapters.save_adapter(trunk, aside, adapters.adapter_state(trunk, state))
-        else:
-            if whole is not None:
-                whole.load_state_dict(state)
-                setup.encoder.backbone.auto_model = whole.to(setup.encoder.device)
-            setup.encoder.save(aside)
-        for item in sorted(aside.iterdir(), key=lambda item: item.name in DONE):
-            place = setup.folder / item.name
-            if place.is_dir():
-                shutil.rmtree(place)
-            item.replace(place)
+        with folder_aside(setup.folder, aside=aside, last=DONE):
+            if isinstance(trunk, PeftModel):
+                adapters.save_adapter(trunk, aside, adapters.adapter_state(trunk, state))
+            else:
+                if whole is not None:
+                    whole.load_state_dict(state)
+                    setup.encoder.backbone.auto_model = whole.to(setup.encoder.device)
+                setup.encoder.save(aside)
     devices.wait()
