@@ -107,6 +107,48 @@ def dropout_on_experts_is_refused_by_name():
     return says(ValueError, "lora_dropout", lambda: get_peft_model(model, lora))
 
 
+def ranges_are_given_by_name():
+    from sentence_transformers.base.losses.gradcache import CachedLossMixin
+
+    return "ranges" in inspect.signature(CachedLossMixin.embed_minibatch_iter).parameters
+
+
+def trainer_divides_by(tmp_path):
+    """By the forwards of a step, which are fewer at the end of an epoch."""
+    from transformers import Trainer, TrainingArguments
+
+    seen = []
+
+    class Ours(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen.append(self.current_gradient_accumulation_steps)
+            return model(inputs["x"]).sum()
+
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=2,
+        per_device_train_batch_size=1, gradient_accumulation_steps=2, remove_unused_columns=False,
+    )  # fmt: skip
+    rows = [{"x": torch.ones(1)} for _ in range(3)]
+    Ours(model=torch.nn.Linear(1, 1), args=arguments, train_dataset=rows).train()
+    return seen == [2, 2, 1]
+
+
+def trainer_measures_without_labels(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    class Ours(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return (model(inputs["x"]).sum() * 0 + 3, {})
+
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, label_names=[],
+        prediction_loss_only=True, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = Ours(model=torch.nn.Linear(1, 1), args=arguments)
+    trainer.can_return_loss = True
+    return trainer.evaluate([{"x": torch.ones(1)}])["eval_loss"] == 3
+
+
 def other_shapes_are_a_size_mismatch():
     wide = torch.nn.Linear(2, 3).state_dict()
     return says(RuntimeError, "size mismatch", lambda: torch.nn.Linear(2, 2).load_state_dict(wide))
@@ -186,6 +228,9 @@ PROBES: dict[str, Callable[..., bool]] = {
     "optim_state_dict_config": plugin_has("optim_state_dict_config"),
     "fsdp_version": plugin_has("fsdp_version"),
     "activation_checkpointing": plugin_has("activation_checkpointing"),
+    "ranges": ranges_are_given_by_name,
+    "current_gradient_accumulation_steps": trainer_divides_by,
+    "can_return_loss": trainer_measures_without_labels,
     "_int_mm": integers_multiply_without_overflow,
 }
 """For each name of the table, a call that is true while the library has it as we use it."""

@@ -8,7 +8,6 @@ removed, and the checkpoint before it as it was. A checkpoint holds the weights 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from transformers.trainer import OPTIMIZER_NAME_BIN
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from unmasked.errors import OutputError, RecipeError, first_line
-from unmasked.files.writing import write_text
+from unmasked.files.writing import flush, write_text
 
 COMPLETE = "complete"
 """The marker, written last."""
@@ -50,12 +49,7 @@ def remove_incomplete(folder: Path) -> bool:
 
 def complete(path: Path) -> None:
     """Flush a checkpoint to the disk, mark it as whole, and remove the older ones."""
-    for file in path.iterdir():
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    flush(*path.iterdir())
     write_text(path / COMPLETE, "")  # flushes the folder, too
     for older in path.parent.glob("checkpoint-*"):
         if older != path:

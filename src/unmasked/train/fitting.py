@@ -76,7 +76,7 @@ def clear(folder: Path) -> None:
     (folder / ROWS).unlink(missing_ok=True)
 
 
-def attach_adapter(setup: StageSetup, stage: Training) -> None:
+def make_trainable(setup: StageSetup, stage: Training) -> None:
     """Make the trunk trainable, with the weights of the adapter that it continues, if any."""
     trunk, lora = setup.trunk, stage.lora
     set_seed(setup.recipe.seed)
@@ -167,12 +167,12 @@ def _keep(setup: StageSetup, whole: nn.Module | None) -> None:
         state = get_model_state_dict(trunk, options=options)
     if devices.is_first():
         aside = setup.folder / "trained.tmp"
-        with folder_aside(setup.folder, aside=aside, last=DONE) as folder:
+        with folder_aside(setup.folder, aside=aside, last=DONE):
             if isinstance(trunk, PeftModel):
-                adapters.save_adapter(trunk, folder, adapters.adapter_state(trunk, state))
+                adapters.save_adapter(trunk, aside, adapters.adapter_state(trunk, state))
             else:
                 if whole is not None:
                     whole.load_state_dict(state)
                     setup.encoder.backbone.auto_model = whole.to(setup.encoder.device)
-                setup.encoder.save(folder)
+                setup.encoder.save(aside)
     devices.wait()

@@ -26,7 +26,7 @@ from unmasked.train.data.pairs import read_rows, split_rows
 from unmasked.train.data.texts import Blocks, read_texts, split_held_out, token_file
 from unmasked.train.fitting import TOKENS, is_done
 from unmasked.train.losses.simcse import noise
-from unmasked.train.plan.shapes import with_adapter
+from unmasked.train.plan.shapes import trained_trunk
 from unmasked.train.trainer import stage_arguments
 
 Named = tuple[str, MNTP | SimCSE | Supervised]
@@ -110,7 +110,7 @@ def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
                     f"numbers. Fix: shorter lengths; {width} itself is always trained."
                 )
         if stage.lora.method != "full":
-            attached: Any = with_adapter(trunk, stage)
+            attached: Any = trained_trunk(trunk, stage)
             attached.unload()
         _check_length(name, stage, encoder)
 

@@ -26,7 +26,7 @@ from unmasked.train import checkpoints, devices
 from unmasked.train.data.mixing import OneSourceBatches, PairCollator, measuring_batches
 from unmasked.train.data.pairs import split_rows, store_rows
 from unmasked.train.data.texts import Blocks, read_texts, split_held_out, token_file
-from unmasked.train.fitting import ROWS, TOKENS, StageSetup, attach_adapter, callbacks, train
+from unmasked.train.fitting import ROWS, TOKENS, StageSetup, callbacks, make_trainable, train
 from unmasked.train.losses import mntp
 from unmasked.train.losses.simcse import TwoViewsLoss, noise
 from unmasked.train.losses.supervised import RankingLoss
@@ -70,7 +70,7 @@ def _fit_mntp(setup: StageSetup, stage: MNTP) -> None:
         mask_id = vocabulary
         for model in (setup.trunk, language_model):
             model.resize_token_embeddings(vocabulary + 1)
-    attach_adapter(setup, stage)
+    make_trainable(setup, stage)
     masking = mntp.Masking(
         mask_id,
         min(vocabulary, len(tokens.tokenizer)),
@@ -159,7 +159,7 @@ def _fit_simcse(setup: StageSetup, stage: SimCSE) -> None:
         order = RandomSampler(texts, generator=torch.Generator().manual_seed(setup.recipe.seed))
         return texts, BatchSampler(order, size, drop_last=True)
 
-    attach_adapter(setup, stage)
+    make_trainable(setup, stage)
     texts = read_texts(stage.data, stage.max_texts)
     kept, held_out = split_held_out(texts, stage.held_out, setup.recipe.seed)
     size = stage.batch_size // devices.world()
@@ -171,7 +171,7 @@ def _fit_simcse(setup: StageSetup, stage: SimCSE) -> None:
 
 
 def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
-    attach_adapter(setup, stage)
+    make_trainable(setup, stage)
     if devices.is_first():
         store_rows(stage.data, setup.folder / ROWS)
     devices.wait()

@@ -11,7 +11,7 @@ Shapes: B rows of this device, R = (2 + K) B texts with K hard negatives, W devi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,23 +89,22 @@ class RankingLoss(CachedLossMixin, nn.Module):
             return self.score(self.model(features)["sentence_embedding"], layout)
         return self.forward_cached([features], layout)  # type: ignore[arg-type]
 
-    def embed_minibatch_iter(  # type: ignore[override]
-        self, sentence_feature: Any, with_grad: bool, *, ranges: Any = None, **named: Any
-    ) -> Iterator[Any]:
+    def embed_minibatch_iter(self, sentence_feature: Any, *given: Any, **named: Any) -> Any:
         """As many forwards as on the device that has the most: sharded weights need all devices.
 
         Those without a part of the batch come first, and run the shortest text, which is the last.
         Their result and gradient are dropped, and they leave the random state as it was.
         """
         if isinstance(self.model, FSDPModule):
-            count, mask = len(ranges), sentence_feature["attention_mask"]
+            count, with_grad = len(named["ranges"]), named["with_grad"]
+            mask = sentence_feature["attention_mask"]
             part, cuda = (len(mask) - 1, len(mask), with_grad, False), mask.device.type == "cuda"
             for _ in range(devices.most(count, mask.device) - count):
                 with torch.random.fork_rng([mask.device] if cuda else []):
                     vectors, _ = self.embed_minibatch(sentence_feature, *part)
                 if with_grad:
                     (0 * vectors).sum().backward()
-        yield from super().embed_minibatch_iter(sentence_feature, with_grad, ranges=ranges, **named)
+        yield from super().embed_minibatch_iter(sentence_feature, *given, **named)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False

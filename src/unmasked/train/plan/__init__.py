@@ -6,6 +6,6 @@ config and the tokenizer, never weights. Cost: a few seconds, most of it reading
 texts; a probe adds real steps of two shallow models.
 
 `shapes` counts parameters and activations on torch's meta device, where tensors have a shape and no
-memory. Others may use `cost.make_plan`, `cost.Plan`, `cost.StagePlan`, and `shapes.with_adapter`,
+memory. Others may use `cost.make_plan`, `cost.Plan`, `cost.StagePlan` and `shapes.trained_trunk`,
 which puts a stage's adapter on a model.
 """

@@ -27,7 +27,7 @@ from unmasked.train import devices
 from unmasked.train.data.pairs import read_rows
 from unmasked.train.data.texts import iterate_texts
 from unmasked.train.losses.mntp import LOGITS_AT_ONCE, micro_batch_rows
-from unmasked.train.plan.shapes import DecoderSizes, saved_activations, with_adapter
+from unmasked.train.plan.shapes import DecoderSizes, saved_activations, trained_trunk
 
 SAMPLE = 512
 """Number of texts whose mean length stands for all."""
@@ -90,7 +90,7 @@ class StagePlan:
     @cached_property
     def model(self) -> nn.Module:
         """The trunk as the stage trains it, on the meta device."""
-        return with_adapter(self.sizes.trunk(), self.stage).train()
+        return trained_trunk(self.sizes.trunk(), self.stage).train()
 
     @property
     def trainable(self) -> int:
@@ -156,7 +156,7 @@ class StagePlan:
 
     def _seconds(self, layers: int, device: torch.device) -> float:
         """Median of some steps of a model with so many layers, after one that warms up."""
-        model = with_adapter(self.sizes.trunk(layers, str(device)), self.stage).train()
+        model = trained_trunk(self.sizes.trunk(layers, str(device)), self.stage).train()
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         vocabulary = self.sizes.vocabulary
         head = nn.Linear(self.sizes.width, vocabulary, False, device, self.sizes.dtype)

@@ -60,7 +60,7 @@ class DecoderSizes:
             return AutoModel.from_config(config, dtype=self.dtype, **attention)
 
 
-def with_adapter(trunk: nn.Module, stage: AnyStage) -> nn.Module:
+def trained_trunk(trunk: nn.Module, stage: AnyStage) -> nn.Module:
     """A trunk as a stage trains it; for ``qlora`` the weights stay in the precision they have."""
     lora = stage.lora
     method = "lora" if lora.method == "qlora" else lora.method
