@@ -43,11 +43,11 @@ NAME = "unmasked"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Largest relative difference of packed and single states; 5e-2 in other precisions."""
 
-DROPOUT_HEAD = 192
-"""The widest head whose backward pass flash-attn has with dropout on every GPU."""
-
 LONG = 64
 """Tokens from which bfloat16 attention on a CPU is faster as two matrix products than as SDPA."""
+
+Extras = tuple[float | None, float, float | None, Tensor | None]
+"""Scaling, dropout, soft cap and attention sinks (H,), as transformers hands them over."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,12 @@ def attention(
     extras = (scaling, dropout, softcap, s_aux)
     packed = _PACKED.get()
     if packed is None:
-        return _attend(query, key, value, attention_mask, *extras).transpose(1, 2), None
+        return _attend(query, key, value, attention_mask, extras).transpose(1, 2), None
     # A layer with a window goes text by text on a GPU too. The kernels could take it as a number,
     # but the number that a family hands over does not tell the window: four tokens to each side
     # are a 4 in Mistral and a 5 in Gemma 3.
-    if attention_mask is None and s_aux is None and _has_varlen(query, dropout, softcap):
-        return _attend_varlen(query, key, value, packed, scaling, dropout, softcap), None
+    if attention_mask is None and _has_varlen(query, extras):
+        return _attend_varlen(query, key, value, packed, extras), None
     parts = []
     for start, texts, length in packed.groups:
         q, k, v = (
@@ -193,21 +193,15 @@ def attention(
             for x in (query, key, value)
         )  # (texts, heads, length, d)
         mask = None if attention_mask is None else attention_mask[..., :length, :length]
-        parts.append(_attend(q, k, v, mask, *extras).transpose(1, 2).flatten(0, 1))
+        parts.append(_attend(q, k, v, mask, extras).transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[None], None
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extras: Extras
 ) -> Tensor:
     """(B, H, T, d) attention: SDPA, or written out for what SDPA does not have or does slowly."""
+    scaling, dropout, softcap, sinks = extras
     half = query.dtype == torch.bfloat16 and query.shape[2] >= LONG
     slow = query.device.type == "cpu" and (dropout > 0 or half)
     if softcap is None and sinks is None and not slow:
@@ -236,14 +230,16 @@ def _attend(
     return torch.bmm(weights, value.reshape(shared, tokens, width)).view_as(query)
 
 
-def _has_varlen(query: Tensor, dropout: float, softcap: float | None) -> bool:
+def _has_varlen(query: Tensor, extras: Extras) -> bool:
     """Whether a kernel for texts of any length is here, on a GPU and in half precision.
 
-    torch has one without dropout and soft cap; flash-attn has either of them, not both.
+    torch has one without dropout, soft cap and sinks; flash-attn has dropout or a soft cap, not
+    both, and the backward pass of dropout on every GPU for heads of at most 192.
     """
-    if not _on_half_gpu(query):
+    _, dropout, softcap, sinks = extras
+    if sinks is not None or not _on_half_gpu(query):
         return False
-    if dropout > 0 and (softcap is not None or query.shape[-1] > DROPOUT_HEAD):
+    if dropout > 0 and (softcap is not None or query.shape[-1] > 192):
         return False
     return (dropout == 0 and softcap is None) or is_flash_attn_2_available()
 
@@ -253,15 +249,10 @@ def _on_half_gpu(query: Tensor) -> bool:
 
 
 def _attend_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    packed: Packed,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, packed: Packed, extras: Extras
 ) -> Tensor:
     """(1, N, H, d) attention of all texts in one kernel."""
+    scaling, dropout, softcap, _ = extras
     # One layer with 512 sentences of 84 lengths, forward and backward on an H100: 3 ms with a
     # flash kernel, 55 ms text by text (16 query and 8 key-value heads, 21,489 tokens).
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (N, heads, d)

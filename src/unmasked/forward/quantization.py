@@ -72,14 +72,7 @@ def product(states: Tensor, state_scales: Tensor, weights: Tensor, weight_scales
 
     rows = ScalingType.RowWise
     return scaled_mm(
-        states,
-        weights.t(),
-        state_scales,
-        rows,
-        weight_scales.t(),
-        rows,
-        output_dtype=torch.bfloat16,
-        use_fast_accum=True,
+        states, weights.t(), state_scales, rows, weight_scales.t(), rows, use_fast_accum=True
     )
 
 

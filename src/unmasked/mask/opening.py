@@ -145,16 +145,12 @@ def _is_mask(buffer: Tensor) -> bool:
     return square and buffer.shape[-1] > 1 and bool(((buffer == 0) | (buffer == 1)).all())
 
 
-def give_mask(model: nn.Module) -> Any:
-    """Hand a full mask (B, 1, T, T) to every forward of a bare model; returns the hook's handle.
+def full_mask(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """A pre-hook that hands a full mask (B, 1, T, T) to every forward of a bare model.
 
     For families that fail where transformers leaves the mask out. It is the last resort, because
     it would lift sliding windows, and a dense mask keeps fast kernels away.
     """
-    return model.register_forward_pre_hook(_full_mask, with_kwargs=True)
-
-
-def _full_mask(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     mask = kwargs.get("attention_mask")
     if _AS_STOCK.get() or (mask is not None and mask.dim() != 2):
         return None

@@ -26,7 +26,7 @@ from unmasked.mask.opening import (
     attention_name,
     clear_module_flags,
     decoder_of,
-    give_mask,
+    full_mask,
     mirror_triangles,
     set_flag,
     window,
@@ -97,7 +97,7 @@ def open_mask(model: nn.Module) -> Proof:
     report = prove(model)
     if report.verdict != "impossible" or report.attention != "eager" or report.window:
         return report
-    handle = give_mask(decoder)
+    handle = decoder.register_forward_pre_hook(full_mask, with_kwargs=True)
     masked = prove(model)
     if masked.verdict != "impossible":
         return masked
