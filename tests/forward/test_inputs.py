@@ -43,5 +43,7 @@ def test_half_a_character_names_the_index(model):
 def test_a_tokenizer_of_another_model_is_told(model):
     wrong = copy.deepcopy(model)
     wrong.backbone.auto_model.resize_token_embeddings(100)
-    with pytest.raises(ModelError, match=r"the tokenizer yields token \d+ .* model has only 100 embeddings"):
+    with pytest.raises(
+        ModelError, match=r"the tokenizer yields token \d+ .* model has only 100 embeddings"
+    ):
         wrong.encode(["a text of several words"])
