@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy, normalize
 from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters
 from unmasked.errors import DataError, MissingExtraError
-from unmasked.forward.backbone import join_instruction
 from unmasked.recipe.schema import Pairs, Recipe
+from unmasked.text.templates import PLAIN
 from unmasked.train.data.mining import mine
 from unmasked.train.data.mixing import OneSourceBatches, PairCollator
 from unmasked.train.data.pairs import read_rows, split_rows, store_rows
@@ -255,7 +255,7 @@ def test_b33_b35_a_training_text_has_the_ids_that_encode_gives_it(encoder):
     data = [Pairs(path="x", instruction="Find it:")]
     features, _ = features_of(encoder, as_rows(ROWS[:1]), data)
     first = int((features["place"] == 0).nonzero())
-    expected = encoder.preprocess([ROWS[0]["query"]], prompt=join_instruction("Find it:"))
+    expected = encoder.preprocess([ROWS[0]["query"]], prompt=PLAIN.join("Find it:"))
     length = expected["input_ids"].shape[1]
     for name in ("input_ids", "text_mask"):
         assert features[name][first, :length].tolist() == expected[name][0].tolist()
@@ -608,7 +608,7 @@ def test_b33_the_instruction_is_saved_as_the_prompt_of_queries(recipe, tmp_path)
     encoder = Run(recipe.model_copy(update={"supervised": section}), tmp_path / "run").run()
     saved = LLM2Vec.from_pretrained(tmp_path / "run" / "model", device="cpu")
     for model in (encoder, saved):
-        assert model.prompts["query"] == model.prompts["a"] == join_instruction("Find:")
+        assert model.prompts["query"] == model.prompts["a"] == PLAIN.join("Find:")
         asked = model.encode_query(["question 3"])
         assert np.allclose(asked, model.encode([["Find:", "question 3"]]), atol=1e-5)
 

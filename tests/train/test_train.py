@@ -403,7 +403,7 @@ def test_another_recipe_in_the_same_folder_shows_the_difference(recipe, tmp_path
 def test_a_folder_that_is_no_run_is_left_alone(recipe, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(OutputError, match="is no run folder"):
+    with pytest.raises(OutputError, match="is not a run folder"):
         Run(recipe, tmp_path / "mine")
     (tmp_path / "mine" / "thesis.tex").rename(tmp_path / "mine" / ".recipe.yaml.aside")
     Run(recipe, tmp_path / "mine")  # a run that was killed as it began

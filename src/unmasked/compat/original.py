@@ -84,7 +84,7 @@ def loading_options(
         options: ``torch_dtype``, ``device_map``, ``trust_remote_code`` and the hub's options.
 
     Raises:
-        TypeError: an option is none of these.
+        TypeError: an unknown option.
         ModelError: a device map that cannot be used.
     """
     rest = dict(options)

@@ -23,9 +23,6 @@ from unmasked.forward.packing import Packed, pack, run_packed
 from unmasked.text.templates import PLAIN
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
-join_instruction = PLAIN.join
-"""The prompt of an instruction where there is no template."""
-
 
 def listed(inputs: Any) -> list[Any]:
     """The inputs of `encode` as a list, also where they are a tuple, an array or a generator.

@@ -60,7 +60,7 @@ def named(name: str) -> Template:
     """The template of a name in `templates.yaml`, or of ``none``.
 
     Raises:
-        ModelError: there is none of that name.
+        ModelError: no template has that name.
     """
     if name == "none":
         return PLAIN

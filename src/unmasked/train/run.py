@@ -163,7 +163,7 @@ class Run:
             raise OutputError(f"{self.path} is a file. Fix: another output folder.")
         elif self.path.exists() and {item.name for item in self.path.iterdir()} - MAY_BE_THERE:
             raise OutputError(
-                f"{self.path} exists and is no run folder (it has no recipe.yaml). "
+                f"{self.path} exists and is not a run folder (it has no recipe.yaml). "
                 "Fix: another output folder."
             )
 

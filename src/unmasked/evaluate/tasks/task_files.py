@@ -173,7 +173,7 @@ def _load_retrieval(folder: Path) -> kinds.RetrievalTask:
     for line, (query, document, score) in readers.read_tsv(str(qrels), QRELS):
         for name, known, path in ((query, queries, questions), (document, positions, corpus)):
             if name not in known:
-                given = f"id '{name}' is none of the {len(known)} of {path.name}"
+                given = f"id '{name}' is not one of the {len(known)} of {path.name}"
                 fix = "add it there or remove this line"
                 raise fault(qrels, f"{given} (such as '{next(iter(known))}')", fix, line)
         grades, grade = judged.setdefault(query, {}), _number(qrels, line, score)

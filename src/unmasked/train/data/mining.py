@@ -18,9 +18,9 @@ from sentence_transformers.util import mine_hard_negatives
 
 from unmasked.errors import DataError
 from unmasked.files.writing import written_aside
-from unmasked.forward.backbone import join_instruction
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import Pairs
+from unmasked.text.templates import PLAIN
 from unmasked.train.data.pairs import read_rows
 
 
@@ -78,7 +78,7 @@ def mine(
         range_min=skip,
         range_max=last,
         num_negatives=min(negatives, last - skip),
-        query_prompt=join_instruction(pairs.instruction[0]) if pairs.instruction else None,
+        query_prompt=PLAIN.join(pairs.instruction[0]) if pairs.instruction else None,
         batch_size=None,  # type: ignore[arg-type]  # handed on to `encode`: by tokens
         verbose=False,
     )

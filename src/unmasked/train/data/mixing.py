@@ -19,8 +19,8 @@ from sentence_transformers.base.sampler import SetEpochMixin
 from torch.utils.data import BatchSampler
 
 from unmasked.errors import DataError
-from unmasked.forward.backbone import join_instruction
 from unmasked.recipe.schema import Pairs
+from unmasked.text.templates import PLAIN
 from unmasked.train.data.texts import text_key
 
 
@@ -162,6 +162,6 @@ def prompts_of(data: Sequence[Pairs]) -> dict[str, str]:
         "document": [p.instruction if p.symmetric else p.document_instruction for p in data],
     }.items():
         if by_set and by_set[0] and all(given == by_set[0] for given in by_set):
-            prompts[role] = join_instruction(by_set[0][0])
+            prompts[role] = PLAIN.join(by_set[0][0])
     named = {Path(p.path).name.split(".")[0]: p.instruction for p in data}
-    return prompts | {name: join_instruction(given[0]) for name, given in named.items() if given}
+    return prompts | {name: PLAIN.join(given[0]) for name, given in named.items() if given}

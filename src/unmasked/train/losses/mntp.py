@@ -220,7 +220,9 @@ def find_mask_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int | None:
         return None
     if kind == "eos":
         if tokenizer.eos_token_id is None:
-            raise ModelError("mask_token eos: the tokenizer names no EOS. Fix: mask_token: blank.")
+            raise ModelError(
+                "mask_token eos: the tokenizer does not name an EOS token. Fix: mask_token: blank."
+            )
         return int(tokenizer.eos_token_id)
     found: Any = tokenizer.convert_tokens_to_ids("_")
     if found is None or found == tokenizer.unk_token_id:
