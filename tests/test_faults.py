@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def model(tiny_decoder):
 
 def test_b7_whether_the_suffix_is_pooled_is_saved_data(tiny_decoder, tmp_path):
     """Explicit, in the folder; and the text between prefix and suffix is not stripped."""
-    template = named("inst").as_dict()
+    template = asdict(named("inst"))
     pairs = [["Find:", "a text  "]]
     vectors = {}
     for pooled in (True, False):
@@ -78,8 +79,8 @@ def test_b16_every_text_is_tokenised_once_and_options_act(model, monkeypatch):
     assert isinstance(vectors, np.ndarray)
 
 
-def test_b20_a_model_goes_to_cuda_then_to_mps_then_to_the_cpu(monkeypatch, tiny_decoder):
-    """Where nothing is said; what is said is kept."""
+def test_b20_the_device_is_cuda_then_mps_then_cpu(monkeypatch, tiny_decoder):
+    """By default a model goes to CUDA, then MPS, then the CPU; a device that is given is kept."""
     found, asked = {"cuda": False, "mps": False}, []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found["cuda"])
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: found["mps"])

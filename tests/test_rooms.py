@@ -45,15 +45,13 @@ def test_no_file_is_too_long():
 
 
 def length_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function, its docstring left out."""
+    """Lines of a function without its docstring: what a call takes should be said at length."""
     said = function.body[0] if ast.get_docstring(function) else None
     docstring = said.end_lineno - said.lineno + 1 if said else 0
     return function.end_lineno - function.lineno + 1 - docstring
 
 
 def test_no_function_is_too_long():
-    """Its documentation is not counted: what a call takes should be said at length."""
-
     lengths = {
         f"{file}::{node.name}": length_of(node)
         for file, tree in TREES.items()
