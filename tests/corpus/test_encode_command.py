@@ -6,34 +6,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-from unmasked.cli import main
-
-COMMAND = [sys.executable, "-m", "unmasked"]
+from support.commands import COMMAND
 
 
 @pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
+def cli(cli):
     """Runs `encode` in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["unmasked", "encode", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return (ended.value.code or 0), out, err
-
-    return run
+    return partial(cli, "encode")
 
 
 @pytest.fixture

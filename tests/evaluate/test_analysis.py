@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -50,23 +49,13 @@ def test_layers_are_those_of_the_model(tiny_decoder):
     assert np.allclose(compare_states(opened, opened, "The cat."), 1, atol=1e-5)
 
 
-def test_the_command(tiny_decoder, tmp_path, monkeypatch, capsys):
-    from unmasked.cli import main
-
+def test_the_command(tiny_decoder, tmp_path, cli):
     rows = "".join(f"{n % 5}\tsentence {n}\tanother {n}\n" for n in range(40))
     (tmp_path / "sts.tsv").write_text("score\tsentence1\tsentence2\n" + rows)
     (tmp_path / "topics.tsv").write_text("label\ttext\na\tx\nb\ty\n")
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["unmasked", "analyse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
-
     options = ["--task", "sts.tsv", "--json", "seen.json"]
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra 'report')")
-    code, out, err = run(tiny_decoder, *options, "-o", "figures")
+    code, out, err = cli("analyse", tiny_decoder, *options, "-o", "figures")
     assert not code, err
     assert "embedding" in out and "layer 2" in out and "uniformity" in out
     seen = json.loads((tmp_path / "seen.json").read_text())
@@ -77,9 +66,9 @@ def test_the_command(tiny_decoder, tmp_path, monkeypatch, capsys):
     }
 
     LLM2Vec.from_pretrained(tiny_decoder, device="cpu").save(tmp_path / "saved")
-    code, out, _ = run("saved", "--task", "sts.tsv")
+    code, out, _ = cli("analyse", "saved", "--task", "sts.tsv")
     assert not code and "no closed mask to compare with" in out
-    code, _, err = run(tiny_decoder, "--task", "topics.tsv")
+    code, _, err = cli("analyse", tiny_decoder, "--task", "topics.tsv")
     assert code == 2 and "no texts that belong together" in err
     with pytest.raises(DataError):
         analyse(str(tiny_decoder), "topics.tsv")
