@@ -155,7 +155,7 @@ class Run:
                 raise OutputError(
                     f"{self.path} was made with a different recipe:\n  "
                     + "\n  ".join(changed)
-                    + "\nFix: use the same settings to continue it, or choose another output folder."
+                    + "\nFix: use the same settings to continue, or choose another output folder."
                 )
         elif self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file. Fix: choose another output folder.")
