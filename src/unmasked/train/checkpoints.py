@@ -53,6 +53,7 @@ def complete(path: Path) -> None:
     write_text(path / COMPLETE, "")  # flushes the folder, too
     for older in path.parent.glob("checkpoint-*"):
         if older != path:
+            (older / COMPLETE).unlink(missing_ok=True)  # a kill may come before the rest is gone
             shutil.rmtree(older, ignore_errors=True)
 
 

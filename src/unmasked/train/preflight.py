@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from unmasked.errors import DataError, MissingExtraError, RecipeError
 from unmasked.files.source import Source
 from unmasked.model import TextEncoder
-from unmasked.recipe.schema import MNTP, Recipe, SimCSE, Supervised
+from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Supervised
 from unmasked.train import devices
 from unmasked.train.data.mixing import OneSourceBatches
 from unmasked.train.data.pairs import read_rows, split_rows
@@ -29,7 +29,6 @@ from unmasked.train.losses.simcse import noise
 from unmasked.train.plan.shapes import trained_trunk
 from unmasked.train.trainer import stage_arguments
 
-Named = tuple[str, MNTP | SimCSE | Supervised]
 OWN_PLACE = {"output_dir": "-o FOLDER", "max_steps": "steps"}
 """Arguments of the trainer that the run itself sets, and where they are given."""
 
@@ -115,7 +114,7 @@ def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
         _check_length(name, stage, encoder)
 
 
-def _to_do(recipe: Recipe, path: Path) -> Iterator[Named]:
+def _to_do(recipe: Recipe, path: Path) -> Iterator[tuple[str, AnyStage]]:
     return ((name, stage) for name, stage in recipe.stages() if not is_done(path / name))
 
 
@@ -128,7 +127,7 @@ def _check_pairs(stage: Supervised, seed: int) -> None:
     OneSourceBatches(np.asarray(train["source"]), batch, weights, devices.world())
 
 
-def _check_length(name: str, stage: MNTP | SimCSE | Supervised, encoder: TextEncoder) -> None:
+def _check_length(name: str, stage: AnyStage, encoder: TextEncoder) -> None:
     """Where an input may be longer than the model's positions, try one of that length."""
     key = "block_length" if isinstance(stage, MNTP) else "max_length"
     length = int(getattr(stage, key))

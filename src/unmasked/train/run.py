@@ -52,8 +52,6 @@ MAY_BE_THERE = {"data", aside_of(Path(RECIPE)).name, TOKENS, LOCK}
 """In a folder without a recipe: given, or left by a run that was killed early."""
 Chain = Sequence[str | Path]
 """A base, and the adapters to merge into it in this order."""
-
-
 Scoring = Callable[[LLM2Vec], Sequence[Any]]
 """Scores an encoder on tasks; each result is an `evaluate.bootstrap.TaskResult`."""
 
@@ -157,14 +155,14 @@ class Run:
                 raise OutputError(
                     f"{self.path} was made with a different recipe:\n  "
                     + "\n  ".join(changed)
-                    + "\nFix: the same settings to continue it, or another output folder."
+                    + "\nFix: use the same settings to continue, or choose another output folder."
                 )
         elif self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"{self.path} is a file. Fix: another output folder.")
+            raise OutputError(f"{self.path} is a file. Fix: choose another output folder.")
         elif self.path.exists() and {item.name for item in self.path.iterdir()} - MAY_BE_THERE:
             raise OutputError(
                 f"{self.path} exists and is not a run folder (it has no recipe.yaml). "
-                "Fix: another output folder."
+                "Fix: choose another output folder."
             )
 
     def _has_begun(self) -> bool:
@@ -200,7 +198,7 @@ class Run:
         except Timeout:
             raise OutputError(
                 f"another run is at work in {self.path}. "
-                "Fix: wait for it, or another output folder."
+                "Fix: wait for it, or choose another output folder."
             ) from None
         try:
             yield

@@ -21,7 +21,7 @@ from transformers import TrainingArguments, default_data_collator
 from unmasked.checkpoint import loading
 from unmasked.errors import DataError
 from unmasked.files.writing import write_text
-from unmasked.recipe.schema import MNTP, SimCSE, Supervised
+from unmasked.recipe.schema import MNTP, AnyStage, SimCSE, Supervised
 from unmasked.train import checkpoints, devices
 from unmasked.train.data.mixing import OneSourceBatches, PairCollator, measuring_batches
 from unmasked.train.data.pairs import split_rows, store_rows
@@ -40,7 +40,7 @@ Batched = tuple[Any, BatchSampler]
 """Rows, and the batches of them."""
 
 
-def fit(setup: StageSetup, stage: MNTP | SimCSE | Supervised) -> None:
+def fit(setup: StageSetup, stage: AnyStage) -> None:
     """Train a stage, or continue it; its folder then holds the adapter, or the whole encoder.
 
     Raises:
@@ -144,7 +144,7 @@ def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
         if before["source"] != facts["source"]:
             raise DataError(
                 f"the texts of {folder.name} have changed since its last checkpoint (names, sizes "
-                "or times of the files). Fix: put them back to continue, or take another output "
+                "or times of the files). Fix: put them back to continue, or choose another output "
                 "folder."
             )
     write_text(file, json.dumps(facts, indent=2) + "\n")
