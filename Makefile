@@ -34,7 +34,6 @@ test-lowest:
 	$(LOWEST)/pip install packaging
 	$(LOWEST)/pip install --no-deps --editable .
 	$(LOWEST)/python scripts/lowest.py > .venv-lowest/constraints.txt
-	$(LOWEST)/pip install --constraint .venv-lowest/constraints.txt torch
 	$(LOWEST)/pip install --constraint .venv-lowest/constraints.txt --editable '.[dev]'
 	$(LOWEST)/python -m pytest
 
