@@ -103,6 +103,11 @@ def test_what_is_refused(cli, tiny_decoder, corpus, arguments, said, monkeypatch
     assert not list(Path("out").glob("part-*")) and not Path("v.npy").exists()
 
 
+def hear_interrupts():
+    """A shell starts what it runs in the background deaf to Ctrl-C, and the tests with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_control_c_keeps_whole_shards_and_the_same_command_continues(
     tiny_decoder, sentences, tmp_path
 ):
@@ -110,8 +115,9 @@ def test_control_c_keeps_whole_shards_and_the_same_command_continues(
     command = [*COMMAND, "encode", str(tiny_decoder), "a.txt", "-o", "v", "--shard-rows", "512"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=hear_interrupts,
+    )  # fmt: skip
     while not (tmp_path / "v" / "part-000001.parquet").exists():
         assert process.poll() is None
         time.sleep(0.01)
