@@ -90,7 +90,7 @@ def measuring_batches(
     Returns:
         None if none has two rows for every device; data sets that do not fill one are left out.
     """
-    counts = np.bincount(sources.astype(np.int64), minlength=1)  # no rows come as float64
+    counts = np.bincount(sources.astype(np.int64), minlength=1)  # an empty array is of floats
     size = min(batch_size, int(counts.max()) // processes)
     weights = [float(count >= size * processes) for count in counts]
     return OneSourceBatches(sources, size, weights, processes) if size >= 2 else None
