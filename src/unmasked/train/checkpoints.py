@@ -3,7 +3,7 @@
 The trainer writes one into a folder named after its step; when everything is on the disk, a marker
 is written as the last file. So a kill or a full disk leaves a folder without the marker, which is
 removed, and the checkpoint before it as it was. A checkpoint holds the weights that are trained
-(the adapter, a few MB, or all of them), optimizer, scheduler, random state and the callback's sums.
+(the adapter, a few MB, or all of them), optimiser, scheduler, random state and the callback's sums.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def check_optimizer(trainer: Any, checkpoint: Path) -> None:
-    """Refuse an optimizer that was saved by name where one is read by number, or the other way.
+    """Refuse an optimiser that was saved by name where one is read by number, or the other way.
 
     Raises:
         RecipeError: weights were shared before and are not now, or are now and were not.

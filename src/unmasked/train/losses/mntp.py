@@ -105,7 +105,7 @@ class MaskedNextTokenModel(nn.Module):
             attention_mask: (B, T); None without padding.
             begins: (B, T) bool, where a document begins that sees only itself; None if all tokens
                 of a row see each other. The model must be one that can be packed.
-            num_items_in_batch: number of scored tokens of the whole optimizer step, on all
+            num_items_in_batch: number of scored tokens of the whole optimiser step, on all
                 devices; None takes those of this batch.
 
         Returns:
