@@ -435,14 +435,19 @@ def test_b41_gradcache_repeats_the_dropout_of_the_first_pass(tiny_decoder):
 # --- two devices ------------------------------------------------------------------------------
 
 
-def on_one_of_two(rank, folder, limit, port):
+def some_without_negatives(rows, count):
+    return [row | {"negatives": []} if i < count else row for i, row in enumerate(as_rows(rows))]
+
+
+def on_one_of_two(rank, folder, limit, without, port):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     model = build(folder)
     ddp = torch.nn.parallel.DistributedDataParallel(model)
-    features, labels = features_of(model, as_rows(ROWS[:16])[rank * 8 : rank * 8 + 8])
+    rows = some_without_negatives(ROWS[:16], without)
+    features, labels = features_of(model, rows[rank * 8 : rank * 8 + 8])
     RankingLoss(ddp, 0.05, limit)([features], labels).backward()
     torch.save(gradients(model), f"{folder}/rank-{rank}.pt")
     del ddp  # it would end the group while it holds the GIL, which gloo's threads wait for
@@ -460,8 +465,13 @@ def build(folder):
     return model
 
 
-@pytest.mark.parametrize("limit", [None, 60], ids=["at_once", "cached"])
-def test_b37_b38_two_devices_have_the_gradient_of_one_with_all(tiny_decoder, tmp_path, limit):
+@pytest.mark.parametrize(
+    ("limit", "without"), [(None, 0), (60, 0), (None, 8)], ids=["at_once", "cached", "uneven"]
+)
+def test_b37_b38_two_devices_have_the_gradient_of_one_with_all(
+    tiny_decoder, tmp_path, limit, without
+):
+    """Also where no row of the first device has a negative, and every one of the second."""
     import shutil
     import socket
 
@@ -469,9 +479,9 @@ def test_b37_b38_two_devices_have_the_gradient_of_one_with_all(tiny_decoder, tmp
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(on_one_of_two, (str(tmp_path), limit, port), nprocs=2)
+    multiprocessing.spawn(on_one_of_two, (str(tmp_path), limit, without, port), nprocs=2)
     model = build(tmp_path)
-    features, labels = features_of(model, as_rows(ROWS[:16]))
+    features, labels = features_of(model, some_without_negatives(ROWS[:16], without))
     RankingLoss(model, 0.05)([features], labels).backward()
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
     for name, gradient in gradients(model).items():

@@ -123,6 +123,10 @@ class RankingLoss(CachedLossMixin, nn.Module):
         queries, documents = vectors.split([layout.rows, len(vectors) - layout.rows])
         self.measured = alignment_and_uniformity(queries, documents[: layout.rows])
         query_keys, keys = layout.key.split([len(queries), len(documents)])
+        # Rows of another device may have more negatives: these show their positive again, too.
+        again = (devices.most(len(keys), keys.device) - len(keys)) // layout.rows
+        keys = torch.cat([keys, *[keys[: layout.rows]] * again])
+        documents = torch.cat([documents, *[documents[: layout.rows]] * again])
         documents = _gathered(documents, with_grad=True)  # (W (1 + K) B, D)
         own = get_rank() * len(keys) + torch.arange(layout.rows, device=vectors.device)
         same = _same(query_keys, keys, own)
