@@ -194,7 +194,8 @@ def prepare_sharding(trainer: Any, model: nn.Module, name: str) -> None:
 def _layers(model: nn.Module) -> list[str]:
     """Names of the classes of a trunk's layers: the list of modules that has most of its weights.
 
-    Of 189 families of causal language models every one has its layers so.
+    Of the 158 families that could be compared, text decoders agree with the layers transformers
+    names. Where the largest list is of another modality (phi4_multimodal, git), that is taken.
     """
 
     def weights(modules: nn.ModuleList) -> int:
