@@ -9,7 +9,7 @@ import signal
 import subprocess
 
 import yaml
-from support.commands import COMMAND, listing
+from support.commands import COMMAND, hear_interrupts, listing
 
 from unmasked.evaluate.compare import compare_stages
 
@@ -91,8 +91,9 @@ def test_ctrl_c_saves_and_the_same_command_continues(recipe, tmp_path, cli):
     command = [*COMMAND, "run", str(recipe), *overrides, "-o", "out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=hear_interrupts,
+    )  # fmt: skip
     try:
         for line in running.stderr:
             if line.startswith("mntp ") and "/100,000" in line:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.commands import COMMAND
+from support.commands import COMMAND, hear_interrupts
 
 
 @pytest.fixture
@@ -101,11 +101,6 @@ def test_what_is_refused(cli, tiny_decoder, corpus, arguments, said, monkeypatch
     assert (code, out) == (2, "")
     assert said in err and "Traceback" not in err
     assert not list(Path("out").glob("part-*")) and not Path("v.npy").exists()
-
-
-def hear_interrupts():
-    """A shell starts what it runs in the background deaf to Ctrl-C, and the tests with it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_control_c_keeps_whole_shards_and_the_same_command_continues(

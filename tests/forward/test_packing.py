@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from support import tiny
 from torch.nn.attention import varlen
 from transformers import (
     AutoModel,
@@ -29,19 +30,7 @@ from unmasked.forward.packing import NAME, checkpoint_contexts, enable_packing, 
 from unmasked.mask.opening import attention_name, open_config
 from unmasked.mask.proof import open_mask
 
-SMALL = {
-    "vocab_size": 120,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SMALL = {**tiny.SMALL, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
 PACKED = {
     "llama": LlamaConfig(**SMALL),

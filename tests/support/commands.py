@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,11 @@ def heavy_modules_after(code: str) -> set[str]:
     *_, last = done.stdout.splitlines()
     assert last.startswith("loaded:")
     return HEAVY & set(last.split())
+
+
+def hear_interrupts() -> None:
+    """For `preexec_fn`: a shell starts what it runs in the background deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def listing(folder: Path) -> dict[str, int]:

@@ -26,6 +26,17 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+SMALL = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+"""Fields of a still smaller decoder, for tests that build many."""
 HEAD = {"head_dim": 16}
 HYBRID = {"layer_types": ["conv", "full_attention"]}
 GEMMA = {**HEAD, "query_pre_attn_scalar": 16}

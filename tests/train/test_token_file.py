@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from support.tiny import SMALL
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
 from unmasked.checkpoint import adapters
@@ -125,11 +126,6 @@ def apart_model(config):
     return mntp.MaskedNextTokenModel(adapters.attach(trunk, rank=4, dropout=0.0), language_model)
 
 
-SMALL = {
-    "vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
-    "pad_token_id": 0,
-}  # fmt: skip
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "gemma3_window": Gemma3TextConfig(

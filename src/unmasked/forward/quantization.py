@@ -7,9 +7,8 @@ on the batch that it was computed in, and a token with huge states (the first on
 costs the others no precision.
 
 int8 runs on a CPU with torch's own integer product; `docs/design.md` compares it with libraries.
-fp8 runs on a GPU of compute capability 8.9 or later with `torch.nn.functional.scaled_mm`. Without
-compilation it is 0.86 times as fast as bfloat16 (8 billion weights on an H100), because scaling,
-cast and product are separate kernels.
+fp8 runs on a GPU of compute capability 8.9 or later with `torch.nn.functional.scaled_mm`; scaling,
+cast and product are separate kernels there, and no command of this repository has timed them yet.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def check_settings(recipe: Recipe, path: Path) -> None:
     for name, stage in _to_do(recipe, path):
         if not stage.data:
             raise DataError(
-                f"{name}.data: nothing to train on was given. Fix: {name}.data=FILE (or [FILE, "
-                f"...]), or {name}=null to leave the stage out."
+                f"{name}.data: nothing to train on was given. Fix: {name}.data=FILE (or "
+                f"'{name}.data=[FILE, FILE]'), or {name}=null to leave the stage out."
             )
         for source in map(Source, [] if isinstance(stage, Supervised) else stage.data):
             if not source.files or not source.again:

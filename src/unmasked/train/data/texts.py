@@ -40,7 +40,7 @@ def iterate_texts(paths: Sequence[str | Path], limit: int | None = None) -> Iter
         DataError: a file is missing, of another kind, not UTF-8, or has no text in it.
     """
     if not paths:
-        raise DataError("no training text was given. Fix: data=FILE (or [FILE, ...]).")
+        raise DataError("no training text was given. Fix: data=FILE, or 'data=[FILE, FILE]'.")
     sources = (Source(str(path), skip_blank=True) for path in paths)
     yield from islice((text for source in sources for _, text, _ in source.records()), limit)
 
