@@ -259,3 +259,15 @@ def test_every_setting_is_described(section):
     assert [name for name in section.model_fields if not described(name)] == []
     own = section.model_json_schema()["properties"]
     assert all(own[name]["description"].endswith(".") for name in own if "description" in own[name])
+
+
+def test_every_setting_is_described():
+    """Also where a stage only overrides a default: the schema is the reference of recipes."""
+    sections = Recipe.model_json_schema()["$defs"].items()
+    fields = [
+        (name, key, field)
+        for name, section in sections
+        for key, field in section["properties"].items()
+    ]
+    assert len(fields) > 60
+    assert [(name, key) for name, key, field in fields if not field.get("description")] == []

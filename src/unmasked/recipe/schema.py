@@ -198,8 +198,11 @@ class SimCSE(TextTraining):
     max_length: AtLeastTwo = 128
     """Texts are cut to this many tokens."""
     learning_rate: Positive = 3e-5
+    """Highest learning rate, which is reached after warm-up."""
     log_steps: Count = 50
+    """Number of steps between two lines of metrics."""
     eval_steps: Count = 200
+    """Number of steps between two losses on the held-out texts."""
     temperature: Positive = 0.05
     """Cosines are divided by this number before the softmax."""
     attention_dropout: Dropout = 0.3
@@ -266,9 +269,13 @@ class Supervised(Training):
     max_length: AtLeastTwo = 512
     """Texts are cut to this many tokens, with the instruction."""
     learning_rate: Positive = 2e-4
+    """Highest learning rate, which is reached after warm-up."""
     warmup_steps: Whole = 300
+    """Number of steps in which the learning rate climbs from zero."""
     log_steps: Count = 50
+    """Number of steps between two lines of metrics."""
     eval_steps: Count = 200
+    """Number of steps between two losses on the held-out texts."""
     temperature: Positive = 0.02
     """Cosines are divided by this number before the softmax."""
     mini_batch_tokens: Count | None = None
