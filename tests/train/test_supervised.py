@@ -471,7 +471,7 @@ def build(folder):
 def test_b37_b38_two_devices_have_the_gradient_of_one_with_all(
     tiny_decoder, tmp_path, limit, without
 ):
-    """Also where no row of the first device has a negative, and every one of the second."""
+    """Two devices have the gradient of one, also where the second alone has negatives."""
     import shutil
     import socket
 
