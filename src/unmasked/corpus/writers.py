@@ -14,6 +14,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from unmasked.errors import DataError
+
 OUTPUTS = (".npy", ".parquet", ".safetensors")
 Columns = Sequence[Sequence[object]]
 """Values of the columns beside the vectors, N each."""
@@ -24,7 +26,7 @@ def make_writer(
     file: IO[bytes],
     dtype: np.dtype[Any],
     width: int,
-    columns: Sequence[tuple[str, str]] = (),
+    columns: Sequence[tuple[str, Any]] = (),
 ) -> FlatWriter | ParquetWriter:
     """A writer that takes windows in order; the file is complete once the writer is closed.
 
@@ -33,7 +35,8 @@ def make_writer(
         file: the open file to write to.
         dtype: type of the stored numbers.
         width: how many numbers a stored vector has.
-        columns: names and Arrow types of the columns beside the vector, which .parquet alone holds.
+        columns: names and Arrow types (or their names) of the columns beside the vector, which
+            .parquet alone holds.
     """
     if kind == ".parquet":
         return ParquetWriter(file, dtype, width, columns)
@@ -82,12 +85,15 @@ class ParquetWriter:
         file: IO[bytes],
         dtype: np.dtype[Any],
         width: int,
-        columns: Sequence[tuple[str, str]],
+        columns: Sequence[tuple[str, Any]],
     ) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        fields = [(name, pa.type_for_alias(kind)) for name, kind in columns]
+        fields = [
+            (name, pa.type_for_alias(kind) if isinstance(kind, str) else kind)
+            for name, kind in columns
+        ]
         vector = pa.list_(pa.from_numpy_dtype(dtype), width)
         self.schema = pa.schema([*fields, ("vector", vector)])
         names = [name for name, _ in columns]
@@ -103,11 +109,31 @@ class ParquetWriter:
     def write(self, columns: Columns, vectors: np.ndarray) -> None:
         import pyarrow as pa
 
-        *types, vector = self.schema.types
-        arrays = [pa.array(list(values), kind) for values, kind in zip(columns, types, strict=True)]
+        *fields, vector = self.schema
+        arrays = [_array(columns[0], *one) for one in zip(columns, fields, strict=True)]
         flat = pa.array(vectors.reshape(-1))
-        arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=vector))
+        arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=vector.type))
         self.table_writer.write_table(pa.table(arrays, schema=self.schema))
 
     def close(self) -> None:
         self.table_writer.close()
+
+
+def _array(numbers: Sequence[object], values: Sequence[object], field: Any) -> Any:
+    """A column; the value that does not have its type is named with the number of its row."""
+    import pyarrow as pa
+
+    wrong = (pa.ArrowException, OverflowError, TypeError, UnicodeEncodeError)
+    try:
+        return pa.array(list(values), field.type)
+    except wrong:
+        for number, value in zip(numbers, values, strict=True):
+            try:
+                pa.array([value], field.type)
+            except wrong as error:
+                raise DataError(
+                    f"row {number} (from 0): '{field.name}' is {value!r:.40}, which the type "
+                    f"{field.type} of the column cannot hold. Fix: correct the row, or leave "
+                    f"'{field.name}' out of --keep."
+                ) from error
+        raise

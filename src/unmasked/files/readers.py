@@ -17,23 +17,24 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from unmasked.errors import DataError, nearest
+from unmasked.files.content import LOOKED_AT, Fault, file_fault, row_fault
 
-KINDS = (".txt", ".jsonl", ".csv", ".parquet")
+KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 HUB = "hf:"
 """Before the name of a Hugging Face data set: ``hf:OWNER/NAME``, ``hf:OWNER/NAME:SUBSET:SPLIT``."""
 LONGEST_LINE = 1 << 26
 """Bytes (64 MiB). A file without line breaks must not be read into memory whole."""
+Wanted = Iterable[str] | Callable[[Sequence[str]], Iterable[str]]
+"""Columns to read where they exist; or which of those that a file has, for it to say."""
 _PARQUET_ROWS = 1024
-
-Fault = tuple[str, str]
-"""What is wrong with a row, and how to correct it."""
+_BOM = b"\xef\xbb\xbf"
 
 
 class Cells(NamedTuple):
@@ -51,7 +52,7 @@ class Cells(NamedTuple):
 
 
 def kind_of(path: str) -> str | None:
-    """``.txt``, ``.jsonl``, ``.csv`` or ``.parquet``; None for what cannot be read."""
+    """One of `KINDS`; None for what cannot be read."""
     bare = path.removesuffix(".gz").removesuffix(".zst")
     kind = Path(bare).suffix
     return kind if kind in KINDS and not (kind == ".parquet" and bare != path) else None
@@ -68,17 +69,17 @@ def where(path: str, number: int) -> str:
     return f"{called(path)}, {word} {number}"
 
 
-def read(path: str, required: Mapping[str, str], wanted: Iterable[str] = ()) -> Iterator[Cells]:
+def read(path: str, required: Mapping[str, str], wanted: Wanted = ()) -> Iterator[Cells]:
     """Every row of a file, of standard input (``-``), or of a data set (``hf:NAME``).
 
     Args:
         path: what to read; its kind is in its name.
         required: columns that must be there, each with the fix for a file without it. A line of
             .txt is the first of them; a row of .jsonl may still lack one.
-        wanted: other columns to read where they exist.
+        wanted: other columns to read where they exist; every row of .jsonl has all of its own.
 
     Raises:
-        DataError: it cannot be divided into rows.
+        DataError: it cannot be divided into rows, or it is something else by its content.
     """
     kind = ".txt" if path == "-" else kind_of(path)
     if path.startswith(HUB):
@@ -90,7 +91,10 @@ def read(path: str, required: Mapping[str, str], wanted: Iterable[str] = ()) -> 
     else:
         with _opened(path) as file:
             lines = _lines(file, path)
-            yield from _csv(lines, path, required) if kind == ".csv" else _json(lines)
+            if kind == ".jsonl":
+                yield from _json(lines, path)
+            else:
+                yield from (_csv if kind == ".csv" else _tsv)(lines, path, required, wanted)
 
 
 def hub_parts(path: str) -> tuple[str, ...]:
@@ -103,9 +107,12 @@ def read_txt(path: str, column: str) -> Iterator[Cells]:
     with _opened(path) as file:
         for number, line in enumerate(_lines(file, path), start=1):
             try:
-                yield Cells(number, {column: line.decode().rstrip("\r\n")})
+                text = line.decode().rstrip("\r\n")
             except UnicodeDecodeError as error:
-                yield Cells(number, {}, _not_utf8(error))
+                yield Cells(number, {}, row_fault(path, error))
+            else:
+                fault = string_fault(column, text)
+                yield Cells(number, {} if fault else {column: text}, fault)
 
 
 def read_tsv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -118,20 +125,11 @@ def read_tsv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]
             header, or there is no row; names file, line and fix.
     """
     fix = f"begin with the header {', '.join(columns)}, separated by tabs; rows below"
-    rows = checked(path, read_txt(path, "line"))
-    lines = ((number, row["line"].split("\t")) for number, row in rows if row["line"].strip(" "))
-    header: list[str] = next((cells for _, cells in lines), [])
-    if not header:
-        raise fault_error(path, ("the file is empty", fix))
-    _columns(path, header, dict.fromkeys(columns, fix))
     number = 0
-    for number, cells in lines:
-        if len(cells) != len(header):
-            line = "\t".join(cells)[:60]
-            given = f"{len(cells)} columns instead of {len(header)} in {line!r}"
-            fix = "put one tab between columns, none inside a text"
-            raise fault_error(where(path, number), (given, fix))
-        yield number, [cells[header.index(column)] for column in columns]
+    with _opened(path) as file:
+        rows = _tsv(_lines(file, path), path, dict.fromkeys(columns, fix))
+        for number, row in checked(path, rows):
+            yield number, [row[column] for column in columns]
     if not number:
         raise fault_error(path, ("the file is empty below its header", "add rows"))
 
@@ -161,11 +159,14 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
 def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
     number = 0
     try:
-        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), start=1):
+        looked = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[type-var]
+        if fault := file_fault(path, looked.peek(LOOKED_AT)[:LOOKED_AT]):
+            raise fault_error(called(path), fault)
+        for number, line in enumerate(iter(partial(looked.readline, LONGEST_LINE), b""), start=1):
             if len(line) == LONGEST_LINE:
                 given = f"longer than {LONGEST_LINE >> 20} MiB"
                 raise fault_error(where(path, number), (given, "give one text per line"))
-            yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            yield line.removeprefix(_BOM)  # also where files that begin with it were joined
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip file ({error}).") from error
     except OSError as error:
@@ -174,19 +175,14 @@ def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
         raise DataError(f"{path}: not a whole zstd file ({error}).") from error
 
 
-def _not_utf8(error: UnicodeDecodeError) -> Fault:
-    given = f"not UTF-8 (byte {error.object[error.start]:#04x} at position {error.start})"
-    return given, "convert the file, as with iconv -f latin1 -t utf-8"
-
-
-def _json(lines: Iterable[bytes]) -> Iterator[Cells]:
+def _json(lines: Iterable[bytes], path: str) -> Iterator[Cells]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError as error:
-            yield Cells(number, {}, _not_utf8(error))
+            yield Cells(number, {}, row_fault(path, error))
         except (ValueError, RecursionError) as error:
             yield Cells(number, {}, (f"not JSON ({error})", "one object a line"))
         else:
@@ -196,32 +192,70 @@ def _json(lines: Iterable[bytes]) -> Iterator[Cells]:
                 yield Cells(number, {}, (f"a {type(row).__name__}", "one object a line"))
 
 
-def _csv(lines: Iterable[bytes], path: str, required: Mapping[str, str]) -> Iterator[Cells]:
+def _csv(
+    lines: Iterable[bytes], path: str, required: Mapping[str, str], wanted: Wanted = ()
+) -> Iterator[Cells]:
     csv.field_size_limit(2**31 - 1)
     # A row may span lines, so a byte that is not UTF-8 is carried along and found in its row.
     reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in lines), strict=True)
     try:
         header = next(reader, [])
-        _columns(path, header, required)
+        _columns(path, header, required, wanted)
         for cells in filter(None, reader):
-            values, fault = dict(zip(header, cells, strict=False)), None
-            if len(cells) != len(header):
-                given = f"{len(cells)} columns instead of {len(header)}"
-                fault = (given, "quote texts that hold a comma")
-            else:
-                try:
-                    for cell in values.values():
-                        if not cell.isascii():
-                            cell.encode("utf-8", "surrogateescape").decode()
-                except UnicodeDecodeError as error:
-                    fault = _not_utf8(error)
-            yield Cells(reader.line_num, {} if fault else values, fault)
+            values, fault = _by_name(header, cells, "quote texts that hold a comma")
+            try:
+                for cell in values.values():
+                    if not cell.isascii():
+                        cell.encode("utf-8", "surrogateescape").decode()
+            except UnicodeDecodeError as error:
+                values, fault = {}, row_fault(path, error)
+            yield Cells(reader.line_num, values, fault)
     except csv.Error as error:
         given = f"not CSV ({error})"
         raise fault_error(where(path, reader.line_num), (given, "correct the quotes")) from error
 
 
-def _parquet(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> Iterator[Cells]:
+def _tsv(
+    lines: Iterable[bytes], path: str, required: Mapping[str, str], wanted: Wanted = ()
+) -> Iterator[Cells]:
+    header: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip(b" \r\n"):
+            continue
+        try:
+            cells = line.decode().rstrip("\r\n").split("\t")
+        except UnicodeDecodeError as error:
+            if not header:
+                raise fault_error(where(path, number), row_fault(path, error)) from error
+            yield Cells(number, {}, row_fault(path, error))
+            continue
+        if not header:
+            header = cells
+            _columns(path, header, required, wanted)
+            continue
+        values, fault = _by_name(header, cells, "put one tab between columns, none inside a text")
+        if fault is None and b"\0" in line:
+            column = next(name for name, cell in values.items() if "\0" in cell)
+            values, fault = {}, string_fault(column, values[column])
+        yield Cells(number, values, fault)
+    if not header:
+        fix = next(iter(required.values()), "begin with a header, its columns separated by tabs")
+        raise fault_error(path, ("the file is empty", fix))
+
+
+def _by_name(
+    header: Sequence[str], cells: Sequence[str], fix: str
+) -> tuple[dict[str, str], Fault | None]:
+    """The cells of a row by their columns; none of them if there is a fault."""
+    if len(cells) != len(header):
+        shown = f" in {' '.join(cells)[:60]!r}" if cells else ""
+        return {}, (f"{len(cells)} columns instead of {len(header)}{shown}", fix)
+    if len(header) > 1 and list(cells) == list(header):
+        return {}, ("the header again, as where files were joined", "remove the line")
+    return dict(zip(header, cells, strict=True)), None
+
+
+def _parquet(path: str, required: Mapping[str, str], wanted: Wanted) -> Iterator[Cells]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -229,14 +263,16 @@ def _parquet(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> I
         with pq.ParquetFile(path) as file:
             columns = _columns(path, file.schema_arrow.names, required, wanted)
             batches = file.iter_batches(_PARQUET_ROWS, columns=columns)
-            rows = (row for batch in batches for row in _batch_rows(batch, columns))
+            rows = (row for batch in batches for row in _batch_rows(path, batch, columns))
             for number, (values, fault) in enumerate(rows, start=1):
                 yield Cells(number, values, fault)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a whole Parquet file ({error}).") from error
 
 
-def _batch_rows(batch: Any, columns: list[str]) -> Iterator[tuple[dict[str, Any], Fault | None]]:
+def _batch_rows(
+    path: str, batch: Any, columns: list[str]
+) -> Iterator[tuple[dict[str, Any], Fault | None]]:
     try:
         yield from ((values, None) for values in batch.to_pylist())
     except UnicodeDecodeError:  # somewhere in the batch, so cell by cell
@@ -244,10 +280,10 @@ def _batch_rows(batch: Any, columns: list[str]) -> Iterator[tuple[dict[str, Any]
             try:
                 yield {word: batch.column(word)[index].as_py() for word in columns}, None
             except UnicodeDecodeError as error:
-                yield {}, _not_utf8(error)
+                yield {}, row_fault(path, error)
 
 
-def _hub(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> Iterator[Cells]:
+def _hub(path: str, required: Mapping[str, str], wanted: Wanted) -> Iterator[Cells]:
     from datasets import load_dataset
 
     word, subset, split = hub_parts(path)
@@ -266,13 +302,17 @@ def _hub(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> Itera
 
 
 def _columns(
-    path: str, there: Sequence[str], required: Mapping[str, str], wanted: Iterable[str] = ()
+    path: str, there: Sequence[str], required: Mapping[str, str], wanted: Wanted = ()
 ) -> list[str]:
-    """The columns to read; refuses a file without one that is required."""
+    """The columns to read; refuses a file without one that is required, or with one twice."""
     for column, fix in required.items():
         if column not in there:
             raise fault_error(where(path, 1), absent(column, there, fix))
-    return [column for column in dict.fromkeys((*required, *wanted)) if column in there]
+    if twice := [name for name in dict.fromkeys(there) if name and there.count(name) > 1]:
+        given = f"the header has '{twice[0]}' {there.count(twice[0])} times: {', '.join(there)}"
+        raise fault_error(where(path, 1), (given, "give every column a name of its own"))
+    chosen = wanted(there) if callable(wanted) else wanted
+    return [column for column in dict.fromkeys((*required, *chosen)) if column in there]
 
 
 def string_fault(column: str, value: object) -> Fault | None:
@@ -280,6 +320,9 @@ def string_fault(column: str, value: object) -> Fault | None:
     if not isinstance(value, str):
         given = "null" if value is None else f"a {type(value).__name__}"
         return f"'{column}' is {given}", "give a string"
+    if "\0" in value:
+        given = f"a NUL character in '{column}' at character {value.index(chr(0))}"
+        return given, "remove it; where there are many, the file is not in UTF-8"
     try:
         value.encode()
     except UnicodeEncodeError as error:

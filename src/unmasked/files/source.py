@@ -9,15 +9,15 @@ in a corpus to encode, and never shifts the rows after it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unmasked.errors import DataError, nearest
+from unmasked.files.column_types import column_types
 from unmasked.files.readers import (
     HUB,
     KINDS,
@@ -32,9 +32,11 @@ from unmasked.files.readers import (
     where,
 )
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _IDS = ("id", "_id")
 _ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]*){0,2}")
-_TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64"}
 
 
 class Row(NamedTuple):
@@ -62,7 +64,7 @@ class Source:
     """Where texts come from.
 
     Attributes:
-        path: a .txt file (one text per line), .jsonl or .csv, each also as .gz or .zst, or
+        path: a .txt file (one text per line), .jsonl, .csv or .tsv, each also as .gz or .zst, or
             .parquet; a folder of such files; ``hf:NAME``, a Hugging Face data set, which is
             streamed; ``-`` for standard input, one text per line.
         column: the column or key that holds the text (ignored for .txt).
@@ -122,8 +124,7 @@ class Source:
         Raises:
             DataError: as `files`, or a file cannot be divided into rows.
         """
-        key, _ = self.layout
-        wanted = self.keep if key is None else (key, *self.keep)
+        wanted = self.keep if self.skip_blank else (*_IDS, *self.keep)
         for index in range(first_file, len(self.files)):
             for cells in read(self.files[index], self._required, wanted):
                 row = self._row(index, cells)
@@ -159,25 +160,27 @@ class Source:
         return fault_error(where(self.files[row.file], row.number), (given, fix))
 
     @cached_property
-    def layout(self) -> tuple[str | None, list[str]]:
-        """The column of ids, if there is one, and the types (Arrow's names) of those to keep.
+    def layout(self) -> tuple[str | None, list[pa.DataType]]:
+        """The column of ids, if there is one, and the types of those to keep.
 
-        The first good row decides, so that every part of the result has the same columns.
+        The first good row decides whether rows have ids; every other one has to do as it does.
+        Training asks for none.
         """
-        if self.files[0] == "-" or kind_of(self.files[0]) == ".txt":
-            if self.keep:
-                raise DataError(f"{self.name}: lines of text have no columns to keep.")
-            return None, []
+        if self.keep:
+            for path in self.files:
+                if path == "-" or kind_of(path) == ".txt":
+                    raise DataError(
+                        f"{called(path)}: lines of text have no columns to keep. "
+                        "Fix: leave out --keep, or give .jsonl, .csv or .parquet."
+                    )
+        types = column_types(self.files, self.keep) if self.keep else []
+        if self.skip_blank or self.files[0] == "-" or kind_of(self.files[0]) == ".txt":
+            return None, types
         for path in self.files:
-            for cells in read(path, self._required, (*_IDS, *self.keep)):
+            for cells in read(path, self._required, _IDS):
                 if cells.fault is None:
-                    there = list(cells.values)
-                    for name in self.keep:
-                        if name not in there:
-                            raise fault_error(path, absent(name, there, "name it with --keep"))
-                    key = next((name for name in _IDS if name in there), None)
-                    return key, [_type_name(cells.values[name]) for name in self.keep]
-        return None, ["string"] * len(self.keep)
+                    return next((name for name in _IDS if name in cells.values), None), types
+        return None, types
 
     @property
     def _required(self) -> dict[str, str]:
@@ -196,22 +199,30 @@ class Source:
             raise DataError(f"{self.name}: there is no text in it.")
 
     def _row(self, file: int, cells: Cells) -> Row:
-        key, types = self.layout
+        key, _ = self.layout
         values, name = cells.values, None
-        text = values.get(self.column)
         fault = cells.fault or self._text_fault(values)
+        if cells.fault is None and key is None and not self.skip_blank:
+            self._check_no_id(file, cells)
         if fault is None and key is not None:
-            name = str(values.get(key))
-            if isinstance(values.get(key), bool) or not isinstance(values.get(key), str | int):
-                given = "no id, though the first row has one"
-                fault = (given, "give every row an id, a string or whole number")
-            fault = fault or string_fault(key, name)
+            name, fault = _id_of(key, values)
         kept: tuple[object, ...] = ()
         if fault is None and self.keep:
-            kept, fault = _kept_values(values, self.keep, types)
+            kept = tuple(values.get(column) for column in self.keep)
+            texts = ((c, v) for c, v in zip(self.keep, kept, strict=True) if isinstance(v, str))
+            fault = next(filter(None, (string_fault(*text) for text in texts)), None)
         if fault is not None:
             return Row(file, cells.number, "", fault=fault)
-        return Row(file, cells.number, str(text), name, kept)
+        return Row(file, cells.number, str(values[self.column]), name, kept)
+
+    def _check_no_id(self, file: int, cells: Cells) -> None:
+        """Refuse the first id behind rows that have none: it would be dropped without a word."""
+        for key in _IDS:
+            if (given := cells.values.get(key)) is not None:
+                raise fault_error(
+                    where(self.files[file], cells.number),
+                    (f"'{key}' is {given!r:.40}, but rows before have no id", "give all an id"),
+                )
 
     def _text_fault(self, values: Mapping[str, Any]) -> Fault | None:
         if self.column not in values:
@@ -269,28 +280,13 @@ def _visible(folder: Path) -> list[Path]:
     )
 
 
-def _type_name(value: object) -> str:
-    return _TYPES.get(type(value), "string")
-
-
-def _kept_values(
-    values: Mapping[str, object], keep: Sequence[str], types: Sequence[str]
-) -> tuple[tuple[object, ...], Fault | None]:
-    """The values in the types of their columns; a column of strings takes others as JSON."""
-    kept: list[object] = []
-    for name, wanted in zip(keep, types, strict=True):
-        value = values.get(name)
-        if value is None:
-            pass
-        elif wanted == "string":
-            if not isinstance(value, str):
-                value = json.dumps(value, ensure_ascii=False, default=str)
-            if (fault := string_fault(name, value)) is not None:
-                return (), fault
-        elif wanted == "float64" and type(value) is int:
-            value = float(value)
-        elif _type_name(value) != wanted or (type(value) is int and value.bit_length() > 63):
-            given = f"'{name}' is {value!r:.40}, though the first row has a {wanted}"
-            return (), (given, "give every row the same type")
-        kept.append(value)
-    return tuple(kept), None
+def _id_of(key: str, values: Mapping[str, Any]) -> tuple[str | None, Fault | None]:
+    """The name of a row, or what is wrong with it."""
+    value, fix = values.get(key), "give every row an id, a string or whole number"
+    if key not in values:
+        return None, (f"no id ('{key}'), though the first row has one", fix)
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        shown = f"{value!r:.40}, a {type(value).__name__}"
+        said = {"None": "null", "''": "empty"}.get(repr(value), shown)
+        return None, (f"'{key}' is {said}", fix)
+    return str(value), string_fault(key, str(value))

@@ -1,0 +1,187 @@
+"""The types of columns that are handed on beside a text: declared by the file, or found in all rows.
+
+A type taken from the first row alone refuses 1.5 behind 1, and makes a date a quoted string. So
+.parquet and data sets keep the types that they declare, cells of .csv and .tsv stay strings, and
+.jsonl is read once from beginning to end, because only the last row may tell.
+
+Cost: one pass over the files of .jsonl, and none over others.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from unmasked.errors import DataError
+from unmasked.files.readers import (
+    HUB,
+    Cells,
+    absent,
+    fault_error,
+    hub_parts,
+    kind_of,
+    read,
+    where,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ROWS = 1024
+_EXACT = 1 << 53
+"""Whole numbers up to this one are exact in float64."""
+
+
+def column_types(files: Sequence[str], names: Sequence[str]) -> list[pa.DataType]:
+    """The type of each named column, over all files.
+
+    Args:
+        files: what `readers.read` reads.
+        names: of the columns.
+
+    Raises:
+        DataError: no file has a column, or its values have no common type; names the row.
+    """
+    import pyarrow as pa
+
+    found, seen = pa.schema([]), dict[str, None]()
+
+    def told(there: Sequence[str]) -> Sequence[str]:
+        seen.update(dict.fromkeys(there))
+        return ()
+
+    for path in files:
+        kind = kind_of(path)
+        declared = _declared(path, names, seen)
+        if declared is not None:
+            found = _merged(path, found, declared)
+        elif kind in (".csv", ".tsv"):
+            next(read(path, {}, told), None)
+            texts = pa.schema([(name, pa.string()) for name in names if name in seen])
+            found = _merged(path, found, texts)
+        else:
+            found = _scanned(path, names, seen, found)
+    types = []
+    for name in names:
+        if name not in seen:
+            raise fault_error(files[0], absent(name, seen, "name it with --keep"))
+        kind = found.field(name).type if name in found.names else pa.null()
+        types.append(pa.string() if pa.types.is_null(kind) else kind)
+        _check_stored(files[0], name, types[-1])
+    return types
+
+
+def _declared(path: str, names: Sequence[str], seen: dict[str, None]) -> pa.Schema | None:
+    """What a file says of its columns; None for a kind of file that says nothing."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.startswith(HUB):
+        from datasets import load_dataset
+
+        word, subset, split = hub_parts(path)
+        try:
+            features = load_dataset(
+                word, subset or None, split=split or "train", streaming=True
+            ).features
+        except (OSError, RuntimeError, ValueError):
+            return None  # `read` says what is wrong
+        if features is None:
+            return None
+        schema = features.arrow_schema
+    elif kind_of(path) == ".parquet":
+        try:
+            schema = pq.read_schema(path)
+        except pa.ArrowException as error:
+            raise DataError(f"{path}: not a whole Parquet file ({error}).") from error
+    else:
+        return None
+    seen.update(dict.fromkeys(schema.names))
+    return pa.schema([schema.field(name) for name in names if name in schema.names])
+
+
+def _merged(path: str, old: pa.Schema, new: pa.Schema) -> pa.Schema:
+    """The common types of two files; none that would change a value."""
+    import pyarrow as pa
+
+    new = pa.schema([pa.field(field.name, field.type) for field in new])
+    for field in new:
+        before = old.field(field.name).type if field.name in old.names else field.type
+        if not _agree(before, field.type):
+            given = f"column '{field.name}' has the type {field.type} here and {before} before"
+            fix = "give it one type in all files, or leave it out of --keep"
+            raise fault_error(path, (given, fix))
+    return pa.unify_schemas([old, new], promote_options="permissive")
+
+
+def _agree(a: pa.DataType, b: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_decimal(a) != pa.types.is_decimal(b) and not {a, b} & {pa.null()}:
+        return False  # a decimal that becomes a float is another number
+    try:
+        both = [pa.schema([("x", kind)]) for kind in (a, b)]
+        pa.unify_schemas(both, promote_options="permissive")
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _scanned(
+    path: str, names: Sequence[str], seen: dict[str, None], found: pa.Schema
+) -> pa.Schema:
+    """The types in all rows of a file that declares none."""
+    import pyarrow as pa
+
+    large: dict[str, tuple[int, int]] = {}  # of each column, the first number float64 changes
+    rows = (cells for cells in read(path, {}, names) if cells.fault is None)
+    while batch := list(islice(rows, _ROWS)):
+        for cells in batch:
+            seen.update(dict.fromkeys(cells.values))
+        for name in names:
+            for cells in batch:
+                value = cells.values.get(name)
+                if type(value) is int and abs(value) > _EXACT:
+                    large.setdefault(name, (cells.number, value))
+            try:
+                kind = pa.array([cells.values.get(name) for cells in batch]).type
+                found = _merged(path, found, pa.schema([(name, kind)]))
+            except (pa.ArrowException, OverflowError, TypeError, DataError, UnicodeEncodeError):
+                found = _row_by_row(path, name, batch, found)
+    for name, (number, value) in large.items():
+        if pa.types.is_floating(found.field(name).type):
+            given = f"'{name}' is {value}, which a column of floats (others are such) cannot hold"
+            raise fault_error(where(path, number), (given, "write these numbers as strings"))
+    return found
+
+
+def _row_by_row(path: str, name: str, batch: Iterable[Cells], found: pa.Schema) -> pa.Schema:
+    """As `_scanned` for one column of some rows, for the row whose value fits no type."""
+    import pyarrow as pa
+
+    for cells in batch:
+        value = cells.values.get(name)
+        before = found.field(name).type if name in found.names else None
+        try:
+            found = _merged(path, found, pa.schema([(name, pa.array([value]).type)]))
+        except (pa.ArrowException, OverflowError, TypeError, DataError, UnicodeEncodeError):
+            said = f", though the rows above have the type {before}" if before else ""
+            given = f"'{name}' is {json.dumps(value, default=str)[:40]}{said}"
+            fix = f"give '{name}' one type in every row, or leave it out of --keep"
+            raise fault_error(where(path, cells.number), (given, fix)) from None
+    return found
+
+
+def _check_stored(path: str, name: str, kind: pa.DataType) -> None:
+    """Refuse a type that .parquet cannot hold, before anything is encoded."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.write_table(pa.table({name: pa.array([], kind)}), io.BytesIO())
+    except pa.ArrowException as error:
+        given = f"column '{name}' has the type {kind}, which .parquet cannot hold"
+        raise fault_error(path, (given, "leave it out of --keep")) from error

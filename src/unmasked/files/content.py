@@ -1,0 +1,169 @@
+"""What a file is by its first bytes: text in UTF-8, or something that would be read as nonsense.
+
+UTF-16 read as UTF-8 gives vectors of text full of NUL characters, and a .gz that is called .txt
+gives none at all. Such a file is refused as a whole, with a command that mends it: passing over its
+lines would leave a few that are readable by accident. Advice on a line that is not UTF-8 names an
+encoding in which that line is text, found by trying.
+
+Cost: a look at the first four kilobytes of a file.
+"""
+
+from __future__ import annotations
+
+import shlex
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+LOOKED_AT = 4096
+"""Bytes at the beginning of a file by which it is judged."""
+Fault = tuple[str, str]
+"""What is wrong with a row or a file, and how to correct it."""
+_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_OTHERS = {
+    b"\x1f\x8b": ("gzip", "cp {0} {0}.gz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "cp {0} {0}.zst"),
+    b"PAR1": ("Parquet", "cp {0} {0}.parquet"),
+    b"BZh": ("bzip2", "bunzip2 -c {0} > {1}"),
+    b"\xfd7zXZ": ("xz", "unxz -c {0} > {1}"),
+    b"%PDF-": ("PDF", "pdftotext {0} {1}"),
+    b"PK\x03\x04": ("a zip archive (.xlsx and .docx are such)", ""),
+    b"SQLite format 3\0": ("an SQLite database", ""),
+}
+_SINGLE = ("cp949", "shift_jis", "gb18030", "big5", "cp1251")
+"""Encodings that are tried in this order where a line is neither UTF-8 nor Western European."""
+
+
+def file_fault(path: str, head: bytes) -> Fault | None:
+    """What is wrong with a file as a whole, if its first bytes say so.
+
+    Args:
+        path: the file, for the command that corrects it.
+        head: its first `LOOKED_AT` bytes, or all of them.
+
+    Returns:
+        The fault, or None for what may be UTF-8.
+    """
+    for mark, (kind, command) in _OTHERS.items():
+        if head.startswith(mark):
+            fix = command and command.format(*map(shlex.quote, (path, str(_beside(path)))))
+            return f"it is {kind} by its content", fix or "export it as .csv in UTF-8"
+    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    how = "as its byte order mark says"
+    if encoding is None:
+        encoding, how = _without_mark(head), "without a byte order mark"
+    if encoding is not None:
+        return f"it is {encoding}, {how}, and not UTF-8", converted(path, encoding)
+    if b"\r" in head[:-1] and b"\n" not in head:
+        given = "its lines end in CR alone, as on very old computers, so that it has one line only"
+        return given, _piped(path, r"tr '\r' '\n'")
+    return None
+
+
+def _beside(path: str) -> Path:
+    """A new name for what a command makes of a file."""
+    place = Path("texts.txt" if path == "-" else path)
+    stem, dot, kinds = place.name.partition(".")
+    kinds = kinds.removesuffix(".gz").removesuffix(".zst")
+    return place.with_name(f"{stem}-utf8{dot}{kinds}")
+
+
+def converted(path: str, encoding: str) -> str:
+    """The command that writes a file again in UTF-8."""
+    return _piped(path, f"iconv -f {encoding.lower()} -t utf-8")
+
+
+def _piped(path: str, command: str) -> str:
+    """The command line that sends a file, unpacked, through a command into a new one."""
+    unpacked = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(Path(path).suffix)
+    given, other = shlex.quote(path), shlex.quote(str(_beside(path)))
+    if unpacked:
+        return f"{unpacked} {given} | {command} > {other}"
+    return f"{command} < {given} > {other}"
+
+
+def _without_mark(head: bytes) -> str | None:
+    """UTF-16 or UTF-32 by where the zero bytes are: text in UTF-8 has none."""
+    zeros = head.count(0)
+    if not zeros:
+        return None
+    controls = sum(byte < 32 and byte not in b"\0\t\n\r\f\x1b" for byte in head)
+    if _is_utf8(head) and not controls and zeros * 5 < len(head):
+        return None  # a stray byte, which is the fault of its row
+    for names in (("UTF-32LE", "UTF-32BE"), ("UTF-16LE", "UTF-16BE")):
+        plain, encoding = max((_plain(head, name), name) for name in names)
+        if plain:
+            return encoding
+    return None
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        return error.end >= len(head) - 3  # a character that the end of the head cuts
+    return True
+
+
+def _plain(raw: bytes, encoding: str) -> int:
+    """How many characters are ASCII if these bytes are text in an encoding; 0 if they are not."""
+    text = raw[: len(raw) // 4 * 4 or len(raw)].decode(encoding, "replace")
+    strange = ("Cc", "Cn", "Co")
+    if any(unicodedata.category(c) in strange and c not in "\t\r\n" for c in text):
+        return 0
+    return 0 if "\ufffd" in text[:-1] else sum(map(str.isascii, text))
+
+
+def row_fault(path: str, error: UnicodeDecodeError) -> Fault:
+    """The fault of a line that is not UTF-8, with an encoding in which it is text."""
+    raw, place = bytes(error.object), error.start
+    given = f"not UTF-8 (byte {raw[place]:#04x} at position {place})"
+    encoding = encoding_of(raw)
+    if encoding is None:
+        return given, "save the file as UTF-8; no encoding that was tried makes text of this line"
+    fix = f"convert the file; this line is text in {encoding}: {converted(path, encoding)}"
+    return given, fix
+
+
+def encoding_of(raw: bytes) -> str | None:
+    """An encoding in which a line is text of one script; None if none of those tried is.
+
+    Western European is the first guess where bytes above 127 stand alone between ASCII letters;
+    several in a row are the scripts of East Asia and Cyrillic.
+    """
+    high = [byte > 127 for byte in raw]
+    pairs = sum(a and b for a, b in zip(high, high[1:], strict=False))
+    western = ("cp1252", "latin1")
+    order = (*_SINGLE, *western) if pairs * 2 >= sum(high) > 1 else (*western, *_SINGLE)
+    return next((name for name in order if _reads(raw, name)), None)
+
+
+def _reads(raw: bytes, encoding: str) -> bool:
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    strange = [char for char in text if not char.isascii()]
+    return all(unicodedata.category(char)[0] in "LMNPSZ" for char in strange) and (
+        encoding not in _COMMON or _share(strange, _COMMON[encoding]) > 0.5
+    )
+
+
+_COMMON = {
+    "cp949": ((0xAC00, 0xD7A3), (0x3000, 0x303F)),
+    "shift_jis": ((0x3040, 0x30FF), (0x3000, 0x303F), (0x4E00, 0x9FFF)),
+    "gb18030": ((0x4E00, 0x9FFF), (0x3000, 0x303F), (0xFF00, 0xFFEF)),
+    "big5": ((0x4E00, 0x9FFF), (0x3000, 0x303F), (0xFF00, 0xFFEF)),
+    "cp1251": ((0x0400, 0x04FF),),
+}
+"""Where the characters of a script are, so that another script is not taken for it."""
+
+
+def _share(characters: Iterable[str], blocks: Iterable[tuple[int, int]]) -> float:
+    found = [any(a <= ord(char) <= b for a, b in blocks) for char in characters]
+    return sum(found) / max(len(found), 1)
