@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
+from datasets import Dataset
 
 from unmasked import LLM2Vec
 from unmasked.errors import DataError, ModelError
@@ -29,10 +32,32 @@ def test_every_output_of_each_input(model):
         model.encode(["a"], output_value="token_embedings")
 
 
-@pytest.mark.parametrize("inputs", [None, 5, b"bytes", {"text": "a"}, np.array("no axis")])
+@pytest.mark.parametrize("inputs", [None, 5, b"bytes", np.array("no axis")])
 def test_what_is_no_list_of_texts_is_refused(model, inputs):
     with pytest.raises(DataError, match=r"inputs are .*Fix: encode\(\['a text'\]\)"):
         model.encode(inputs)
+
+
+@pytest.mark.parametrize("make", [pd.DataFrame, dict, pa.table, Dataset.from_dict])
+def test_a_table_of_columns_is_no_list_of_texts(model, make):
+    told = r"columns \(url, text\).*Fix: encode\(list\(data\['text'\]\)\)"
+    with pytest.raises(DataError, match=told):
+        model.encode(make({"url": ["u", "v"], "text": ["a", "b"]}))
+
+
+@pytest.mark.parametrize("make", [set, frozenset])
+def test_a_set_has_no_order(model, make):
+    with pytest.raises(DataError, match="no order.*Fix: encode"):
+        model.encode(make(["a", "b"]))
+
+
+@pytest.mark.parametrize("make", [pd.Series, tuple, iter, np.array, pd.Index, dict.fromkeys])
+def test_texts_in_any_sequence_have_their_own_vectors(model, make):
+    texts = ["one text", "둘", "three"]
+    given = make(texts).keys() if make is dict.fromkeys else make(texts)
+    np.testing.assert_array_equal(model.encode(given), model.encode(texts))
+    pairs = [("ask", text) for text in texts]
+    np.testing.assert_array_equal(model.encode(pair for pair in pairs), model.encode(pairs))
 
 
 def test_half_a_character_names_the_index(model):

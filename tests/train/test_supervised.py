@@ -115,13 +115,13 @@ def test_columns_have_names_and_negatives_may_be_a_list(tmp_path):
 
 
 def test_a_column_that_is_not_there_is_named_with_its_setting(tmp_path):
-    (tmp_path / "a.csv").write_text("query,answer\na,b\nc,d\n", encoding="utf-8")
-    pq.write_table(pa.table({"query": ["a"], "answer": ["b"]}), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("query,reply\na,b\nc,d\n", encoding="utf-8")
+    pq.write_table(pa.table({"query": ["a"], "reply": ["b"]}), tmp_path / "a.parquet")
     for name, place in (("a.csv", "line 1"), ("a.parquet", "row 1")):
-        told = f"{name}, {place}: no column 'positive' among query, answer. Fix: name it with "
-        with pytest.raises(DataError, match=told + r"\{path: .*, positive: NAME\}"):
+        told = f"{name}, {place}: no column 'positive' among query, reply. Fix: give "
+        with pytest.raises(DataError, match=told + r".*:positive=NAME in place of "):
             list(read_rows(Pairs(path=str(tmp_path / name))))
-    found = list(read_rows(Pairs(path=str(tmp_path / "a.csv"), positive="answer")))
+    found = list(read_rows(Pairs(path=str(tmp_path / "a.csv"), positive="reply")))
     assert [r.positive for r in found] == ["b", "d"]
 
 
@@ -154,7 +154,7 @@ def test_a_data_set_of_the_hub_has_a_subset_and_a_split(tmp_path, monkeypatch):
 def test_what_holds_no_pairs_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    with pytest.raises(DataError, match=r"unknown kind .* Allowed: \.jsonl, \.csv, \.parquet, all"):
+    with pytest.raises(DataError, match=r"unknown kind .* Allowed: \.jsonl, \.csv, \.tsv, "):
         list(read_rows(Pairs(path=name)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -58,7 +58,13 @@ def run(
 def train(
     stage: Annotated[Literal["mntp", "simcse", "supervised"], Argument()],
     base: Annotated[str, Option(help="Model to start from: hub name, folder or adapter.")],
-    data: Annotated[list[str], Option(help="File of texts, or of pairs; repeat for more.")],
+    data: Annotated[
+        list[str],
+        Option(
+            help="File of texts, or of pairs; repeat for more. Columns with names of their own "
+            "stand behind it: FILE:query=anchor,positive=text, or FILE:text=body."
+        ),
+    ],
     output: Annotated[Path, Option("-o", "--output", help="Run folder.")],
     overrides: OVERRIDES = None,
 ) -> None:
@@ -73,7 +79,7 @@ def train(
 
 def mine(
     model: MODEL,
-    data: Annotated[Path, Argument(help="Rows of query and positive.")],
+    data: Annotated[str, Argument(help="Rows of query and positive; see train --data.")],
     output: Annotated[Path, Option("-o", "--output", help="New .jsonl file.")],
     negatives: Annotated[int, Option(min=1, help="Maximum number of negatives per row.")] = 5,
     margin: Annotated[
@@ -86,25 +92,34 @@ def mine(
 ) -> None:
     """Find hard negatives for supervised training: wrong answers that the encoder ranks highly."""
     from unmasked.files.source import Source
-    from unmasked.recipe.schema import Pairs
+    from unmasked.recipe.files import make_recipe
 
     check_new(output)
     check_parent(output)
     if output.suffix != ".jsonl":
         raise OutputError(f"{output} should end in .jsonl, which training reads.")
     more = [text for _, text, _ in Source(str(corpus)).records()] if corpus else []
+    given: dict[str, Any] = {"name": "mine", "model": {"base": model}}
+    stage = make_recipe(given | {"supervised": {"data": data}}).supervised
+    assert stage is not None
+    (pairs,) = stage.data
+    if instruction:
+        pairs = pairs.model_copy(update={"instruction": [instruction]})
     with terminal.loading(f"loading {model}"):
         from unmasked.compat.llm2vec import LLM2Vec
         from unmasked.train.data.mining import mine
 
         encoder = LLM2Vec.from_pretrained(model)
-    pairs = Pairs(path=str(data), instruction=[instruction] if instruction else [])
     with terminal.waiting("searching for negatives"):
         settings = {"negatives": negatives, "skip": skip, "depth": depth}
-        found = mine(encoder, pairs, output, margin=margin, corpus=more, **settings)
+        found = mine(
+            encoder, pairs, output, margin=margin, corpus=more, tell=terminal.say, **settings
+        )
     terminal.show(
         f"{found.rows:,} rows, {found.negatives:,} negatives, {found.without:,} rows without any"
     )
+    if found.answers:
+        terminal.say(f"left out {found.answers:,} negatives that answer their query elsewhere")
     following = ["unmasked", "train", "supervised", "--base", model, "--data", str(output)]
     terminal.closing(output, [*following, "-o", "runs/supervised"])
 

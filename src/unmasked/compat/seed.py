@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from unmasked.errors import DataError, RecipeError, nearest
-from unmasked.files.source import Source
+from unmasked.files.source import training_source
 from unmasked.recipe.files import make_recipe
 from unmasked.recipe.schema import Recipe
 
@@ -214,7 +214,7 @@ def count_tokens(model: str, data: Sequence[str]) -> tuple[int, int]:
                 f"the training text {path} does not exist. Fix: --data_path FILE, plain text with "
                 "one sentence per line (the seed system looked in /data)."
             )
-    sources = (Source(path, skip_blank=True) for path in data)
+    sources = map(training_source, data)
     texts = list(dict.fromkeys(text for source in sources for _, text, _ in source.records()))
     tokenize = TextTokenizer(prepare_tokenizer(load_tokenizer(model)))
     starts = range(0, len(texts), 4096)  # what the tokenizer makes of them does not stay in memory

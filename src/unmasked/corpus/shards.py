@@ -24,7 +24,7 @@ from unmasked.corpus.manifest import Part, checksum
 from unmasked.corpus.stored_vectors import CALIBRATION, Encoding
 from unmasked.corpus.writers import make_writer
 from unmasked.errors import OutputError
-from unmasked.files.readers import Fault
+from unmasked.files.content import Fault
 from unmasked.files.source import Row, Source
 from unmasked.files.writing import written_aside
 

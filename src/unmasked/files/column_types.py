@@ -1,4 +1,4 @@
-"""The types of columns that are handed on beside a text: declared by the file, or found in all rows.
+"""The types of columns handed on beside a text: declared by the file, or found in all rows.
 
 A type taken from the first row alone refuses 1.5 behind 1, and makes a date a quoted string. So
 .parquet and data sets keep the types that they declare, cells of .csv and .tsv stay strings, and
@@ -130,9 +130,7 @@ def _agree(a: pa.DataType, b: pa.DataType) -> bool:
     return True
 
 
-def _scanned(
-    path: str, names: Sequence[str], seen: dict[str, None], found: pa.Schema
-) -> pa.Schema:
+def _scanned(path: str, names: Sequence[str], seen: dict[str, None], found: pa.Schema) -> pa.Schema:
     """The types in all rows of a file that declares none."""
     import pyarrow as pa
 

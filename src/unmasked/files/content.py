@@ -13,6 +13,7 @@ from __future__ import annotations
 import shlex
 import unicodedata
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 LOOKED_AT = 4096
@@ -137,7 +138,7 @@ def encoding_of(raw: bytes) -> str | None:
     several in a row are the scripts of East Asia and Cyrillic.
     """
     high = [byte > 127 for byte in raw]
-    pairs = sum(a and b for a, b in zip(high, high[1:], strict=False))
+    pairs = sum(a and b for a, b in pairwise(high))
     western = ("cp1252", "latin1")
     order = (*_SINGLE, *western) if pairs * 2 >= sum(high) > 1 else (*western, *_SINGLE)
     return next((name for name in order if _reads(raw, name)), None)

@@ -10,6 +10,7 @@ in a corpus to encode, and never shifts the rows after it.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unmasked.errors import DataError, nearest
 from unmasked.files.column_types import column_types
+from unmasked.files.content import Fault
 from unmasked.files.readers import (
     HUB,
     KINDS,
     Cells,
-    Fault,
     absent,
     called,
     fault_error,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _IDS = ("id", "_id")
+_WITH_COLUMN = re.compile(r"(.+):(\w+)=(.+)")
 _ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]*){0,2}")
 
 
@@ -184,7 +186,8 @@ class Source:
 
     @property
     def _required(self) -> dict[str, str]:
-        training = f"call it '{self.column}'"  # training has no such option
+        # Training has no such option.
+        training = f"give {shlex.quote(f'{self.path}:text=NAME')} in place of {self.path}"
         return {self.column: training if self.skip_blank else "name it with --text-column"}
 
     def _checked(self, skip: bool = False) -> Iterator[Row]:
@@ -236,6 +239,24 @@ class Source:
             given = f"a text of {size:,} bytes, of which only the beginning would count"
             return given, f"cut it into passages, or allow it with --max-bytes {size + 1}"
         return None
+
+
+def training_source(given: str | Path) -> Source:
+    """Texts to train on: what `Source` reads, with the column behind it where it is another one.
+
+    Args:
+        given: a path, or ``PATH:text=COLUMN``.
+
+    Raises:
+        DataError: something else than ``text`` is named there.
+    """
+    match = _WITH_COLUMN.fullmatch(str(given))
+    if match is None:
+        return Source(str(given), skip_blank=True)
+    if match[2] != "text":
+        fix = f"{match[1]}:text={match[3]}"
+        raise DataError(f"{given}: a stage on texts has one column, 'text'. Fix: {fix}.")
+    return Source(match[1], match[3], skip_blank=True)
 
 
 def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:

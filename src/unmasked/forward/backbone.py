@@ -30,13 +30,33 @@ def listed(inputs: Any) -> list[Any]:
     Raises:
         DataError: they are not a sequence of inputs.
     """
-    if isinstance(inputs, Iterable) and not isinstance(inputs, Mapping | bytes):
+    _refuse_container(inputs)
+    if isinstance(inputs, Iterable) and not isinstance(inputs, bytes):
         with suppress(TypeError):  # an array without an axis
             return list(inputs)
     raise DataError(
         f"inputs are {_describe(inputs)}. Allowed: a string, a list of strings, or a list of "
         "[instruction, text] pairs. Fix: encode(['a text'])."
     )
+
+
+def _refuse_container(inputs: Any) -> None:
+    """Refuse what can be passed through and is no list of texts: columns, and sets."""
+    if isinstance(inputs, set | frozenset):
+        raise DataError(
+            f"inputs are a {type(inputs).__name__}, which has no order, so nobody knows which "
+            "vector is whose. Fix: encode(sorted(texts))."
+        )
+    names = inputs.keys() if isinstance(inputs, Mapping) else getattr(inputs, "column_names", None)
+    if names is None:
+        names = getattr(inputs, "columns", None)
+    if names is not None and not callable(names):
+        columns = [str(name) for name in names]
+        column = "text" if "text" in columns or not columns else columns[0]
+        raise DataError(
+            f"inputs are a {type(inputs).__name__} of columns ({', '.join(columns[:10])}), and "
+            f"the texts are one of them. Fix: encode(list(data[{column!r}]))."
+        )
 
 
 def split_pairs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from unmasked.errors import RecipeError, nearest
 from unmasked.recipe.schema import Recipe
+
+logger = logging.getLogger(__name__)
 
 Place = tuple[str | int, ...]
 """The way to a key: ``("supervised", "data", 0, "path")``."""
@@ -70,16 +73,53 @@ def recipe_differences(a: Recipe, b: Recipe) -> list[str]:
 def _checked(
     data: dict[str, Any], overrides: Sequence[str], places: dict[Place, str], name: str
 ) -> Recipe:
+    own = {name: dict(section) for name, section in data.items() if isinstance(section, dict)}
+    changed: set[Place] = set()
     for override in overrides:
         place = _apply(override, data)
+        changed.add(place)
         places = {p: text for p, text in places.items() if p[: len(place)] != place}
         for end in range(1, len(place) + 1):
             places.setdefault(place[:end], f"override '{override}'")
+    _shorten_warmup(data, own, changed)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         problems = [_explain(e, places, name) for e in error.errors(include_url=False)]
         raise RecipeError("\n".join(problems)) from None
+
+
+def _shorten_warmup(
+    data: dict[str, Any], own: dict[str, dict[str, Any]], changed: set[Place]
+) -> None:
+    """Fewer steps than the warm-up of the recipe, or of the schema, get a tenth of them instead.
+
+    A warm-up that was asked for together with the steps stays, and is refused if it is too long.
+    """
+    for name in ("mntp", "simcse", "supervised"):
+        section = data.get(name)
+        if not isinstance(section, dict) or (name, "warmup_steps") in changed:
+            continue
+        fewer = {(name, "steps"), (name, "schedule_steps")} & changed
+        if "warmup_steps" in own.get(name, {}) and not fewer:
+            continue
+        settings = {key: field.default for key, field in _stage_fields(name).items()} | section
+        steps, warmup = settings["schedule_steps"] or settings["steps"], settings["warmup_steps"]
+        if isinstance(steps, int) and isinstance(warmup, int) and 0 < steps <= warmup:
+            data[name] = section | {"warmup_steps": steps // 10}
+            logger.warning(
+                "%s.warmup_steps: %d instead of %d, a tenth of the %d steps.",
+                name,
+                steps // 10,
+                warmup,
+                steps,
+            )
+
+
+def _stage_fields(name: str) -> dict[str, Any]:
+    """The settings of a stage in the schema."""
+    types = get_args(Recipe.model_fields[name].annotation)
+    return next(kind.model_fields for kind in types if hasattr(kind, "model_fields"))
 
 
 def _read(path: Path, given: str) -> str:

@@ -10,6 +10,7 @@ Defaults are the numbers of the LLM2Vec paper (arXiv 2404.05961) and its publish
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -39,7 +40,24 @@ def _data_sets(value: object) -> object:
     """A path stands for a data set whose other settings have their defaults."""
     listed = _listed(value)
     items = listed if isinstance(listed, list) else [listed]
-    return [{"path": item} if isinstance(item, str) else item for item in items]
+    return [_data_set(item) if isinstance(item, str) else item for item in items]
+
+
+_WITH_COLUMNS = re.compile(r"(.+?):(\w+=[^,]+(?:,\w+=[^,]+)*)")
+
+
+def _data_set(text: str) -> dict[str, Any]:
+    """``FILE``, or ``FILE:query=anchor,positive=text`` with settings of `Pairs` behind it."""
+    match = _WITH_COLUMNS.fullmatch(text)
+    if match is None:
+        return {"path": text}
+    given: dict[str, Any] = {"path": match[1]}
+    for setting in match[2].split(","):
+        key, _, name = setting.partition("=")
+        if key == "path" or (key in given and key != "negative"):
+            raise ValueError(f"'{text}' gives '{key}' twice")
+        given[key] = [*given.get(key, []), name] if key == "negative" else name
+    return given
 
 
 Count = Annotated[int, Field(ge=1), BeforeValidator(_number)]
@@ -232,13 +250,16 @@ class Pairs(_Section):
     """Subset of a data set on the hub if the path names none; None takes its only one."""
     split: str = "train"
     """Split of a data set on the hub if the path names none."""
-    query: str = "query"
-    """Column of the query."""
-    positive: str = "positive"
-    """Column of the text that answers the query."""
-    negative: str = "negative"
-    """Column of a text that does not answer the query, or of a list of such texts; a file may lack
-    it. A column ``negatives`` is found as well."""
+    query: str | None = None
+    """Column of the query; None finds it by its name (``query``, ``anchor``, ``question`` and
+    others in use)."""
+    positive: str | None = None
+    """Column of the text, or of a list of texts, that answers the query; None finds it by its name
+    (``positive``, ``pos``, ``answer`` and others in use)."""
+    negative: Strings = []
+    """Columns of texts, or lists of texts, that do not answer the query. None given: all that are
+    called so (``negative``, ``negatives``, ``neg``, ``hard_negatives``, ``negative_1`` to
+    ``negative_n`` and others in use); a file may lack them."""
     instruction: Strings = []
     """Put before every query and never pooled. Of several, row i takes the i-th, in a cycle."""
     document_instruction: Strings = []
@@ -261,7 +282,8 @@ class Supervised(Training):
     """Contrastive training on pairs, with hard negatives if there are any (paper section 3.2)."""
 
     data: Annotated[list[Pairs], BeforeValidator(_data_sets)] = []
-    """Data sets; a path may stand for one, and one for a list. A batch has rows of one data set."""
+    """Data sets; a path may stand for one, and one for a list. ``FILE:query=anchor,positive=text``
+    names columns behind a path. A batch has rows of one data set."""
     batch_size: AtLeastTwo = 512
     """Rows per batch, divided among the devices; documents of all other rows are negatives."""
     hard_negatives: Whole = 1

@@ -129,7 +129,7 @@ def _template(
 def _token_names(tokenizer: PreTrainedTokenizerBase, hidden: int | None) -> dict[str, str]:
     """Names of special tokens to keep; padding needs one, and `hidden` must have none."""
     names: dict[str, str] = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token"):
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "mask_token"):
         token = getattr(tokenizer, name, None)
         if token is not None and tokenizer.convert_tokens_to_ids(token) != hidden:
             names[name] = str(token)

@@ -6,6 +6,7 @@ into the token file that it trains on; an adapter is attached and taken off; no 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from unmasked.errors import DataError, MissingExtraError, RecipeError
-from unmasked.files.source import Source
+from unmasked.files.source import training_source
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Supervised
 from unmasked.train import devices
@@ -28,6 +29,8 @@ from unmasked.train.fitting import TOKENS, is_done
 from unmasked.train.losses.simcse import noise
 from unmasked.train.plan.shapes import trained_trunk
 from unmasked.train.trainer import stage_arguments
+
+logger = logging.getLogger(__name__)
 
 OWN_PLACE = {"output_dir": "-o FOLDER", "max_steps": "steps"}
 """Arguments of the trainer that the run itself sets, and where they are given."""
@@ -51,7 +54,7 @@ def check_settings(recipe: Recipe, path: Path) -> None:
                 f"{name}.data: nothing to train on was given. Fix: {name}.data=FILE (or "
                 f"'{name}.data=[FILE, FILE]'), or {name}=null to leave the stage out."
             )
-        for source in map(Source, [] if isinstance(stage, Supervised) else stage.data):
+        for source in map(training_source, [] if isinstance(stage, Supervised) else stage.data):
             if not source.files or not source.again:
                 raise DataError(
                     f"{name}.data: {source.name} cannot be read again, which continuing a run "
@@ -120,7 +123,7 @@ def _to_do(recipe: Recipe, path: Path) -> Iterator[tuple[str, AnyStage]]:
 
 def _check_pairs(stage: Supervised, seed: int) -> None:
     """Read every row, and deal batches of them, which refuses a data set that fills none."""
-    counts = [sum(1 for _ in read_rows(pairs)) for pairs in stage.data]
+    counts = [sum(1 for _ in read_rows(pairs, tell=logger.warning)) for pairs in stage.data]
     rows = Dataset.from_dict({"source": np.repeat(np.arange(len(counts)), counts)})
     train, _ = split_rows(rows, stage.held_out, seed)
     batch, weights = stage.batch_size // devices.world(), [pairs.weight for pairs in stage.data]

@@ -5,10 +5,8 @@ Cost beside training: MNTP loads the base a second time, for its head.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +17,12 @@ from torch.utils.data import BatchSampler, RandomSampler
 from transformers import TrainingArguments, default_data_collator
 
 from unmasked.checkpoint import loading
-from unmasked.errors import DataError
-from unmasked.files.writing import write_text
 from unmasked.recipe.schema import MNTP, AnyStage, SimCSE, Supervised
-from unmasked.train import checkpoints, devices
+from unmasked.train import devices
 from unmasked.train.data.mixing import OneSourceBatches, PairCollator, measuring_batches
 from unmasked.train.data.pairs import split_rows, store_rows
-from unmasked.train.data.texts import Blocks, read_texts, split_held_out, token_file
+from unmasked.train.data.record import write_facts
+from unmasked.train.data.texts import Blocks, facts_of, read_texts, split_held_out, token_file
 from unmasked.train.fitting import ROWS, TOKENS, StageSetup, callbacks, make_trainable, train
 from unmasked.train.losses import mntp
 from unmasked.train.losses.simcse import TwoViewsLoss, noise
@@ -46,7 +43,7 @@ def fit(setup: StageSetup, stage: AnyStage) -> None:
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
         OutputError: a checkpoint could not be written.
-        DataError: the texts of MNTP have changed since the checkpoint.
+        DataError: the texts have changed since the checkpoint.
         RecipeError: as `fitting.train`.
     """
     with devices.own_environment():
@@ -121,6 +118,7 @@ def _blocks(
     if devices.is_first():
         told = {
             "source": file.source,
+            "files": file.files,
             "texts": len(file.keys),
             "repeated": len(file.keys) - len(kept) - len(held_out),
             "held_out": len(held_out),
@@ -128,26 +126,12 @@ def _blocks(
             "blocks": len(blocks),
             "dropped_tokens": blocks.dropped,
         }
-        _write_facts(setup.folder, told)
+        write_facts(setup.folder, told)
     measured = None
     if len(held_out):
         others = Blocks(file, held_out, stage.block_length, held_out=True)
         measured = mntp.BlockData(others, masking, seed, apart)
     return mntp.BlockData(blocks, masking, seed, apart), measured
-
-
-def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """An interrupted stage continues on the texts it began with, or not at all."""
-    file = folder / "data.json"
-    if checkpoints.last_checkpoint(folder) is not None and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before["source"] != facts["source"]:
-            raise DataError(
-                f"the texts of {folder.name} have changed since its last checkpoint (names, sizes "
-                "or times of the files). Fix: put them back to continue, or choose another output "
-                "folder."
-            )
-    write_text(file, json.dumps(facts, indent=2) + "\n")
 
 
 def _fit_simcse(setup: StageSetup, stage: SimCSE) -> None:
@@ -161,6 +145,8 @@ def _fit_simcse(setup: StageSetup, stage: SimCSE) -> None:
 
     make_trainable(setup, stage)
     texts = read_texts(stage.data, stage.max_texts)
+    if devices.is_first():
+        write_facts(setup.folder, facts_of(stage.data, texts))
     kept, held_out = split_held_out(texts, stage.held_out, setup.recipe.seed)
     size = stage.batch_size // devices.world()
     fewer = min(size, len(held_out) // devices.world())
@@ -173,7 +159,7 @@ def _fit_simcse(setup: StageSetup, stage: SimCSE) -> None:
 def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
     make_trainable(setup, stage)
     if devices.is_first():
-        store_rows(stage.data, setup.folder / ROWS)
+        write_facts(setup.folder, store_rows(stage.data, setup.folder / ROWS))
     devices.wait()
     rows = Dataset.from_file(str(setup.folder / ROWS))
     kept, held_out = split_rows(rows, stage.held_out, setup.recipe.seed)

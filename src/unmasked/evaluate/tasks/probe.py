@@ -1,7 +1,10 @@
 """What a model knows of single words: a linear probe on frozen vectors, from CoNLL-style files.
 
 One word per line with its labels behind it (separated by tabs or spaces) and a blank line after
-each sentence. Every column of labels is probed alone and called by what it holds: ``pos``,
+each sentence. CoNLL-U is known by its ten columns, of which the first counts the words: its parts
+of speech and relations are probed, and ranges (``2-3``) and empty nodes (``2.1``) are no words of
+their own. Other files whose first column counts the words have their words in the second. Every
+column of labels is probed alone and called by what it holds: ``pos``,
 ``chunk``, ``ner``, or by its number. Two states of each word are probed: its own, and the one
 before (``before``), where masked next token prediction puts what it knows (arXiv 2404.05961,
 section 4). Token accuracy counts every word, ``O`` included, as the paper does; columns of spans
@@ -13,6 +16,7 @@ Cost: encoding all words, then one logistic regression per column and state: abo
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from dataclasses import dataclass
@@ -27,13 +31,19 @@ from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.tasks.task_files import fault, numbered_lines
 from unmasked.evaluate.tasks.task_vectors import finite
 
+logger = logging.getLogger(__name__)
+
 TRAIN_WORDS = 30_000  # in whole sentences, drawn from all
 LONGEST = 60  # words; longer sentences are cut into pieces of this many, so that no model cuts them
 STATES = {"": False, " before": True}
 _UNIVERSAL = {"ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "NOUN", "PRON", "PROPN", "SCONJ"}
 _ENTITIES = {"PER", "LOC", "ORG", "MISC", "O"}
 _PHRASES = {"NP", "VP", "PP"}
-_SPLIT = re.compile(r"(dev|valid|testa|testb|test)(?=[^a-z]*\.[a-z]+$|$)")
+_SPLIT = re.compile(r"(?<![a-z])(dev|validation|valid|val|testa|testb|test)(?=[^a-z]*\.[a-z]+$|$)")
+_NUMBER = re.compile(r"\d+([-.]\d+)?")
+_CONLLU = {1: "form", 3: "upos", 4: "xpos", 7: "deprel"}
+"""Columns of CoNLL-U and CoNLL-X, from 0, that are words and labels of words."""
+_MOST_LABELS = 1000
 _SPAN = re.compile(r"O|[BIES]-.+")
 
 Labels = list[list[str]]
@@ -93,46 +103,111 @@ def load_probe(path: str | Path) -> WordTask:
     if partner == path or not partner.is_file():
         given = f"there is no file to train on beside it ({partner.name})"
         raise fault(path, given, "give NAME_dev or NAME_test with NAME_train beside it")
-    train, test = _read(partner), _read(path)
-    width, columns = len(test[0][1]), []
-    if len(train[0][1]) != width:
+    (names, train), (others, test) = _read(partner), _read(path)
+    if names != others:
         raise fault(path, f"other columns than {partner.name}", "give files of one layout")
-    for number in range(width):
-        if len(set().union(*_column(train, number))) < 2:
-            raise fault(partner, f"column {number + 2} has one label only", "leave it out")
-        columns.append(_name(number, set().union(*_column(test, number))))
-        if re.match("chunk|ner|span", columns[-1]) and find_spec("seqeval") is None:
+    columns: dict[int, str] = {}  # what each column that is probed is called
+    for number, name in enumerate(names):
+        known = set().union(*_column(train, number))
+        if not 1 < len(known) <= _MOST_LABELS:
+            told = "one label only" if len(known) < 2 else f"{len(known):,} different labels"
+            if not name:
+                raise fault(partner, f"column {number + 2} has {told}", "leave it out")
+            logger.warning("%s: %s is not probed, as it has %s.", partner, name, told)
+            continue
+        columns[number] = name or _name(number, set().union(*_column(test, number)))
+        if re.match("chunk|ner|span", columns[number]) and find_spec("seqeval") is None:
             raise MissingExtraError("seqeval", "eval")
-    return WordTask(path.resolve().stem, tuple(columns), train, test)
+    if not columns:
+        raise fault(partner, "no column has labels that differ", "give another file")
+    train, test = (
+        [(words, [labels[number] for number in columns]) for words, labels in part]
+        for part in (train, test)
+    )
+    return WordTask(path.resolve().stem, tuple(columns.values()), train, test)
 
 
-def _read(path: Path) -> list[Sentence]:
-    sentences: list[list[list[str]]] = [[]]  # of rows: a word, then its labels
-    separator, width, first = None, 0, ""
-    for number, line in numbered_lines(path):
-        if not line.strip() or line.startswith("-DOCSTART-"):
+def _read(path: Path) -> tuple[list[str], list[Sentence]]:
+    """What the columns of labels are called, as far as the format says it, and the sentences."""
+    numbers, rows, width = _rows(path)
+    counted = _counts_words(rows)
+    if counted:  # ranges and empty nodes are other spellings of the words beside them
+        rows = [[row for row in sentence if row[0].isdecimal()] for sentence in rows]
+    names = [""] * (width - 1 - counted)
+    if counted and width == 10:
+        every = [row for sentence in rows for row in sentence]
+        used = [n for n in _CONLLU if n == 1 or any(row[n] != "_" for row in every)]
+        rows = [[[row[n] for n in used] for row in sentence] for sentence in rows]
+        names = [_CONLLU[n] for n in used[1:]]
+    elif counted:
+        rows = [[row[1:] for row in sentence] for sentence in rows]
+    if not names:
+        first = numbers[0] if numbers else None
+        given = f"no label behind {' '.join(rows[0][0])[:40]!r}"
+        raise fault(path, given, "write: word TAB label", first)
+    found = []
+    for words_of in rows:
+        for start in range(0, len(words_of), LONGEST):
+            words, *columns = map(list, zip(*words_of[start : start + LONGEST], strict=True))
+            found.append((words, columns))
+    return names, found
+
+
+def _rows(path: Path) -> tuple[list[int], list[list[list[str]]], int]:
+    """Line numbers of the words, the cells of each by sentence, and how many cells one has.
+
+    A line that begins with ``#`` is a comment, unless it is a word like the others: with as many
+    cells, and with a label that others have.
+    """
+    lines: list[tuple[int, str]] = list(numbered_lines(path))
+    plain = [line for _, line in lines if line.strip() and not _is_mark(line)]
+    if not plain:
+        raise fault(path, "there are no words in it", "write one word per line, then its labels")
+    tabs = "\t" in next((line for line in plain if not line.startswith("#")), plain[0])
+    sure = [_cells(line, tabs) for line in plain if not line.startswith("#")]
+    width = len(sure[0]) if sure else len(_cells(plain[0], tabs))
+    known = [{cells[n] for cells in sure if n < len(cells)} for n in range(width)]
+    numbers, sentences = [], list[list[list[str]]]([[]])
+    for number, line in lines:
+        if not line.strip() or _is_mark(line):
             sentences.append([])
             continue
-        if not width and (not line.startswith("#") or "\t" in line):
-            separator = "\t" if "\t" in line else None
-            width, first = len(line.split(separator)), line
-        cells = line.split(separator)
+        cells = _cells(line, tabs)
+        if line.startswith("#") and sure and not _is_word(cells, known):
+            continue
         if len(cells) != width:
-            if line.startswith("#"):
-                continue  # a comment
-            given = f"{len(cells)} columns instead of {width} as in {first[:40]!r}"
+            shown = plain[0] if not sure else "\t".join(sure[0])
+            given = f"{len(cells)} columns instead of {width} as in {shown[:40]!r}"
             raise fault(path, given, "give every word the same labels", number)
-        if width == 1:
-            raise fault(path, f"no label behind {line[:40]!r}", "write: word TAB label", number)
+        numbers.append(number)
         sentences[-1].append(cells)
-    if not width:
-        raise fault(path, "there are no words in it", "write one word per line, then its labels")
-    found = []
-    for rows in sentences:
-        for start in range(0, len(rows), LONGEST):
-            words, *columns = map(list, zip(*rows[start : start + LONGEST], strict=True))
-            found.append((words, columns))
-    return found
+    return numbers, [sentence for sentence in sentences if sentence], width
+
+
+def _is_mark(line: str) -> bool:
+    return line.startswith("-DOCSTART-")
+
+
+def _cells(line: str, tabs: bool) -> list[str]:
+    """The cells of a line; other white space than tab and space is part of a word."""
+    return line.split("\t") if tabs else re.split(r"[ \t]+", line.strip(" \t"))
+
+
+def _is_word(cells: list[str], known: list[set[str]]) -> bool:
+    """Whether a line that begins with ``#`` has a label of a word."""
+    pairs = zip(cells[1:], known[1:], strict=False)
+    return len(cells) == len(known) > 1 and any(cell in labels for cell, labels in pairs)
+
+
+def _counts_words(sentences: list[list[list[str]]]) -> bool:
+    """Whether the first column numbers the words of every sentence: 1, 2, 2-3, 3, 3.1 and so on."""
+    for sentence in sentences:
+        if not all(_NUMBER.fullmatch(row[0]) for row in sentence):
+            return False
+        whole = [int(row[0]) for row in sentence if row[0].isdecimal()]
+        if whole != list(range(1, len(whole) + 1)):
+            return False
+    return any(len(row) > 1 for sentence in sentences for row in sentence)
 
 
 def _name(number: int, labels: set[str]) -> str:

@@ -15,6 +15,7 @@ each file.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,26 @@ def _load_pairs(path: Path, layout: tuple[str, ...]) -> kinds.PairTask:
         return kinds.StsTask(path.resolve().stem, texts, np.array(scores))
     for line, (label, _, _) in rows:
         if label not in ("0", "1"):
-            raise fault(path, f"label '{label[:60]}' is not 0 or 1", "write 1 for a match", line)
+            given = f"label '{label[:60]}' is not 0 or 1"
+            raise fault(path, given, _as_score(path, [row[0] for _, row in rows]), line)
     labels = [label for _, (label, _, _) in rows]
     _check_varied(path, "label", labels, "pairs of both kinds, 0 and 1")
     return kinds.PairTask(path.resolve().stem, texts, np.array(labels, dtype=int))
+
+
+def _as_score(path: Path, labels: Sequence[str]) -> str:
+    """The fix for labels that are neither 0 nor 1: they may be scores of similarity."""
+    try:
+        numbers = [float(label) for label in labels]
+    except ValueError:
+        return "write 1 for a match and 0 for none"
+    if len({*numbers}) <= 2:
+        return "write 1 for a match and 0 for none"
+    command = shlex.join(["sed", "-i", "1s/label/score/", str(path)])
+    return (
+        f"labels run from {min(numbers):g} to {max(numbers):g}, so if they say how similar a pair "
+        f"is, call the column 'score': {command}"
+    )
 
 
 def _load_labelled(path: Path) -> kinds.Task:

@@ -9,9 +9,9 @@ queries and documents, in parts.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from sentence_transformers.util import mine_hard_negatives
@@ -21,15 +21,19 @@ from unmasked.files.writing import written_aside
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import Pairs
 from unmasked.text.templates import PLAIN
-from unmasked.train.data.pairs import read_rows
+from unmasked.train.data.pairs import PairRow, read_rows
 
 
 class Mined(NamedTuple):
-    """What mining wrote: rows, negatives in them, and rows without any."""
+    """What mining wrote: rows, negatives in them, rows without any, and what it left out.
+
+    `answers` counts negatives, given or found, that answer their query in another row.
+    """
 
     rows: int
     negatives: int
     without: int
+    answers: int = 0
 
 
 def mine(
@@ -42,6 +46,7 @@ def mine(
     skip: int = 0,
     depth: int = 100,
     corpus: Sequence[str] = (),
+    tell: Callable[[str], object] = lambda said: None,
 ) -> Mined:
     """Search negatives for every row and write the rows with them.
 
@@ -54,11 +59,17 @@ def mine(
         skip: number of nearest documents that are never negatives.
         depth: number of nearest documents that are looked at.
         corpus: documents besides the positives.
+        tell: as in `pairs.read_rows`.
 
     Raises:
         DataError: a faulty row, or fewer documents than `skip` and `depth` need.
     """
-    rows = list(read_rows(pairs))
+    rows = list(read_rows(pairs, tell=tell))
+    if any(row.query_instruction or row.document_instruction for row in rows):
+        tell(f"{pairs.path}: the instructions in the rows are kept; the search is without them")
+    answers: dict[str, set[str]] = {}
+    for row in rows:
+        answers.setdefault(row.query, {row.query}).add(row.positive)
     documents = len({*corpus, *(row.positive for row in rows)})
     last = min(depth, documents - 1)
     if last <= skip:
@@ -85,11 +96,28 @@ def mine(
     mined: dict[tuple[str, str], list[str]] = {}
     for row in found:
         mined.setdefault((row["q"], row["p"]), []).append(row["negative"])
-    count = without = 0
+    count = without = answered = 0
     with written_aside(output) as file:
         for row in rows:
-            texts = list(dict.fromkeys(row.negatives + mined.get((row.query, row.positive), [])))
+            given = dict.fromkeys(row.negatives + mined.get((row.query, row.positive), []))
+            texts = [text for text in given if text not in answers[row.query]]
+            answered += len(given) - len(texts)
             count, without = count + len(texts), without + (not texts)
-            line = {"query": row.query, "positive": row.positive, "negatives": texts}
+            line = _line(row, texts)
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-    return Mined(len(rows), count, without)
+    return Mined(len(rows), count, without, answered)
+
+
+def _line(row: PairRow, negatives: Sequence[str]) -> dict[str, Any]:
+    """A row as `read_rows` reads it, with the instructions that its file gave it."""
+
+    def told(text: str) -> str | list[str]:
+        return [row.document_instruction, text] if row.document_instruction else text
+
+    line: dict[str, Any] = {"query": row.query, "positive": told(row.positive)}
+    if row.document_instruction:
+        line["positive"] = [line["positive"]]
+    line["negatives"] = [told(text) for text in negatives]
+    if row.query_instruction:
+        line["instruction"] = row.query_instruction
+    return line

@@ -146,6 +146,8 @@ class PairCollator:
         """What stands before a text of a row."""
         pairs = self.data[row["source"]]
         on_query = is_query or pairs.symmetric
+        if own := row.get("query_instruction" if on_query else "document_instruction"):
+            return str(own)
         chosen = pairs.instruction if on_query else pairs.document_instruction
         return chosen[row["number"] % len(chosen)] if chosen else ""
 

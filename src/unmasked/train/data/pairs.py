@@ -8,7 +8,7 @@ each reading (one to check, one to keep) passes over the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,18 +17,22 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from unmasked.errors import DataError
+from unmasked.errors import nearest
 from unmasked.files import readers
 from unmasked.files.source import find_files
 from unmasked.files.writing import written_aside
 from unmasked.recipe.schema import Pairs
+from unmasked.train.data import columns
+from unmasked.train.data.columns import Columns, check_found, find_columns
+from unmasked.train.data.passages import FaultyCell, passages_of, query_of
+from unmasked.train.data.record import digest_of, sizes_of
 
-KINDS = (".jsonl", ".csv", ".parquet")
-NEGATIVES = "negatives"
-"""The column of negatives where a row has none that is called as `Pairs.negative` says."""
+KINDS = (".jsonl", ".csv", ".tsv", ".parquet")
+TRIPLE = ("query", "positive", "negative")
+"""The columns of a .tsv file without a header, as MS MARCO's triples have them."""
 _CHUNK = 8192  # rows written at a time
 _STRING = pa.string()
-_TYPES = (_STRING, _STRING, pa.list_(_STRING), pa.int32(), pa.int64())
+_TYPES = (_STRING, _STRING, pa.list_(_STRING), pa.int32(), pa.int64(), _STRING, _STRING)
 
 
 class PairRow(NamedTuple):
@@ -39,6 +43,8 @@ class PairRow(NamedTuple):
         negatives: texts that do not answer the query, perhaps none.
         source: which data set of the stage it is from.
         number: which row of it, from 0.
+        query_instruction, document_instruction: of this row, in place of the data set's; empty
+            where the file has none.
     """
 
     query: str
@@ -46,36 +52,105 @@ class PairRow(NamedTuple):
     negatives: list[str]
     source: int
     number: int
+    query_instruction: str = ""
+    document_instruction: str = ""
 
 
-def read_rows(pairs: Pairs, source: int = 0) -> Iterator[PairRow]:
-    """The rows of a data set, checked.
+def read_rows(
+    pairs: Pairs, source: int = 0, tell: Callable[[str], object] = lambda said: None
+) -> Iterator[PairRow]:
+    """The rows of a data set, checked; a row with several positives becomes one row for each.
+
+    Args:
+        pairs: the data set.
+        source: its number.
+        tell: given one line, at the end, that says which columns were used and which were not.
 
     Raises:
-        DataError: no such file, an unknown kind, no such column, a text that is missing or empty,
-            fewer than two rows; names file, line and fix.
+        DataError: no such file, an unknown kind, no such column or one that could be two things, a
+            text that is missing or empty, fewer than two rows; names file, line and fix.
     """
-    naming = {
-        getattr(pairs, side): f"name it with {{path: {pairs.path}, {side}: NAME}}"
-        for side in ("query", "positive")
-    }
-    wanted = (pairs.negative, NEGATIVES)
-    rows = ((path, row) for path in _files(pairs) for row in readers.read(path, naming, wanted))
+    found: dict[tuple[str, ...], Columns] = {}
     number = -1
-    for number, (path, row) in enumerate(islice(rows, pairs.max_rows)):
-        values: Mapping[str, Any] = row.values
-        column = pairs.negative if pairs.negative in values else NEGATIVES
-        given = values.get(column)
-        negatives = [] if given is None else [given] if isinstance(given, str) else given
-        fault = row.fault or _fault(values, naming, column, negatives)
-        if fault is not None:
-            raise readers.fault_error(readers.where(path, row.number), fault)
-        yield PairRow(values[pairs.query], values[pairs.positive], negatives, source, number)
+    cells = ((path, row) for path in _files(pairs) for row in _cells(pairs, path, found))
+    for path, row in islice(cells, pairs.max_rows):
+        where = readers.where(path, row.number)
+        if row.fault is not None:
+            raise readers.fault_error(where, row.fault)
+        there = tuple(row.values)
+        if there not in found:
+            found[there] = find_columns(pairs, there, where)
+        try:
+            texts = _texts(found[there], row.values)
+        except FaultyCell as error:
+            raise readers.fault_error(where, error.fault) from None
+        for query, positive, negatives, asked, answered in texts:
+            number += 1
+            yield PairRow(query, positive, negatives, source, number, asked, answered)
     if number < 1:
-        raise DataError(
-            f"{pairs.path}: there is {'only one row' if number == 0 else 'no row'}, but a query "
-            "learns to find its document among those of other rows. Fix: give at least two rows."
-        )
+        given = f"there is {'only one row' if number == 0 else 'no row'}, but a query learns to "
+        given += "find its document among those of other rows"
+        raise readers.fault_error(pairs.path, (given, "give at least two rows"))
+    check_found(pairs, [name for known in found.values() for name in (*known.used, *known.unused)])
+    tell(columns.told(pairs, found.values()))
+
+
+def _texts(known: Columns, values: Mapping[str, Any]) -> list[tuple[str, str, list[str], str, str]]:
+    """Query, positive, negatives and the instructions of both, for each positive of a row."""
+    query = query_of(known.query, values[known.query])
+    positives = passages_of(known.positive, values[known.positive], "remove the row")
+    if not positives:
+        empty = values[known.positive] == ""
+        given = f"'{known.positive}' is {'empty, which has no vector' if empty else 'null'}"
+        raise FaultyCell(given, "remove the row")
+    negatives = [text for name in known.negatives for text in passages_of(name, values[name])]
+    told = [*{text.instruction for text in (*positives, *negatives)}]
+    if len(told) > 1:
+        given = "the documents of this row have different instructions"
+        raise FaultyCell(given, "give all documents of a row the same one")
+    asked: Any = values[known.instruction] if known.instruction else None
+    if not isinstance(asked, str | None):
+        raise FaultyCell(f"'{known.instruction}' is a {type(asked).__name__}", "give a string")
+    others, before = [text.text for text in negatives], query.instruction or asked or ""
+    return [(query.text, positive.text, others, before, told[0]) for positive in positives]
+
+
+def _cells(
+    pairs: Pairs, path: str, found: dict[tuple[str, ...], Columns]
+) -> Iterator[readers.Cells]:
+    """The rows of a file with the columns that are used; `found` has those that are not, too."""
+
+    def choose(there: Sequence[str]) -> list[str]:
+        known = find_columns(pairs, there, readers.where(path, 1))
+        found.setdefault(tuple(there), known)
+        found.setdefault(tuple(known.used), known)
+        return known.used
+
+    if readers.kind_of(path) == ".tsv" and (names := _headless(pairs, path)):
+        for row in readers.read_txt(path, "line"):
+            if row.fault is not None:
+                yield row
+            elif row.values["line"].strip():
+                yield _by_place(row, names)
+    else:
+        yield from readers.read(path, {}, choose)
+
+
+def _headless(pairs: Pairs, path: str) -> tuple[str, ...] | None:
+    """The columns of a .tsv file that begins with a row of texts, if it does."""
+    first = next((row.values.get("line", "") for row in readers.read_txt(path, "line")), "")
+    cells, named = first.split("\t"), {pairs.query, pairs.positive, *pairs.negative}
+    known = [name for names in columns.NAMES.values() for name in names]
+    header = any(cell in named or nearest(cell, known, end="") for cell in cells if cell)
+    return None if header or not 2 <= len(cells) <= 3 else TRIPLE[: len(cells)]
+
+
+def _by_place(row: readers.Cells, names: Sequence[str]) -> readers.Cells:
+    cells = row.values["line"].split("\t")
+    if len(cells) == len(names):
+        return readers.Cells(row.number, dict(zip(names, cells, strict=True)))
+    given = f"{len(cells)} columns instead of {len(names)} (there is no header)"
+    return readers.Cells(row.number, {}, (given, "put one tab between columns, none inside a text"))
 
 
 def _files(pairs: Pairs) -> list[str]:
@@ -87,30 +162,16 @@ def _files(pairs: Pairs) -> list[str]:
     return [f"{readers.HUB}{name}:{subset or pairs.subset or ''}:{split or pairs.split}"]
 
 
-def _fault(
-    values: Mapping[str, Any], naming: Mapping[str, str], column: str, negatives: Any
-) -> readers.Fault | None:
-    """What is wrong with a row that could be read."""
-    for name, fix in naming.items():
-        if name not in values:
-            return readers.absent(name, values, fix)
-    if not isinstance(negatives, list):
-        return f"'{column}' is a {type(negatives).__name__}", "give a list"
-    texts = [(name, values[name], "remove the row") for name in naming]
-    for name, text, fix in texts + [(column, text, "remove it") for text in negatives]:
-        if (fault := readers.string_fault(name, text)) is not None:
-            return fault
-        if not text.strip():
-            return f"'{name}' is empty, which has no vector", fix
-    return None
-
-
-def store_rows(data: Sequence[Pairs], file: Path) -> None:
+def store_rows(data: Sequence[Pairs], file: Path) -> dict[str, Any]:
     """Write the rows of all data sets to an Arrow file, which `Dataset.from_file` maps.
+
+    Returns:
+        What was read, for `record.write_facts`.
 
     Raises:
         DataError: as `read_rows`.
     """
+    count, digests = 0, list[str]()
     schema = pa.schema(list(zip(PairRow._fields, _TYPES, strict=True)))
     rows = (row for index, pairs in enumerate(data) for row in read_rows(pairs, index))
     with written_aside(file) as out, pa.ipc.new_stream(out, schema) as writer:
@@ -118,6 +179,9 @@ def store_rows(data: Sequence[Pairs], file: Path) -> None:
             columns = zip(zip(*chunk, strict=True), _TYPES, strict=True)
             arrays = [pa.array(values, kind) for values, kind in columns]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
+            count, digests = count + len(chunk), [*digests, digest_of(chunk)]
+    files = [path for pairs in data for path in _files(pairs)]
+    return {"source": digest_of(digests), "texts": count, "files": sizes_of(files)}
 
 
 def split_rows(rows: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:

@@ -17,14 +17,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from unmasked.errors import DataError
-from unmasked.files.source import Source
+from unmasked.files.source import training_source
 from unmasked.files.writing import written_aside
 from unmasked.text.tokens import TextTokenizer
+from unmasked.train.data.record import digest_of, sizes_of
 
 _CHUNK = 4096  # texts tokenised at once
 
@@ -33,7 +34,7 @@ def iterate_texts(paths: Sequence[str | Path], limit: int | None = None) -> Iter
     """The texts of files, in order, one at a time.
 
     Args:
-        paths: what `Source` reads.
+        paths: what `training_source` reads.
         limit: maximum number of texts.
 
     Raises:
@@ -41,13 +42,19 @@ def iterate_texts(paths: Sequence[str | Path], limit: int | None = None) -> Iter
     """
     if not paths:
         raise DataError("no training text was given. Fix: data=FILE, or 'data=[FILE, FILE]'.")
-    sources = (Source(str(path), skip_blank=True) for path in paths)
+    sources = map(training_source, paths)
     yield from islice((text for source in sources for _, text, _ in source.records()), limit)
 
 
 def read_texts(paths: Sequence[str | Path], limit: int | None = None) -> list[str]:
     """The same texts, all at once."""
     return list(iterate_texts(paths, limit))
+
+
+def facts_of(paths: Sequence[str | Path], texts: Sequence[str]) -> dict[str, Any]:
+    """What was read from files, for `record.write_facts`."""
+    files = [file for path in paths for file in training_source(path).files]
+    return {"source": digest_of(texts), "texts": len(texts), "files": sizes_of(files)}
 
 
 def split_held_out(texts: Sequence[str], held_out: int, seed: int) -> tuple[list[str], list[str]]:
@@ -72,12 +79,14 @@ class TokenFile:
         ends: (D + 1,) where the texts begin and end: text i is ``ids[ends[i] : ends[i + 1]]``.
         keys: (D,) equal for equal texts.
         source: changes with the files it was made from.
+        files: the size in bytes of each of those.
     """
 
     ids: np.ndarray
     ends: np.ndarray
     keys: np.ndarray
     source: str
+    files: dict[str, int]
 
     def split(self, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """As `split_held_out`, numbers of texts: those to train on, shuffled, and the others."""
@@ -98,7 +107,9 @@ def token_file(
         DataError: as `iterate_texts`.
     """
     facts: list[object] = [limit, tokens.tokenizer.backend_tokenizer.to_str()]
-    for source in (Source(str(path), skip_blank=True) for path in paths):
+    sources = [training_source(path) for path in paths]
+    for source in sources:
+        facts.append(source.column)
         for given in source.files:
             found = Path(given).stat() if source.on_disk else None
             facts.append([given, found and [found.st_size, found.st_mtime_ns]])
@@ -112,7 +123,8 @@ def token_file(
     with np.load(index) as arrays:
         ends, keys = arrays["ends"], arrays["keys"]
     mapped = np.memmap(ids, dtype=np.int32, mode="r", shape=(int(ends[-1]),))
-    return TokenFile(mapped, ends, keys, name)
+    files = sizes_of([given for source in sources for given in source.files])
+    return TokenFile(mapped, ends, keys, name, files)
 
 
 def _write_ids(

@@ -1,10 +1,10 @@
 """Supervised contrastive training: a query finds its document among those of the whole batch.
 
 InfoNCE with hard negatives (LLM2Vec, arXiv 2404.05961, section 3.2). A document that is the query's
-own text, or another positive of it, does not count as a negative. All texts of a batch are one
-packed forward, where sentence-transformers runs one per column. With GradCache (Gao et al., arXiv
-2101.06983) the batch need not fit into memory: texts are embedded twice, in forwards of a limited
-number of tokens, for half as much computation again and the same gradient.
+own text, or answers it anywhere in the batch, does not count as a negative. All texts of a batch
+are one packed forward, where sentence-transformers runs one per column. With GradCache (Gao et al.,
+arXiv 2101.06983) the batch need not fit into memory: texts are embedded twice, in forwards of a
+limited number of tokens, for half as much computation again and the same gradient.
 
 Shapes: B rows of this device, R = (2 + K) B texts with K hard negatives, W devices, D width.
 """
@@ -145,19 +145,23 @@ class RankingLoss(CachedLossMixin, nn.Module):
 
 
 def _same(query_keys: Tensor, keys: Tensor, own: Tensor) -> Tensor:
-    """(B, W (1 + K) B): documents that are the query itself or one of its positives."""
+    """(B, W (1 + K) B): documents that are the query itself, or answer it somewhere.
+
+    What answers a query is no negative of it, wherever in the batch it stands: as another row's
+    positive, as its hard negative, or on another device.
+    """
     rows = len(query_keys)
-    every_document = _gathered(keys)
-    asked = query_keys.new_zeros(len(keys))  # the query of each document that is a positive
-    asked[:rows] = query_keys
-    is_positive = torch.arange(len(keys), device=keys.device) < rows
-    of_same_query = (_gathered(asked)[None] == query_keys[:, None]) & _gathered(is_positive)[None]
-    positive = every_document[own]
-    return (
-        of_same_query
-        | (every_document[None] == positive[:, None])
-        | (every_document[None] == query_keys[:, None])
-    )
+    asked = _gathered(query_keys)  # (W B,)
+    documents = _gathered(keys)  # (W (1 + K) B,)
+    distinct, number = torch.cat([asked, documents]).unique(return_inverse=True)
+    asked, documents = number.split([len(asked), len(documents)])
+    queries = asked.view(-1, rows)[own[0] // len(keys)]  # (B,) of this device
+    positives = documents.view(-1, len(keys))[:, :rows].reshape(-1)  # (W B,)
+    # One number stands for each pair of a query and a document.
+    answered = asked * len(distinct) + positives
+    pairs = queries[:, None] * len(distinct) + documents
+    left_out: Tensor = torch.isin(pairs, answered) | (documents == queries[:, None])
+    return left_out
 
 
 def _gathered(tensor: Tensor, with_grad: bool = False) -> Tensor:

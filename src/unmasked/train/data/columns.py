@@ -1,0 +1,180 @@
+"""Which column of a training file is what: one table of the names that are in use.
+
+Files come from sentence-transformers, FlagEmbedding, GritLM, Tevatron, MS MARCO, echo-embeddings
+and from people's own hands, and each calls its columns otherwise. A column with a name of `NAMES`
+is found without being asked for; where two could be the same thing the file is refused, and every
+column that is not used is named, since a negative that is left out costs a training run.
+
+Cost: once per file, or per set of keys in .jsonl.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from unmasked.errors import DataError, nearest
+from unmasked.recipe.schema import Pairs
+
+NAMES = {
+    "query": ("query", "anchor", "question", "sentence1", "premise", "sent0"),
+    "positive": ("positive", "positives", "pos", "positive_passages", "positive_ctxs", "answer",
+                 "document", "passage", "response", "sentence2", "hypothesis", "sent1"),
+    "negative": ("negative", "negatives", "neg", "hard_negative", "hard_negatives", "hard_neg",
+                 "negative_passages", "hard_negative_ctxs", "negative_ctxs"),
+    "instruction": ("prompt", "instruction"),
+}  # fmt: skip
+"""What each column may be called. All columns of negatives are used, of the others one."""
+_NUMBERED = re.compile(r"(?:hard_?)?neg(?:ative)?s?[_-]?(\d+)")
+"""``negative_1`` to ``negative_n``, as sentence-transformers mines them."""
+_JUDGED = ("sentence2", "hypothesis", "answer", "document", "passage", "response")
+_JUDGEMENTS = ("label", "labels", "score", "similarity_score", "gold_label")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a file, or of a row, by what they are.
+
+    Attributes:
+        query, positive: one column each.
+        negatives: any number, in the order in which they are used.
+        instruction: of what stands before the query, if a column has it.
+        unused: all others.
+    """
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...]
+    instruction: str | None
+    unused: tuple[str, ...]
+
+    @property
+    def used(self) -> list[str]:
+        """Every column that is read."""
+        first = [self.query, self.positive, *self.negatives]
+        return [*first, self.instruction] if self.instruction else first
+
+
+def find_columns(pairs: Pairs, there: Sequence[str], where: str) -> Columns:
+    """What the columns of a file are: as the data set says, else by their names.
+
+    Args:
+        pairs: the data set; a column that it names has to exist.
+        there: the columns of the file, or the keys of a row.
+        where: the file and line, for errors.
+
+    Raises:
+        DataError: a column is missing, or two could be the same thing.
+    """
+    named = {"query": pairs.query, "positive": pairs.positive}
+    taken = {*filter(None, named.values()), *pairs.negative}
+    roles: dict[str, str | None] = {}
+    for role in ("query", "positive", "instruction"):
+        if role == "instruction" and pairs.instruction:
+            continue  # the recipe says what stands before its queries
+        given = named.get(role)
+        if given is not None:
+            if given not in there:
+                near = _near(given, there)
+                raise _error(where, _missing(role, given, there), _command(pairs, role, near))
+            roles[role] = given
+            continue
+        found = [name for name in NAMES[role] if name in there and name not in taken]
+        if len(found) > 1:
+            said = f"'{found[0]}' and '{found[1]}' could both be the {role}"
+            raise _error(where, said, _command(pairs, role, found[0]))
+        if not found and role != "instruction":
+            near = next(filter(None, (_near(name, there, "") for name in NAMES[role])), "NAME")
+            raise _error(where, _missing(role, role, there), _command(pairs, role, near))
+        roles[role] = found[0] if found else None
+    query, positive = str(roles["query"]), str(roles["positive"])
+    if query == positive:
+        raise _error(where, f"'{query}' is named as query and as positive", "name two columns")
+    _refuse_judged(pairs, query, positive, there, where)
+    negatives = tuple(n for n in pairs.negative or _negatives(there) if n in there)
+    used = {query, positive, *negatives, roles.get("instruction")}
+    unused = tuple(name for name in there if name not in used)
+    return Columns(query, positive, negatives, roles.get("instruction"), unused)
+
+
+def _negatives(there: Iterable[str]) -> list[str]:
+    """Columns of negatives: those without a number first, the others by their numbers."""
+    there = list(there)
+    plain = [name for name in NAMES["negative"] if name in there]
+    numbered = [(int(m[1]), name) for name in there if (m := _NUMBERED.fullmatch(name))]
+    return [*plain, *(name for _, name in sorted(numbered))]
+
+
+def _refuse_judged(
+    pairs: Pairs, query: str, positive: str, there: Sequence[str], where: str
+) -> None:
+    """Refuse pairs that a column judges, unless someone named the columns: not all of them match.
+
+    A pair with the score 0, or of a premise with its contradiction, is no positive.
+    """
+    judged = next((name for name in _JUDGEMENTS if name in there), None)
+    if judged and positive in _JUDGED and not (pairs.query and pairs.positive):
+        raise _error(
+            where,
+            f"'{judged}' says which pairs of '{query}' and '{positive}' match, and this stage "
+            "takes every row as a match",
+            f"keep the rows that match, and name their columns: "
+            f"{shlex.quote(f'{pairs.path}:query={query},positive={positive}')}",
+        )
+
+
+def check_found(pairs: Pairs, seen: Iterable[str]) -> None:
+    """Refuse a column of negatives that was asked for and that no row has."""
+    seen = list(dict.fromkeys(seen))
+    for name in pairs.negative:
+        if name not in seen:
+            said = f"no row has a column '{name}', among {', '.join(seen)}"
+            near = _near(name, seen, next(iter(_negatives(seen)), "NAME"))
+            fix = _command(pairs, "negative", near)
+            raise _error(pairs.path, said + nearest(name, seen, end=""), fix)
+
+
+def told(pairs: Pairs, found: Iterable[Columns]) -> str:
+    """The line that says what was recognised in a data set, and what was not used."""
+    parts: dict[str, dict[str, None]] = {}
+    for columns in found:
+        for role, names in (
+            ("query", [columns.query]),
+            ("positive", [columns.positive]),
+            ("negatives", columns.negatives),
+            ("instruction", [columns.instruction] if columns.instruction else []),
+            ("not used", columns.unused),
+        ):
+            parts.setdefault(role, {}).update(dict.fromkeys(names))
+    used = {name for role, names in parts.items() if role != "not used" for name in names}
+    for name in used:
+        parts["not used"].pop(name, None)
+    said = [f"{role}: {', '.join(names) or 'none'}" for role, names in parts.items()]
+    said = [text for text in said if text not in ("not used: none", "instruction: none")]
+    return f"{pairs.path}: {'; '.join(said)}"
+
+
+def _missing(role: str, name: str, there: Sequence[str]) -> str:
+    hint = nearest(name, there, end="").rstrip("?")
+    if name == role and not hint:
+        near = (nearest(n, there, end="").rstrip("?") for n in NAMES[role])
+        hint = next(filter(None, near), "")
+    return f"no column '{name}' among {', '.join(there) or 'none'}{hint}"
+
+
+def _near(name: str, there: Iterable[str], otherwise: str = "NAME") -> str:
+    """The most similar column."""
+    hint = nearest(name, there, end="")
+    return hint.split("'")[1] if hint else otherwise
+
+
+def _command(pairs: Pairs, role: str, name: str = "NAME") -> str:
+    data = pairs.path
+    return f"give {shlex.quote(f'{data}:{role}={name}')} in place of {shlex.quote(data)}"
+
+
+def _error(where: str, given: str, fix: str) -> DataError:
+    stop = "" if given.endswith(("?", ".")) else "."
+    return DataError(f"{where}: {given}{stop} Fix: {fix}.")

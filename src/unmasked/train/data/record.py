@@ -1,0 +1,76 @@
+"""What a stage has read, so that it continues on the same texts or not at all.
+
+``data.json`` in the stage's folder has the number of texts, a digest of them and the size of each
+file. A run that was cut off and finds other texts would end with weights that belong to no data
+set; it is refused, with what differs.
+
+Cost: a digest of every text, about a second per million.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from unmasked.errors import DataError
+from unmasked.files.readers import HUB
+from unmasked.files.writing import write_text
+from unmasked.train.checkpoints import last_checkpoint
+
+FACTS = "data.json"
+_MOST = 5  # files that an error names
+
+
+def digest_of(items: Iterable[object]) -> str:
+    """A digest of texts, or of rows of texts, and of their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+def sizes_of(files: Sequence[str]) -> dict[str, int]:
+    """The size in bytes of every file; data sets on the hub have none."""
+    return {file: Path(file).stat().st_size for file in files if not file.startswith(HUB)}
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Write what a stage has read, or compare it with what it had read before it was cut off.
+
+    Args:
+        folder: of the stage.
+        facts: at least ``source``, a digest of the texts; ``texts``, their number; and ``files``,
+            the size of each.
+
+    Raises:
+        DataError: there is a checkpoint, and it was made with other texts; says which.
+    """
+    file = folder / FACTS
+    if last_checkpoint(folder) is not None and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before["source"] != facts["source"]:
+            raise DataError(
+                f"the texts of {folder.name} have changed since its last checkpoint: "
+                f"{'; '.join(_differences(before, facts))}. "
+                "Fix: put them back to continue, or choose another output folder."
+            )
+    write_text(file, json.dumps(facts, indent=2) + "\n")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is known of a change: how many texts, which files."""
+    old, new = before.get("texts"), now["texts"]
+    said = [f"{old:,} texts then, {new:,} now" if old != new else f"{new:,} texts, but others"]
+    sizes, files = before.get("files", {}), now["files"]
+    for name in dict.fromkeys((*sizes, *files)):
+        if name not in files:
+            said.append(f"{name} is gone")
+        elif name not in sizes:
+            said.append(f"{name} is new")
+        elif sizes[name] != files[name]:
+            said.append(f"{name} had {sizes[name]:,} bytes and has {files[name]:,}")
+    more = len(said) - 1 - _MOST
+    return said if more <= 0 else [*said[: _MOST + 1], f"and {more:,} files more"]
