@@ -26,6 +26,9 @@ _MARKS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
+_TWICE = tuple(
+    "\ufeff".encode(name).decode("latin1").encode() for name in ("utf-16-le", "utf-16-be")
+)
 _OTHERS = {
     b"\x1f\x8b": ("gzip", "cp {0} {0}.gz"),
     b"\x28\xb5\x2f\xfd": ("zstd", "cp {0} {0}.zst"),
@@ -54,6 +57,9 @@ def file_fault(path: str, head: bytes) -> Fault | None:
         if head.startswith(mark):
             fix = command and command.format(*map(shlex.quote, (path, str(_beside(path)))))
             return f"it is {kind} by its content", fix or "export it as .csv in UTF-8"
+    if head.startswith(_TWICE) and 0 in head:
+        given = "it is UTF-16 that was converted to UTF-8 as if it were latin1"
+        return given, _piped(path, "iconv -f utf-8 -t latin1", "iconv -f utf-16 -t utf-8")
     encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
     how = "as its byte order mark says"
     if encoding is None:
@@ -79,13 +85,13 @@ def converted(path: str, encoding: str) -> str:
     return _piped(path, f"iconv -f {encoding.lower()} -t utf-8")
 
 
-def _piped(path: str, command: str) -> str:
-    """The command line that sends a file, unpacked, through a command into a new one."""
+def _piped(path: str, *commands: str) -> str:
+    """The command line that sends a file, unpacked, through commands into a new one."""
     unpacked = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(Path(path).suffix)
     given, other = shlex.quote(path), shlex.quote(str(_beside(path)))
     if unpacked:
-        return f"{unpacked} {given} | {command} > {other}"
-    return f"{command} < {given} > {other}"
+        return f"{' | '.join([f'{unpacked} {given}', *commands])} > {other}"
+    return f"{' | '.join([f'{commands[0]} < {given}', *commands[1:]])} > {other}"
 
 
 def _without_mark(head: bytes) -> str | None:
@@ -98,7 +104,9 @@ def _without_mark(head: bytes) -> str | None:
         return None  # a stray byte, which is the fault of its row
     for names in (("UTF-32LE", "UTF-32BE"), ("UTF-16LE", "UTF-16BE")):
         plain, encoding = max((_plain(head, name), name) for name in names)
-        if plain:
+        characters = len(head) * 8 // int(encoding[4:6])
+        # What is UTF-8 as well has to be mostly ASCII, as then every other byte is zero.
+        if plain and (controls or not _is_utf8(head) or 2 * plain > characters):
             return encoding
     return None
 
