@@ -186,3 +186,27 @@ def test_ranges_that_nothing_would_use_are_refused(model, texts, tmp_path):
             Local(lambda: model), Source(str(texts)), tmp_path / "v", Encoding(precision="binary"),
             Shards(ranges=given),
         )  # fmt: skip
+
+
+def test_kept_columns_have_their_own_types_in_the_file(model, given, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": "a", "price": 1}, {"text": "b", "price": 1.5, "tags": ["x"]}, {"text": "c"}]
+    path = given("a.jsonl", "\n".join(map(json.dumps, rows)))
+    encode_corpus(model, Source(path, keep=("price", "tags")), tmp_path / "v.parquet", window=1)
+    table = pq.read_table(tmp_path / "v.parquet")
+    assert table.schema.field("price").type == pa.float64()
+    assert table["price"].to_pylist() == [1.0, 1.5, None]
+    assert table["tags"].to_pylist() == [None, ["x"], None]
+
+
+def test_a_value_that_does_not_fit_names_its_row(tmp_path):
+    from unmasked.corpus.writers import make_writer
+
+    with (tmp_path / "v.parquet").open("wb") as file:
+        columns = [("row", "int64"), ("n", "int64")]
+        writer = make_writer(".parquet", file, np.dtype("float32"), 2, columns)
+        with pytest.raises(DataError, match=r"row 8 \(from 0\): 'n' is 'x', which the type int64"):
+            writer.write([[7, 8], [1, "x"]], np.zeros((2, 2), dtype="float32"))
+        writer.close()

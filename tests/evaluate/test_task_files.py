@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,11 @@ def test_the_columns_say_the_kind(tmp_path):
         ("x.tsv", "label\ttxet\na\tb\n", "line 1: no column 'text'.*did you mean 'txet'"),
         ("x.tsv", "label\ttext\na\tb\tc\n", "line 2: 3 columns instead of 2"),
         ("x.tsv", PAIRED + "2\ta\tb\n", "line 22: label '2' is not 0 or 1"),
+        (
+            "x.tsv",
+            "label\tsentence1\tsentence2\n0\ta\tb\n3.8\tc\td\n5\te\tf\n",
+            r"line 3: label '3.8' is not 0 or 1. Fix: labels run from 0.*sed -i 1s/label/score/",
+        ),
         ("x.tsv", "label\tsentence1\tsentence2\n1\ta\tb\n1\tc\td\n", "every label is '1'"),
         ("x.tsv", "label\tsentence1\tsentense2\n1\ta\tb\n", "line 1: no column 'sentence2'"),
         ("x_train.tsv", LABELLED, "the task of x_test.tsv is trained on"),
@@ -209,3 +215,12 @@ def test_the_development_data_loads(path, kind, texts):
     task = load_task(DATA / path)
     assert task.kind == kind
     assert texts is None or len(task.texts[None]) == texts
+
+
+def test_scores_that_are_called_labels_are_mended_as_advised(tmp_path):
+    path = tmp_path / "a file.tsv"
+    path.write_text("label\tsentence1\tsentence2\n0\ta\tb\n3.8\tc\td\n5\te\tf\n")
+    with pytest.raises(DataError) as caught:
+        load_task(path)
+    subprocess.run(["bash", "-c", str(caught.value).split("'score': ")[1][:-1]], check=True)
+    assert load_task(path).kind == "sts"

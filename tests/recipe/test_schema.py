@@ -193,6 +193,37 @@ def test_b31_a_schedule_that_ends_early_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("overrides", "stage", "warmup"),
+    [
+        (["mntp.steps=20"], "mntp", 2),
+        (["mntp.steps=5"], "mntp", 0),
+        (["mntp.steps=21"], "mntp", 20),
+        (["mntp.schedule_steps=20", "mntp.steps=10"], "mntp", 2),
+        (["simcse.steps=1"], "simcse", 0),
+        (["supervised.data=a.jsonl", "supervised.steps=100"], "supervised", 10),
+        (["supervised={data: a.jsonl, steps: 300}"], "supervised", 30),
+    ],
+)
+def test_fewer_steps_shorten_the_warm_up_and_say_so(caplog, overrides, stage, warmup):
+    found = dict(load_recipe("nano", overrides).stages())[stage]
+    assert found.warmup_steps == warmup
+    said = [record.getMessage() for record in caplog.records]
+    steps = found.schedule_steps or found.steps
+    told = f"{stage}.warmup_steps: {warmup} instead of"
+    assert [told in line and f"the {steps} steps" in line for line in said] == [True] * (
+        warmup != 20
+    )
+
+
+def test_a_warm_up_that_was_asked_for_is_not_shortened(recipe_file):
+    assert "should be less" in error_of("nano", ["mntp.steps=20", "mntp.warmup_steps=20"])
+    text = SMALL.replace("100", "20") + "  warmup_steps: 20\n"
+    assert "should be less" in error_of(recipe_file(text))
+    assert "should be less" in error_of("nano", ["mntp={steps: 20, warmup_steps: 20}"])
+    assert load_recipe(recipe_file(text), ["mntp.steps=10"]).mntp.warmup_steps == 1
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "recipe.yaml is empty"),

@@ -26,6 +26,7 @@ from unmasked.text.templates import PLAIN
 from unmasked.train.data.mining import mine
 from unmasked.train.data.mixing import OneSourceBatches, PairCollator
 from unmasked.train.data.pairs import read_rows, split_rows, store_rows
+from unmasked.train.losses import supervised
 from unmasked.train.losses.supervised import RankingLoss
 from unmasked.train.run import Listener, Run
 
@@ -299,6 +300,29 @@ def test_b40_the_same_text_is_no_negative(encoder):
     expected = cross_entropy(vectors, torch.arange(5))
     features, labels = features_of(encoder, again)
     torch.testing.assert_close(loss([features], labels), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_b40_an_answer_is_no_negative_wherever_it_stands(monkeypatch, world):
+    """As another row's positive or hard negative, on this device or another, in random batches."""
+    rows, hard, draw = 6, 2, np.random.default_rng(0)
+    for _ in range(20):
+        queries = draw.integers(0, 5, (world, rows))  # few texts, so that they meet
+        documents = draw.integers(3, 16, (world, 1 + hard, rows))  # some are queries as well
+        keys = [torch.tensor(documents[w].ravel()) for w in range(world)]
+        asked = [torch.tensor(queries[w]) for w in range(world)]
+        everything = [*documents.reshape(world, -1).ravel()]
+        pairs = zip(queries.ravel(), documents[:, 0].ravel(), strict=True)
+        answers = {(int(q), int(d)) for q, d in pairs}
+        for rank in range(world):
+            gathered = iter([torch.cat(asked), torch.cat(keys)])
+            monkeypatch.setattr(supervised, "_gathered", lambda _, all_of=gathered: next(all_of))
+            own = rank * len(keys[0]) + torch.arange(rows)
+            found = supervised._same(asked[rank], keys[rank], own)
+            expected = [
+                [(int(q), int(d)) in answers or q == d for d in everything] for q in queries[rank]
+            ]
+            assert found.tolist() == expected
 
 
 def scores_of(model, rows):
@@ -650,7 +674,11 @@ def test_mined_negatives_are_near_but_no_positive_and_not_nearer_than_it(encoder
     mined = mine(encoder, pairs, tmp_path / "b.jsonl", negatives=3, margin=0.01, corpus=["x y z"])
     found = list(read_rows(Pairs(path=str(tmp_path / "b.jsonl"))))
     assert [(r.query, r.positive) for r in found] == [(r["query"], r["positive"]) for r in rows]
-    assert mined == (21, sum(len(r.negatives) for r in found), sum(not r.negatives for r in found))
+    assert mined[:3] == (
+        21,
+        sum(len(r.negatives) for r in found),
+        sum(not r.negatives for r in found),
+    )
     assert mined.negatives > 10
     answers = {q: {r.positive for r in found if r.query == q} for q in {r.query for r in found}}
     for row in found:
@@ -659,6 +687,24 @@ def test_mined_negatives_are_near_but_no_positive_and_not_nearer_than_it(encoder
             query, positive, *others = encoder.encode([row.query, row.positive, *row.negatives])
             scores = encoder.similarity(query, np.stack([positive, *others]))[0]
             assert (scores[1:] <= scores[0] * 0.99 + 1e-5).all()
+
+
+def test_b40_an_answer_is_mined_for_no_row_of_its_query(encoder, tmp_path):
+    rows = [
+        {"query": "q1", "positive": "p1", "negatives": ["p2", "q1", "n1"]},
+        {"query": "q1", "positive": "p2", "negatives": ["n2"], "prompt": "Find: "},
+        {"query": "q3", "positive": "p3", "negatives": ["p1", "p2"]},
+    ]
+    said: list[str] = []
+    pairs = Pairs(path=str(write(tmp_path / "a.jsonl", rows)))
+    mined = mine(encoder, pairs, tmp_path / "b.jsonl", negatives=3, margin=0, tell=said.append)
+    found = list(read_rows(Pairs(path=str(tmp_path / "b.jsonl"))))
+    for row in found:
+        answers = {r.positive for r in found if r.query == row.query}
+        assert not {row.query, *answers} & {*row.negatives}
+    assert "n1" in found[0].negatives and {"p1", "p2"} <= {*found[2].negatives}
+    assert [row.query_instruction for row in found] == ["", "Find: ", ""]
+    assert mined.answers >= 2 and "the search is without them" in said[1]
 
 
 def test_too_few_documents_to_mine_are_named(encoder, tmp_path):

@@ -200,29 +200,3 @@ def test_a_run_reports_its_data_and_keeps_documents_apart(tiny_decoder, tmp_path
     assert (facts["texts"], facts["repeated"], facts["held_out"]) == (200, 50, 10)
     assert 0 <= facts["dropped_tokens"] < 16
     assert weights[0] != weights[1]
-
-
-def test_a_stage_continues_on_the_texts_it_began_with(tiny_decoder, tmp_path):
-    from unmasked.recipe.schema import Recipe
-    from unmasked.train.run import Listener, Run
-
-    texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join(f"the cat sat on mat {i}" for i in range(100)), encoding="utf-8")
-    stage = {"data": str(texts), "steps": 6, "batch_size": 2, "block_length": 16, "log_steps": 1}
-    recipe = Recipe.model_validate(
-        {
-            "name": "t",
-            "model": {"base": str(tiny_decoder)},
-            "mntp": {**stage, "save_steps": 2, "held_out": 0},
-        }
-    )
-
-    def stop(step, steps, measured):
-        if step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        Run(recipe, tmp_path / "run", None, Listener(step=stop)).run()
-    texts.write_text("\n".join(f"another dog barked {i}" for i in range(90)), encoding="utf-8")
-    with pytest.raises(DataError, match="texts of mntp have changed since its last checkpoint"):
-        Run(recipe, tmp_path / "run").run()

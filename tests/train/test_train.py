@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 
@@ -26,6 +27,7 @@ from unmasked.errors import DataError, ModelError, OutputError, RecipeError, Unm
 from unmasked.mask.opening import open_config
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Lora, Model, Recipe, SimCSE
+from unmasked.text.tokens import prepare_tokenizer
 from unmasked.train.data.texts import read_texts, split_held_out
 from unmasked.train.losses import mntp
 from unmasked.train.losses import simcse as contrastive
@@ -132,6 +134,17 @@ def test_b28_the_mask_token_leaves_the_tokenizer_alone(tiny_tokenizer):
     assert mntp.find_mask_id(tiny_tokenizer, "eos") == tiny_tokenizer.eos_token_id
     assert mntp.find_mask_id(tiny_tokenizer, "mask") is None
     assert tiny_tokenizer.backend_tokenizer.to_str() == before
+
+
+@pytest.mark.parametrize("kind", ["blank", "eos", "mask"])
+def test_b28_the_tokenizers_own_mask_token_masks(tiny_tokenizer, kind):
+    """Also in the tokenizer that the encoder made of it, which is the one that a stage asks."""
+    own = copy.deepcopy(tiny_tokenizer)
+    own.add_special_tokens({"mask_token": "<mask>"})
+    given = prepare_tokenizer(own)
+    assert mntp.find_mask_id(own, kind) == own.mask_token_id
+    assert mntp.find_mask_id(given, kind) == own.mask_token_id
+    assert given("a <mask> b")["input_ids"] == own("a <mask> b")["input_ids"]
 
 
 def test_masks_change_with_the_epoch_and_with_nothing_else():

@@ -16,12 +16,11 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from unmasked.errors import DataError
+from unmasked.files.hub import HUB, hub_rows
 from unmasked.files.readers import (
-    HUB,
     Cells,
     absent,
     fault_error,
-    hub_parts,
     kind_of,
     read,
     where,
@@ -80,15 +79,7 @@ def _declared(path: str, names: Sequence[str], seen: dict[str, None]) -> pa.Sche
     import pyarrow.parquet as pq
 
     if path.startswith(HUB):
-        from datasets import load_dataset
-
-        word, subset, split = hub_parts(path)
-        try:
-            features = load_dataset(
-                word, subset or None, split=split or "train", streaming=True
-            ).features
-        except (OSError, RuntimeError, ValueError):
-            return None  # `read` says what is wrong
+        features = hub_rows(path).features
         if features is None:
             return None
         schema = features.arrow_schema

@@ -25,10 +25,9 @@ from typing import IO, Any, NamedTuple
 
 from unmasked.errors import DataError, nearest
 from unmasked.files.content import LOOKED_AT, Fault, file_fault, row_fault
+from unmasked.files.hub import HUB, hub_rows, told_of_hub
 
 KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
-HUB = "hf:"
-"""Before the name of a Hugging Face data set: ``hf:OWNER/NAME``, ``hf:OWNER/NAME:SUBSET:SPLIT``."""
 LONGEST_LINE = 1 << 26
 """Bytes (64 MiB). A file without line breaks must not be read into memory whole."""
 Wanted = Iterable[str] | Callable[[Sequence[str]], Iterable[str]]
@@ -95,11 +94,6 @@ def read(path: str, required: Mapping[str, str], wanted: Wanted = ()) -> Iterato
                 yield from _json(lines, path)
             else:
                 yield from (_csv if kind == ".csv" else _tsv)(lines, path, required, wanted)
-
-
-def hub_parts(path: str) -> tuple[str, ...]:
-    """Name, subset and split of ``hf:NAME:SUBSET:SPLIT``, empty where they are not given."""
-    return (*path.removeprefix(HUB).split(":"), "", "")[:3]
 
 
 def read_txt(path: str, column: str) -> Iterator[Cells]:
@@ -284,21 +278,11 @@ def _batch_rows(
 
 
 def _hub(path: str, required: Mapping[str, str], wanted: Wanted) -> Iterator[Cells]:
-    from datasets import load_dataset
-
-    word, subset, split = hub_parts(path)
-    try:
-        rows = load_dataset(word, subset or None, split=split or "train", streaming=True)
+    rows = hub_rows(path)
+    with told_of_hub(path):
         if rows.column_names is not None:
             rows = rows.select_columns(_columns(path, rows.column_names, required, wanted))
         yield from (Cells(number, values) for number, values in enumerate(rows, start=1))
-    except (OSError, RuntimeError, ValueError) as error:  # its own are of many kinds, below these
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{path}: cannot be read as a Hugging Face data set: {error}. "
-            "Fix: check its name, subset and split; a file needs its suffix."
-        ) from error
 
 
 def _columns(

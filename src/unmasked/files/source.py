@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unmasked.errors import DataError, nearest
 from unmasked.files.column_types import column_types
 from unmasked.files.content import Fault
+from unmasked.files.hub import HUB
 from unmasked.files.readers import (
-    HUB,
     KINDS,
     Cells,
     absent,

@@ -101,7 +101,8 @@ def _shorten_warmup(
         if not isinstance(section, dict) or (name, "warmup_steps") in changed:
             continue
         fewer = {(name, "steps"), (name, "schedule_steps")} & changed
-        if "warmup_steps" in own.get(name, {}) and not fewer:
+        given = section if (name,) in changed else own.get(name, {})
+        if "warmup_steps" in given and not fewer:
             continue
         settings = {key: field.default for key, field in _stage_fields(name).items()} | section
         steps, warmup = settings["schedule_steps"] or settings["steps"], settings["warmup_steps"]

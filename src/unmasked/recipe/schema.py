@@ -9,66 +9,21 @@ Defaults are the numbers of the LLM2Vec paper (arXiv 2404.05961) and its publish
 
 from __future__ import annotations
 
-import os
-import re
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from unmasked.recipe.values import data_sets, number, one_or_more
 
-def _number(value: object) -> object:
-    """PyYAML reads ``2e-4`` as text, and pydantic takes ``true`` for 1."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    if isinstance(value, str | bool):
-        raise ValueError("should be a number")
-    return value
-
-
-def _listed(value: object) -> object:
-    """One path stands for a list of one."""
-    if isinstance(value, str | os.PathLike):
-        value = [value]
-    if isinstance(value, list | tuple):
-        return [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
-    return value
-
-
-def _data_sets(value: object) -> object:
-    """A path stands for a data set whose other settings have their defaults."""
-    listed = _listed(value)
-    items = listed if isinstance(listed, list) else [listed]
-    return [_data_set(item) if isinstance(item, str) else item for item in items]
-
-
-_WITH_COLUMNS = re.compile(r"(.+?):(\w+=[^,]+(?:,\w+=[^,]+)*)")
-
-
-def _data_set(text: str) -> dict[str, Any]:
-    """``FILE``, or ``FILE:query=anchor,positive=text`` with settings of `Pairs` behind it."""
-    match = _WITH_COLUMNS.fullmatch(text)
-    if match is None:
-        return {"path": text}
-    given: dict[str, Any] = {"path": match[1]}
-    for setting in match[2].split(","):
-        key, _, name = setting.partition("=")
-        if key == "path" or (key in given and key != "negative"):
-            raise ValueError(f"'{text}' gives '{key}' twice")
-        given[key] = [*given.get(key, []), name] if key == "negative" else name
-    return given
-
-
-Count = Annotated[int, Field(ge=1), BeforeValidator(_number)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(number)]
 AtLeastTwo = Annotated[Count, Field(ge=2)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32), BeforeValidator(_number)]
-Whole = Annotated[int, Field(ge=0), BeforeValidator(_number)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
-Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
-Dropout = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
-Strings = Annotated[list[str], BeforeValidator(_listed)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32), BeforeValidator(number)]
+Whole = Annotated[int, Field(ge=0), BeforeValidator(number)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(number)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(number)]
+Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(number)]
+Dropout = Annotated[float, Field(ge=0, lt=1), BeforeValidator(number)]
+Strings = Annotated[list[str], BeforeValidator(one_or_more)]
 
 
 class _Section(BaseModel):
@@ -281,7 +236,7 @@ class Pairs(_Section):
 class Supervised(Training):
     """Contrastive training on pairs, with hard negatives if there are any (paper section 3.2)."""
 
-    data: Annotated[list[Pairs], BeforeValidator(_data_sets)] = []
+    data: Annotated[list[Pairs], BeforeValidator(data_sets)] = []
     """Data sets; a path may stand for one, and one for a list. ``FILE:query=anchor,positive=text``
     names columns behind a path. A batch has rows of one data set."""
     batch_size: AtLeastTwo = 512

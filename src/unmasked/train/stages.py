@@ -63,7 +63,7 @@ def _fit_mntp(setup: StageSetup, stage: MNTP) -> None:
     )
     mask_id = mntp.find_mask_id(tokens.tokenizer, stage.mask_token)
     vocabulary = language_model.config.get_text_config().vocab_size
-    if mask_id is None:
+    if mask_id is None or mask_id >= vocabulary:  # a token without an embedding
         mask_id = vocabulary
         for model in (setup.trunk, language_model):
             model.resize_token_embeddings(vocabulary + 1)

@@ -19,6 +19,7 @@ from datasets import Dataset
 
 from unmasked.errors import nearest
 from unmasked.files import readers
+from unmasked.files.hub import HUB, hub_parts
 from unmasked.files.source import find_files
 from unmasked.files.writing import written_aside
 from unmasked.recipe.schema import Pairs
@@ -156,10 +157,10 @@ def _by_place(row: readers.Cells, names: Sequence[str]) -> readers.Cells:
 def _files(pairs: Pairs) -> list[str]:
     """The files that the path stands for; a data set of the hub with its subset and split."""
     files = find_files(pairs.path, KINDS)
-    if not files[0].startswith(readers.HUB):
+    if not files[0].startswith(HUB):
         return files
-    name, subset, split = readers.hub_parts(files[0])
-    return [f"{readers.HUB}{name}:{subset or pairs.subset or ''}:{split or pairs.split}"]
+    name, subset, split = hub_parts(files[0])
+    return [f"{HUB}{name}:{subset or pairs.subset or ''}:{split or pairs.split}"]
 
 
 def store_rows(data: Sequence[Pairs], file: Path) -> dict[str, Any]:

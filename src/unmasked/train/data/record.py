@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unmasked.errors import DataError
-from unmasked.files.readers import HUB
+from unmasked.files.hub import HUB
 from unmasked.files.writing import write_text
 from unmasked.train.checkpoints import last_checkpoint
 
@@ -63,7 +63,9 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What is known of a change: how many texts, which files."""
     old, new = before.get("texts"), now["texts"]
-    said = [f"{old:,} texts then, {new:,} now" if old != new else f"{new:,} texts, but others"]
+    said = [f"{new:,} texts, but others"]
+    if old not in (None, new):
+        said = [f"{old:,} texts then, {new:,} now"]
     sizes, files = before.get("files", {}), now["files"]
     for name in dict.fromkeys((*sizes, *files)):
         if name not in files:
