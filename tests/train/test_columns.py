@@ -170,10 +170,7 @@ def test_lists_of_numpy_and_missing_values_in_parquet(rows):
         ({"query": "q", "positive": "p", "answer": "a"}, ":positive=answer", "'positive' and "),
         ({"query": "q", "question": "x", "pos": "p"}, ":query=query", "'query' and 'question'"),
         ({"sentence1": "q", "sentence2": "p", "score": 1}, ":query=sentence1,positive=sentence2",
-         "'score' says which pairs of 'sentence1' and 'sentence2' match"),
-        ({"premise": "q", "hypothesis": "p", "label": 0}, ":query=premise,positive=hypothesis",
-         "'label' says which"),
-        ({"query": "q", "passage": "p", "label": 0}, ":query=query,positive=passage", "'label'"),
+         "'score' says how much 'sentence1' and 'sentence2' match"),
         ({"qury": "q", "positive": "p"}, ":query=qury", "did you mean 'qury'"),
         ({"query": "q", "text": "p"}, ":positive=text", "no column 'positive' among query, text"),
     ],
@@ -221,3 +218,45 @@ def test_a_text_column_stands_behind_a_path_as_well(tmp_path):
         read_texts([path])
     with pytest.raises(DataError, match=r"has one column, 'text'. Fix: .*:text=body"):
         read_texts([f"{path}:txt=body"])
+
+
+def test_pairs_of_inference_become_triplets_as_in_simcse(rows):
+    given = [
+        ("a man", "a person", "entailment"), ("a man", "he eats", "neutral"),
+        ("a man", "no man", "contradiction"), ("a dog", "a cat", "contradiction"),
+        ("a tree", "a plant", "entailment"), ("a tree", "an oak", "-"),
+    ]  # fmt: skip
+    keys = ("premise", "hypothesis", "gold_label")
+    found, told = rows([dict(zip(keys, row, strict=True)) for row in given])
+    assert [(r.query, r.positive, r.negatives) for r in found] == [
+        ("a man", "a person", ["no man"]),
+        ("a tree", "a plant", []),
+    ]
+    assert told.endswith("label: gold_label; 3 rows left out by their label")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_labels_of_one_and_nought_say_which_pairs_match(rows, name):
+    given = [("q1", "n1", 0), ("q1", "p1", 1), ("q1", "n2", 0), ("q2", "p2", 1), ("q3", "n3", 0)]
+    frame = pd.DataFrame(given, columns=["query", "passage", "label"])
+    found, told = rows(frame.to_dict("records") if name == "a.jsonl" else frame, name)
+    assert [(r.query, r.positive, r.negatives) for r in found] == [
+        ("q1", "p1", ["n1", "n2"]),
+        ("q2", "p2", []),
+    ]
+    assert "1 rows left out by their label" in told
+    assert len(rows(frame, "b.csv", ":query=query,positive=passage")[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"premise": "q", "hypothesis": "p", "label": 0}, "'label' is 0, and which pairs match"),
+        ({"sentence1": "q", "sentence2": "p", "label": 3}, "'label' is 3, and"),
+        ({"sentence1": "q", "sentence2": "p", "label": 0.8}, "'label' is 0.8, and"),
+        ({"sentence1": "q", "sentence2": "p", "label": None}, "'label' is None, and"),
+    ],
+)
+def test_a_label_with_two_readings_is_refused(rows, row, said):
+    with pytest.raises(DataError, match=f"line 1: {said}"):
+        rows([row, row])

@@ -30,7 +30,8 @@ NAMES = {
 _NUMBERED = re.compile(r"(?:hard_?)?neg(?:ative)?s?[_-]?(\d+)")
 """``negative_1`` to ``negative_n``, as sentence-transformers mines them."""
 _JUDGED = ("sentence2", "hypothesis", "answer", "document", "passage", "response")
-_JUDGEMENTS = ("label", "labels", "score", "similarity_score", "gold_label")
+_SCORES = ("score", "similarity_score")
+_LABELS = ("label", "labels", "gold_label")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Columns:
         query, positive: one column each.
         negatives: any number, in the order in which they are used.
         instruction: of what stands before the query, if a column has it.
+        label: of what says whether the pair matches, if a column does.
         unused: all others.
     """
 
@@ -48,13 +50,14 @@ class Columns:
     positive: str
     negatives: tuple[str, ...]
     instruction: str | None
+    label: str | None
     unused: tuple[str, ...]
 
     @property
     def used(self) -> list[str]:
         """Every column that is read."""
-        first = [self.query, self.positive, *self.negatives]
-        return [*first, self.instruction] if self.instruction else first
+        others = filter(None, (self.instruction, self.label))
+        return [self.query, self.positive, *self.negatives, *others]
 
 
 def find_columns(pairs: Pairs, there: Sequence[str], where: str) -> Columns:
@@ -92,11 +95,12 @@ def find_columns(pairs: Pairs, there: Sequence[str], where: str) -> Columns:
     query, positive = str(roles["query"]), str(roles["positive"])
     if query == positive:
         raise _error(where, f"'{query}' is named as query and as positive", "name two columns")
-    _refuse_judged(pairs, query, positive, there, where)
+    instruction = roles.get("instruction")
+    label = _label(pairs, query, positive, there, where)
     negatives = tuple(n for n in pairs.negative or _negatives(there) if n in there)
-    used = {query, positive, *negatives, roles.get("instruction")}
+    used = {query, positive, *negatives, instruction, label}
     unused = tuple(name for name in there if name not in used)
-    return Columns(query, positive, negatives, roles.get("instruction"), unused)
+    return Columns(query, positive, negatives, instruction, label, unused)
 
 
 def _negatives(there: Iterable[str]) -> list[str]:
@@ -107,22 +111,19 @@ def _negatives(there: Iterable[str]) -> list[str]:
     return [*plain, *(name for _, name in sorted(numbered))]
 
 
-def _refuse_judged(
-    pairs: Pairs, query: str, positive: str, there: Sequence[str], where: str
-) -> None:
-    """Refuse pairs that a column judges, unless someone named the columns: not all of them match.
+def _label(pairs: Pairs, query: str, positive: str, there: Sequence[str], where: str) -> str | None:
+    """The column that says which pairs match, unless someone named the columns of both texts.
 
-    A pair with the score 0, or of a premise with its contradiction, is no positive.
+    A score is refused: from which one on a pair matches is not for this stage to say.
     """
-    judged = next((name for name in _JUDGEMENTS if name in there), None)
-    if judged and positive in _JUDGED and not (pairs.query and pairs.positive):
-        raise _error(
-            where,
-            f"'{judged}' says which pairs of '{query}' and '{positive}' match, and this stage "
-            "takes every row as a match",
-            f"keep the rows that match, and name their columns: "
-            f"{shlex.quote(f'{pairs.path}:query={query},positive={positive}')}",
-        )
+    if positive not in _JUDGED or (pairs.query and pairs.positive):
+        return None
+    if score := next((name for name in _SCORES if name in there), None):
+        word = shlex.quote(f"{pairs.path}:query={query},positive={positive}")
+        given = f"'{score}' says how much '{query}' and '{positive}' match, and this stage takes "
+        fix = f"keep the rows that match, and name their columns: {word}"
+        raise _error(where, given + "every row as a match", fix)
+    return next((name for name in _LABELS if name in there), None)
 
 
 def check_found(pairs: Pairs, seen: Iterable[str]) -> None:
@@ -145,6 +146,7 @@ def told(pairs: Pairs, found: Iterable[Columns]) -> str:
             ("positive", [columns.positive]),
             ("negatives", columns.negatives),
             ("instruction", [columns.instruction] if columns.instruction else []),
+            ("label", [columns.label] if columns.label else []),
             ("not used", columns.unused),
         ):
             parts.setdefault(role, {}).update(dict.fromkeys(names))
@@ -152,7 +154,8 @@ def told(pairs: Pairs, found: Iterable[Columns]) -> str:
     for name in used:
         parts["not used"].pop(name, None)
     said = [f"{role}: {', '.join(names) or 'none'}" for role, names in parts.items()]
-    said = [text for text in said if text not in ("not used: none", "instruction: none")]
+    optional = ("instruction: none", "label: none", "not used: none")
+    said = [text for text in said if text not in optional]
     return f"{pairs.path}: {'; '.join(said)}"
 
 

@@ -25,6 +25,7 @@ from unmasked.files.writing import written_aside
 from unmasked.recipe.schema import Pairs
 from unmasked.train.data import columns
 from unmasked.train.data.columns import Columns, check_found, find_columns
+from unmasked.train.data.judged import Groups, Texts, matches
 from unmasked.train.data.passages import FaultyCell, passages_of, query_of
 from unmasked.train.data.record import digest_of, sizes_of
 
@@ -72,7 +73,23 @@ def read_rows(
             text that is missing or empty, fewer than two rows; names file, line and fix.
     """
     found: dict[tuple[str, ...], Columns] = {}
-    number = -1
+    number, judged = -1, Groups()
+    for number, texts in enumerate(_every_texts(pairs, found, judged)):
+        query, positive, negatives, asked, answered = texts
+        yield PairRow(query, positive, negatives, source, number, asked, answered)
+    if number < 1:
+        given = f"there is {'only one row' if number == 0 else 'no row'}, but a query learns to "
+        given += "find its document among those of other rows"
+        raise readers.fault_error(pairs.path, (given, "give at least two rows"))
+    check_found(pairs, [name for known in found.values() for name in (*known.used, *known.unused)])
+    left = f"; {judged.left_out:,} rows left out by their label" if judged.left_out else ""
+    tell(columns.told(pairs, found.values()) + left)
+
+
+def _every_texts(
+    pairs: Pairs, found: dict[tuple[str, ...], Columns], judged: Groups
+) -> Iterator[Texts]:
+    """The texts of all rows; `found` and `judged` then say what was used."""
     cells = ((path, row) for path in _files(pairs) for row in _cells(pairs, path, found))
     for path, row in islice(cells, pairs.max_rows):
         where = readers.where(path, row.number)
@@ -81,22 +98,21 @@ def read_rows(
         there = tuple(row.values)
         if there not in found:
             found[there] = find_columns(pairs, there, where)
+        known = found[there]
         try:
-            texts = _texts(found[there], row.values)
+            for texts in _texts(known, row.values):
+                if known.label is None:
+                    yield from judged.rest()
+                    yield texts
+                else:
+                    match = matches(known.label, row.values[known.label], known.positive)
+                    yield from judged.add(match, texts)
         except FaultyCell as error:
             raise readers.fault_error(where, error.fault) from None
-        for query, positive, negatives, asked, answered in texts:
-            number += 1
-            yield PairRow(query, positive, negatives, source, number, asked, answered)
-    if number < 1:
-        given = f"there is {'only one row' if number == 0 else 'no row'}, but a query learns to "
-        given += "find its document among those of other rows"
-        raise readers.fault_error(pairs.path, (given, "give at least two rows"))
-    check_found(pairs, [name for known in found.values() for name in (*known.used, *known.unused)])
-    tell(columns.told(pairs, found.values()))
+    yield from judged.rest()
 
 
-def _texts(known: Columns, values: Mapping[str, Any]) -> list[tuple[str, str, list[str], str, str]]:
+def _texts(known: Columns, values: Mapping[str, Any]) -> list[Texts]:
     """Query, positive, negatives and the instructions of both, for each positive of a row."""
     query = query_of(known.query, values[known.query])
     positives = passages_of(known.positive, values[known.positive], "remove the row")
