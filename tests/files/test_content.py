@@ -6,6 +6,7 @@ import gzip
 import re
 import shutil
 import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
@@ -40,7 +41,7 @@ def test_wide_characters_are_named_and_the_advice_works(tmp_path, language, enco
     with pytest.raises(DataError, match=r"it is UTF-(16|32)(LE|BE)?, .* not UTF-8") as caught:
         list(Source(str(path)).rows())
     mend(caught.value)
-    made = (tmp_path / "a file-utf8.txt").read_text(encoding="utf-8")
+    made = (tmp_path / "a file-fixed.txt").read_text(encoding="utf-8")
     assert made.removeprefix("\ufeff") == TEXTS[language]
 
 
@@ -58,7 +59,7 @@ def test_what_the_wrong_advice_made_is_named(tmp_path):
     with pytest.raises(DataError, match="UTF-16 that was converted to UTF-8 as if") as caught:
         list(Source(str(path)).rows())
     mend(caught.value)
-    assert (tmp_path / "a-utf8.txt").read_text(encoding="utf-8") == TEXTS["English"]
+    assert (tmp_path / "a-fixed.txt").read_text(encoding="utf-8") == TEXTS["English"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -71,7 +72,7 @@ def test_packed_files_are_looked_into(tmp_path, suffix):
         list(Source(str(path)).rows())
     if shutil.which("gzip" if suffix == ".gz" else "zstd"):
         mend(caught.value)
-        assert (tmp_path / "a-utf8.txt").read_text(encoding="utf-8") == TEXTS["English"]
+        assert (tmp_path / "a-fixed.txt").read_text(encoding="utf-8") == TEXTS["English"]
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,35 @@ def test_lines_that_end_in_cr_alone_are_mended_as_advised(tmp_path):
     with pytest.raises(DataError) as caught:
         list(Source(str(tmp_path / "a.txt")).rows())
     mend(caught.value)
-    rows = Source(str(tmp_path / "a-utf8.txt")).rows()
+    rows = Source(str(tmp_path / "a-fixed.txt")).rows()
     assert [row.text for row in rows] == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.b.jsonl", "a.json"])
+def test_a_json_array_is_written_by_line_as_advised(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('[\n  {"text": "one"},\n  {"text": "둘"}\n]\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"(?i)json .*one object a line\. Fix: python -c") as caught:
+        list(Source(str(path)).rows())
+    command = str(caught.value).split("Fix: ")[1][:-1]
+    subprocess.run(["bash", "-c", command.replace("python", sys.executable)], check=True)
+    made = tmp_path / ("a.jsonl" if name == "a.json" else "a.b-fixed.jsonl")
+    assert [row.text for row in Source(str(made)).rows()] == ["one", "둘"]
+
+
+def test_lines_that_are_called_json_are_copied_as_advised(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(DataError, match="a .json file is read as .jsonl") as caught:
+        list(Source(str(path)).rows())
+    subprocess.run(["bash", "-c", str(caught.value).split("Fix: ")[1][:-1]], check=True)
+    assert len(list(Source(f"{path}l").rows())) == 2
+
+
+def test_a_key_that_is_given_twice_is_the_fault_of_its_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "b"}\n{"text": "c"}\n')
+    first, second = Source(str(tmp_path / "a.jsonl")).rows()
+    assert first.fault[0].startswith("not JSON ('text' is given twice)") and second.text == "c"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +149,7 @@ def test_the_advised_encoding_makes_text_of_the_line(tmp_path, text, encoding, s
     with pytest.raises(DataError, match=f"line 2: not UTF-8 .*text in {said}") as caught:
         list(Source(str(tmp_path / "a.txt")).records())
     mend(caught.value)
-    assert (tmp_path / "a-utf8.txt").read_text(encoding="utf-8") == f"fine\n{text}\n"
+    assert (tmp_path / "a-fixed.txt").read_text(encoding="utf-8") == f"fine\n{text}\n"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ Cost: a look at the first four kilobytes of a file.
 
 from __future__ import annotations
 
+import re
 import shlex
 import unicodedata
 from collections.abc import Iterable
@@ -39,6 +40,7 @@ _OTHERS = {
     b"PK\x03\x04": ("a zip archive (.xlsx and .docx are such)", ""),
     b"SQLite format 3\0": ("an SQLite database", ""),
 }
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
 _SINGLE = ("cp949", "shift_jis", "gb18030", "big5", "cp1251")
 """Encodings that are tried in this order where a line is neither UTF-8 nor Western European."""
 
@@ -57,6 +59,8 @@ def file_fault(path: str, head: bytes) -> Fault | None:
         if head.startswith(mark):
             fix = command and command.format(*map(shlex.quote, (path, str(_beside(path)))))
             return f"it is {kind} by its content", fix or "export it as .csv in UTF-8"
+    if ".jsonl" in Path(path).name and _ARRAY.match(head):
+        return "it is one JSON array, and not one object a line", by_line(path)
     if head.startswith(_TWICE) and 0 in head:
         given = "it is UTF-16 that was converted to UTF-8 as if it were latin1"
         return given, _piped(path, "iconv -f utf-8 -t latin1", "iconv -f utf-16 -t utf-8")
@@ -75,9 +79,21 @@ def file_fault(path: str, head: bytes) -> Fault | None:
 def _beside(path: str) -> Path:
     """A new name for what a command makes of a file."""
     place = Path("texts.txt" if path == "-" else path)
-    stem, dot, kinds = place.name.partition(".")
-    kinds = kinds.removesuffix(".gz").removesuffix(".zst")
-    return place.with_name(f"{stem}-utf8{dot}{kinds}")
+    name = place.name.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".json"):
+        return place.with_name(f"{name}l")
+    stem, dot, kind = name.rpartition(".")
+    return place.with_name(f"{stem}-fixed{dot}{kind}" if dot else f"{name}-fixed")
+
+
+def by_line(path: str) -> str:
+    """The command that makes a file of one object a line, from a JSON array or from such lines."""
+    if path.endswith(".json"):
+        with Path(path).open("rb") as file:
+            if not _ARRAY.match(file.read(LOOKED_AT)):
+                return f"cp {shlex.quote(path)} {shlex.quote(f'{path}l')}"
+    code = "import json, sys; print(*map(json.dumps, json.load(sys.stdin)), sep='\\n')"
+    return _piped(path, f"python -c {shlex.quote(code)}")
 
 
 def converted(path: str, encoding: str) -> str:

@@ -169,12 +169,25 @@ def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
         raise DataError(f"{path}: not a whole zstd file ({error}).") from error
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values under one key Python would keep the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"'{twice}' is given twice")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def _json(lines: Iterable[bytes], path: str) -> Iterator[Cells]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode())
+            row = _DECODER.decode(line.decode())
         except UnicodeDecodeError as error:
             yield Cells(number, {}, row_fault(path, error))
         except (ValueError, RecursionError) as error:

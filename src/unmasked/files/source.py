@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unmasked.errors import DataError, nearest
 from unmasked.files.column_types import column_types
-from unmasked.files.content import Fault
+from unmasked.files.content import Fault, by_line
 from unmasked.files.hub import HUB
 from unmasked.files.readers import (
     KINDS,
@@ -279,6 +279,9 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
         return found
     if kind_of(path) is None and not place.exists() and _ON_THE_HUB.fullmatch(path):
         return [HUB + path]
+    if path.endswith((".json", ".json.gz")) and place.is_file():
+        given = "a .json file is read as .jsonl, one object a line"
+        raise fault_error(path, (given, by_line(path)))
     if kind_of(path) not in kinds:
         raise DataError(
             f"{path}: unknown kind of file. Allowed: {', '.join(kinds)}, all but .parquet also as "
