@@ -344,7 +344,7 @@ def test_folders_that_are_refused(model, corpus, given, tmp_path):
     with pytest.raises(OutputError, match="delete the shards of other machines"):
         make(model, corpus, tmp_path / "v", Shards(part=(1, 2)), overwrite=True)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no \.txt, \.jsonl, \.csv, \.parquet file in this folder"):
+    with pytest.raises(DataError, match=r"no \.txt, \.jsonl, \.csv, \.tsv, \.parquet file in this"):
         make(model, tmp_path / "empty", tmp_path / "v")
     with pytest.raises(DataError, match=r"a.jsonl, line 7: 'text' is null.*--on-error skip"):
         make(model, Source(str(corpus), max_bytes=1000), tmp_path / "v")

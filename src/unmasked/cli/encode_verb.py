@@ -30,7 +30,7 @@ INPUT = Annotated[
     str,
     Argument(
         metavar="INPUT",
-        help=".txt, .jsonl, .csv (each perhaps .gz or .zst) or .parquet; a folder of them; "
+        help=".txt, .jsonl, .csv, .tsv (each perhaps .gz or .zst), .parquet; a folder of them; "
         "hf:NAME[:SUBSET[:SPLIT]] for a Hugging Face data set; - for standard input.",
     ),
 ]

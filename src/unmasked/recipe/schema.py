@@ -124,9 +124,9 @@ class TextTraining(Training):
     """A stage that trains on plain texts."""
 
     data: Strings = []
-    """Files of texts (.txt, .jsonl, .csv, each also as .gz or .zst; .parquet), folders of them, or
-    data sets on the hub (hf:NAME); one may stand for a list of one. The texts of MNTP may be larger
-    than memory."""
+    """Files of texts (.txt, .jsonl, .csv, .tsv, each also as .gz or .zst; .parquet), folders of
+    them, or data sets on the hub (hf:NAME); one may stand for a list of one. ``FILE:text=body``
+    names the column of the texts. The texts of MNTP may be larger than memory."""
     max_texts: Count | None = None
     """Maximum number of texts to read; None reads all."""
 
@@ -198,8 +198,8 @@ class Pairs(_Section):
     """A data set of queries and of texts that answer them, with the instructions of both."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A .jsonl or .csv file (each also as .gz or .zst), a .parquet file, a folder of such files, or
-    a data set on the hub, which is streamed: ``OWNER/NAME``, ``hf:NAME``, or
+    """A .jsonl, .csv or .tsv file (each also as .gz or .zst), a .parquet file, a folder of such
+    files, or a data set on the hub, which is streamed: ``OWNER/NAME``, ``hf:NAME``, or
     ``hf:NAME:SUBSET:SPLIT``."""
     subset: str | None = None
     """Subset of a data set on the hub if the path names none; None takes its only one."""
@@ -261,7 +261,7 @@ class Supervised(Training):
     batch in one forward."""
     false_negative_margin: NotNegative | None = None
     """Leave out negatives whose cosine to the query is higher than that of the positive by more
-    than this margin. None leaves out only texts that equal the positive or the query."""
+    than this margin. None leaves out only the query itself and what answers it in the batch."""
     matryoshka: list[Count] = []
     """Numbers of leading dimensions that are trained as vectors of their own (arXiv 2205.13147)."""
 
