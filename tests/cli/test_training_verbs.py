@@ -40,7 +40,7 @@ def test_run_from_end_to_end_and_again(cli, recipe, tmp_path):
     assert [row[0] for row in rows if row and row[0] in names] == names
     best = max(causal, key=lambda name: stages[names.index(name)]["scores"]["sts.spearman"])
     assert any(row[0] == best and row[2] == "*" for row in rows if row)
-    gain = compare_stages(tmp_path / "out", "sts.spearman", samples=50).gain
+    (gain,) = compare_stages(tmp_path / "out", "sts.spearman", samples=50).gains.values()
     verdict = "worse, clear of zero" if gain.high < 0 else "clear of zero"
     if gain.low <= 0 <= gain.high:
         verdict = "not clear: may be chance"

@@ -93,9 +93,11 @@ def evaluate(
     score = make_scorer(tasks, languages, results)
     with terminal.loading("loading the libraries"):
         from unmasked.compat.llm2vec import LLM2Vec
-        from unmasked.evaluate.baselines import causal_baselines, find_base
+        from unmasked.checkpoint.location import locate
+        from unmasked.checkpoint.origin import find_base
+        from unmasked.evaluate.baselines import causal_baselines
     scored = {}
-    baselines = causal_baselines(base or find_base(models[0])) if against else ()
+    baselines = causal_baselines(locate(base) if base else find_base(models[0])) if against else ()
     encoders = ((m, partial(LLM2Vec.from_pretrained, m, allow_partial=True)) for m in models)
     for name, make in (*baselines, *encoders):
         with terminal.waiting(f"scoring {name}"):

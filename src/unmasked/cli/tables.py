@@ -43,11 +43,12 @@ def stage_table(
         if " *" in best:
             marked.append(index)
     show_table(["stage", *metrics], rows, marked)
-    show("* best causal baseline")
+    if marked:
+        show("* best causal baseline")
     for column in columns:
-        if column.gain is not None:
-            gain, limits, verdict = _gain_cells(column.gain)
-            over = f"{column.metric}: {column.last} {gain} over {column.best_causal}"
+        for baseline, found in column.gains.items():
+            gain, limits, verdict = _gain_cells(found)
+            over = f"{column.metric}: {column.last} {gain} over {baseline}"
             show(f"{over}, 95 % interval {limits}: {verdict}")
 
 
