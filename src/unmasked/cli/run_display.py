@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmasked.cli import tables, terminal
-from unmasked.evaluate.compare import CAUSAL, COMMAND, headlines
+from unmasked.evaluate.compare import COMMAND, MACHINE, headlines
 from unmasked.evaluate.scorer import RESULTS, make_scorer
-from unmasked.recipe.schema import Recipe
+from unmasked.files.writing import write_text
+from unmasked.recipe.schema import CAUSAL, Recipe
 
 if TYPE_CHECKING:
     from unmasked.train.run import Listener, Run
@@ -41,10 +42,14 @@ def run_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def keep_command(run: Path) -> None:
-    """Write the command that first ended a run into its folder, for the report."""
+    """Write the command that first ended a run, and its machine, into its folder for the report."""
     if not (run / COMMAND).exists():
+        from unmasked.doctor import environment, lines
+
         command = f"{shlex.join(['unmasked', *sys.argv[1:]])}\n"
-        (run / COMMAND).write_text(command, encoding="utf-8")
+        machine = (f"{name}  {value}\n" for name, value in lines(environment()))
+        write_text(run / MACHINE, "".join(machine))
+        write_text(run / COMMAND, command)
 
 
 def listener(line: terminal.Line) -> Listener:

@@ -23,6 +23,8 @@ from unmasked.recipe.schema import BEFORE, CAUSAL
 
 COMMAND = "command.txt"
 """The file of a run folder that holds the command that made it."""
+MACHINE = "machine.txt"
+"""The file of a run folder that says where it ran."""
 
 
 @dataclass(frozen=True)
