@@ -11,7 +11,7 @@ from unmasked import LLM2Vec
 from unmasked.checkpoint.card import Card
 from unmasked.errors import ModelError
 from unmasked.checkpoint.location import locate
-from unmasked.checkpoint.origin import find_base
+from unmasked.compat.origin import find_base
 from unmasked.evaluate.baselines import causal_baselines
 from unmasked.recipe.files import recipe_text
 from unmasked.recipe.schema import Model, Recipe

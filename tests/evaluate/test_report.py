@@ -16,7 +16,7 @@ from support.tasks import by_text
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra 'report')")
 
-from unmasked.checkpoint.origin import RESULTS
+from unmasked.compat.origin import RESULTS
 from unmasked.errors import DataError
 from unmasked.evaluate.bootstrap import PAIR_METRICS
 from unmasked.evaluate.report import searches

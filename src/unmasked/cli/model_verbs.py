@@ -60,6 +60,14 @@ def convert(
     terminal.closing(output)
 
 
+def _formats(wanted: bool) -> None:
+    if wanted:
+        from unmasked.evaluate.tasks.formats import formats_text
+
+        terminal.show(formats_text())
+        raise typer.Exit
+
+
 def evaluate(
     models: Annotated[
         list[str],
@@ -84,6 +92,10 @@ def evaluate(
         bool, Option("--all", help="Show every metric, not only the main one of each task.")
     ] = False,
     json_file: JSON_FILE = None,
+    formats: Annotated[
+        bool,
+        Option("--formats", callback=_formats, is_eager=True, help="Show examples of task files."),
+    ] = False,
 ) -> None:
     """Score models with 95 % intervals, and show what the first gains on each other one."""
     from unmasked.cli import tables
@@ -94,7 +106,7 @@ def evaluate(
     with terminal.loading("loading the libraries"):
         from unmasked.compat.llm2vec import LLM2Vec
         from unmasked.checkpoint.location import locate
-        from unmasked.checkpoint.origin import find_base
+        from unmasked.compat.origin import find_base
         from unmasked.evaluate.baselines import causal_baselines
     scored = {}
     baselines = causal_baselines(locate(base) if base else find_base(models[0])) if against else ()

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from unmasked.cli import tables, terminal
+from unmasked.cli.failures import INTERRUPTED
 from unmasked.evaluate.compare import COMMAND, MACHINE, headlines
 from unmasked.evaluate.scorer import RESULTS, make_scorer
 from unmasked.files.writing import write_text
@@ -34,11 +38,29 @@ def run_recipe(recipe: Recipe, path: Path) -> None:
     with terminal.Line() as line:
         work = Run(recipe, path, score and _with_proof(score, line), listener(line))
         terminal.facts(_header(work), stderr=True)
-        encoder = work.run()
+        finished = work.finished()
+        with telling_what_is_kept(lambda: work):
+            encoder = work.run()
     keep_command(path)
     terminal.show(encoder.report.summary())
     tables.stage_table(path, recipe.evaluate.bootstrap)
-    terminal.closing(path / "model")
+    if finished:
+        terminal.show("nothing to do: every stage of this recipe is done")
+    terminal.closing(path / "model", done=finished)
+
+
+@contextmanager
+def telling_what_is_kept(run: Callable[[], Run]) -> Iterator[None]:
+    """In the block, Ctrl-C ends with what the folder of a run holds and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        work = run()
+        kept = work.progress()
+        what = f"saved: {', '.join(kept)}" if kept else "no step is saved yet"
+        how = "continue" if kept else "begin anew"
+        terminal.say(f"interrupted: {work.path}: {what}; run the same command to {how}")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def keep_command(run: Path) -> None:

@@ -19,7 +19,7 @@ def causal_baselines(base: Location) -> Iterator[tuple[str, Callable[[], LLM2Vec
     """Name and maker of a causal encoder for each of `CAUSAL_BASELINES`.
 
     Args:
-        base: the decoder, such as `checkpoint.origin.find_base` finds it.
+        base: the decoder, such as `compat.origin.find_base` finds it.
 
     Raises:
         ModelError: (by a maker) the decoder has no causal mask any more.

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 
-from unmasked.checkpoint.origin import find_base
+from unmasked.compat.origin import find_base
 from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import DataError
 from unmasked.evaluate import compare
