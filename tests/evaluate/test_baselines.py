@@ -9,9 +9,9 @@ import pytest
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint.card import Card
-from unmasked.errors import ModelError
 from unmasked.checkpoint.location import locate
 from unmasked.compat.origin import find_base
+from unmasked.errors import ModelError
 from unmasked.evaluate.baselines import causal_baselines
 from unmasked.recipe.files import recipe_text
 from unmasked.recipe.schema import Model, Recipe

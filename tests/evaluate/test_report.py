@@ -25,7 +25,6 @@ from unmasked.evaluate.report.page import write_report
 from unmasked.evaluate.report.samples import Query, Sample
 from unmasked.recipe.schema import BEFORE, BIDIRECTIONAL
 
-
 MARKS = [
     "& <b>bold</b> <!-- <script>",
     "<script>window.broken = 1</script>",
@@ -43,7 +42,7 @@ MARKS = [
     "<meta http-equiv=refresh content=0;url=//elsewhere.invalid>",
     "{{ 7 * 191 }} {% raw %} ${7*191} #{7*191}",
     "&lt;script&gt; &#60;script&#62; \\u003cscript\\u003e",
-    "\\\";window.broken=1// `${window.broken=1}`",
+    '\\";window.broken=1// `${window.broken=1}`',
     "\u2028 \u2029 \u202e turned \u2066 \ufeff \x0b\x7f",
     "<form><input autofocus onfocus=window.broken=1>",
     "<math><mtext></p><style><!--</style><img src=x onerror=window.broken=1>",
@@ -112,7 +111,7 @@ def test_a_search_shows_what_was_wanted_and_the_shares_of_all(run_folder):
     assert page.count('<div class="search">') == 4
     assert page.count("<dt>wanted</dt>") == 4 == page.count("<dt>first after</dt>")
     better, worse = map(int, re.findall(r"<b>(\d+) %</b>", page))
-    assert 0 <= better and 0 <= worse <= 100 - better
+    assert better >= 0 and 0 <= worse <= 100 - better
 
 
 def test_searches_leave_out_the_document_with_the_id_of_the_query():

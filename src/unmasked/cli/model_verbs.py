@@ -64,7 +64,7 @@ def _formats(wanted: bool) -> None:
     if wanted:
         from unmasked.evaluate.tasks.formats import formats_text
 
-        terminal.show(formats_text())
+        typer.echo(formats_text())  # tabs stay tabs
         raise typer.Exit
 
 
@@ -104,8 +104,8 @@ def evaluate(
 
     score = make_scorer(tasks, languages, results)
     with terminal.loading("loading the libraries"):
-        from unmasked.compat.llm2vec import LLM2Vec
         from unmasked.checkpoint.location import locate
+        from unmasked.compat.llm2vec import LLM2Vec
         from unmasked.compat.origin import find_base
         from unmasked.evaluate.baselines import causal_baselines
     scored = {}

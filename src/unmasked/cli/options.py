@@ -15,7 +15,6 @@ Pooling = Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token
 Dtype = Literal["auto", "checkpoint", "float32", "bfloat16", "float16"]
 
 
-
 def complete_recipe(incomplete: str) -> list[str]:
     """The shipped recipes that begin so; the shell adds files itself."""
     from unmasked.recipe.files import shipped_recipes
@@ -34,9 +33,7 @@ def complete_setting(incomplete: str) -> list[str]:
 MODEL = Annotated[str, Argument(help="Hub name, folder, or 'nano', the bundled decoder.")]
 RECIPE = Annotated[
     str,
-    Argument(
-        help="YAML file, or the name of a shipped recipe.", autocompletion=complete_recipe
-    ),
+    Argument(help="YAML file, or the name of a shipped recipe.", autocompletion=complete_recipe),
 ]
 OVERRIDES = Annotated[
     list[str] | None,

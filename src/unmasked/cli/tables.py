@@ -71,7 +71,15 @@ def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:
         [f"{r.task}.{r.metric}", r.encoder, *_score_cells(r.score), *_gain_cells(r.gain)]
         for r in rows
     ]
-    columns = ["metric", "encoder", "score", "95 % interval", "gain on it", "95 % interval", "is it?"]
+    columns = [
+        "metric",
+        "encoder",
+        "score",
+        "95 % interval",
+        "gain on it",
+        "95 % interval",
+        "is it?",
+    ]
     show_table(columns, cells, [i for i, row in enumerate(rows) if row.encoder == first])
 
 

@@ -87,7 +87,10 @@ class StageCommand(TyperCommand):
 
 
 def train(
-    stage: Annotated[Literal["mntp", "simcse", "supervised"], Argument()],
+    stage: Annotated[
+        Literal["mntp", "simcse", "supervised"],
+        Argument(metavar="STAGE", help="mntp, simcse or supervised; with --help, its settings."),
+    ],
     base: Annotated[str, Option(help="Model to start from: hub name, folder or adapter.")],
     data: Annotated[list[str], Option(help="File of texts, or of pairs; repeat for more.")],
     output: Annotated[Path, Option("-o", "--output", help="Run folder.")],
@@ -188,7 +191,9 @@ def list_recipes() -> None:
 
 @recipes.command("show")
 def show_recipe(
-    name: Annotated[str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)],
+    name: Annotated[
+        str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)
+    ],
 ) -> None:
     """Show a recipe as it is written."""
     typer.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
@@ -196,7 +201,9 @@ def show_recipe(
 
 @recipes.command("copy")
 def copy_recipe(
-    name: Annotated[str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)],
+    name: Annotated[
+        str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)
+    ],
     to: Annotated[Path | None, Argument(help="New file.", show_default="NAME.yaml")] = None,
     explain: Annotated[
         bool, Option("--explain", help="Put above each setting what it means, as a comment.")

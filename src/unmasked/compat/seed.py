@@ -74,9 +74,7 @@ def parser(stage: str) -> argparse.ArgumentParser:
 
 def _model_flags(flag: Callable[..., None], simcse: bool) -> None:
     """What is trained, and on which texts."""
-    flag(
-        "model_name", "decoder: hub name or folder", lambda name: name.rstrip("/"), required=True
-    )
+    flag("model_name", "decoder: hub name or folder", lambda name: name.rstrip("/"), required=True)
     flag("peft_model_name_or_path", "adapter to begin with", required=simcse)
     flag("device_map", "where to train", default="auto", choices=["auto", "cuda", "cpu"])
     flag("trust_remote_code", "must be False: code from the hub is never run", truth, False)

@@ -32,8 +32,8 @@ from transformers import set_seed
 
 from unmasked.checkpoint.card import Card, versions
 from unmasked.checkpoint.location import Location, locate
-from unmasked.compat.origin import find_base
 from unmasked.compat.llm2vec import LLM2Vec
+from unmasked.compat.origin import find_base
 from unmasked.errors import MissingExtraError, OutputError, UnmaskedError, first_line
 from unmasked.files.writing import aside_of, write_text
 from unmasked.forward import precision
@@ -149,25 +149,6 @@ class Run:
             encoder.save(self.path / "model", card=self._card(encoder))
         devices.wait()
         return encoder
-
-    def progress(self) -> list[str]:
-        """What the folder holds for the next start, in words; empty if that begins anew."""
-        kept = []
-        for name, stage in self.recipe.stages():
-            if is_done(self.path / name):
-                kept.append(f"{name} done")
-            elif (checkpoint := last_checkpoint(self.path / name)) is not None:
-                kept.append(f"{name} at step {checkpoint.step:,} of {stage.steps:,}")
-        scores = len(self.results())
-        return [*kept, f"{scores} encoders scored"] if scores else kept
-
-    def finished(self) -> bool:
-        """Whether nothing is left to do: every stage is trained and scored, the result saved."""
-        done = all(is_done(self.path / name) for name, _ in self.recipe.stages())
-        scored = {stage["name"] for stage in self.results()}
-        wanted = {name for name, _ in self.recipe.stages()} if self.score is not None else set()
-        first = self.score is None or bool(scored & {BIDIRECTIONAL, BEFORE})
-        return done and first and wanted <= scored and (self.path / "model/config.json").is_file()
 
     def results(self) -> list[dict[str, Any]]:
         """Stages in order, each ``{"name": ..., "scores": {"TASK.METRIC": fraction}}``."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from unmasked.recipe.schema import BEFORE, BIDIRECTIONAL
 
 MEANINGS = {
-    "causal": "The decoder as it was: a word's state knows only the words before it. Mean, weighted "
-    "mean and last token are three ways to make one vector of the states.",
+    "causal": "The decoder as it was: a word's state knows only the words before it. Mean, "
+    "weighted mean and last token are three ways to make one vector of the states.",
     BIDIRECTIONAL: "The same decoder without its causal mask: every word sees the whole text.",
     BEFORE: "What the first stage began with, as it was given.",
     "mntp": "Masked next token prediction: the model guesses hidden words from both sides, and so "
@@ -38,4 +38,6 @@ def meanings(stages: Iterable[str], metrics: Iterable[str]) -> list[tuple[str, s
     """Term and sentence for what a report shows: its stages, then the metrics ``TASK.METRIC``."""
     named = [stage if stage == BEFORE else stage.split("_")[0] for stage in stages]
     measured = [metric.rpartition(".")[2] for metric in metrics]
-    return [(term, MEANINGS[term]) for term in dict.fromkeys([*named, *measured]) if term in MEANINGS]
+    return [
+        (term, MEANINGS[term]) for term in dict.fromkeys([*named, *measured]) if term in MEANINGS
+    ]

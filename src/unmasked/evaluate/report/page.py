@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 
-from unmasked.compat.origin import find_base
 from unmasked.compat.llm2vec import LLM2Vec
+from unmasked.compat.origin import find_base
 from unmasked.errors import DataError
 from unmasked.evaluate import compare
 from unmasked.evaluate.baselines import causal_encoder
@@ -162,7 +162,10 @@ def _vectors(run: Path, recipe: Recipe, best: str | None, save: Save) -> dict[st
         return None
     name = f"before: {best.replace('_', ', ', 1).replace('_', ' ')}" if best else BEFORE
     before = _before(recipe, best)
-    ours, pairs = LLM2Vec.from_pretrained(run / "model", allow_partial=True), [*chain(*sample.pairs)]
+    ours, pairs = (
+        LLM2Vec.from_pretrained(run / "model", allow_partial=True),
+        [*chain(*sample.pairs)],
+    )
     role = "document" if sample.queries else None  # as in searches: encoded once for both
     sides: list[dict[str, Any]] = []
     for place, title, model in (("before", name, before), ("after", "after", ours)):

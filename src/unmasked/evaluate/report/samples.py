@@ -73,7 +73,9 @@ def _of_retrieval(task: kinds.RetrievalTask) -> Sample:
     documents, queries = list(task.texts["document"]), list(task.texts["query"])
     order = _shuffled(len(documents))
     asked = [q for q in _shuffled(len(queries)) if task.grades[q]]
-    linked = [(queries[q], documents[max(own := task.grades[q], key=own.__getitem__)]) for q in asked]
+    linked = [
+        (queries[q], documents[max(own := task.grades[q], key=own.__getitem__)]) for q in asked
+    ]
     if groups := _id_groups(task.document_ids):
         mapped = [i for i in order if groups[i] != OTHER][:MAPPED]
         texts, groups = [documents[i] for i in mapped], [groups[i] for i in mapped]
@@ -87,7 +89,10 @@ def _of_retrieval(task: kinds.RetrievalTask) -> Sample:
     named = {name: place.get(document) for document, name in enumerate(task.document_ids)}
     found = []
     for q, wanted in grades.items():
-        places, own = frozenset(place[document] for document in wanted), named.get(task.query_ids[q])
+        places, own = (
+            frozenset(place[document] for document in wanted),
+            named.get(task.query_ids[q]),
+        )
         found.append(Query(queries[q], places, None if own in places else own))
     names = [(task.document_ids[i], documents[i]) for i in pool]
     return Sample(texts, groups, linked[:PAIRS], found, names)

@@ -49,10 +49,10 @@ FORMATS = (
     ),
     Format(
         "classification; the other half lies beside the file: accuracy",
-        "topics_test.tsv",
+        "intent_test.tsv",
         {
-            "topics_train.tsv": "label\ttext\nsport\tThe match was drawn.\nmoney\tStocks fell.\n",
-            "topics_test.tsv": "label\ttext\nsport\tShe won the race.\nmoney\tPrices rose.\n",
+            "intent_train.tsv": "label\ttext\nsport\tThe match was drawn.\nmoney\tStocks fell.\n",
+            "intent_test.tsv": "label\ttext\nsport\tShe won the race.\nmoney\tPrices rose.\n",
         },
     ),
     Format(

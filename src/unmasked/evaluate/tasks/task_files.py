@@ -224,7 +224,7 @@ def _judged_elsewhere(qrels: Path) -> set[str]:
 
 
 def _records(path: Path, titled: bool = False) -> dict[str, str]:
-    """Text by id of a BEIR .jsonl file; as in mteb, the title of a document goes before its text."""
+    """Text by id of a BEIR .jsonl file; as in mteb, a document's title goes before its text."""
     texts: dict[str, str] = {}
     for line, row in readers.checked(str(path), readers.read(str(path), {})):
         name, title, text = row.get("_id"), row.get("title") or "", row.get("text")
