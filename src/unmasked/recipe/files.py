@@ -17,6 +17,8 @@ from unmasked.recipe.settings import section_of, takes_list
 Place = tuple[str | int, ...]
 """The way to a key: ``("supervised", "data", 0, "path")``."""
 _DEEPEST = 4
+_COMMA_OF_PAIRS = re.compile(r",(?!\s*\w+=)")
+"""A comma between data sets, not one between the columns of ``FILE:query=a,positive=b``."""
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -148,9 +150,9 @@ def _apply(override: str, data: dict[str, Any]) -> Place:
         section[key] = section = dict(inner)  # a copy: an alias may stand in several places
     try:
         value = yaml.safe_load(text)
-        if isinstance(value, str) and "," in value and takes_list(place):
-            value = [yaml.safe_load(item) for item in value.split(",") if item.strip()]
-            value = value if not Path(text).exists() else [text]  # a file with a comma in its name
+        if isinstance(value, str) and takes_list(place) and not Path(value).exists():
+            items = _COMMA_OF_PAIRS.split(value) if place[0] == "supervised" else value.split(",")
+            value = [yaml.safe_load(item) for item in items if item.strip()]
         section[last] = value
     except (yaml.YAMLError, ValueError):
         message = f"override '{override}': the value is not YAML. Fix: put it in quotes."
