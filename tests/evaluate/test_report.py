@@ -200,7 +200,7 @@ def test_in_a_browser(page, run_folder, tmp_path, width, phone):
     assert page.run("typeof window.broken") == "undefined", "a text was run"
     assert page.run("document.querySelectorAll('script, img, iframe, form, base').length") == 2
     assert page.run("document.querySelectorAll('h1').length") == 1
-    assert page.run("texts.length") == 40
+    assert page.run("texts.length") == 80
     assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
 
 
