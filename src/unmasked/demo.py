@@ -22,7 +22,7 @@ from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from unmasked.train.run import Listener
+    from unmasked.train.run import Listener, Run
 
 TASK = "docstrings"
 METRICS = (f"{TASK}.ndcg@10", f"{TASK}.recall@1", f"{TASK}.recall@10")
@@ -95,6 +95,13 @@ def write_data(folder: Path, size: Size) -> None:
     _write_rows(data / "passages.jsonl", ({"text": text} for text in passages))
     _write_rows(data / "pairs.jsonl", answered)
     _write_task(data / TASK, held_out)
+
+
+def demo_run(folder: Path, *, quick: bool) -> Run:
+    """The run of the demo, as it stands in its folder."""
+    from unmasked.train.run import Run
+
+    return Run(demo_recipe(folder, QUICK if quick else FULL), folder)
 
 
 def run_demo(folder: Path, *, quick: bool, listener: Listener) -> list[DemoSearch]:

@@ -131,13 +131,13 @@ class TextEncoder(SentenceTransformer):
             device, prompts: as in the constructor; prompts are added to those of the folder.
 
         Raises:
-            ModelError: it cannot be loaded or quantized.
-            NotBidirectionalError: the proof failed.
+            ModelError: it cannot be loaded or quantized, or the proof failed.
         """
         device = device or get_device_name()
         if quantize is not None:
             quantization.check(quantize, torch.device(device))
         found = loading.find(name, peft, base, **hub)
+        folder.check_length(given.get("max_length"), found.config)
         precision = pick(dtype, torch.device(device), found.config)
         tokenizer, settings = cls.read_checkpoint(found, given)
         model, report = loading.load_transformer(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard, RepoUrl
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint.card import Card, render
@@ -82,7 +84,27 @@ def test_what_cannot_be_pushed(saved, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="not a valid name of a repository.*Fix"):
         push(saved, "a/b/c")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OutputError, match="org/x: the hub did not take it.*Fix: log in"):
+    with pytest.raises(OutputError, match="org/x: the hub cannot be reached.*Fix: connect to"):
+        push(saved, "org/x")
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (RuntimeError("Name or service not known"), "connect to the network"),
+        (LocalTokenNotFoundError("no token"), "log in with 'hf auth login'"),
+        (
+            HfHubHTTPError("403", response=SimpleNamespace(headers={}, request=None)),
+            "log in with 'hf auth login'",
+        ),
+    ],
+)
+def test_the_fix_of_a_push_is_about_what_failed(saved, monkeypatch, error, fix):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    with pytest.raises(OutputError, match=f"Fix: {fix}"):
         push(saved, "org/x")
 
 

@@ -66,3 +66,15 @@ def test_weights_of_other_shapes_are_named(folder):
     (folder / "config.json").write_text(json.dumps({**said, "intermediate_size": 48}))
     with pytest.raises(ModelError, match=r"6 weights have other shapes .*\(64, 96\) there"):
         LLM2Vec.from_pretrained(folder)
+
+
+def test_a_script_shows_no_bars_and_its_own_settings_stay(tiny_decoder, tmp_path, capfd):
+    from transformers.utils import logging
+
+    from unmasked import LLM2Vec
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    capfd.readouterr()
+    LLM2Vec.from_pretrained(tiny_decoder, device="cpu").save(tmp_path / "saved")
+    assert capfd.readouterr().err == ""
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

@@ -113,7 +113,8 @@ def test_a_full_disk_is_told_without_a_traceback(cli, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "verb", "code", "message"),
     [
-        (KeyboardInterrupt(), "run", 130, "interrupted: saved; run the same command to continue"),
+        (KeyboardInterrupt(), "run", 130, "interrupted: nothing was written"),
+        (KeyboardInterrupt(), "evaluate", 130, "interrupted: finished public tasks are kept"),
         (KeyboardInterrupt(), "convert", 130, "interrupted: nothing was written"),
         (DataError("a.txt is empty."), "run", 2, "error: a.txt is empty."),
         (PermissionError(13, "Permission denied", "a.txt"), "x", 2, "error: a.txt: Permission "),
@@ -125,3 +126,21 @@ def test_a_full_disk_is_told_without_a_traceback(cli, monkeypatch):
 def test_every_error_has_its_end(error, verb, code, message):
     found = explain(error, verb)
     assert found[0] == code and found[1].startswith(message) and bool(found[1]) == bool(message)
+
+
+def test_completion_knows_recipes_and_settings():
+    for words, expected in (
+        ("unmasked run nano-s", "nano-supervised"),
+        ("unmasked run nano mntp.learning", "mntp.learning_rate="),
+        ("unmasked train sim", "simcse"),
+    ):
+        asked = {"_UNMASKED_COMPLETE": "complete_bash", "COMP_WORDS": words,
+                 "COMP_CWORD": str(len(words.split()) - 1)}  # fmt: skip
+        code = "import sys; sys.argv = ['unmasked']; from unmasked.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **asked},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.split() == [expected], done.stderr

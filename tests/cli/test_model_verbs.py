@@ -70,7 +70,7 @@ def test_convert_names_what_a_folder_lacks(cli, tiny_decoder, tmp_path):
     assert "has a model but no tokenizer" in err
     code, _, err = cli("convert", tmp_path / "none", "-o", "model")
     assert code == 2
-    assert "it is not a folder here" in err
+    assert "none: no such folder, did you mean" in err
 
 
 def test_convert_tells_weights_that_were_cut_off(cli, tiny_decoder, tmp_path):
@@ -139,6 +139,59 @@ def test_evaluate_refuses_a_json_file_in_no_folder_before_it_scores(cli, tasks):
         "error: nowhere/a.json cannot be written: nowhere is not a folder. "
         "Fix: mkdir -p nowhere, or give another name.\n"
     )
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_before_anything_is_scored(
+    cli, tasks, tmp_path
+):
+    (tmp_path / "folder").mkdir()
+    code, out, err = cli("evaluate", "nano", "--tasks", tasks[0], "--json", "folder")
+    assert (code, out) == (2, "")
+    assert err == "error: folder cannot be written: it is a folder. Fix: give another name.\n"
+    code, out, err = cli("evaluate", "nano", "--tasks", tasks[0], "--json", "/proc/a.json")
+    assert (code, out) == (2, "")
+    assert "/proc/a.json cannot be written" in err and "Fix: " in err
+
+
+def test_a_folder_called_nano_is_not_the_bundled_decoder(cli, tiny_decoder, tmp_path):
+    shutil.copytree(tiny_decoder, tmp_path / "nano")
+    (tmp_path / "in.txt").write_text("one text\n")
+    for name, width in (("nano", 256), ("./nano", 32)):
+        code, out, err = cli("encode", name, "in.txt", "-o", f"{width}.npy")
+        assert code == 0, err
+        assert f"1 vectors of {width} numbers" in out
+
+
+def test_a_run_folder_stands_for_the_encoder_that_was_made_in_it(cli, tiny_decoder, tmp_path):
+    shutil.copytree(tiny_decoder, tmp_path / "runs" / "law" / "model")
+    (tmp_path / "in.txt").write_text("one text\n")
+    code, out, err = cli("encode", "runs/law", "in.txt", "-o", "v.npy")
+    assert code == 0, err
+    assert "1 vectors of 32 numbers" in out
+
+
+def test_a_length_beyond_the_positions_is_refused(cli, tiny_decoder, tmp_path):
+    code, _, err = cli("convert", tiny_decoder, "-o", "m", "--max-length", "100000")
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        "error: max_length 100,000: this model has 128 positions, and was trained on no longer "
+        "input. Fix: max_length=128 (--max-length 128), or less."
+    )
+    assert not (tmp_path / "m").exists()
+
+
+def test_every_example_of_a_task_file_is_read(cli, tmp_path):
+    from unmasked.evaluate.scorer import make_scorer
+    from unmasked.evaluate.tasks.formats import FORMATS
+
+    code, out, _ = cli("evaluate", "--formats")
+    assert code == 0
+    for one in FORMATS:
+        for name, content in one.files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content, encoding="utf-8")
+            assert all(f"    {line}\n" in out for line in content.splitlines())
+    make_scorer([one.given for one in FORMATS])
 
 
 def test_doctor_knows_this_machine(cli):

@@ -80,3 +80,20 @@ def test_a_run_is_told_by_its_newest_measures(capsys, clock):
         "simcse 2/2  loss 0.5000",
         "simcse: sts.spearman 50.00, beir.ndcg@10 12.50",
     ]
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_a_table_that_is_too_wide_is_told_row_by_row(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    numbers = ["45.11", "[43.20, 47.01]", "+0.12", "[-0.31, 0.62]", "not clear: may be chance"]
+    columns = ["metric", "encoder", "score", "95 % interval", "gain", "95 % interval", "is it?"]
+    rows = [
+        ["sts.spearman", "runs/a-long-name/model", *numbers],
+        ["sts.spearman", "nano", "1"] + [""] * 4,
+    ]
+    terminal.show_table(columns, rows)
+    shown = capsys.readouterr().out
+    for cell in ("sts.spearman", "runs/a-long-name/model", *numbers):
+        assert cell in shown, "a cell was broken"
+    assert max(map(len, shown.splitlines())) <= width
+    assert ("\n  95 % interval  [43.20" in shown) == (width < 120)

@@ -12,6 +12,7 @@ import yaml
 from support.commands import COMMAND, hear_interrupts, listing
 
 from unmasked.evaluate.compare import compare_stages
+from unmasked.recipe.files import load_recipe
 
 
 def test_recipes(cli, tmp_path):
@@ -40,7 +41,7 @@ def test_run_from_end_to_end_and_again(cli, recipe, tmp_path):
     assert [row[0] for row in rows if row and row[0] in names] == names
     best = max(causal, key=lambda name: stages[names.index(name)]["scores"]["sts.spearman"])
     assert any(row[0] == best and row[2] == "*" for row in rows if row)
-    gain = compare_stages(tmp_path / "out", "sts.spearman", samples=50).gain
+    (gain,) = compare_stages(tmp_path / "out", "sts.spearman", samples=50).gains.values()
     verdict = "worse, clear of zero" if gain.high < 0 else "clear of zero"
     if gain.low <= 0 <= gain.high:
         verdict = "not clear: may be chance"
@@ -60,7 +61,9 @@ def test_run_from_end_to_end_and_again(cli, recipe, tmp_path):
     changed = {name for name, when in listing(tmp_path / "out").items() if before.get(name) != when}
     # Not even the command that is kept; a lock is written to by some releases of filelock.
     assert changed <= {"recipe.yaml", ".lock"}
-    assert again == out
+    assert "nothing to do" in again and "done   out/model" in again
+    told = [line for line in again.splitlines() if not line.startswith("nothing to do")]
+    assert told == out.replace("saved  out", "done   out").splitlines()
 
     code, _, err = cli("run", recipe, "-o", "out")
     assert code == 2
@@ -103,9 +106,10 @@ def test_ctrl_c_saves_and_the_same_command_continues(recipe, tmp_path, cli):
     finally:
         running.kill()
     assert running.returncode == 130
-    assert last == "interrupted: saved; run the same command to continue"
     (checkpoint,) = (tmp_path / "out/mntp").glob("checkpoint-*")
     step = int(checkpoint.name.partition("-")[2])
+    saved = f"mntp at step {step:,} of 100,000"
+    assert last == f"interrupted: out: saved: {saved}; run the same command to continue"
     # The same command, but that it ends: the recipe in the folder is told to, too.
     kept = tmp_path / "out/recipe.yaml"
     kept.write_text(kept.read_text().replace("steps: 100000", f"steps: {step + 2}"))
@@ -116,6 +120,47 @@ def test_ctrl_c_saves_and_the_same_command_continues(recipe, tmp_path, cli):
     steps = [json.loads(line)["step"] for line in lines if '"loss"' in line]
     assert steps == list(range(1, step + 3))
     assert "saved  out/model" in out
+
+
+def test_ctrl_c_before_the_first_checkpoint_says_that_nothing_is_saved(
+    cli, recipe, tmp_path, monkeypatch
+):
+    from unmasked.train import run
+
+    def interrupted(*_):
+        raise KeyboardInterrupt  # the second Ctrl-C, or one while a model is loaded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fit", interrupted)
+        code, _, err = cli("run", recipe, "evaluate.tasks=[]", "-o", "out")
+    assert code == 130
+    how = "no step is saved yet; run the same command to begin anew"
+    assert err.splitlines()[-1] == f"interrupted: out: {how}"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fit", interrupted)
+        code, _, err = cli("run", recipe, "-o", "scored")
+    how = "saved: 4 encoders scored; run the same command to continue"
+    assert err.splitlines()[-1] == f"interrupted: scored: {how}"
+
+
+def test_settings_are_explained(cli, tmp_path):
+    code, out, _ = cli("recipes", "explain", "mntp.learning_rate")
+    assert (code, out.splitlines()[0]) == (
+        0, "mntp.learning_rate: a number more than 0; default 5.0e-05",
+    )  # fmt: skip
+    assert "Highest learning rate" in out
+    code, _, err = cli("recipes", "explain", "mntp.learning_rat")
+    assert (code, "did you mean 'mntp.learning_rate'?" in err) == (2, True)
+    code, out, _ = cli("recipes", "copy", "nano", "mine.yaml", "--explain")
+    assert code == 0
+    text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    assert (
+        "  # Highest learning rate, which is reached after warm-up. (a number more than 0" in text
+    )
+    assert load_recipe(tmp_path / "mine.yaml") == load_recipe("nano")
+    code, out, _ = cli("train", "simcse", "--help")
+    assert "simcse.temperature: a number more than 0; default 0.05" in out
+    assert "mntp." not in out.partition("Settings, as NAME=VALUE")[2]
 
 
 def test_mine_and_train_supervised(cli, tiny_decoder, tmp_path):

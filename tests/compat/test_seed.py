@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,22 @@ def test_b50_b52_results_and_logs_are_where_they_were(results):
         events = list((results.parent / "logs" / f"nano-{stage}").glob("events.out.tfevents*"))
         assert events
         assert (folder / "model" / "config.json").is_file()
+
+
+def test_logs_can_be_moved_together_with_the_results(results, tmp_path):
+    moved = shutil.copytree(results.parent, tmp_path / "moved", symlinks=True)
+    link = moved / "logs" / "nano-mntp"
+    assert link.is_symlink() and not link.readlink().is_absolute()
+    assert (moved / "results").resolve() in link.resolve().parents
+    assert list(link.glob("events.out.tfevents*"))
+
+
+def test_every_flag_has_a_help_text_and_shows_its_default():
+    for stage in ("mntp", "simcse"):
+        made = parser(stage)
+        assert [a.dest for a in made._actions if not a.help] == []
+        shown = " ".join(made.format_help().split())
+        assert "highest learning rate (default: 1e-05)" in shown
 
 
 def test_b48_flags_the_seed_ignored_act(results):
@@ -207,10 +224,17 @@ def test_the_env_file_is_read_and_overrides_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASKED_KEPT", "mine")
     monkeypatch.setenv("UNMASKED_READ", "")
     monkeypatch.delenv("UNMASKED_READ")
-    text = "# a comment\nexport UNMASKED_READ='a=b'\nUNMASKED_KEPT=other\nno value\n"
-    (tmp_path / ".env").write_text(text)
+    for name in ("UNMASKED_FIRST", "UNMASKED_BARE", "UNMASKED_HASH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    text = "\ufeffUNMASKED_FIRST=1\n# a comment\nexport UNMASKED_READ='a=b'\nUNMASKED_KEPT=other\n"
+    text += 'no value\nUNMASKED_BARE=word # why\nUNMASKED_HASH="a # b" # why\n'
+    (tmp_path / ".env").write_text(text, encoding="utf-8")
     read_environment(tmp_path / ".env")
+    assert os.environ["UNMASKED_FIRST"] == "1"
     assert os.environ["UNMASKED_READ"] == "a=b"
+    assert os.environ["UNMASKED_BARE"] == "word"
+    assert os.environ["UNMASKED_HASH"] == "a # b"
     assert os.environ["UNMASKED_KEPT"] == "mine"
 
 

@@ -62,11 +62,31 @@ def test_retrieval_by_hand(tiny: Path) -> None:
     assert result.scores == pytest.approx(expected)
 
 
-def test_a_document_with_the_id_of_the_query_is_kept(tmp_path: Path) -> None:
+def test_a_document_with_the_id_of_the_query_is_kept_if_it_is_relevant(tmp_path: Path) -> None:
     qrels = {"same": {"same": 1}}
     folder = beir_folder(tmp_path / "t", {"same": "a", "other": "b"}, {"same": "a"}, qrels)
     result = load_task(folder).score(by_text({"a": [1, 0], "b": [0, 1]}))
     assert result.scores["recall@1"] == 1.0
+
+
+@pytest.mark.parametrize("grade", [None, 0], ids=["not judged", "judged 0"])
+@pytest.mark.parametrize("others", [1, 12], ids=["two documents", "more than are ranked"])
+def test_a_query_does_not_find_the_document_with_its_own_id(tmp_path, grade, others) -> None:
+    documents = {"q": "a", **{f"d{n}": f"b{n}" for n in range(others)}}
+    qrels = {"q": {"d0": 1, **({} if grade is None else {"q": grade})}}
+    vectors = {"a": [1, 0], **{f"b{n}": [1, 1 + n] for n in range(others)}}
+    task = load_task(beir_folder(tmp_path / "t", documents, {"q": "a"}, qrels))
+    assert task.ranked(by_text(vectors))[0] == list(range(1, min(others, 10) + 1))
+    assert set(task.score(by_text(vectors)).scores.values()) == {1.0}
+
+
+def test_a_document_that_is_not_there_counts_as_not_found(tmp_path: Path) -> None:
+    qrels = {"q": {"d": 1, "gone": 3}, "p": {"gone": 1}}
+    folder = beir_folder(tmp_path / "t", {"d": "a", "e": "b"}, {"q": "a", "p": "b"}, qrels)
+    result = load_task(folder).score(by_text({"a": [1, 0], "b": [0, 1]}))
+    both = 1 / (3 + 1 / math.log2(3)), 0
+    np.testing.assert_allclose(result.items["ndcg@10"], both)
+    np.testing.assert_allclose(result.items["recall@10"], (0.5, 0))
 
 
 def test_sts_scores_are_those_of_scipy(tmp_path: Path) -> None:

@@ -94,6 +94,20 @@ def test_retrieval(tmp_path):
         assert got[mine] == pytest.approx(expected[its], abs=5.1e-6), mine  # rounded by mteb
 
 
+def test_retrieval_as_it_is_published(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    queries = [{"_id": key, "text": text} for key, text in local.ODD_QUERIES.items()]
+    for name, rows in (("corpus", local.ODD_DOCUMENTS), ("queries", queries)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = [(q, d, g) for q, grades in local.ODD_QRELS.items() for d, g in grades.items()]
+    table(tmp_path / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore", judged)
+    got, expected = ours(tmp_path), theirs(local.LocalOddRetrieval())
+    assert 0.02 < got["ndcg@10"] < 0.98
+    pairs = {"ndcg@10": "ndcg_at_10", "recall@1": "recall_at_1", "recall@10": "recall_at_10"}
+    for mine, its in (pairs | {"mrr@10": "mrr_at_10"}).items():
+        assert got[mine] == pytest.approx(expected[its], abs=5.1e-6), mine  # rounded by mteb
+
+
 def test_reranking(tmp_path):
     lines = []
     for query, text in local.QUERIES.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import time
 
@@ -11,11 +12,43 @@ import numpy as np
 import pytest
 import yaml
 from support import browser
+from support.tasks import by_text
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra 'report')")
 
+from unmasked.compat.origin import RESULTS
 from unmasked.errors import DataError
+from unmasked.evaluate.bootstrap import PAIR_METRICS
+from unmasked.evaluate.report import searches
+from unmasked.evaluate.report.glossary import MEANINGS
 from unmasked.evaluate.report.page import write_report
+from unmasked.evaluate.report.samples import Query, Sample
+from unmasked.recipe.schema import BEFORE, BIDIRECTIONAL
+
+MARKS = [
+    "& <b>bold</b> <!-- <script>",
+    "<script>window.broken = 1</script>",
+    "</script><script>window.broken = 1</script>",
+    "<!--<script>--><!--</script>",
+    "--> --!> <!-- <![CDATA[ ]]>",
+    "<img src=x onerror=window.broken=1>",
+    "<svg/onload=window.broken=1>",
+    "\"><svg onload='window.broken=1'>",
+    "' onmouseover='window.broken=1",
+    "<iframe src=javascript:window.broken=1></iframe>",
+    "<a href=javascript:window.broken=1>x</a>",
+    "</title></style></textarea></pre></dl></table><h1>out</h1>",
+    "<base href=//elsewhere.invalid><link rel=stylesheet href=//elsewhere.invalid/x>",
+    "<meta http-equiv=refresh content=0;url=//elsewhere.invalid>",
+    "{{ 7 * 191 }} {% raw %} ${7*191} #{7*191}",
+    "&lt;script&gt; &#60;script&#62; \\u003cscript\\u003e",
+    '\\";window.broken=1// `${window.broken=1}`',
+    "\u2028 \u2029 \u202e turned \u2066 \ufeff \x0b\x7f",
+    "<form><input autofocus onfocus=window.broken=1>",
+    "<math><mtext></p><style><!--</style><img src=x onerror=window.broken=1>",
+]
+"""What has broken out of pages: tags, comments, scripts, attributes, templates, escapes."""
+TASK = "pets<img src=x onerror=window.broken=1>$x^$"
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +57,10 @@ def run_folder(tiny_decoder, tmp_path_factory):
     from unmasked.cli import main
 
     folder = tmp_path_factory.mktemp("report")
-    marks = "& <b>bold</b> <!-- <script>"
-    texts = [f"{word} number {n} {marks}" for n in range(20) for word in ("cat", "dog")]
-    (folder / "texts.txt").write_text("\n".join(texts))
-    task = folder / "pets"
+    texts = [f"{word} number {n} {MARKS[n]}" for n in range(20) for word in ("cat", "dog")]
+    base = shutil.copytree(tiny_decoder, folder / "<svg onload=window.broken=1>")
+    (folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    task = folder / TASK
     (task / "qrels").mkdir(parents=True)
     for name, prefix in (("corpus", ""), ("queries", "where is ")):
         rows = [{"_id": f"{n} {t.split()[0]}.{n}", "text": prefix + t} for n, t in enumerate(texts)]
@@ -38,7 +71,7 @@ def run_folder(tiny_decoder, tmp_path_factory):
     stage = {"data": [str(folder / "texts.txt")], "held_out": 4, "steps": 3, "batch_size": 4,
              "log_steps": 1, "eval_steps": 2, "warmup_steps": 1}  # fmt: skip
     recipe = {
-        "name": "pets", "model": {"base": str(tiny_decoder), "max_length": 64},
+        "name": "pets", "model": {"base": str(base), "max_length": 64},
         "mntp": {**stage, "block_length": 16}, "simcse": {**stage, "max_length": 32},
         "evaluate": {"tasks": [str(task)], "bootstrap": 50},
     }  # fmt: skip
@@ -55,19 +88,68 @@ def run_folder(tiny_decoder, tmp_path_factory):
 
 
 def test_one_file_holds_everything(run_folder):
-    page = (run_folder / "report.html").read_text()
+    page = (run_folder / "report.html").read_text(encoding="utf-8")
     for wanted in (
-        "Gain over the best causal pooling", "pets.ndcg@10", "learning rate", "Searches among 40",
-        "block_length: 16", "unmasked run ", "torch", "causal mean", "Similarity of a few texts",
+        "<h1>run</h1>", "recipe pets", "Gain of the last stage", "the best causal pooling",
+        "learning rate", "Searches among 40", "block_length: 16", "unmasked run ", "torch",
+        "causal mean", "Similarity of a few texts", "mntp</dt><dd>3 steps, 0:00:0",
+        "Masked next token prediction", "How high the wanted documents stand", "Use it",
+        "The machine it ran on", "from unmasked import LLM2Vec", "/texts.txt</dd>",
     ):  # fmt: skip
         assert wanted in page, wanted
-    for mark in ("<b>bold</b>", "<!--"):
-        assert mark not in page, "a text of the user's was taken for HTML"
+    scripts = re.findall(r"<script[^>]*>", page)
+    assert len(scripts) == 2 and page.count("<!--") == page.count("<!-- Created with") == 0
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page), "something is loaded from elsewhere"
     names = {"stages-0", "curves-mntp", "curves-simcse", "heatmap-before", "map-after"}
     for suffix in (".png", ".svg"):
         assert names <= {file.stem for file in run_folder.glob(f"figures/*{suffix}")}
     assert len(page) < 2_000_000
+
+
+def test_a_search_shows_what_was_wanted_and_the_shares_of_all(run_folder):
+    page = (run_folder / "report.html").read_text(encoding="utf-8")
+    assert page.count('<div class="search">') == 4
+    assert page.count("<dt>wanted</dt>") == 4 == page.count("<dt>first after</dt>")
+    better, worse = map(int, re.findall(r"<b>(\d+) %</b>", page))
+    assert better >= 0 and 0 <= worse <= 100 - better
+
+
+def test_searches_leave_out_the_document_with_the_id_of_the_query():
+    documents = [("q", "a"), ("d", "b"), ("e", "c")]
+    vectors = {"a": [1, 0], "b": [1, 1], "c": [0, 1]}
+    queries = [Query("a", frozenset({1}), 0), Query("c", frozenset({0}), None)]
+    sample = Sample([], [], [], queries, documents)
+    found = searches.search(sample, by_text(vectors))
+    assert [(one.rank, one.first) for one in found] == [(1, 1), (3, 2)]
+    told = searches.shares(found, [searches.Search(1, 1), searches.Search(1, 0)])
+    assert (told.queries, told.better, told.worse) == (2, 0.5, 0.0)
+    assert (told.median, told.first) == ((2.0, 1.0), (0.5, 1.0))
+
+
+def test_every_stage_and_metric_is_explained():
+    metrics = {"ndcg@10", "recall@1", "recall@10", "mrr@10", "map", "v_measure", "accuracy"}
+    names = {*PAIR_METRICS, *metrics, BEFORE, BIDIRECTIONAL, "causal", *RESULTS} - {"model"}
+    assert set(MEANINGS) == names
+
+
+def test_a_run_that_began_with_an_open_encoder_says_before_this_stage(run_folder, tmp_path):
+    """As it is after `train supervised --base RUN/model` where the decoder is not to be had."""
+    folder = tmp_path / "second"
+    base = shutil.copytree(run_folder / "model", tmp_path / "first" / "model")
+    shutil.copytree(run_folder / "model", folder / "model")
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe |= {"model": {"base": str(base)}, "mntp": None}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    (folder / "scores").mkdir()
+    stages = json.loads((run_folder / "results.json").read_text(encoding="utf-8"))["stages"]
+    kept = [{**stages[3], "name": BEFORE}, stages[-1]]
+    (folder / "results.json").write_text(json.dumps({"stages": kept}), encoding="utf-8")
+    for old, new in (("bidirectional", BEFORE), ("simcse", "simcse")):
+        shutil.copy(run_folder / "scores" / f"{old}.npz", folder / "scores" / f"{new}.npz")
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert f"simcse over {BEFORE}" in page and f"<td>{BEFORE}" in page
+    told = page.replace(MEANINGS[BIDIRECTIONAL], "")
+    assert "ausal" not in told[: told.index("How it was made")], "nothing is called causal"
 
 
 def test_a_folder_that_is_no_run(tmp_path):
@@ -115,6 +197,10 @@ def test_in_a_browser(page, run_folder, tmp_path, width, phone):
     )
     assert small > 5, "text too small to read"
     assert page.errors == []
+    assert page.run("typeof window.broken") == "undefined", "a text was run"
+    assert page.run("document.querySelectorAll('script, img, iframe, form, base').length") == 2
+    assert page.run("document.querySelectorAll('h1').length") == 1
+    assert page.run("texts.length") == 80
     assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
 
 

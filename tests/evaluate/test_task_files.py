@@ -87,13 +87,14 @@ def test_a_folder_with_one_half_of_a_classification_task(tmp_path):
     ("fields", "expected"),
     [
         ({"title": "Wings", "text": "lift an aircraft."}, "Wings lift an aircraft."),
-        ({"title": "Wings", "text": "Wings lift."}, "Wings lift."),
+        ({"title": "Wings", "text": "Wings lift."}, "Wings Wings lift."),
         ({"title": "Only a title", "text": ""}, "Only a title"),
         ({"title": None, "text": "No title."}, "No title."),
+        ({"title": "", "text": " White space "}, "White space"),
         ({"title": "", "text": ""}, ""),
     ],
 )
-def test_title_goes_before_a_text_that_does_not_repeat_it(
+def test_the_title_of_a_document_goes_before_its_text(
     tiny: Path, fields: dict[str, str], expected: str
 ) -> None:
     with (tiny / "corpus.jsonl").open("a") as file:
@@ -101,16 +102,32 @@ def test_title_goes_before_a_text_that_does_not_repeat_it(
     assert load_task(tiny).texts["document"] == ["doc 1", "doc 2", "doc 3", expected]
 
 
-def test_queries_of_another_split_are_left_out(tiny: Path) -> None:
+def test_the_title_of_a_query_is_not_read(tiny: Path) -> None:
+    (tiny / "queries.jsonl").write_text('{"_id": "q1", "title": "A", "text": "query "}\n')
+    assert load_task(tiny).texts["query"] == ["query "]
+
+
+def test_queries_of_another_split_are_left_out(tiny: Path, caplog) -> None:
     with (tiny / "queries.jsonl").open("a") as file:
         file.write('{"_id": "q2", "text": "for training"}\n')
-    with pytest.raises(DataError, match=r"test\.tsv: query 'q2' has no document"):
-        load_task(tiny)
+    assert load_task(tiny).texts["query"] == ["query"]
+    assert "test.tsv: 1 queries are not judged and are left out (q2)" in caplog.text
+    caplog.clear()
     (tiny / "qrels" / "train.tsv").write_text(QRELS + "q2\td1\t1\n")
     assert load_task(tiny).texts["query"] == ["query"]
+    assert caplog.text == ""
     (tiny / "qrels" / "test.tsv").write_text(QRELS + "q1\td1\t1\nq2\td1\t0\n")
-    with pytest.raises(DataError, match=r"test\.tsv: query 'q2' has no document"):
-        load_task(tiny)
+    assert load_task(tiny).texts["query"] == ["query", "for training"]
+    assert "1 queries have no document with a score above 0 and count as 0 (q2)" in caplog.text
+
+
+def test_ids_that_are_not_there_are_told(tiny: Path, caplog) -> None:
+    rows = "q1\td1\t1\nq1\tgone\t2\nlost\td1\t1\n"
+    (tiny / "qrels" / "test.tsv").write_text(QRELS + rows)
+    task = load_task(tiny)
+    assert (task.grades, task.absent) == ([{0: 1.0}], [[2.0]])
+    assert "1 ids are not in queries.jsonl and are left out (lost)" in caplog.text
+    assert "1 ids are not in corpus.jsonl and count as not found (gone)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -155,11 +172,11 @@ def test_bad_sts_file(tmp_path: Path, content: bytes, message: str) -> None:
         ("queries.jsonl", b'{"_id": "q1", "text": "a"}\n' * 2, "line 2: id 'q1' was given above"),
         ("qrels/test.tsv", b"", "the file is empty"),
         ("qrels/test.tsv", b"q1 0 d1 1\n", "line 1: no column 'query-id'"),
-        ("qrels/test.tsv", b"q9\td1\t1\n", "line 2: id 'q9' is not one of the 1 of queries.jsonl"),
-        ("qrels/test.tsv", b"q1\td9\t1\n", "line 2: id 'd9' is not one of the 3 of corpus.jsonl"),
+        ("qrels/test.tsv", b"q9\td1\t1\n", "none of its ids is in queries.jsonl .'q9', but 'q1'"),
+        ("qrels/test.tsv", b"q1\td9\t1\n", "none of its ids is in corpus.jsonl .'d9', but 'd1'"),
         ("qrels/test.tsv", b"q1\td1\tyes\n", "line 2: score 'yes' is not a number"),
         ("qrels/test.tsv", b"q1\td1\t1\nq1\td1\t2\n", "line 3: query 'q1', document 'd1'"),
-        ("qrels/test.tsv", b"q1\td1\t0\n", "query 'q1' has no document with a score above 0"),
+        ("qrels/test.tsv", b"q1\td1\t0\n", "no query has a document with a score above 0"),
     ],
 )
 def test_bad_retrieval_file(tiny: Path, file: str, content: bytes, message: str) -> None:

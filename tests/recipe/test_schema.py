@@ -7,6 +7,7 @@ import pytest
 from unmasked.errors import RecipeError
 from unmasked.recipe.files import load_recipe, recipe_differences, recipe_text, shipped_recipes
 from unmasked.recipe.schema import MNTP, Evaluate, Lora, Model, Pairs, Recipe, SimCSE, Supervised
+from unmasked.recipe.settings import explained, settings
 
 SMALL = "name: small\nmodel:\n  base: nano\nmntp:\n  steps: 100\n"
 
@@ -170,6 +171,64 @@ def test_overrides_are_typed_and_can_add_or_drop_a_stage(recipe_file):
     assert recipe.simcse.data == ["c=d.txt"]
     assert recipe.model.allow_partial is True
     assert load_recipe("nano", ["simcse=null"]).simcse is None
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("mntp.data=a.jsonl,b.jsonl", ["a.jsonl", "b.jsonl"]),
+        ("mntp.data=a.jsonl, b c.jsonl,", ["a.jsonl", "b c.jsonl"]),
+        ("mntp.data=[a.jsonl, b.jsonl]", ["a.jsonl", "b.jsonl"]),
+        ("mntp.data=a=1.txt,b=2.txt", ["a=1.txt", "b=2.txt"]),
+        ("mntp.data=one, with a comma.txt", ["one, with a comma.txt"]),
+        ("mntp.data=hf:a/b", ["hf:a/b"]),
+        ("mntp.lora.targets=q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("evaluate.tasks=a.tsv,words:b.tsv", ["a.tsv", "words:b.tsv"]),
+        ("trackers=wandb,trackio", ["wandb", "trackio"]),
+        ("model.adapters=a,b", ["a", "b"]),
+        ("supervised.matryoshka=64,128", [64, 128]),
+    ],
+)
+def test_a_list_needs_no_brackets(override, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one, with a comma.txt").touch()
+    found = load_recipe("nano", [override])
+    for key in override.partition("=")[0].split("."):
+        found = getattr(found, key)
+    assert found == expected
+
+
+def test_data_sets_need_no_brackets_either():
+    found = load_recipe("nano", ["supervised.data=a.jsonl,b.jsonl"]).supervised.data
+    assert [pairs.path for pairs in found] == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_text_with_a_comma_stays_a_text():
+    assert load_recipe("nano", ["model.base=a,b"]).model.base == "a,b"
+
+
+def test_settings_say_what_is_allowed():
+    told = {one.name: (one.default, one.allowed) for one in settings()}
+    assert told["mntp.steps"] == ("1000", "a whole number at least 1")
+    assert told["model.max_length"] == ("512", "a whole number at least 2")
+    assert told["mntp.lora.dropout"] == ("0.05", "a number at least 0 and less than 1")
+    assert told["mntp.lora.targets"] == ("null", "a list or null")
+    assert told["mntp.max_texts"] == ("null", "a whole number at least 1 or null")
+    assert told["model.base"] == ("", "a text that is not empty")
+    assert told["supervised.data.weight"] == ("1.0", "a number more than 0")
+    assert told["mntp.trainer"] == ("{}", "names and values")
+    assert all(one.about for one in settings())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_is_the_same_with_its_explanations(name, tmp_path):
+    path = shipped_recipes()[name]
+    text = explained(path.read_text(encoding="utf-8"))
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    assert load_recipe(tmp_path / "mine.yaml") == load_recipe(name)
+    assert "# Name on the Hugging Face hub, folder, or nano for the bundled decoder." in text
+    added = set(text.splitlines()) - set(path.read_text(encoding="utf-8").splitlines())
+    assert max(map(len, added)) <= 96
 
 
 def test_an_override_reaches_only_its_own_section(recipe_file):

@@ -102,6 +102,40 @@ class LocalRetrieval(Local, AbsTaskRetrieval):
     data: ClassVar[Any] = {"default": {"test": ranking()}}
 
 
+ODD_DOCUMENTS = [
+    {"_id": key, "title": "" if n % 3 else f"title {n}", "text": f"title {n} " * (n % 2) + text}
+    for n, (key, text) in enumerate(DOCUMENTS.items())
+]
+ODD_QUERIES = {**QUERIES, "d5": TEXTS[5], "d6": TEXTS[6], "zero": "zero", "unjudged": "unjudged"}
+ODD_QRELS = {
+    **{q: {**grades, "gone": 1} for q, grades in QRELS.items()},
+    "d5": {"d7": 2, "d11": 1, "d5": 0},
+    "d6": {"gone too": 1},
+    "zero": {"d1": 0},
+    "another split's": {"d1": 1},
+}
+"""Queries that stand among the documents, documents and queries that are not there, titles."""
+
+
+class LocalOddRetrieval(Local, AbsTaskRetrieval):
+    metadata = metadata("LocalOddRetrieval", "Retrieval", "ndcg_at_10")
+    ignore_identical_ids = True
+    data: ClassVar[Any] = {
+        "default": {
+            "test": {
+                "corpus": split(
+                    id=[row["_id"] for row in ODD_DOCUMENTS],
+                    title=[row["title"] for row in ODD_DOCUMENTS],
+                    text=[row["text"] for row in ODD_DOCUMENTS],
+                ),
+                "queries": split(id=list(ODD_QUERIES), text=list(ODD_QUERIES.values())),
+                "relevant_docs": ODD_QRELS,
+                "top_ranked": None,
+            }
+        }
+    }
+
+
 class LocalReranking(Local, AbsTaskRetrieval):
     metadata = metadata("LocalReranking", "Reranking", "map_at_1000")
     data: ClassVar[Any] = {"default": {"test": ranking(CANDIDATES)}}

@@ -121,6 +121,13 @@ def test_only_the_failure_to_save_is_told_as_one(begun, tmp_path):
         assert not folder.exists()
 
 
+def test_a_place_in_the_source_of_torch_is_not_told(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(OutputError) as raised, checkpoints.told_if_unsaved(tmp_path):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    assert "enforce" not in str(raised.value) and "(the file was cut short)" in str(raised.value)
+
+
 def test_a_folder_that_cannot_be_made_is_a_failure_to_save(tmp_path):
     refused = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "checkpoint-4"))
     with (

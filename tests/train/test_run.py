@@ -10,7 +10,7 @@ import pytest
 
 from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import RecipeError
-from unmasked.recipe.schema import Recipe
+from unmasked.recipe.schema import BEFORE, Recipe
 from unmasked.train.run import Run
 
 INSTRUCTION = "Find the answer"
@@ -93,3 +93,78 @@ def test_vectors_too_short_for_a_late_stage_are_refused_at_once(recipe, tmp_path
     with pytest.raises(RecipeError, match=r"supervised\.matryoshka: 64 given, but vectors have 32"):
         Run(Recipe.model_validate(recipe), tmp_path / "run").run()
     assert not Path(tmp_path / "run").exists()
+
+
+def stages_of(folder: Path) -> dict[str, float]:
+    stages = json.loads((folder / "results.json").read_text())["stages"]
+    return {stage["name"]: stage["scores"]["probe.first"] for stage in stages}
+
+
+def alone(name, **options) -> float:
+    return Result(LLM2Vec.from_pretrained(name, max_length=32, **options)).scores["first"]
+
+
+CAUSAL = {"causal_mean", "causal_weighted_mean", "causal_last_token"}
+
+
+def test_a_run_that_begins_with_an_open_encoder_is_compared_with_the_decoder_behind_it(
+    recipe, tiny_decoder, tmp_path
+):
+    first = {**recipe, "simcse": None, "supervised": None}
+    Run(Recipe.model_validate(first), tmp_path / "first").run()
+    base = tmp_path / "first" / "model"
+    second = {**recipe, "model": {"base": str(base), "max_length": 32}, "mntp": None}
+    run = Run(Recipe.model_validate(second), tmp_path / "second", lambda model: [Result(model)])
+    run.run()
+    scores = stages_of(tmp_path / "second")
+    assert list(scores) == [*sorted(CAUSAL, key=list(scores).index), BEFORE, "simcse", "supervised"]
+    closed = {"enable_bidirectional": False}
+    assert scores["causal_mean"] == alone(tiny_decoder, **closed)
+    assert scores[BEFORE] == alone(base) != scores["causal_mean"]
+    card = (tmp_path / "second" / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"| {BEFORE} |" in card
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["decoder gone", "decoder unknown"])
+def test_nothing_is_called_causal_whose_mask_is_open(recipe, tiny_decoder, tmp_path, caplog, gone):
+    """The decoder has been moved away, or the folder does not say which one it was."""
+    decoder = shutil.copytree(tiny_decoder, tmp_path / "decoder")
+    base = tmp_path / "before" / "model"
+    LLM2Vec.from_pretrained(decoder).save(base)
+    if gone:
+        text = f"name: before\nmodel: {{base: {decoder}}}\n"
+        (tmp_path / "before" / "recipe.yaml").write_text(text)
+        shutil.rmtree(decoder)
+    content = {**recipe, "model": {"base": str(base)}, "mntp": None, "simcse": None}
+    run = Recipe.model_validate(content)
+    Run(run, tmp_path / "run", lambda model: [Result(model)]).run()
+    assert list(stages_of(tmp_path / "run")) == [BEFORE, "supervised"]
+    assert ("no causal baseline" in caplog.text) == gone
+    (tmp_path / "run" / "scores").joinpath("supervised.npz").unlink()
+    again = Run(run, tmp_path / "run", lambda model: pytest.fail("scored twice"))
+    again.run()
+
+
+@pytest.mark.parametrize("how", ["as the base", "beside the base"])
+def test_an_adapter_is_no_part_of_the_causal_decoder(recipe, tiny_decoder, tmp_path, how):
+    first = {**recipe, "simcse": None, "supervised": None}
+    Run(Recipe.model_validate(first), tmp_path / "first").run()
+    adapter = str(tmp_path / "first" / "mntp")
+    beside = {"base": str(tiny_decoder), "adapters": [adapter], "max_length": 32}
+    model = {"base": adapter, "max_length": 32} if how == "as the base" else beside
+    content = Recipe.model_validate({"name": "x", "model": model})
+    Run(content, tmp_path / "run", lambda model: [Result(model)]).run()
+    scores = stages_of(tmp_path / "run")
+    assert set(scores) == {*CAUSAL, BEFORE}
+    assert scores["causal_mean"] == alone(tiny_decoder, enable_bidirectional=False)
+    assert scores[BEFORE] == alone(adapter)
+
+
+def test_a_mask_that_the_recipe_leaves_closed_is_not_called_bidirectional(
+    recipe, tiny_decoder, tmp_path
+):
+    model = {"base": str(tiny_decoder), "bidirectional": False}
+    content = Recipe.model_validate({"name": "x", "model": model})
+    Run(content, tmp_path / "run", lambda model: [Result(model)]).run()
+    scores = stages_of(tmp_path / "run")
+    assert set(scores) == {*CAUSAL, BEFORE} and scores[BEFORE] == scores["causal_mean"]

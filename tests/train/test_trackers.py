@@ -36,7 +36,7 @@ def test_metrics_and_tensorboard_are_always_written(tiny_decoder, tmp_path):
     assert [row["step"] for row in rows] == [2, 4]
     told = {"loss", "learning_rate", "grad_norm", "padding", "alignment", "uniformity", "machine"}
     assert told <= rows[0].keys()
-    assert rows[0]["machine"].keys() == {"tokens_per_second", "memory_gb"}
+    assert rows[0]["machine"].keys() == {"tokens_per_second", "steps_runtime", "memory_gb"}
     assert rows[0]["padding"] == 0
     assert 0 < rows[0]["alignment"] < 4 and rows[0]["uniformity"] < 0
     events = EventAccumulator(str(tmp_path / "run/simcse")).Reload()

@@ -30,9 +30,11 @@ import sentence_transformers
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from unmasked.checkpoint.card import Card, render
+from unmasked.checkpoint.weights import without_bars
+from unmasked.errors import ModelError
 from unmasked.files.writing import folder_aside
 from unmasked.mask.opening import NATIVE_KEY
 from unmasked.text.templates import PLAIN, Template, read_template
@@ -94,7 +96,8 @@ def write_folder(
         card: what the README says.
     """
     with folder_aside(Path(path)) as folder:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        with without_bars():
+            model.save_pretrained(folder)  # type: ignore[operator]
         for weights in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", weights)  # safetensors makes them private
         native = hasattr(model.config, NATIVE_KEY)
@@ -132,6 +135,22 @@ def read_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Setting
         if value is not (... if name == "doc_max_length" else None):
             found[name] = value
     return Settings(**found | {"template": read_template(found.get("template"))})
+
+
+def check_length(asked: int | None, config: PretrainedConfig) -> None:
+    """Refuse a length that was asked for and is beyond the positions of a model.
+
+    The default stands for what the model has, and is not refused.
+
+    Raises:
+        ModelError: it is.
+    """
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked and most and asked > most and asked != Settings.max_length:
+        raise ModelError(
+            f"max_length {asked:,}: this model has {most:,} positions, and was trained on no "
+            f"longer input. Fix: max_length={most} (--max-length {most}), or less."
+        )
 
 
 def within_positions(settings: Settings, positions: int | None) -> Settings:

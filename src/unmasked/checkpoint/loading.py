@@ -75,7 +75,7 @@ def find(
     Raises:
         ModelError: not found, or there is no tokenizer.
     """
-    given = locate(name, **hub)
+    given = locate(name, **hub).require()
     listed = peft if isinstance(peft, list) else [] if peft is None else [peft]
     added = [locate_adapter(item, **hub) for item in listed]
     trunk, chain = _resolve_chain(given, base)
@@ -137,7 +137,7 @@ def load_config(name: str | Path, **hub: Any) -> PretrainedConfig:
     Raises:
         ModelError: there is none here or on the hub.
     """
-    return open_config(_load_config(locate(name, **hub)))
+    return open_config(_load_config(locate(name, **hub).require()))
 
 
 def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
@@ -146,7 +146,7 @@ def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none here or on the hub.
     """
-    return _load_tokenizer(locate(name, **hub))
+    return _load_tokenizer(locate(name, **hub).require())
 
 
 def load_causal_lm(
@@ -159,7 +159,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    location = locate(name, **hub)
+    location = locate(name, **hub).require()
     config = open_config(_load_config(location))
     model, missing = load_model(location, config, dtype, attention, AutoModelForCausalLM)
     if missing:

@@ -1,23 +1,33 @@
 """Where a checkpoint is: a folder here, or a repository on the hub, and single files of it.
 
-Cost: for a repository, a request for each file that is not in the hub's cache.
+Cost: for a repository, a request to see whether it can be reached, and one for each file that is
+not in the hub's cache.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-from unmasked.errors import ModelError, first_line
+from unmasked.errors import ModelError, first_line, nearest
 
 BUNDLED = "nano"
 """The name of the decoder that comes with the package."""
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+PARTS_OF_A_MODEL = ("config.json", "adapter_config.json")
+"""Files of which a model has one."""
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 
@@ -66,16 +76,61 @@ class Location:
         """Whether the files of a tokenizer are there."""
         return any(map(self.fetch, ("tokenizer.json", "tokenizer.model", "vocab.json")))
 
+    def require(self) -> Location:
+        """Itself, if it is here, in the hub's cache, or the hub can be reached.
+
+        The libraries below ask an unreachable hub for half a minute, for each file; this asks once.
+
+        Raises:
+            ModelError: it is none of these; the message names the nearest folder.
+        """
+        if Path(self.name).exists():
+            return self
+        if not _HUB_NAME.fullmatch(self.name):
+            raise ModelError(f"{self.name}: no such folder{self._hint()} Fix: check the path.")
+        cached = {key: self.hub[key] for key in ("cache_dir", "revision") if self.hub.get(key)}
+        if any(try_to_load_from_cache(self.name, part, **cached) for part in PARTS_OF_A_MODEL):
+            return self
+        url = hf_hub_url(self.name, PARTS_OF_A_MODEL[0], revision=self.hub.get("revision"))
+        try:
+            get_hf_file_metadata(url, token=self.hub.get("token"))
+        except HfHubHTTPError:
+            pass  # the hub has answered; what it lacks is told where it is asked for
+        except Exception as error:  # the layers below have errors of their own
+            raise self.unreadable(error) from error
+        return self
+
     def unreadable(self, error: Exception) -> ModelError:
         """What is raised where this location cannot be loaded because of `error`."""
         first = first_line(error)
         if Path(self.name).exists():
             return ModelError(f"cannot load {self.name}: {first}")
         return ModelError(
-            f"cannot load {self.name}: it is not a folder here, and the hub answered: {first} "
-            f"Fix: check the name, or download the model and give its folder; '{BUNDLED}' is the "
-            "model that comes with the package."
+            f"cannot load {self.name}: it is not a folder here{self._hint()} The hub answered: "
+            f"{first.rstrip('.')}. Fix: check the name and the network, or download the model "
+            "where there is one and name its folder (in a recipe, model.base=FOLDER); "
+            f"'{BUNDLED}' is the model that comes with the package."
         )
+
+    def _hint(self) -> str:
+        """``, did you mean './encoder'?`` for a folder of a model whose name is much like this."""
+        given = Path(self.name)
+        beside = given.parent.iterdir() if given.parent.is_dir() else ()
+        models = [_shown(path) for path in beside if path.is_dir() and _inside(path) is not None]
+        return nearest(_shown(given), models)
+
+
+def _shown(path: Path) -> str:
+    """A path that cannot be taken for a name of the hub."""
+    return str(path) if path.is_absolute() else f"./{path}"
+
+
+def _inside(folder: Path) -> Path | None:
+    """The folder itself if it holds a model; or, for a run folder, the model that was made."""
+    for path in (folder, folder / "model"):
+        if any((path / part).is_file() for part in PARTS_OF_A_MODEL):
+            return path
+    return None
 
 
 def bundled_path() -> Path:
@@ -84,9 +139,15 @@ def bundled_path() -> Path:
 
 
 def locate(name: str | Path, **hub: Any) -> Location:
-    """The location of a name; ``nano`` is the bundled decoder, ``./nano`` a folder."""
-    given = str(bundled_path()) if str(name) == BUNDLED else str(name).rstrip("/") or "/"
-    return Location(given, hub)
+    """The location of a name; ``nano`` is the bundled decoder, ``./nano`` a folder.
+
+    A run folder stands for the encoder that was made in it.
+    """
+    if str(name) == BUNDLED:
+        return Location(str(bundled_path()), hub)
+    given = str(name).rstrip("/") or "/"
+    inside = _inside(Path(given)) if Path(given).is_dir() else None
+    return Location(given if inside in (None, Path(given)) else str(inside), hub)
 
 
 def locate_adapter(name: str | Path, **hub: Any) -> Location:

@@ -44,9 +44,11 @@ def push(folder: Path, repository: str, private: bool = True, message: str = "Ad
 
     Raises:
         ModelError: the folder does not hold a model.
-        OutputError: the name is not valid, nobody is logged in, or the hub refuses.
+        OutputError: the name is not valid, nobody is logged in, or the hub refuses or is out of
+            reach.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     names = [name for name, _ in list_files(folder)]
     check_name(repository)
@@ -57,9 +59,13 @@ def push(folder: Path, repository: str, private: bool = True, message: str = "Ad
             repo_id=made.repo_id, folder_path=folder, allow_patterns=names, commit_message=message
         )
     except Exception as error:  # every layer below (http, auth, xet) has errors of its own
+        answered = isinstance(error, HfHubHTTPError | LocalTokenNotFoundError)
+        what = "the hub did not take it" if answered else "the hub cannot be reached"
+        login = "log in with 'hf auth login' or set HF_TOKEN, with the right to write there"
+        network = "connect to the network (and unset HF_HUB_OFFLINE), and run the same command"
         raise OutputError(
-            f"{repository}: the hub did not take it ({first_line(error)[:200]}). "
-            "Fix: log in with 'hf auth login' or set HF_TOKEN, with the right to write there."
+            f"{repository}: {what} ({first_line(error)[:200]}). "
+            f"Fix: {login if answered else network}."
         ) from error
     return str(made)
 

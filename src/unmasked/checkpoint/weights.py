@@ -9,18 +9,40 @@ Cost: that of `from_pretrained`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModel, PretrainedConfig
+from transformers.utils import logging
 
 from unmasked.checkpoint.location import Location
 from unmasked.errors import ModelError, first_line
 
 _BEHIND = "pooler."
 """Where base encoders keep what comes after the last states; it is never run."""
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """In the block, transformers draws no bars and prints no reports, unless it was told to.
+
+    What matters in its reports is an error here. Downloads from the hub still show.
+    """
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if level < logging.WARNING:
+        yield
+        return
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_model(
@@ -48,18 +70,19 @@ def load_model(
     # the auto classes look for an adapter too, and ask the hub unless they are told here as well
     asked = {k: v for k, v in source.hub.items() if k in ("cache_dir", "local_files_only")}
     try:
-        model, info = auto.from_pretrained(
-            source.name,
-            config=config,
-            dtype=dtype,
-            use_safetensors=use_safetensors,
-            trust_remote_code=False,
-            adapter_kwargs=asked,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, by name
-            **extra,
-            **source.hub,
-        )
+        with without_bars():
+            model, info = auto.from_pretrained(
+                source.name,
+                config=config,
+                dtype=dtype,
+                use_safetensors=use_safetensors,
+                trust_remote_code=False,
+                adapter_kwargs=asked,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, by name
+                **extra,
+                **source.hub,
+            )
     except SafetensorError as error:
         raise ModelError(
             f"{source.name}: a .safetensors file is broken ({error}). "

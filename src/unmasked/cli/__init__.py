@@ -21,12 +21,20 @@ from unmasked import __version__
 from unmasked.cli.encode_verb import encode
 from unmasked.cli.failures import Verbs
 from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push
-from unmasked.cli.training_verbs import demo, mine, plan, recipes, report, run, train
+from unmasked.cli.training_verbs import (
+    StageCommand,
+    demo,
+    mine,
+    plan,
+    recipes,
+    report,
+    run,
+    train,
+)
 
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn any decoder-only language model into a text encoder.",
@@ -34,7 +42,7 @@ app = typer.Typer(
 )
 VERBS = (demo, convert, run, train, mine, plan, encode, evaluate, analyse, doctor, report, push)
 for verb in VERBS:
-    app.command()(verb)
+    app.command(cls=StageCommand if verb is train else None)(verb)
 app.add_typer(recipes, name="recipes")
 
 

@@ -118,8 +118,8 @@ def encode(
     source = Source(texts, text_column, keep=columns, max_bytes=max_bytes)
     encoding = corpus.Encoding(prompt, prompt_name, batch_size, normalize, truncate_dim, precision)
     part, skip = corpus.parse_part(shard) if shard else (1, 1), on_error == "skip"
-    # Another machine's working directory is another one.
-    name = str(Path(model).resolve()) if Path(model).exists() else model
+    # Another machine's working directory is another one; 'nano' is the bundled decoder everywhere.
+    name = str(Path(model).resolve()) if model != "nano" and Path(model).exists() else model
     load = partial(_load, name, dtype, quantize)
     if one_file and (format or part != (1, 1) or engine == "ray"):
         raise OutputError(

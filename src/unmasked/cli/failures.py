@@ -16,8 +16,11 @@ from unmasked.errors import UnmaskedError
 
 MISUSED, INTERRUPTED = 2, 130
 FULL = os.strerror(errno.ENOSPC)
-RESUMABLE = ("demo", "run", "train")
-"""Verbs that keep what they have done when they are interrupted."""
+KEPT = {
+    "evaluate": "finished public tasks are kept in the folder of --results, nothing else",
+    "report": "figures that were drawn are kept",
+}
+"""What is on the disk after an interrupted verb; those that continue say it themselves."""
 
 
 class Verbs(TyperGroup):
@@ -42,9 +45,7 @@ def end(error: BaseException, verb: str, debug: bool = False) -> NoReturn:
 def explain(error: BaseException, verb: str) -> tuple[int, str]:
     """Exit code and message; the message is empty if the user cannot mend the error."""
     if isinstance(error, KeyboardInterrupt):
-        if verb in RESUMABLE:
-            return INTERRUPTED, "interrupted: saved; run the same command to continue"
-        return INTERRUPTED, "interrupted: nothing was written"
+        return INTERRUPTED, f"interrupted: {KEPT.get(verb, 'nothing was written')}"
     if isinstance(error, UnmaskedError):
         return MISUSED, f"error: {error}"
     if FULL in str(error):  # safetensors reports a full disk with an error class of its own

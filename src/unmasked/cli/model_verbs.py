@@ -60,6 +60,14 @@ def convert(
     terminal.closing(output)
 
 
+def _formats(wanted: bool) -> None:
+    if wanted:
+        from unmasked.evaluate.tasks.formats import formats_text
+
+        typer.echo(formats_text())  # tabs stay tabs
+        raise typer.Exit
+
+
 def evaluate(
     models: Annotated[
         list[str],
@@ -84,6 +92,10 @@ def evaluate(
         bool, Option("--all", help="Show every metric, not only the main one of each task.")
     ] = False,
     json_file: JSON_FILE = None,
+    formats: Annotated[
+        bool,
+        Option("--formats", callback=_formats, is_eager=True, help="Show examples of task files."),
+    ] = False,
 ) -> None:
     """Score models with 95 % intervals, and show what the first gains on each other one."""
     from unmasked.cli import tables
@@ -92,10 +104,12 @@ def evaluate(
 
     score = make_scorer(tasks, languages, results)
     with terminal.loading("loading the libraries"):
+        from unmasked.checkpoint.location import locate
         from unmasked.compat.llm2vec import LLM2Vec
-        from unmasked.evaluate.baselines import causal_baselines, find_base
+        from unmasked.compat.origin import find_base
+        from unmasked.evaluate.baselines import causal_baselines
     scored = {}
-    baselines = causal_baselines(base or find_base(models[0])) if against else ()
+    baselines = causal_baselines(locate(base) if base else find_base(models[0])) if against else ()
     encoders = ((m, partial(LLM2Vec.from_pretrained, m, allow_partial=True)) for m in models)
     for name, make in (*baselines, *encoders):
         with terminal.waiting(f"scoring {name}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,11 +14,34 @@ from unmasked.errors import OutputError
 Pooling = Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"]
 Dtype = Literal["auto", "checkpoint", "float32", "bfloat16", "float16"]
 
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """The shipped recipes that begin so; the shell adds files itself."""
+    from unmasked.recipe.files import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """The settings that begin so, as far as their equals sign."""
+    from unmasked.recipe.settings import settings
+
+    found = [f"{one.name}=" for one in settings() if not one.section]
+    return [name for name in found if name.startswith(incomplete)]
+
+
 MODEL = Annotated[str, Argument(help="Hub name, folder, or 'nano', the bundled decoder.")]
-RECIPE = Annotated[str, Argument(help="YAML file, or the name of a shipped recipe.")]
+RECIPE = Annotated[
+    str,
+    Argument(help="YAML file, or the name of a shipped recipe.", autocompletion=complete_recipe),
+]
 OVERRIDES = Annotated[
     list[str] | None,
-    Argument(metavar="SECTION.KEY=VALUE", help="Settings to change: mntp.steps=500."),
+    Argument(
+        metavar="SECTION.KEY=VALUE",
+        help="Settings to change: mntp.steps=500; 'unmasked recipes explain' lists them.",
+        autocompletion=complete_setting,
+    ),
 ]
 DTYPE = Annotated[
     Dtype,
@@ -37,10 +61,20 @@ def check_new(path: Path) -> Path:
 
 
 def check_parent(path: Path | None) -> Path | None:
-    """Refuse a file in a folder that does not exist, before any work is done for it."""
-    if path is not None and not path.parent.is_dir():
+    """Refuse a file that cannot be written, before any work is done for it."""
+    if path is None:
+        return path
+    if not path.parent.is_dir():
         fix = f"mkdir -p {shlex.quote(str(path.parent))}, or give another name"
         raise OutputError(f"{path} cannot be written: {path.parent} is not a folder. Fix: {fix}.")
+    if path.is_dir():
+        raise OutputError(f"{path} cannot be written: it is a folder. Fix: give another name.")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-"):
+            pass
+    except OSError as error:
+        reason = f"{path} cannot be written: {error.strerror}"
+        raise OutputError(f"{reason}. Fix: give a place where files can be made.") from error
     return path
 
 

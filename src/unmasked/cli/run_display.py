@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from unmasked.cli import tables, terminal
-from unmasked.evaluate.compare import CAUSAL, COMMAND, headlines
+from unmasked.cli.failures import INTERRUPTED
+from unmasked.evaluate.compare import COMMAND, MACHINE, headlines
 from unmasked.evaluate.scorer import RESULTS, make_scorer
-from unmasked.recipe.schema import Recipe
+from unmasked.files.writing import write_text
+from unmasked.recipe.schema import BEFORE, BIDIRECTIONAL, CAUSAL, Recipe
 
 if TYPE_CHECKING:
     from unmasked.train.run import Listener, Run
@@ -33,18 +38,68 @@ def run_recipe(recipe: Recipe, path: Path) -> None:
     with terminal.Line() as line:
         work = Run(recipe, path, score and _with_proof(score, line), listener(line))
         terminal.facts(_header(work), stderr=True)
-        encoder = work.run()
+        finished = _is_finished(work)
+        with telling_what_is_kept(lambda: work):
+            encoder = work.run()
     keep_command(path)
     terminal.show(encoder.report.summary())
     tables.stage_table(path, recipe.evaluate.bootstrap)
-    terminal.closing(path / "model")
+    if finished:
+        terminal.show("nothing to do: every stage of this recipe is done")
+    terminal.closing(path / "model", done=finished)
+
+
+@contextmanager
+def telling_what_is_kept(run: Callable[[], Run]) -> Iterator[None]:
+    """In the block, Ctrl-C ends with what the folder of a run holds and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        work = run()
+        kept = _progress(work)
+        what = f"saved: {', '.join(kept)}" if kept else "no step is saved yet"
+        how = "continue" if kept else "begin anew"
+        terminal.say(f"interrupted: {work.path}: {what}; run the same command to {how}")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _progress(work: Run) -> list[str]:
+    """What the folder of a run holds for the next start, in words; empty if that begins anew."""
+    from unmasked.train.checkpoints import last_checkpoint
+    from unmasked.train.fitting import is_done
+
+    kept = []
+    for name, stage in work.recipe.stages():
+        if is_done(work.path / name):
+            kept.append(f"{name} done")
+        elif (checkpoint := last_checkpoint(work.path / name)) is not None:
+            kept.append(f"{name} at step {checkpoint.step:,} of {stage.steps:,}")
+    scores = len(work.results())
+    return [*kept, f"{scores} encoders scored"] if scores else kept
+
+
+def _is_finished(work: Run) -> bool:
+    """Whether nothing is left to do: every stage is trained and scored, the result saved."""
+    from unmasked.train.fitting import is_done
+
+    stages = [name for name, _ in work.recipe.stages()]
+    scored = {stage["name"] for stage in work.results()}
+    whole = work.score is None or (
+        bool(scored & {BIDIRECTIONAL, BEFORE}) and scored.issuperset(stages)
+    )
+    done = all(is_done(work.path / name) for name in stages)
+    return done and whole and (work.path / "model" / "config.json").is_file()
 
 
 def keep_command(run: Path) -> None:
-    """Write the command that first ended a run into its folder, for the report."""
+    """Write the command that first ended a run, and its machine, into its folder for the report."""
     if not (run / COMMAND).exists():
+        from unmasked.doctor import environment, lines
+
         command = f"{shlex.join(['unmasked', *sys.argv[1:]])}\n"
-        (run / COMMAND).write_text(command, encoding="utf-8")
+        machine = (f"{name}  {value}\n" for name, value in lines(environment()))
+        write_text(run / MACHINE, "".join(machine))
+        write_text(run / COMMAND, command)
 
 
 def listener(line: terminal.Line) -> Listener:

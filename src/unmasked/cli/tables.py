@@ -5,6 +5,7 @@ Scores are shown times 100. Cost: `stage_table` draws one paired bootstrap per t
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,11 +44,12 @@ def stage_table(
         if " *" in best:
             marked.append(index)
     show_table(["stage", *metrics], rows, marked)
-    show("* best causal baseline")
+    if marked:
+        show("* best causal baseline")
     for column in columns:
-        if column.gain is not None:
-            gain, limits, verdict = _gain_cells(column.gain)
-            over = f"{column.metric}: {column.last} {gain} over {column.best_causal}"
+        for baseline, found in column.gains.items():
+            gain, limits, verdict = _gain_cells(found)
+            over = f"{column.metric}: {column.last} {gain} over {baseline}"
             show(f"{over}, 95 % interval {limits}: {verdict}")
 
 
@@ -69,7 +71,15 @@ def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:
         [f"{r.task}.{r.metric}", r.encoder, *_score_cells(r.score), *_gain_cells(r.gain)]
         for r in rows
     ]
-    columns = ["metric", "encoder", "score", "95 % interval", "gain on it", "95 % interval", ""]
+    columns = [
+        "metric",
+        "encoder",
+        "score",
+        "95 % interval",
+        "gain on it",
+        "95 % interval",
+        "is it?",
+    ]
     show_table(columns, cells, [i for i, row in enumerate(rows) if row.encoder == first])
 
 
@@ -103,6 +113,19 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
     show_table(["", *(stage.name for stage in plan.stages)], cells, marked)
     if any(stage.assumed for stage in plan.stages):
         show("~ no text could be read: half of max_length is assumed for its length")
+
+
+def settings_text(below: str = "") -> str:
+    """The settings of a recipe at and below a name, all by default, a paragraph each."""
+    from unmasked.recipe.settings import settings
+
+    parts = []
+    for one in settings(below):
+        default = f"default {one.default}" if one.default else "must be given"
+        head = f"[{one.name}]" if one.section else f"{one.name}: {one.allowed}; {default}"
+        lines = textwrap.wrap(one.about, 76, initial_indent="    ", subsequent_indent="    ")
+        parts.append("\n".join([head, *lines]))
+    return "\n".join(parts)
 
 
 def show_searches(searches: Sequence[DemoSearch]) -> None:

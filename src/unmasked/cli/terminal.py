@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -55,19 +55,49 @@ def facts(rows: Sequence[tuple[str, str]], *, stderr: bool = False) -> None:
 def show_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int] = ()
 ) -> None:
-    """A table on stdout, all but the first column to the right, `marked` rows (numbers) in bold."""
+    """A table on stdout, all but the first column to the right, `marked` rows (numbers) in bold.
+
+    Where that is too wide for the terminal, each row is a paragraph with a line for each column.
+    """
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, title in enumerate(columns):
         made.add_column(Text(title), justify="right" if index else "left", overflow="fold")
     for index, row in enumerate(rows):
         made.add_row(*map(Text, row), style="bold" if index in marked else None)
-    _console(stderr=False).print(made)
+    console = _console(stderr=False)
+    if made.columns and console.measure(made, options=_unbounded(console)).maximum > console.width:
+        _paragraphs(console, columns, rows, marked)
+    else:
+        console.print(made)
 
 
-def closing(saved: Path, following: Sequence[str] = ()) -> None:
-    """The last box: where the result is, and the next command; by default, that of an encoder."""
+def _unbounded(console: Console) -> ConsoleOptions:
+    return console.options.update(max_width=10_000)
+
+
+def _paragraphs(
+    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int]
+) -> None:
+    width = max(map(len, columns[1:]), default=0)
+    for index, (first, *others) in enumerate(rows):
+        style = "bold" if index in marked else ""
+        console.print(Text(first, style=style), soft_wrap=True)
+        for title, cell in zip(columns[1:], others, strict=True):
+            if cell.strip():
+                console.print(Text(f"  {title.ljust(width)}  {cell}", style=style), soft_wrap=True)
+
+
+def closing(saved: Path, following: Sequence[str] = (), done: bool = False) -> None:
+    """The last box: where the result is, and the next command.
+
+    Args:
+        saved: what was written.
+        following: the words of the next command; by default, that of an encoder.
+        done: it was there already.
+    """
     following = following or ["unmasked", "encode", str(saved), "texts.txt", "-o", "vectors.npy"]
-    lines = [f"saved  {shlex.quote(str(saved))}", f"next   {shlex.join(following)}"]
+    label = "done " if done else "saved"
+    lines = [f"{label}  {shlex.quote(str(saved))}", f"next   {shlex.join(following)}"]
     console = _console(stderr=False)
     if console.is_terminal and max(map(len, lines)) + 4 <= console.width:
         console.print(Panel.fit(Text("\n".join(lines)), border_style="green"))

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperCommand
 
 from unmasked.cli import terminal
-from unmasked.cli.options import MODEL, OVERRIDES, RECIPE, check_new, check_parent
+from unmasked.cli.options import (
+    MODEL,
+    OVERRIDES,
+    RECIPE,
+    check_new,
+    check_parent,
+    complete_recipe,
+)
 from unmasked.errors import MissingExtraError, OutputError, RecipeError, unknown
 
+STAGES = ("mntp", "simcse", "supervised")
+STAGE = "unmasked.stage"
 recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with the package.")
 
 
@@ -24,8 +35,11 @@ def demo(
     from unmasked.cli import run_display, tables
 
     with terminal.loading("loading the libraries"):
-        from unmasked.demo import METRICS, run_demo
-    with terminal.Line() as line:
+        from unmasked.demo import METRICS, demo_run, run_demo
+    with (
+        run_display.telling_what_is_kept(partial(demo_run, output, quick=quick)),
+        terminal.Line() as line,
+    ):
         searches = run_demo(output, quick=quick, listener=run_display.listener(line))
     tables.stage_table(output, metrics=METRICS)
     tables.show_searches(searches)
@@ -55,8 +69,28 @@ def run(
     run_recipe(resolved, output or Path("runs") / resolved.name)
 
 
+class StageCommand(TyperCommand):
+    """A command whose help also shows the settings of the stage that was named."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Note the stage, as help is shown before the arguments are understood."""
+        ctx.meta[STAGE] = next((word for word in args if word in STAGES), None)
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The usual help, then the settings."""
+        super().format_help(ctx, formatter)
+        if stage := ctx.meta.get(STAGE):
+            from unmasked.cli.tables import settings_text
+
+            typer.echo(f"Settings, as NAME=VALUE:\n\n{settings_text(stage)}")
+
+
 def train(
-    stage: Annotated[Literal["mntp", "simcse", "supervised"], Argument()],
+    stage: Annotated[
+        Literal["mntp", "simcse", "supervised"],
+        Argument(metavar="STAGE", help="mntp, simcse or supervised; with --help, its settings."),
+    ],
     base: Annotated[str, Option(help="Model to start from: hub name, folder or adapter.")],
     data: Annotated[
         list[str],
@@ -171,21 +205,50 @@ def list_recipes() -> None:
 
 
 @recipes.command("show")
-def show_recipe(name: Annotated[str, Argument(help="Name of a shipped recipe.")]) -> None:
+def show_recipe(
+    name: Annotated[
+        str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)
+    ],
+) -> None:
     """Show a recipe as it is written."""
     typer.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
 
 
 @recipes.command("copy")
 def copy_recipe(
-    name: Annotated[str, Argument(help="Name of a shipped recipe.")],
+    name: Annotated[
+        str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)
+    ],
     to: Annotated[Path | None, Argument(help="New file.", show_default="NAME.yaml")] = None,
+    explain: Annotated[
+        bool, Option("--explain", help="Put above each setting what it means, as a comment.")
+    ] = False,
 ) -> None:
     """Copy a recipe to a file, to change it and run it."""
     source, target = _shipped(name), to or Path(f"{name}.yaml")
     check_new(target)
-    target.write_bytes(source.read_bytes())
-    terminal.closing(target, ["unmasked", "run", f"./{target}"])
+    check_parent(target)
+    if explain:
+        from unmasked.recipe.settings import explained
+
+        target.write_text(explained(source.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        target.write_bytes(source.read_bytes())
+    place = str(target) if target.is_absolute() else f"./{target}"
+    terminal.closing(target, ["unmasked", "run", place])
+
+
+@recipes.command("explain")
+def explain_settings(
+    name: Annotated[
+        str,
+        Argument(metavar="[NAME]", help="Setting or section: mntp.learning_rate, mntp, model."),
+    ] = "",
+) -> None:
+    """Explain the settings of a recipe: what each does, its default, and what is allowed."""
+    from unmasked.cli.tables import settings_text
+
+    terminal.show(settings_text(name))
 
 
 def _shipped(name: str) -> Path:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -50,57 +51,83 @@ REFUSED = (
 
 def parser(stage: str) -> argparse.ArgumentParser:
     """The flags of a command, with the seed system's defaults where they were of use."""
-    made = argparse.ArgumentParser(prog=f"train_{stage}.py", allow_abbrev=False)
-
-    def flag(name: str, kind: Any = str, default: Any = None, **more: Any) -> None:
-        made.add_argument(f"--{name}", type=kind, default=default, **more)
-
-    simcse = stage == "simcse"
-    flag("model_name", lambda name: name.rstrip("/"), required=True)
-    flag("peft_model_name_or_path", required=simcse)
-    flag("device_map", default="auto", choices=["auto", "cuda", "cpu"])
-    flag("trust_remote_code", truth, False)
-    flag("cache_dir")
-    flag("torch_dtype", default="torch.bfloat16")
-    flag("attn_implementation", choices=["eager", "sdpa", "flash_attention_2"])
-    flag("bidirectional", truth, True)
-    flag("merge_peft", truth, True)
-    flag("simcse_dropout", float, 0.3)
-    flag("loss_scale", float, 20.0)
-    flag("lora_dropout", float, 0.05)
-    flag("pooling_mode", default="mean")
-    flag("data_path", nargs="+")
-    flag("data_dir", default="data/")
-    flag("validation_split_percentage", float, 0.05)
-    flag("mlm_probability", float, 0.2)
-    flag("mask_style", default="bert", choices=["bert", "all"])
-    flag("mask_token_type", default="blank", choices=["blank", "eos", "mask"])
-    flag("max_seq_length", int, 4096)
-    flag("model_max_length", int, 512 if simcse else 4096)
-    flag("output_dir", default="results/")
-    flag("logging_dir", default="logs/")
-    flag("num_train_epochs", float, 1.0)
-    flag("max_steps", int, -1)
-    flag("per_device_train_batch_size", int, 16 if simcse else 4)
-    flag("gradient_accumulation_steps", int, 4 if simcse else 16)
-    flag("learning_rate", float, 1e-5)
-    flag("lr_scheduler_type", default="cosine")
-    flag("warmup_steps", int, 800)
-    flag("weight_decay", float, 0.0)
-    flag("max_grad_norm", float, 1.0)
-    flag("seed", int, 42)
-    flag("logging_steps", int, 10)
-    flag("report_to", default="tensorboard")
-    flag("gradient_checkpointing", truth, True)
-    flag("save_strategy", default="steps", choices=["no", "steps", "epoch"])
-    flag("save_steps", int, 20000 if simcse else 500)
-    flag("do_train", truth, True)
-    flag("do_eval", truth, False)
-    made.add_argument(
-        "--evaluation_strategy", "--eval_strategy", choices=["no", "steps", "epoch"], default="no"
+    about = {
+        "mntp": "Masked next token prediction, as the seed system's train_mntp.py.",
+        "simcse": "SimCSE on an adapter of MNTP, as the seed system's train_simcse.py.",
+    }
+    made = argparse.ArgumentParser(
+        prog=f"train_{stage}.py",
+        allow_abbrev=False,
+        description=about[stage],
+        epilog="Other arguments of transformers' TrainingArguments are passed on: --NAME VALUE.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    flag("eval_steps", int)
+
+    def flag(names: Any, help: str, kind: Any = str, default: Any = None, **more: Any) -> None:
+        words = [f"--{name}" for name in ([names] if isinstance(names, str) else names)]
+        made.add_argument(*words, help=help, type=kind, default=default, **more)
+
+    _model_flags(flag, stage == "simcse")
+    _training_flags(flag, stage == "simcse")
     return made
+
+
+def _model_flags(flag: Callable[..., None], simcse: bool) -> None:
+    """What is trained, and on which texts."""
+    flag("model_name", "decoder: hub name or folder", lambda name: name.rstrip("/"), required=True)
+    flag("peft_model_name_or_path", "adapter to begin with", required=simcse)
+    flag("device_map", "where to train", default="auto", choices=["auto", "cuda", "cpu"])
+    flag("trust_remote_code", "must be False: code from the hub is never run", truth, False)
+    flag("cache_dir", "folder of the hub's cache; None for the usual one")
+    flag("torch_dtype", "number type of the weights", default="torch.bfloat16")
+    flag(
+        "attn_implementation", "attention; None lets transformers choose",
+        choices=["eager", "sdpa", "flash_attention_2"],
+    )  # fmt: skip
+    flag("bidirectional", "open the causal mask", truth, True)
+    flag("merge_peft", "must be True: adapters are always merged", truth, True)
+    flag("simcse_dropout", "dropout on the attention weights in SimCSE", float, 0.3)
+    flag("loss_scale", "cosines are multiplied by it in SimCSE", float, 20.0)
+    flag("lora_dropout", "dropout on the input of the adapter", float, 0.05)
+    flag("pooling_mode", "how token states become a vector", default="mean")
+    flag("data_path", "files of texts; None takes wiki1m_for_simcse.txt of --data_dir", nargs="+")
+    flag("data_dir", "folder that is looked in without --data_path", default="data/")
+    flag("validation_split_percentage", "share of the texts to measure on", float, 0.05)
+    flag("mlm_probability", "share of the tokens that are masked", float, 0.2)
+    flag("mask_style", "bert: 80 %% of them; all", default="bert", choices=["bert", "all"])
+    flag(
+        "mask_token_type", "what replaces a token, without a mask token",
+        default="blank", choices=["blank", "eos", "mask"],
+    )  # fmt: skip
+    flag("max_seq_length", "tokens per block of MNTP, or per text of SimCSE", int, 4096)
+    flag("model_max_length", "tokens per input of the result", int, 512 if simcse else 4096)
+
+
+def _training_flags(flag: Callable[..., None], simcse: bool) -> None:
+    """How it is trained, and where the results go."""
+    flag("output_dir", "results go into a folder in it", default="results/")
+    flag("logging_dir", "events for TensorBoard go into a folder in it", default="logs/")
+    flag("num_train_epochs", "passes over the texts, without --max_steps", float, 1.0)
+    flag("max_steps", "optimiser steps; -1 for --num_train_epochs", int, -1)
+    flag("per_device_train_batch_size", "rows per batch", int, 16 if simcse else 4)
+    flag("gradient_accumulation_steps", "batches per step", int, 4 if simcse else 16)
+    flag("learning_rate", "highest learning rate", float, 1e-5)
+    flag("lr_scheduler_type", "how the learning rate falls", default="cosine")
+    flag("warmup_steps", "steps in which the learning rate climbs", int, 800)
+    flag("weight_decay", "of AdamW", float, 0.0)
+    flag("max_grad_norm", "longest gradient", float, 1.0)
+    flag("seed", "of data, masks, dropout and adapters", int, 42)
+    flag("logging_steps", "steps between two lines of metrics", int, 10)
+    flag("report_to", "where metrics go", default="tensorboard")
+    flag("gradient_checkpointing", "less memory, more time", truth, True)
+    each: Any = {"choices": ["no", "steps", "epoch"]}
+    flag("save_strategy", "when checkpoints are written", default="steps", **each)
+    flag("save_steps", "steps between two checkpoints", int, 20000 if simcse else 500)
+    flag("do_train", "must be True", truth, True)
+    flag("do_eval", "measure the loss on held-out texts", truth, False)
+    names = ["evaluation_strategy", "eval_strategy"]
+    flag(names, "when that is measured", default="no", **each)
+    flag("eval_steps", "steps between two such losses; None for 100", int)
 
 
 def truth(text: str) -> bool:
@@ -119,7 +146,9 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
     from transformers import TrainingArguments
 
     allowed = {field.name for field in fields(TrainingArguments)} - OWN
-    words = [part for word in further for part in word.split("=", 1)]
+    words = []
+    for word in further:  # a value may hold '=' itself
+        words += word.split("=", 1) if word.startswith("--") else [word]
     options: dict[str, Any] = {}
     for flag, value in zip(words[::2], [*words[1::2], "--"], strict=False):
         name = flag.removeprefix("--")
@@ -226,10 +255,16 @@ def read_environment(file: Path) -> None:
     """Set the ``NAME=value`` lines of a file as environment variables, unless they are set."""
     if not file.is_file():
         return
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8-sig").splitlines():
         name, found, value = line.strip().removeprefix("export ").partition("=")
         if found and not name.startswith("#"):
-            os.environ.setdefault(name.strip(), value.strip().strip("'\""))
+            os.environ.setdefault(name.strip(), _unquoted(value.strip()))
+
+
+def _unquoted(value: str) -> str:
+    """A value of an environment file without its quotes, or without the comment behind it."""
+    quoted = re.match(r"""(["'])(.*?)\1\s*(#.*)?$""", value)
+    return quoted[2] if quoted else re.split(r"\s+#", value, maxsplit=1)[0]
 
 
 def prepare_environment(flags: Any) -> None:
@@ -241,11 +276,15 @@ def prepare_environment(flags: Any) -> None:
 
 
 def link_logs(events: Path, logs: Path) -> None:
-    """Make `logs` show the events of a stage from its start, where links can be made."""
+    """Make `logs` show the events of a stage from its start, where links can be made.
+
+    The link is relative, so that both may be moved together.
+    """
     logs.parent.mkdir(parents=True, exist_ok=True)
     if not (logs.exists() or logs.is_symlink()):
-        with suppress(OSError):
-            logs.symlink_to(events.resolve(), target_is_directory=True)
+        with suppress(OSError, ValueError):  # two drives have no relative path
+            there = os.path.relpath(events.resolve(), logs.parent.resolve())
+            logs.symlink_to(there, target_is_directory=True)
 
 
 def publish(folder: Path, stage: str, base: str, logs: Path) -> None:

@@ -2,15 +2,16 @@
 
 A run leaves in its folder what each test item scored at every stage. Here the stages are put side
 by side and the last is compared with the best *causal* baseline: the decoder as it was, with its
-best pooling. Beating an unlucky pooling is no achievement. Cost: reading the scores, and one paired
-bootstrap per metric (0.2 s for 1500 items).
+best pooling. Beating an unlucky pooling is no achievement. Where the stages began with more than a
+decoder, the last is compared with that, too. Cost: reading the scores, and one or two paired
+bootstraps per metric (0.2 s for 1500 items).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import numpy as np
 
 from unmasked.errors import DataError, unknown
 from unmasked.evaluate.bootstrap import Interval, TaskResult, interval, paired_difference
+from unmasked.recipe.schema import BEFORE, CAUSAL
 
-CAUSAL = "causal_"
-"""The beginning of the names of the baselines."""
 COMMAND = "command.txt"
 """The file of a run folder that holds the command that made it."""
+MACHINE = "machine.txt"
+"""The file of a run folder that says where it ran."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,11 @@ class Comparison:
 
     metric: str  # ``TASK.METRIC``
     scores: dict[str, float]  # stage → score as a fraction, in the order they were made
-    best_causal: str | None  # the causal baseline that scored highest
+    best_causal: str | None  # the causal baseline that scored highest; None if none was scored
     last: str | None  # the last stage that is not a baseline
-    gain: Interval | None  # last less best_causal; None without samples or items to draw from
+    gains: dict[str, Interval] = field(default_factory=dict)
+    """What `last` gained over `best_causal` and over what the stages began with (`BEFORE`), each if
+    it was scored; empty without samples or items to draw from."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def headline_metrics(run_folder: str | Path) -> list[str]:
 
 
 def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> Comparison:
-    """The stages of a run by one metric; the last one against the best causal baseline.
+    """The stages of a run by one metric; the last one against what it has to beat.
 
     Args:
         run_folder: with ``results.json`` and ``scores/STAGE.npz``.
@@ -77,7 +81,7 @@ def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> 
     Raises:
         DataError: no scores there, or no such metric.
     """
-    folder, column, gain = Path(run_folder), {}, None
+    folder, column, gains = Path(run_folder), {}, {}
     for stage, scores in _read_scores(folder).items():
         if metric not in scores:
             raise DataError(unknown("metric", metric, scores))
@@ -86,12 +90,13 @@ def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> 
         raise DataError(f"{folder} holds no scores. Fix: run a recipe with evaluate.tasks there.")
     causal = [stage for stage in column if stage.startswith(CAUSAL)]
     best = max(causal, key=column.__getitem__, default=None)
-    last = next((stage for stage in reversed(column) if stage not in causal), None)
-    if best and last and samples:
-        a, b = (read_result(folder, name, metric) for name in (last, best))
-        if a.items and b.items:
-            gain = paired_difference(a, b, metric.rpartition(".")[2], samples)
-    return Comparison(metric, column, best, last, gain)
+    last = next((stage for stage in reversed(column) if stage not in (*causal, BEFORE)), None)
+    for name in (best, BEFORE) if last and samples else ():
+        if name in column:
+            a, b = (read_result(folder, stage, metric) for stage in (last, name))
+            if a.items and b.items:
+                gains[name] = paired_difference(a, b, metric.rpartition(".")[2], samples)
+    return Comparison(metric, column, best, last, gains)
 
 
 def compare_encoders(

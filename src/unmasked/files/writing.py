@@ -76,16 +76,19 @@ def folder_aside(
             everything is there.
 
     Raises:
-        OutputError: `path` is a file, or the disk is full.
+        OutputError: `path` is a file or cannot be made, or the disk is full.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file. Fix: name a folder.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if aside is None:
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    else:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if aside is None:
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    except OSError as error:
+        raise not_written(path, error) from error
     try:
         aside.chmod(0o755)  # mkdtemp's folders are private
         yield aside
@@ -117,5 +120,6 @@ def flush(*paths: Path) -> None:
 
 def not_written(path: Path, error: OSError) -> OutputError:
     """The error for a write that failed, with the fix if the disk is full."""
-    fix = " Fix: make room, and run the same command again." if error.errno in _FULL else ""
-    return OutputError(f"{path} cannot be written: {error.strerror or error}.{fix}")
+    room = "make room, and run the same command again"
+    fix = room if error.errno in _FULL else "give a place where files can be made"
+    return OutputError(f"{path} cannot be written: {error.strerror or error}. Fix: {fix}.")

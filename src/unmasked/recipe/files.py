@@ -6,19 +6,22 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from unmasked.errors import RecipeError, nearest
 from unmasked.recipe.schema import Recipe
+from unmasked.recipe.settings import section_of, takes_list
 
 logger = logging.getLogger(__name__)
 
 Place = tuple[str | int, ...]
 """The way to a key: ``("supervised", "data", 0, "path")``."""
 _DEEPEST = 4
+_COMMA_OF_PAIRS = re.compile(r",(?!\s*\w+=)")
+"""A comma between data sets, not one between the columns of ``FILE:query=a,positive=b``."""
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -34,7 +37,8 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         path_or_name: A YAML file, or the name of a shipped recipe, which takes precedence (write
             ``./name`` for a file called so). Paths inside are relative to the current folder.
         overrides: ``section.key=value`` with the value in YAML: ``mntp.steps=50``,
-            ``mntp.data=[a.txt, b.txt]``, ``simcse=null`` to leave a stage out.
+            ``simcse=null`` to leave a stage out; a list with or without brackets,
+            ``mntp.data=a.txt,b.txt``.
 
     Raises:
         RecipeError: No such file, not YAML, an unknown key or an unusable value. The message
@@ -186,7 +190,11 @@ def _apply(override: str, data: dict[str, Any]) -> Place:
             raise RecipeError(f"{'.'.join(place[:depth])} has no keys (override '{override}')")
         section[key] = section = dict(inner)  # a copy: an alias may stand in several places
     try:
-        section[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
+        if isinstance(value, str) and takes_list(place) and not Path(value).exists():
+            items = _COMMA_OF_PAIRS.split(value) if place[0] == "supervised" else value.split(",")
+            value = [yaml.safe_load(item) for item in items if item.strip()]
+        section[last] = value
     except (yaml.YAMLError, ValueError):
         message = f"override '{override}': the value is not YAML. Fix: put it in quotes."
         raise RecipeError(message) from None
@@ -221,7 +229,5 @@ def _keys(place: Place) -> list[str]:
     section: type[BaseModel] = Recipe
     for key in place:
         if isinstance(key, str):  # a number is an item of the list before it
-            annotation = section.model_fields[key].annotation
-            types = (annotation, *get_args(annotation))
-            section = next(kind for kind in types if hasattr(kind, "model_fields"))
+            section = section_of(section.model_fields[key])
     return list(section.model_fields)

@@ -26,6 +26,12 @@ Dropout = Annotated[float, Field(ge=0, lt=1), BeforeValidator(number)]
 Strings = Annotated[list[str], BeforeValidator(one_or_more)]
 
 
+CAUSAL, BIDIRECTIONAL, BEFORE = "causal_", "bidirectional", "before this stage"
+"""Names, in the scores of a run, of what is scored before the first stage: the beginning of those
+of the causal decoder, one for each pooling; the decoder with its mask open; and a base that is
+more than a decoder (its mask is open already, or it has adapters), as it is given."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

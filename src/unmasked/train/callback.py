@@ -126,6 +126,7 @@ class StageCallback(TrainerCallback, ExportableState):
         logs["epoch"] = epoch
         seen = (tokens - self._tokens_before) * args.world_size
         logs["tokens_per_second"] = round(seen / max(self._seconds, 1e-9), 1)
+        logs["steps_runtime"] = round(self._seconds, 3)
         logs["memory_gb"] = round(devices.peak_memory(args.device) / 1e9, 3)
         self._since, self._sums, self._tokens_before, self._seconds = step, {}, 0, 0.0
 

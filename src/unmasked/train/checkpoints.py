@@ -75,8 +75,11 @@ def told_if_unsaved(folder: Path) -> Iterator[None]:
             raise
         last = last_checkpoint(folder)
         kept = f"That of step {last.step} is whole" if last else "There is none before it"
+        reason = first_line(error)
+        if reason.startswith("[enforce fail"):  # a place in torch's source, and two numbers
+            reason = "the file was cut short"
         raise OutputError(
-            f"a checkpoint could not be written to {folder} ({first_line(error)}). {kept}. "
+            f"a checkpoint could not be written to {folder} ({reason}). {kept}. "
             "Fix: make room on the disk and run the same command."
         ) from error
 

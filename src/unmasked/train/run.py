@@ -14,6 +14,7 @@ and once after each.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,13 +31,23 @@ from sentence_transformers.util import get_device_name
 from transformers import set_seed
 
 from unmasked.checkpoint.card import Card, versions
+from unmasked.checkpoint.location import Location, locate
 from unmasked.compat.llm2vec import LLM2Vec
-from unmasked.errors import MissingExtraError, OutputError
+from unmasked.compat.origin import find_base
+from unmasked.errors import MissingExtraError, OutputError, UnmaskedError, first_line
 from unmasked.files.writing import aside_of, write_text
 from unmasked.forward import precision
 from unmasked.forward.pooling import CAUSAL_BASELINES
 from unmasked.recipe.files import load_recipe, recipe_differences, recipe_text
-from unmasked.recipe.schema import Pairs, Recipe, Supervised, Training
+from unmasked.recipe.schema import (
+    BEFORE,
+    BIDIRECTIONAL,
+    CAUSAL,
+    Pairs,
+    Recipe,
+    Supervised,
+    Training,
+)
 from unmasked.train import devices
 from unmasked.train.callback import OnLog
 from unmasked.train.checkpoints import last_checkpoint
@@ -44,6 +55,8 @@ from unmasked.train.data.mixing import prompts_of
 from unmasked.train.fitting import TOKENS, StageSetup, clear, is_done
 from unmasked.train.preflight import check_inputs, check_settings
 from unmasked.train.stages import fit
+
+logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
@@ -119,9 +132,7 @@ class Run:
         if devices.is_first():
             self._write_recipe()
         devices.wait()
-        for mode in CAUSAL_BASELINES:
-            self._score(f"causal_{mode}", partial(self._causal, chain, mode))
-        self._score("bidirectional", partial(self._encoder, chain))
+        self._score_start(chain)
         stage: Training | None = None
         for name, stage in self.recipe.stages():
             start = chain.pop() if stage.lora.start == "continue" else None
@@ -218,43 +229,44 @@ class Run:
 
     # Encoders
 
-    def _encoder(self, chain: Chain, last: Training | None = None, closed: bool = False) -> LLM2Vec:
+    def _encoder(self, chain: Chain, last: Training | None = None) -> LLM2Vec:
         """The base with adapters merged into it; kept until another one is asked for.
 
         Args:
             chain: the base, the recipe's or one that was trained in full, and the adapters.
             last: the stage that trained the last of them; its prompts are the encoder's.
-            closed: leave the causal mask as it is.
         """
-        key = (*map(str, chain), closed)
-        if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None  # before the next one is loaded: two may not fit in memory
-            self._loaded = key, self._load(chain, last, closed)
-        return self._loaded[1]
-
-    def _load(self, chain: Chain, last: Training | None, closed: bool) -> LLM2Vec:
-        model = self.recipe.model
-        base, *merged = chain
-        return LLM2Vec.from_pretrained(
+        model, (base, *merged) = self.recipe.model, chain
+        return self._kept(
+            tuple(map(str, chain)),
             base,
             merged,
-            enable_bidirectional=model.bidirectional and not closed,
-            pooling_mode=CAUSAL_BASELINES[0] if closed else model.pooling,
-            max_length=model.max_length,
-            dtype=self.dtype,
-            attn_implementation=model.attention,
+            enable_bidirectional=model.bidirectional,
+            pooling_mode=model.pooling,
             allow_partial=model.allow_partial,
             prompts=prompts_of(last.data) if isinstance(last, Supervised) else None,
             revision=model.revision if base == model.base else None,
         )
 
-    def _causal(self, chain: Chain, mode: str) -> LLM2Vec:
-        """The base with its mask closed, and another pooling: all that baselines differ in."""
-        encoder = self._encoder(chain, closed=True)
+    def _causal(self, decoder: Location, mode: str) -> LLM2Vec:
+        """A decoder as it is, with a pooling: all that the causal baselines differ in."""
+        first = CAUSAL_BASELINES[0]
+        options: dict[str, Any] = {"enable_bidirectional": False, "pooling_mode": first}
+        encoder = self._kept((CAUSAL, decoder.name), decoder.name, [], **options, **decoder.hub)
         encoder.settings = replace(encoder.settings, pooling_mode=mode)
         width = encoder.backbone.get_embedding_dimension()
         encoder[1] = type(encoder[1])(width, mode, encoder.settings.skip_instruction)
         return encoder
+
+    def _kept(self, key: Chain, base: str | Path, merged: Chain, **options: Any) -> LLM2Vec:
+        """A model loaded as the recipe says; the one that was loaded last is kept by its key."""
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # before the next one is loaded: two may not fit in memory
+            model = self.recipe.model
+            options |= {"max_length": model.max_length, "attn_implementation": model.attention}
+            encoder = LLM2Vec.from_pretrained(base, list(merged), dtype=self.dtype, **options)
+            self._loaded = key, encoder
+        return self._loaded[1]
 
     def _setup(self, name: str, chain: Chain, start: str | Path | None) -> StageSetup:
         """What a stage trains: the base with the adapters before it merged."""
@@ -271,19 +283,53 @@ class Run:
 
     # Scores
 
+    def _score_start(self, chain: Chain) -> None:
+        """Score what the stages have to beat: the causal decoder, and what they begin with.
+
+        A base may be open already, as the encoder of another run is: then the decoder behind it is
+        the causal one. Where that is out of reach nothing is called causal.
+        """
+        scored = {stage["name"] for stage in self.results()}
+        if self.score is not None and devices.is_first() and not scored & {BIDIRECTIONAL, BEFORE}:
+            model = self.recipe.model
+            decoder = find_base(model.base, model.revision)
+            itself = decoder.name == locate(model.base).name
+            causal = self._is_causal(decoder, itself)
+            for mode in CAUSAL_BASELINES if causal else ():
+                self._add_score(f"{CAUSAL}{mode}", partial(self._causal, decoder, mode))
+            plain = causal and itself and model.bidirectional and not model.adapters
+            self._add_score(BIDIRECTIONAL if plain else BEFORE, partial(self._encoder, chain))
+        devices.wait()
+
+    def _is_causal(self, decoder: Location, itself: bool) -> bool:
+        """Whether a decoder can be loaded and its mask is closed, as a forward pass shows."""
+        try:
+            return self._causal(decoder, CAUSAL_BASELINES[0]).report.verdict == "impossible"
+        except UnmaskedError as error:
+            if itself:
+                raise
+            logger.warning(
+                "no causal baseline: %s comes from the decoder %s, which cannot be loaded (%s)",
+                self.recipe.model.base, decoder.name, first_line(error),
+            )  # fmt: skip
+            return False
+
     def _score(self, name: str, load: Callable[[], LLM2Vec]) -> None:
         """Score an encoder on the first process, unless that is done or not wanted."""
         if self.score is not None and devices.is_first():
-            stages = self.results()
-            if all(stage["name"] != name for stage in stages):
-                self.listener.stage(f"scoring {name}")
-                results = self.score(load())
-                items = {f"{r.name}.{key}": v for r in results for key, v in r.items.items()}
-                (self.path / "scores").mkdir(exist_ok=True)
-                np.savez(self.path / "scores" / f"{name}.npz", **items)
-                scores = {f"{r.name}.{k}": float(v) for r in results for k, v in r.scores.items()}
-                stages.append({"name": name, "scores": scores})
-                text = json.dumps({"stages": stages}, indent=2) + "\n"
-                write_text(self.path / "results.json", text)
-                self.listener.scored(name, scores)
+            self._add_score(name, load)
         devices.wait()
+
+    def _add_score(self, name: str, load: Callable[[], LLM2Vec]) -> None:
+        stages = self.results()
+        if self.score is None or any(stage["name"] == name for stage in stages):
+            return
+        self.listener.stage(f"scoring {name}")
+        results = self.score(load())
+        items = {f"{r.name}.{key}": v for r in results for key, v in r.items.items()}
+        (self.path / "scores").mkdir(exist_ok=True)
+        np.savez(self.path / "scores" / f"{name}.npz", **items)
+        scores = {f"{r.name}.{k}": float(v) for r in results for k, v in r.scores.items()}
+        stages.append({"name": name, "scores": scores})
+        write_text(self.path / "results.json", json.dumps({"stages": stages}, indent=2) + "\n")
+        self.listener.scored(name, scores)

@@ -18,6 +18,7 @@ import numpy as np
 
 from unmasked.errors import MissingExtraError
 from unmasked.evaluate.bootstrap import Interval
+from unmasked.recipe.schema import BEFORE
 
 try:
     import matplotlib.style
@@ -32,6 +33,8 @@ PALETTE = (
     "#5f8a1c", "#7a6a58",
 )  # fmt: skip
 OTHER = "other"
+LOSSES = ("loss", "eval_token_loss", "eval_loss")
+"""What a line of metrics.jsonl may have to be drawn."""
 WIDTH = 4.4  # inches; a phone shows it nearly as large as a desk
 
 
@@ -61,7 +64,7 @@ def stages(metric: str, scores: Mapping[str, Interval]) -> Figure:
     figure, axes = _axes(0.75 + 0.3 * len(scores), metric)
     for place, (name, score) in enumerate(scores.items()):
         at, low, high = (100 * v for v in (score.difference, score.low, score.high))
-        colour = CAUSAL if name.startswith("causal") else OURS
+        colour = CAUSAL if name.startswith("causal") or name == BEFORE else OURS
         axes.plot([low, high], [place, place], color=colour, linewidth=2.5, alpha=0.55)
         axes.plot(at, place, "o", color=colour, markersize=6)
         axes.annotate(f"{at:.1f}", (high, place), (6, 0), textcoords="offset points", va="center",

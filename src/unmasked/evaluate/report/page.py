@@ -1,17 +1,19 @@
 """report.html: what a run did, on one page that needs no network.
 
 Scores of every stage with their intervals, loss and learning rate, and three looks at the vectors
-before (the decoder as it was, with its best causal pooling) and after: a heatmap, a map, searches.
-Here is what the page says; `report.html` is its template, in which jinja2 escapes every text.
+before (the decoder as it was, with its best causal pooling; or what the stages began with, where
+no causal decoder was scored) and after: a heatmap, a map, searches. Here is what the page says;
+`report.html` is its template, in which jinja2 escapes every text.
 
-Cost: loading two models, encoding a few hundred texts (and up to `samples.SEARCHED` documents) with
-each, and about ten figures: half a minute for the bundled decoder on two cores.
+Cost: loading two models, encoding up to a thousand texts with each, and about ten figures: half a
+minute for the bundled decoder on two cores.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from functools import partial
 from importlib.resources import files
 from itertools import chain
@@ -21,19 +23,27 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 
+from unmasked.compat.llm2vec import LLM2Vec
+from unmasked.compat.origin import find_base
 from unmasked.errors import DataError
 from unmasked.evaluate import compare
+from unmasked.evaluate.baselines import causal_encoder
 from unmasked.evaluate.bootstrap import Interval, interval
-from unmasked.evaluate.report import figures
+from unmasked.evaluate.report import figures, searches
+from unmasked.evaluate.report.glossary import meanings
 from unmasked.evaluate.report.samples import Sample, draw_sample
 from unmasked.evaluate.scorer import encode_by_role
 from unmasked.evaluate.tasks.task_files import load_task
-from unmasked.evaluate.tasks.task_vectors import Encode, encode_once, encoded, most_similar, norms
+from unmasked.evaluate.tasks.task_vectors import Encode, encode_once, encoded, norms
 from unmasked.files.writing import write_text
+from unmasked.model import TextEncoder
 from unmasked.recipe.files import load_recipe
-from unmasked.recipe.schema import Recipe
+from unmasked.recipe.schema import BEFORE, CAUSAL, Pairs, Recipe
 
-HITS = 3
+FEWEST = 10
+"""Texts below which there is no map."""
+SECONDS = "steps_runtime"
+"""The seconds that the steps behind a line of metrics took, as a run writes them."""
 
 Save = Callable[[str, Any], str]
 """Writes a figure under a name; returns its SVG for the page."""
@@ -64,35 +74,64 @@ def write_report(
         raise DataError(f"{run} is not a run folder (no recipe.yaml). Fix: name what -o named.")
     output = Path(output) if output else run / "report.html"
     recipe = load_recipe(run / "recipe.yaml")
-    command = f"unmasked run {run / 'recipe.yaml'} -o {run}"
-    if (run / compare.COMMAND).is_file():
-        command = (run / compare.COMMAND).read_text(encoding="utf-8").strip()
     columns = [compare.compare_stages(run, metric) for metric in compare.headline_metrics(run)]
-    before = (columns[0].best_causal if columns else None) or "causal_mean"
     save: Save = partial(figures.save_figure, output.parent / "figures")
     with figures.style():
         scores = [_intervals(run, column) for column in columns]
         drawn = [figures.stages(c.metric, own) for c, own in zip(columns, scores, strict=True)]
+        best = columns[0].best_causal if columns else None
         content = {
             "columns": columns,
             "scores": scores,
             "stages": [save(f"stages-{number}", figure) for number, figure in enumerate(drawn)],
-            "curves": [save(f"curves-{name}", figure) for name, figure in _curves(run)],
-            "vectors": _vectors(run, recipe, before.removeprefix(compare.CAUSAL), save),
+            "curves": [save(f"curves-{name}", figure) for name, figure in _curves(run, recipe)],
+            "vectors": _vectors(run, recipe, best, save),
+            "meanings": meanings(
+                columns[0].scores if columns else [name for name, _ in recipe.stages()],
+                [column.metric for column in columns],
+            ),
         }
     jinja = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     jinja.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     jinja.filters["short"] = _short
     template = files("unmasked.evaluate.report").joinpath("report.html").read_text(encoding="utf-8")
+    model = run / "model"
     written = jinja.from_string(template).render(
+        name=run.resolve().name,
         recipe=recipe,
         recipe_text=(run / "recipe.yaml").read_text(encoding="utf-8"),
-        command=command,
+        command=_kept(run / compare.COMMAND, f"unmasked run {run / 'recipe.yaml'} -o {run}"),
+        machine=_kept(run / compare.MACHINE),
         environment="\n".join(f"{name}  {value}" for name, value in environment),
+        facts=_facts(run, recipe),
+        model=str(model) if (model / "config.json").is_file() else None,
         **content,
     )
-    write_text(output, written)
+    write_text(output, written.encode("utf-8", "replace").decode("utf-8"))  # half a surrogate pair
     return output
+
+
+def _kept(file: Path, otherwise: str = "") -> str:
+    """What a run has left in a small file."""
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else otherwise
+
+
+def _facts(run: Path, recipe: Recipe) -> list[tuple[str, str]]:
+    """What was trained on which data, and how long that took."""
+    facts = [("base", recipe.model.base)]
+    for name, stage in recipe.stages():
+        data = [item.path if isinstance(item, Pairs) else item for item in stage.data]
+        seconds = sum(record.get("machine", {}).get(SECONDS, 0) for record in _records(run, name))
+        took = f", {timedelta(seconds=round(seconds))} hours" if seconds else ""
+        facts.append((name, f"{stage.steps:,} steps{took} on {', '.join(data)}"))
+    return [*facts, ("scored on", ", ".join(recipe.evaluate.tasks) or "nothing")]
+
+
+def _records(run: Path, stage: str) -> list[dict[str, Any]]:
+    """The lines of a stage's metrics.jsonl."""
+    file = run / stage / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def _intervals(run: Path, column: compare.Comparison) -> dict[str, Interval]:
@@ -102,72 +141,85 @@ def _intervals(run: Path, column: compare.Comparison) -> dict[str, Interval]:
     return {stage: interval(result, metric) for stage, result in results.items()}
 
 
-def _curves(run: Path) -> Iterator[tuple[str, Any]]:
-    """Stage and figure of each metrics.jsonl, in the order in which they were written."""
-    for path in sorted(run.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        yield path.parent.name, figures.curves(path.parent.name, [json.loads(x) for x in lines])
+def _curves(run: Path, recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Name and figure of each stage that has written losses, in the order in which they ran."""
+    for name, _ in recipe.stages():
+        records = _records(run, name)
+        if any(key in record for record in records for key in figures.LOSSES):
+            yield name, figures.curves(name, records)
 
 
-def _vectors(run: Path, recipe: Recipe, pooling: str, save: Save) -> dict[str, Any] | None:
-    """Heatmaps, maps and searches before and after; None without texts or a finished model."""
+def _vectors(run: Path, recipe: Recipe, best: str | None, save: Save) -> dict[str, Any] | None:
+    """Heatmaps, maps and searches before and after; None without texts or a finished model.
+
+    Args:
+        run, recipe: of the report.
+        best: the best causal baseline, which is then "before"; None for what the stages began with.
+        save: as `Save`.
+    """
     sample = _find_sample(run, recipe.evaluate.tasks)
     if sample is None or not (run / "model" / "config.json").is_file():
         return None
-    from unmasked.compat.llm2vec import LLM2Vec
-
-    causal = LLM2Vec.from_pretrained(
-        recipe.model.base,
-        enable_bidirectional=False,
-        pooling_mode=pooling,
-        max_length=recipe.model.max_length,
+    name = f"before: {best.replace('_', ', ', 1).replace('_', ' ')}" if best else BEFORE
+    before = _before(recipe, best)
+    ours, pairs = (
+        LLM2Vec.from_pretrained(run / "model", allow_partial=True),
+        [*chain(*sample.pairs)],
     )
-    ours = LLM2Vec.from_pretrained(run / "model", allow_partial=True)
-    name, pairs = f"before: causal, {pooling.replace('_', ' ')}", list(chain(*sample.pairs))
     role = "document" if sample.queries else None  # as in searches: encoded once for both
     sides: list[dict[str, Any]] = []
-    for place, title, model in (("before", name, causal), ("after", "after", ours)):
+    for place, title, model in (("before", name, before), ("after", "after", ours)):
         encode = encode_once(encode_by_role(model))
         sides.append({"name": title, "place": place})
         if pairs:
             unit = _unit(encode, pairs)
             sides[-1]["cosines"] = unit @ unit.T
-        points = _plane(_unit(encode, sample.texts, role))
-        drawn = figures.text_map(title, points, sample.groups, place)
-        sides[-1]["map"] = save(f"map-{place}", drawn)
-        sides[-1]["found"] = _search(sample, encode) if sample.queries else []
+        if len(sample.texts) >= FEWEST:
+            points = _plane(_unit(encode, sample.texts, role))
+            drawn = figures.text_map(title, points, sample.groups, place)
+            sides[-1]["map"] = save(f"map-{place}", drawn)
+        sides[-1]["found"] = searches.search(sample, encode) if sample.queries else []
     lowest = min(float(side["cosines"].min()) for side in sides) if pairs else 0.0
     for side in sides if pairs else ():
         heatmap = figures.heatmap(side["name"], side["cosines"], lowest)
         side["heatmap"] = save(f"heatmap-{side['place']}", heatmap)
     texts = zip(sample.groups, sample.texts, strict=True)
+    found = [side["found"] for side in sides]
     return {
         "sample": sample,
         "sides": sides,
         "pairs": pairs,
         "texts": [f"{group}: {_short(text, 220)}" for group, text in texts],
         "colours": figures.group_colours(sample.groups),
+        "examples": list(zip(sample.queries, *found, strict=False))[: searches.SHOWN],
+        "shares": searches.shares(*found) if sample.queries else None,
     }
 
 
-def _search(sample: Sample, encode: Encode) -> list[tuple[int, list[int]]]:
-    """For each query the rank of the first wanted document, and the positions of the hits."""
-    texts, queries = [text for _, text in sample.documents], [query for query, _ in sample.queries]
-    documents, asked = encoded(encode, texts, "document"), encoded(encode, queries, "query")
-    ranked = most_similar(asked, documents, len(texts), tie_rank=np.arange(len(texts)))
-    return [
-        (1 + int(np.isin(found, list(wanted)).argmax()), found[:HITS].tolist())
-        for found, (_, wanted) in zip(ranked, sample.queries, strict=True)
-    ]
+def _before(recipe: Recipe, best: str | None) -> TextEncoder:
+    """The best causal baseline, or what the stages began with."""
+    model, length = recipe.model, recipe.model.max_length
+    if best is None:
+        return LLM2Vec.from_pretrained(
+            model.base,
+            [*model.adapters],
+            enable_bidirectional=model.bidirectional,
+            pooling_mode=model.pooling,
+            max_length=length,
+            allow_partial=True,
+            revision=model.revision,
+        )
+    pooling = best.removeprefix(CAUSAL)
+    return causal_encoder(find_base(model.base, model.revision), pooling, length)
 
 
 def _find_sample(run: Path, tasks: Sequence[str]) -> Sample | None:
-    """What to show of the first task whose files are there and have texts for a map."""
+    """What to show of the first task whose files are there and have texts to show."""
     for given in tasks:
         for path in (Path(given), run / "data" / Path(given).name):
             if path.exists():
                 sample = draw_sample(load_task(path))
-                if len(sample.texts) >= 10:
+                if len(sample.texts) >= FEWEST or sample.queries or sample.pairs:
                     return sample
     return None
 

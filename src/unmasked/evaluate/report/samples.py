@@ -19,8 +19,17 @@ from unmasked.evaluate.tasks import kinds
 MAPPED = 400  # most texts on a map
 PAIRS = 6
 SEARCHED = 500  # most documents that a search goes through, beside the wanted ones
-SEARCHES = 4
+SEARCHES = 200  # most queries
 _WORD = re.compile(r"[^\W\d_]\w*")
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query, and positions among the documents of its sample."""
+
+    text: str
+    wanted: frozenset[int]
+    own: int | None  # the document with the id of the query, which it does not find
 
 
 @dataclass
@@ -30,7 +39,7 @@ class Sample:
     texts: list[str]  # for the map
     groups: list[str]  # what each of these texts belongs to
     pairs: list[tuple[str, str]]  # texts that belong together, for the heatmap
-    queries: Sequence[tuple[str, set[int]]] = ()  # text, and positions of the documents it wants
+    queries: Sequence[Query] = ()  # in random order
     documents: Sequence[tuple[str, str]] = ()  # what is searched: name and text
 
 
@@ -62,7 +71,11 @@ def _of_labels(task: kinds.ClusteringTask | kinds.ClassificationTask) -> Sample:
 
 def _of_retrieval(task: kinds.RetrievalTask) -> Sample:
     documents, queries = list(task.texts["document"]), list(task.texts["query"])
-    order, asked, linked = _shuffled(len(documents)), _shuffled(len(queries)), kinds.alike(task)
+    order = _shuffled(len(documents))
+    asked = [q for q in _shuffled(len(queries)) if task.grades[q]]
+    linked = [
+        (queries[q], documents[max(own := task.grades[q], key=own.__getitem__)]) for q in asked
+    ]
     if groups := _id_groups(task.document_ids):
         mapped = [i for i in order if groups[i] != OTHER][:MAPPED]
         texts, groups = [documents[i] for i in mapped], [groups[i] for i in mapped]
@@ -73,13 +86,16 @@ def _of_retrieval(task: kinds.RetrievalTask) -> Sample:
     grades = {q: task.grades[q] for q in asked[:SEARCHES]}
     pool = sorted({*order[:SEARCHED], *(document for own in grades.values() for document in own)})
     place = {document: position for position, document in enumerate(pool)}
-    return Sample(
-        texts,
-        groups,
-        [linked[q] for q in asked[:PAIRS]],
-        [(queries[q], {place[document] for document in own}) for q, own in grades.items()],
-        [(task.document_ids[i], documents[i]) for i in pool],
-    )
+    named = {name: place.get(document) for document, name in enumerate(task.document_ids)}
+    found = []
+    for q, wanted in grades.items():
+        places, own = (
+            frozenset(place[document] for document in wanted),
+            named.get(task.query_ids[q]),
+        )
+        found.append(Query(queries[q], places, None if own in places else own))
+    names = [(task.document_ids[i], documents[i]) for i in pool]
+    return Sample(texts, groups, linked[:PAIRS], found, names)
 
 
 def _id_groups(ids: Sequence[str]) -> list[str]:

@@ -103,30 +103,47 @@ class RetrievalTask(Task):
     """Queries, and the documents that answer each: `ndcg@10`, `recall@1`, `recall@10`, `mrr@10`.
 
     As in trec_eval the gain is linear, grade / log2(rank + 1); recall is the share of all relevant
-    documents; of equal similarities the document with the higher id comes first.
+    documents; of equal similarities the document with the higher id comes first. As in BEIR, and in
+    mteb's tasks whose queries stand among the documents, the document with the id of the query is
+    left out of its ranking, unless it is relevant.
     """
 
     document_ids: list[str]
+    query_ids: list[str]
     grades: list[dict[int, float]]  # for each query, of its relevant documents by position
+    absent: list[list[float]]  # for each query, of relevant documents that are not there: not found
     kind = "retrieval"
 
     def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
-        documents, queries = (encoded(encode, self.texts[r], r) for r in ("document", "query"))
-        id_ranks = np.argsort(np.argsort(self.document_ids))
-        best = most_similar(queries, documents, DEPTH, tie_rank=-id_ranks)
-        gains, ideal = np.zeros((2, len(queries), DEPTH))
-        for q, grades in enumerate(self.grades):
-            gains[q, : best.shape[1]] = [grades.get(document, 0.0) for document in best[q].tolist()]
-            highest = sorted(grades.values(), reverse=True)[:DEPTH]
+        gains, ideal = np.zeros((2, len(self.grades), DEPTH))
+        judged = zip(self.ranked(encode), self.grades, self.absent, strict=True)
+        for q, (ranking, grades, absent) in enumerate(judged):
+            gains[q, : len(ranking)] = [grades.get(document, 0.0) for document in ranking]
+            highest = sorted([*grades.values(), *absent], reverse=True)[:DEPTH]
             ideal[q, : len(highest)] = highest
         discounts = 1 / np.log2(np.arange(2, DEPTH + 2))
-        found, relevant = gains > 0, np.array([len(grades) for grades in self.grades])
-        return {
-            "ndcg@10": (gains @ discounts) / (ideal @ discounts),
+        pairs = zip(self.grades, self.absent, strict=True)
+        relevant = np.array([max(1, len(grades) + len(absent)) for grades, absent in pairs])
+        best, found = ideal @ discounts, gains > 0
+        return {  # all 0 for a query without a relevant document
+            "ndcg@10": gains @ discounts / np.where(best > 0, best, 1.0),
             "recall@1": found[:, 0] / relevant,
             "recall@10": found.sum(axis=1) / relevant,
             "mrr@10": (found / np.arange(1, DEPTH + 1)).max(axis=1),
         }
+
+    def ranked(self, encode: Encode, depth: int = DEPTH) -> list[list[int]]:
+        """For each query the positions of the documents most similar to it, best first."""
+        documents, queries = (encoded(encode, self.texts[r], r) for r in ("document", "query"))
+        id_ranks = np.argsort(np.argsort(self.document_ids))
+        found = most_similar(queries, documents, depth + 1, tie_rank=-id_ranks).tolist()
+        places = {name: position for position, name in enumerate(self.document_ids)}
+        own = [places.get(name) for name in self.query_ids]
+        left_out = [place not in grades for place, grades in zip(own, self.grades, strict=True)]
+        return [
+            [document for document in row if not (out and document == place)][:depth]
+            for row, place, out in zip(found, own, left_out, strict=True)
+        ]
 
 
 @dataclass(slots=True)
@@ -233,15 +250,16 @@ class ClassificationTask(Task):
 def alike(task: Task, share: float = 0.2) -> list[tuple[str, str]]:
     """Texts of a task that belong together; none for clustering and classification.
 
-    Of scored pairs it is the share of the most similar ones.
+    Of scored pairs it is the share of the most similar ones; of a query, its best document.
     """
     if isinstance(task, PairTask):
         first, second = np.split(np.array(task.texts[None], dtype=object), 2)
         best = np.flatnonzero(task.gold >= np.quantile(task.gold, 1 - share))
         return list(zip(first[best], second[best], strict=True))
-    found: list[int] = []
+    found: list[tuple[int, int]] = []
     if isinstance(task, RerankingTask):
-        found = [own[0] for own in task.candidates]
+        found = [(q, own[0]) for q, own in enumerate(task.candidates)]
     elif isinstance(task, RetrievalTask):
-        found = [max(grades, key=grades.__getitem__) for grades in task.grades]
-    return [(task.texts["query"][q], task.texts["document"][d]) for q, d in enumerate(found)]
+        judged = enumerate(task.grades)
+        found = [(q, max(grades, key=grades.__getitem__)) for q, grades in judged if grades]
+    return [(task.texts["query"][q], task.texts["document"][d]) for q, d in found]

@@ -14,9 +14,10 @@ each file.
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import numpy as np
 from unmasked.errors import DataError, nearest
 from unmasked.evaluate.tasks import kinds
 from unmasked.files import readers
+
+logger = logging.getLogger(__name__)
 
 SCORED = ("score", "sentence1", "sentence2")
 PAIRED = ("label", "sentence1", "sentence2")
@@ -184,46 +187,61 @@ def _load_retrieval(folder: Path) -> kinds.RetrievalTask:
         if not (folder / name).is_file():
             given = f"a retrieval task is a folder with {', '.join(BEIR)}, and {name} is missing"
             raise fault(folder, given, "add the file")
-    documents, queries = _records(corpus), _records(questions)
+    documents, queries = _records(corpus, titled=True), _records(questions)
     positions = {document: position for position, document in enumerate(documents)}
-    judged: dict[str, dict[int, float]] = {}
+    judged: dict[str, dict[str, float]] = {}
     for line, (query, document, score) in readers.read_tsv(str(qrels), QRELS):
-        for name, known, path in ((query, queries, questions), (document, positions, corpus)):
-            if name not in known:
-                given = f"id '{name}' is not one of the {len(known)} of {path.name}"
-                fix = "add it there or remove this line"
-                raise fault(qrels, f"{given} (such as '{next(iter(known))}')", fix, line)
         grades, grade = judged.setdefault(query, {}), _number(qrels, line, score)
-        if grades.setdefault(positions[document], grade) != grade:
+        if grades.setdefault(document, grade) != grade:
             given = f"query '{query}', document '{document}': score {score}, another one above"
             raise fault(qrels, given, "keep one of the lines", line)
-    tested, name = _tested(queries, judged, qrels), folder.resolve().name
-    asked = [queries[query] for query in tested]
-    texts = {"document": list(documents.values()), "query": asked}
-    return kinds.RetrievalTask(name, texts, list(documents), list(tested.values()))
+    named = {document: None for grades in judged.values() for document in grades}
+    _tell_unknown(qrels, questions, "are left out", judged, queries)
+    _tell_unknown(qrels, corpus, "count as not found", named, positions)
+    tested = [query for query in queries if query in judged]
+    wanted = [{d: g for d, g in judged[query].items() if g > 0} for query in tested]
+    if not any(wanted):
+        raise fault(qrels, "no query has a document with a score above 0", "add such lines")
+    if unanswered := [query for query, own in zip(tested, wanted, strict=True) if not own]:
+        _tell(qrels, unanswered, "queries have no document with a score above 0 and count as 0")
+    if unjudged := queries.keys() - judged.keys() - _judged_elsewhere(qrels):
+        _tell(qrels, sorted(unjudged), "queries are not judged and are left out")
+    return kinds.RetrievalTask(
+        folder.resolve().name,
+        {"document": list(documents.values()), "query": [queries[query] for query in tested]},
+        list(documents),
+        tested,
+        [{positions[d]: g for d, g in own.items() if d in positions} for own in wanted],
+        [[g for d, g in own.items() if d not in positions] for own in wanted],
+    )
 
 
-def _tested(
-    queries: dict[str, str], judged: dict[str, dict[int, float]], qrels: Path
-) -> dict[str, dict[int, float]]:
-    """The relevant documents of each query; queries that only other splits judge are left out."""
+def _tell_unknown(
+    qrels: Path, file: Path, end: str, named: Mapping[str, Any], known: Mapping[str, Any]
+) -> None:
+    """Published judgements name ids that are not there, as trec_eval allows; but not only such."""
+    unknown = [name for name in named if name not in known]
+    if named and len(unknown) == len(named):
+        given = f"none of its ids is in {file.name} ('{unknown[0]}', but '{next(iter(known))}')"
+        raise fault(qrels, given, f"give the judgements that belong to {file.name}")
+    if unknown:
+        _tell(qrels, unknown, f"ids are not in {file.name} and {end}")
+
+
+def _tell(qrels: Path, named: Sequence[str], what: str) -> None:
+    more = ", ..." if len(named) > 3 else ""
+    logger.warning("%s: %d %s (%s%s)", qrels, len(named), what, ", ".join(named[:3]), more)
+
+
+def _judged_elsewhere(qrels: Path) -> set[str]:
+    """The queries of the other splits, which a test set is not asked about."""
     others = [path for path in qrels.parent.glob("*.tsv") if path.name != qrels.name]
-    elsewhere = {
-        line.split("\t", 1)[0] for path in sorted(others) for _, line in numbered_lines(path)
-    }
-    tested = {}
-    for query in queries:
-        grades = {d: grade for d, grade in judged.get(query, {}).items() if grade > 0}
-        if grades:
-            tested[query] = grades
-        elif query in judged or query not in elsewhere:
-            fix = "add a line with one, or remove the query here and from queries.jsonl"
-            raise fault(qrels, f"query '{query}' has no document with a score above 0", fix)
-    return tested
+    lines = (line for path in sorted(others) for _, line in numbered_lines(path))
+    return {line.split("\t", 1)[0] for line in lines}
 
 
-def _records(path: Path) -> dict[str, str]:
-    """Text by id of a BEIR .jsonl file; a title goes before a text that does not repeat it."""
+def _records(path: Path, titled: bool = False) -> dict[str, str]:
+    """Text by id of a BEIR .jsonl file; as in mteb, a document's title goes before its text."""
     texts: dict[str, str] = {}
     for line, row in readers.checked(str(path), readers.read(str(path), {})):
         name, title, text = row.get("_id"), row.get("title") or "", row.get("text")
@@ -233,7 +251,7 @@ def _records(path: Path) -> dict[str, str]:
         if name in texts:
             fix = "remove this line or give it another id"
             raise fault(path, f"id '{name}' was given above already", fix, line)
-        texts[name] = text if text.startswith(title) else f"{title} {text}".strip()
+        texts[name] = f"{title} {text}".strip() if titled else text
     if not texts:
         raise fault(path, "the file is empty", "write one JSON object per line")
     return texts

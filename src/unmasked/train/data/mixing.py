@@ -8,6 +8,7 @@ know neither a weight per data set nor devices whose batches must be of the same
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,11 +153,16 @@ class PairCollator:
         return chosen[row["number"] % len(chosen)] if chosen else ""
 
 
+ROLES = ("query", "document", "default")
+"""Names of prompts that encoding looks for by itself."""
+
+
 def prompts_of(data: Sequence[Pairs]) -> dict[str, str]:
     """The prompts a trained encoder is saved with, under the names that encoding looks for.
 
-    Each data set's first instruction is kept under the name of its file; where all data sets share
-    one, it is what `encode_query` and `encode_document` put before every text.
+    Each data set's first instruction is kept under the name of its file, or, where two files have
+    one name or a name means something else, under that of folder and file; where all data sets
+    share one, it is what `encode_query` and `encode_document` put before every text.
     """
     prompts = {}
     for role, by_set in {
@@ -165,5 +171,12 @@ def prompts_of(data: Sequence[Pairs]) -> dict[str, str]:
     }.items():
         if by_set and by_set[0] and all(given == by_set[0] for given in by_set):
             prompts[role] = PLAIN.join(by_set[0][0])
-    named = {Path(p.path).name.split(".")[0]: p.instruction for p in data}
-    return prompts | {name: PLAIN.join(given[0]) for name, given in named.items() if given}
+    paths = {path.resolve(): p.instruction for p in data if (path := Path(p.path))}
+    stems = Counter(path.name.split(".")[0] for path in paths)
+    for path, given in paths.items():
+        name = path.name.split(".")[0]
+        if stems[name] > 1 or name in ROLES:
+            name = f"{path.parent.name}/{name}"
+        if given:
+            prompts[name] = PLAIN.join(given[0])
+    return prompts

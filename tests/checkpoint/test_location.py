@@ -1,0 +1,71 @@
+"""Names of models: what is here, what can only be a path, and a hub that cannot be reached."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from unmasked.checkpoint import location
+from unmasked.checkpoint.location import bundled_path, locate
+from unmasked.errors import ModelError
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path) -> list[str]:
+    """What the hub is asked for; it is out of reach."""
+    seen = []
+
+    def fail(url, **_):
+        seen.append(url)
+        raise RuntimeError("Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(location, "get_hf_file_metadata", fail)
+    return seen
+
+
+def test_nano_is_the_bundled_decoder_and_a_folder_is_written_with_its_dot(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    assert locate("nano").name == str(bundled_path())
+    assert locate("./nano").name == "./nano"
+
+
+@pytest.mark.parametrize("part", ["config.json", "adapter_config.json"])
+def test_a_run_folder_stands_for_its_encoder(tmp_path, part):
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (model / part).touch()
+    assert locate(tmp_path / "run").name == str(model)
+    assert locate(f"{tmp_path}/run/").name == str(model)
+    (tmp_path / "run" / part).touch()
+    assert locate(tmp_path / "run").name == str(tmp_path / "run"), "a model itself"
+
+
+@pytest.mark.parametrize("name", ["encodr", "./encodr", "{here}/encodr", "runs/law/modle"])
+def test_the_nearest_folder_is_named(asked, tmp_path, tiny_decoder, name):
+    shutil.copytree(tiny_decoder, tmp_path / "encoder")
+    shutil.copytree(tiny_decoder, tmp_path / "runs" / "law" / "model")
+    name = name.format(here=tmp_path)
+    nearest = str(Path(name).with_name("model" if "law" in name else "encoder"))
+    nearest = nearest if nearest.startswith("/") else f"./{nearest}"
+    with pytest.raises(ModelError) as caught:
+        locate(name).require()
+    assert f"did you mean '{nearest}'?" in str(caught.value)
+    assert "Fix: " in str(caught.value)
+    assert len(asked) == (name == "encodr"), "only what may be a name of the hub is asked for"
+
+
+@pytest.mark.parametrize("name", ["owner/decoder", "gpt2"])
+def test_a_hub_out_of_reach_is_asked_once(asked, name):
+    with pytest.raises(ModelError, match=r"Name or service not known\. Fix: .*model\.base=FOLDER"):
+        locate(name).require()
+    assert len(asked) == 1
+
+
+def test_what_is_in_the_cache_needs_no_hub(asked, monkeypatch):
+    monkeypatch.setattr(location, "try_to_load_from_cache", lambda *_, **__: "config.json")
+    assert locate("owner/decoder").require().name == "owner/decoder"
+    assert asked == []
