@@ -180,48 +180,57 @@ def push(
     terminal.show(f"pushed  {address}")
 
 
+SERVED = Annotated[
+    list[str],
+    Argument(
+        metavar="MODEL...",
+        help="Hub name, folder, or 'nano'; NAME=MODEL says what clients call it.",
+    ),
+]
+HOST = Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")]
+PORT = Annotated[int, Option(min=0, max=65535, help="Port; 0 for any that is free.")]
+KEYS = Annotated[
+    Path | None,
+    Option(help="API keys, one a line; or set UNMASKED_API_KEYS.", show_default="no keys"),
+]
+INPUTS = Annotated[int, Option(min=1, help="Maximum number of texts per request.")]
+BODY = Annotated[int, Option(min=1, help="Maximum size of a request in MiB.")]
+TOKENS = Annotated[
+    int | None, Option(min=2, help="Maximum number of tokens per text.", show_default="the model's")
+]
+CUT = Annotated[
+    bool, Option("--truncate", help="Cut texts that are too long where a request does not say.")
+]
+QUEUE = Annotated[
+    int, Option(min=1, help="Texts that may wait; beyond, requests are refused (429).")
+]
+TIMEOUT = Annotated[float, Option(min=0.1, help="Seconds until a request is given up.")]
+WAIT = Annotated[float, Option(min=0, help="Milliseconds that a text may wait for others.")]
+BATCH = Annotated[
+    int | None,
+    Option(min=1, help="Maximum number of tokens per forward.", show_default="by device"),
+]
+EIGHT_BITS = Annotated[
+    Literal["int8", "fp8"] | None,
+    Option(help="8-bit weights (int8 on a CPU, fp8 on a GPU): faster and less exact."),
+]
+
+
 def serve(
-    models: Annotated[
-        list[str],
-        Argument(
-            metavar="MODEL...",
-            help="Hub name, folder, or 'nano'; NAME=MODEL says what clients call it.",
-        ),
-    ],
-    host: Annotated[
-        str, Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")
-    ] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
-    api_key_file: Annotated[
-        Path | None,
-        Option(help="API keys, one a line; or set UNMASKED_API_KEYS.", show_default="no keys"),
-    ] = None,
-    max_inputs: Annotated[int, Option(min=1, help="Maximum number of texts per request.")] = 2048,
-    max_body: Annotated[int, Option(min=1, help="Maximum size of a request in MiB.")] = 8,
-    max_tokens: Annotated[
-        int | None,
-        Option(min=2, help="Maximum number of tokens per text.", show_default="the model's"),
-    ] = None,
-    truncate: Annotated[
-        bool,
-        Option("--truncate", help="Cut texts that are too long where a request does not say."),
-    ] = False,
-    max_queue: Annotated[
-        int, Option(min=1, help="Texts that may wait; beyond, requests are refused (429).")
-    ] = 4096,
-    timeout: Annotated[float, Option(min=0.1, help="Seconds until a request is given up.")] = 60.0,
-    wait_ms: Annotated[
-        float, Option(min=0, help="Milliseconds that a text may wait for others.")
-    ] = 2.0,
-    batch_tokens: Annotated[
-        int | None,
-        Option(min=1, help="Maximum number of tokens per forward.", show_default="by device"),
-    ] = None,
+    models: SERVED,
+    host: HOST = "127.0.0.1",
+    port: PORT = 8000,
+    api_key_file: KEYS = None,
+    max_inputs: INPUTS = 2048,
+    max_body: BODY = 8,
+    max_tokens: TOKENS = None,
+    truncate: CUT = False,
+    max_queue: QUEUE = 4096,
+    timeout: TIMEOUT = 60.0,
+    wait_ms: WAIT = 2.0,
+    batch_tokens: BATCH = None,
     dtype: DTYPE = "auto",
-    quantize: Annotated[
-        Literal["int8", "fp8"] | None,
-        Option(help="8-bit weights (int8 on a CPU, fp8 on a GPU): faster and less exact."),
-    ] = None,
+    quantize: EIGHT_BITS = None,
 ) -> None:
     """Answer OpenAI's /v1/embeddings and TEI's /embed over HTTP, until SIGTERM or Ctrl-C."""
     with terminal.waiting("starting"):

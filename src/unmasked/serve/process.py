@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import uvicorn
@@ -72,8 +72,17 @@ def model_names(given: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def run_server(service: Service, keys: Keys, taken: socket.socket) -> None:
-    """Answer requests until SIGTERM or Ctrl-C, then finish those that were accepted."""
+def run_server(
+    service: Service, keys: Keys, taken: socket.socket, announce: Callable[[str], None]
+) -> None:
+    """Answer requests until SIGTERM or Ctrl-C, then finish those that were accepted.
+
+    Args:
+        service: the models; its threads must run.
+        keys: who may come in.
+        taken: as `bind` returns it.
+        announce: told where the server is, once a connection to it is not refused any more.
+    """
     config = uvicorn.Config(
         application(service, keys),
         lifespan="off",
@@ -87,6 +96,8 @@ def run_server(service: Service, keys: Keys, taken: socket.socket) -> None:
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
+        taken.listen(config.backlog)
+        announce(url(taken))
         uvicorn.Server(config).run(sockets=[taken])
     finally:
         for number, handler in before.items():
