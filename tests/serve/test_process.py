@@ -20,7 +20,8 @@ from support.serving import PATIENCE, Gate, asked, listening, told
 from support.vectors import close
 
 from unmasked.errors import UnmaskedError
-from unmasked.serve import Limits, Service, bind, model_names, url
+from unmasked.serve import Limits, Service, bind, model_names
+from unmasked.serve.process import url
 
 SECRET = "a text that is nobody's business"
 KEY = "the-key-that-no-log-may-hold"

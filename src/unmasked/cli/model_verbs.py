@@ -256,8 +256,10 @@ def serve(
         if host not in ("127.0.0.1", "::1", "localhost") and not keys:
             terminal.say(f"anyone who reaches {host} can use this server: it has no API keys")
         with server.Service(encoders, limits) as service:
-            terminal.show(f"{', '.join(names)} at {server.url(taken)}/v1 (page: /docs)")
-            server.run_server(service, keys, taken)
+            said = ", ".join(names)
+            server.run_server(
+                service, keys, taken, lambda url: terminal.show(f"{said} at {url}/v1 (page: /docs)")
+            )
     terminal.say("stopped; every request that was accepted has its answer")
 
 

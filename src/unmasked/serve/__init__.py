@@ -12,17 +12,10 @@ Cost beside the forwards: one to two milliseconds a request.
 """
 
 from unmasked.serve.access import Limits, read_keys
-from unmasked.serve.process import bind, model_names, run_server, url
+from unmasked.serve.process import bind, model_names, run_server
 from unmasked.serve.routes import application
 from unmasked.serve.service import Service
 
 __all__ = [
-    "Limits",
-    "Service",
-    "application",
-    "bind",
-    "model_names",
-    "read_keys",
-    "run_server",
-    "url",
-]
+    "Limits", "Service", "application", "bind", "model_names", "read_keys", "run_server",
+]  # fmt: skip
