@@ -14,7 +14,7 @@ WORKDIR /source
 
 # torch is by far the largest layer, and changes least; then the other libraries; then the package.
 COPY constraints.txt ./
-RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml ./
 RUN mkdir -p src/unmasked \
     && echo '__version__ = "0"' > src/unmasked/__init__.py \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 
+import psutil
 import pytest
 from support.commands import COMMAND
-from support.serving import PATIENCE, Gate, asked, listening, told
+from support.serving import PATIENCE, Gate, Listener, asked, listening, told
 from support.vectors import close
 
 from unmasked.errors import UnmaskedError
@@ -124,17 +126,18 @@ def test_what_was_accepted_is_answered_before_the_server_ends(encoder):
     gate, queued = Gate(service, "tiny"), threading.Semaphore(0)
     put = service.queue.put
     service.queue.put = lambda *given: (put(*given), queued.release())
+    taken = Listener()
     with service, ExitStack() as running:
-        address = running.enter_context(listening(service))
+        address = running.enter_context(listening(service, taken=taken))
         accepted = [connect(address) for _ in range(5)]
         for connection in accepted:
             connection.sendall(asked("/embed", {"inputs": ["a", "b"]}))
             assert queued.acquire(timeout=PATIENCE)
         end = threading.Thread(target=running.close)
         end.start()
+        assert taken.ended.wait(PATIENCE)
         with pytest.raises(ConnectionRefusedError):
-            while True:
-                connect(address).close()
+            connect(address)
         gate.opened.set()
         assert [status(connection) for connection in accepted] == [200] * 5
         end.join(PATIENCE)
@@ -231,3 +234,43 @@ def test_models_are_named_as_clients_should_call_them(tmp_path):
     }  # fmt: skip
     with pytest.raises(UnmaskedError, match="two models are called 'law'. Fix: .*serve"):
         model_names([str(folder), f"law={folder}"])
+
+
+# --- much of it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_twenty_thousand_mixed_requests_without_an_error_in_flat_memory(server, sentences):
+    """Short and long, one and many, refused and cut; memory is read when a tenth is done."""
+    process, address, _ = server
+    host = address.removeprefix("http://")
+    headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
+    ids = [[5] * count for count in range(9)]
+    bodies = [
+        ("/embed", {"inputs": sentences[0]}, 200),
+        ("/embed", {"inputs": [*sentences[:3], ""]}, 200),
+        ("/v1/embeddings", {"input": sentences[3] * 40, "truncate": True}, 200),
+        ("/v1/embeddings", {"input": sentences[3] * 40}, 400),
+        ("/v1/embeddings", {"input": ids, "encoding_format": "base64"}, 200),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": sentences[:2]}}, 200),
+        ("/v1/embeddings", {"input": "a", "model": "none"}, 404),
+        ("/v1/embeddings", {"input": [], "x": 1}, 400),
+    ]  # fmt: skip
+
+    def load(seed: int, count: int) -> int:
+        draw, connection, wrong = random.Random(seed), HTTPConnection(host, timeout=PATIENCE), 0
+        for _ in range(count):
+            path, body, expected = draw.choice(bodies)
+            connection.request("POST", path, json.dumps(body), headers)
+            answer = connection.getresponse()
+            json.loads(answer.read())
+            wrong += answer.status != expected
+        connection.close()
+        return wrong
+
+    memory = psutil.Process(process.pid).memory_info
+    with ThreadPoolExecutor(16) as clients:
+        assert sum(clients.map(load, range(16), [125] * 16)) == 0
+        before = memory().rss
+        assert sum(clients.map(load, range(16, 32), [1125] * 16)) == 0
+    assert memory().rss - before < 40 << 20

@@ -19,12 +19,26 @@ PATIENCE = 60
 """Seconds after which something that never happens is a failure."""
 
 
+class Listener(socket.socket):
+    """A listening socket that tells when the server has closed it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = threading.Event()
+        self.bind(("127.0.0.1", 0))
+        self.listen(64)
+
+    def close(self) -> None:
+        super().close()
+        self.ended.set()
+
+
 @contextmanager
-def listening(service: Service, keys: Keys = EVERYBODY) -> Iterator[tuple[str, int]]:
+def listening(
+    service: Service, keys: Keys = EVERYBODY, taken: Listener | None = None
+) -> Iterator[tuple[str, int]]:
     """The address of a service that answers in a thread."""
-    taken = socket.socket()
-    taken.bind(("127.0.0.1", 0))
-    taken.listen(64)
+    taken = taken or Listener()
     config = uvicorn.Config(application(service, keys), lifespan="off", log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)

@@ -124,10 +124,12 @@ def encode_rows(
 ) -> Tensor:
     """(N, D) float32 vectors on the host of N rows of ids, in order, as `encode` has them.
 
-    For a caller that tokenises elsewhere and has few rows at a time: no thread is started, and
-    `finish` shortens and scales what comes. The model has to be in evaluation mode.
+    For a caller that tokenises elsewhere and bounds the tokens of a call: no thread is started, all
+    rows share a forward unless it has to be padded, and `finish` shortens and scales what comes.
+    The model has to be in evaluation mode.
     """
-    request = Request(device, None, 0, False, SENTENCE, True, False, None, by_tokens=True)
+    padded = backbone.unpackable is not None
+    request = Request(device, None, len(rows), False, SENTENCE, True, False, None, padded)
     vectors = torch.empty(len(rows), backbone.get_embedding_dimension())
     for batch in row_batches(backbone, rows, request):
         outputs = _forward(model, backbone, batch, device)

@@ -3,8 +3,11 @@
 The device takes a batch when it is free, so texts gather while a forward runs, and nothing is
 decided before. A request is not served as a whole: each of its texts has a tag, the number of
 tokens that stand before it in its own request, counted from the clock of the queue, and the lowest
-tags go first (self-clocked fair queueing, Golestani 1994). So a single sentence does not wait for
-two thousand documents that came a moment before it, and these still move on.
+tags go first. The clock moves by the tokens that each waiting request would have got by then, had
+all been served at once (weighted fair queueing, Demers, Keshav and Shenker 1989; tags as in
+start-time fair queueing, Goyal, Vin and Cheng 1996). So single texts, long or short, go in the
+order of their arrival; one of them does not wait for two thousand documents that came a moment
+before, and these still move on.
 
 Cost: a push and a pop of a heap for each text.
 """
@@ -59,7 +62,7 @@ class Job:
 class Waiting:
     """A text in the queue; ordered by its tag, then by arrival."""
 
-    tag: int
+    tag: float
     serial: int
     job: Job = field(compare=False)
     index: int = field(compare=False)
@@ -87,7 +90,8 @@ class TextQueue:
         self.texts = self.tokens = 0
         self.speed = 1000.0
         self._heaps: dict[str, list[Waiting]] = {name: [] for name in models}
-        self._clock = self._serial = self._arriving = 0
+        self._serial = self._arriving = self._jobs = 0
+        self._clock = 0.0
         self._changed = threading.Condition()
         self._closed = False
 
@@ -124,11 +128,12 @@ class TextQueue:
             self.check_room(len(job.rows))
             tag = self._clock
             for index, row in enumerate(job.rows):
-                tag += len(row.ids)
                 self._serial += 1
                 heapq.heappush(self._heaps[model], Waiting(tag, self._serial, job, index))
+                tag += len(row.ids)
+            self._jobs += 1
             self.texts += len(job.rows)
-            self.tokens += tag - self._clock
+            self.tokens += sum(len(row.ids) for row in job.rows)
             self._changed.notify()
 
     def drop(self, job: Job) -> None:
@@ -136,6 +141,7 @@ class TextQueue:
         with self._changed:
             if not job.gone:
                 job.gone = True
+                self._jobs -= job.taken < len(job.rows)
                 self.texts -= len(job.rows) - job.taken
                 self.tokens -= sum(len(row.ids) for row in job.rows[job.taken :])
 
@@ -181,8 +187,9 @@ class TextQueue:
         while (head := self._head(model)) and (not taken or tokens + len(head.row.ids) <= budget):
             taken.append(heapq.heappop(self._heaps[model]))
             tokens += len(head.row.ids)
+            self._clock = max(self._clock, head.tag) + len(head.row.ids) / self._jobs
             head.job.taken += 1
-            self._clock = max(self._clock, head.tag)
+            self._jobs -= head.job.taken == len(head.job.rows)
         self.texts -= len(taken)
         self.tokens -= tokens
         return taken
