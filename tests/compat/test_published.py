@@ -16,9 +16,11 @@ from support.vectors import close
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from unmasked import LLM2Vec
+from unmasked.compat.counting import CountingTokenizer
 from unmasked.compat.original import PUBLISHED
 from unmasked.errors import ModelError
 from unmasked.text.templates import named
+from unmasked.text.tokens import prepare_tokenizer
 
 MNTP, SUPERVISED = f"{OWNER}/LLM2Vec-Tiny-mntp", f"{OWNER}/LLM2Vec-Tiny-mntp-supervised"
 BASE = "llamas/Tiny-Instruct"
@@ -376,3 +378,11 @@ def test_a_decoder_gets_no_template_unless_asked(checkpoint):
     assert load(hub, BASE).settings.template == named("none")
     asked = load(hub, BASE, template="llama3")
     assert asked.settings.template == named("llama3")
+
+
+def test_a_counted_row_tells_that_its_text_was_cut(tiny_tokenizer):
+    backend = prepare_tokenizer(tiny_tokenizer)
+    for options in ({"max_length": 8}, {"doc_max_length": 7}):
+        tokens = CountingTokenizer(backend, **options)
+        long, short = tokens(["cat sat " * 20, "cat  sat \n"])
+        assert long.cut > 0 and short.cut == 0

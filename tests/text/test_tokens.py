@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from unmasked.errors import DataError, ModelError
+from unmasked.text.templates import Template
 from unmasked.text.tokens import MARK, TextTokenizer, prepare_tokenizer, surrounding_ids
 
 TEXTS = [
@@ -168,3 +169,36 @@ def test_a_base_encoder_keeps_its_separator_here_and_in_its_folder(bert, tmp_pat
         assert abs(vectors - model.encode(texts)).max() < 1e-5
     (words,) = model.encode_words([["a", "text"]])
     assert words.shape == (2, 32)
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_row_of_ids_is_the_row_of_their_text(tokenizer, text, special, eos):
+    """Whether BOS and EOS are among the ids or not."""
+    tokens = TextTokenizer(prepare_tokenizer(tokenizer, append_eos=eos), max_length=30)
+    ids = tokens.tokenizer.backend_tokenizer.encode(MARK + text, add_special_tokens=special).ids
+    for prompt in ("", "Find similar questions:\n"):
+        if prompt and (tokenizer.unk_token or text.startswith(MARK)):
+            continue  # alone, it begins with a space in SentencePiece's manner, or loses its mark
+        (row,) = tokens([text], prompt)
+        assert tokens.of_ids(ids, prompt) == row
+
+
+def test_a_row_of_ids_has_the_template_around_it(tiny_tokenizer):
+    template = Template("<s>user\n", "</s>", True)
+    tokens = TextTokenizer(prepare_tokenizer(tiny_tokenizer), template=template)
+    ids = tiny_tokenizer("a text", add_special_tokens=False)["input_ids"]
+    assert tokens.of_ids(ids, "Find:\n") == tokens(["a text"], "Find:\n")[0]
+
+
+def test_a_row_tells_how_much_of_its_text_was_cut(tokenizer):
+    backend = prepare_tokenizer(tokenizer)
+    whole = len(backend(MARK + "x" * 50, add_special_tokens=False)["input_ids"])
+    for options in ({"max_length": 12}, {"doc_max_length": 11}):
+        tokens = TextTokenizer(backend, **options)
+        (row, short) = tokens(["x" * 50, "x"])
+        assert (row.cut, short.cut) == (whole - 11, 0)
+        assert tokens.of_ids([5] * 13).cut == 2
+    exact = TextTokenizer(backend, max_length=whole + 1)
+    assert exact(["x" * 50])[0].cut == 0

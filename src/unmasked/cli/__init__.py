@@ -20,7 +20,7 @@ from typer import Option
 from unmasked import __version__
 from unmasked.cli.encode_verb import encode
 from unmasked.cli.failures import Verbs
-from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push
+from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push, serve
 from unmasked.cli.training_verbs import (
     StageCommand,
     demo,
@@ -40,7 +40,9 @@ app = typer.Typer(
     help="Turn any decoder-only language model into a text encoder.",
     epilog="Begin with: unmasked demo",
 )
-VERBS = (demo, convert, run, train, mine, plan, encode, evaluate, analyse, doctor, report, push)
+VERBS = (
+    demo, convert, run, train, mine, plan, encode, serve, evaluate, analyse, doctor, report, push,
+)  # fmt: skip
 for verb in VERBS:
     app.command(cls=StageCommand if verb is train else None)(verb)
 app.add_typer(recipes, name="recipes")

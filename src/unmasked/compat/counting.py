@@ -9,6 +9,7 @@ so; ``compat="llm2vec-0.2"`` repeats it. Cost: each text is tokenised twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, where
@@ -28,7 +29,7 @@ class CountingTokenizer(TextTokenizer):
     ) -> list[TokenRow]:
         limit = max_length or self.max_length
         prompts = [prompts] * len(texts) if isinstance(prompts, str) else prompts
-        texts = [self._cut_by_words(text, limit) for text in texts]
+        whole_texts, texts = texts, [self._cut_by_words(text, limit) for text in texts]
         start, end = self.template.prefix, self.template.suffix
         joined = [
             MARK + start + prompt.removeprefix(MARK) + text + end
@@ -37,16 +38,24 @@ class CountingTokenizer(TextTokenizer):
         encode = self.tokenizer.backend_tokenizer.encode_batch_fast
         inputs = encode(joined, add_special_tokens=False)
         alone = encode([text + end for text in texts], add_special_tokens=False)
-        return [
+        rows = [
             self._counted_row(whole.ids, len(text.ids), limit)
             for whole, text in zip(inputs, alone, strict=True)
+        ]
+        shorter = (len(t) < len(w.rstrip()) for t, w in zip(texts, whole_texts, strict=True))
+        # How many tokens the words had that were cut off is not known: one at least.
+        return [
+            replace(row, cut=row.cut + 1) if less else row
+            for row, less in zip(rows, shorter, strict=True)
         ]
 
     def _counted_row(self, ids: list[int], count: int, limit: int) -> TokenRow:
         """A row cut at the right, of which as many tokens are pooled as the text has alone."""
-        kept = [*self.prefix, *ids][: limit - len(self.suffix)] + self.suffix
+        fitting = [*self.prefix, *ids][: limit - len(self.suffix)]
+        cut = len(self.prefix) + len(ids) - len(fitting)
+        kept = fitting + self.suffix
         count = min(min(count, limit) + len(self.suffix), len(kept))
-        return self.marked(kept, len(kept) - count, len(kept))
+        return self.marked(kept, len(kept) - count, len(kept), cut)
 
     def _cut_by_words(self, text: str, limit: int) -> str:
         """The original's way to `doc_max_length`: whole words, white space collapsed.

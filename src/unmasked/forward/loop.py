@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from unmasked.forward.backbone import Backbone
 from unmasked.forward.batches import WINDOW, ahead, distinct, plan_batches, token_budget
 from unmasked.forward.packing import pack
+from unmasked.text.tokens import TokenRow
 
 SENTENCE = "sentence_embedding"
 TOKENS = "token_embeddings"
@@ -96,18 +97,44 @@ def prepare_batches(
     backbone: Backbone, inputs: list[Any], request: Request
 ) -> Iterator[PreparedBatch]:
     """Tokenise, plan and collate a window of inputs at a time; meant to run in a thread."""
-    pin = request.device.type == "cuda"
     for start in range(0, len(inputs), WINDOW):
         rows = backbone.tokenize_inputs(inputs[start : start + WINDOW], request.prompt)
-        lengths = [len(row.ids) for row in rows]
-        for chosen in request.plan(lengths):
-            features: dict[str, Any] = backbone.collate([rows[i] for i in chosen])
-            if backbone.unpackable is None:
-                features["packed"] = pack(features["attention_mask"])
-            if pin:
-                features = {key: value.pin_memory() for key, value in features.items()}
-            features["repad"] = request.output_value != SENTENCE
-            yield PreparedBatch(chosen + start, [lengths[i] for i in chosen], features)
+        yield from row_batches(backbone, rows, request, start)
+
+
+def row_batches(
+    backbone: Backbone, rows: Sequence[TokenRow], request: Request, start: int = 0
+) -> Iterator[PreparedBatch]:
+    """Plan and collate rows of ids, of which the first is input number `start`."""
+    pin = request.device.type == "cuda"
+    lengths = [len(row.ids) for row in rows]
+    for chosen in request.plan(lengths):
+        features: dict[str, Any] = backbone.collate([rows[i] for i in chosen])
+        if backbone.unpackable is None:
+            features["packed"] = pack(features["attention_mask"])
+        if pin:
+            features = {key: value.pin_memory() for key, value in features.items()}
+        features["repad"] = request.output_value != SENTENCE
+        yield PreparedBatch(chosen + start, [lengths[i] for i in chosen], features)
+
+
+@torch.inference_mode()
+def encode_rows(
+    model: nn.Module, backbone: Backbone, rows: Sequence[TokenRow], device: torch.device
+) -> Tensor:
+    """(N, D) float32 vectors on the host of N rows of ids, in order, as `encode` has them.
+
+    For a caller that tokenises elsewhere and bounds the tokens of a call: no thread is started, all
+    rows share a forward unless it has to be padded, and `finish` shortens and scales what comes.
+    The model has to be in evaluation mode.
+    """
+    padded = backbone.unpackable is not None
+    request = Request(device, None, len(rows), False, SENTENCE, True, False, None, padded)
+    vectors = torch.empty(len(rows), backbone.get_embedding_dimension())
+    for batch in row_batches(backbone, rows, request):
+        outputs = _forward(model, backbone, batch, device)
+        vectors[torch.from_numpy(batch.places)] = outputs[SENTENCE].float().cpu()
+    return vectors
 
 
 def sentence_vectors(
@@ -133,7 +160,8 @@ def sentence_vectors(
     copies = np.bincount(inverse, minlength=len(unique))
     with _bar(len(inputs), request.show_progress_bar) as bar:
         for batch, outputs in _forwards(model, backbone, unique, request):
-            waiting.append(_finished(outputs[SENTENCE].float(), request))
+            vectors = outputs[SENTENCE].float()
+            waiting.append(finish(vectors, request.truncate_dim, request.normalize_embeddings))
             places.append(batch.places)
             if sum(map(len, places)) >= ON_DEVICE:
                 deliver()
@@ -186,17 +214,25 @@ def _forwards(
     model: nn.Module, backbone: Backbone, inputs: list[Any], request: Request
 ) -> Iterator[tuple[PreparedBatch, dict[str, Any]]]:
     for batch in ahead(prepare_batches(backbone, inputs, request)):
-        features = {
-            key: value.to(request.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in batch.features.items()
-        }
-        if "packed" in features:
-            features["packed"] = features["packed"].to(request.device)
-        backbone.tokens_encoded += sum(batch.lengths)
-        yield batch, model(features)
+        yield batch, _forward(model, backbone, batch, request.device)
 
 
-def _finished(vectors: Tensor, request: Request) -> Tensor:
-    if request.truncate_dim is not None:
-        vectors = truncate_embeddings(vectors, request.truncate_dim)
-    return nn.functional.normalize(vectors, dim=1) if request.normalize_embeddings else vectors
+def _forward(
+    model: nn.Module, backbone: Backbone, batch: PreparedBatch, device: torch.device
+) -> dict[str, Any]:
+    features = {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.features.items()
+    }
+    if "packed" in features:
+        features["packed"] = features["packed"].to(device)
+    backbone.tokens_encoded += sum(batch.lengths)
+    outputs: dict[str, Any] = model(features)
+    return outputs
+
+
+def finish(vectors: Tensor, truncate_dim: int | None, normalize: bool) -> Tensor:
+    """(N, D) vectors cut to the first numbers of each, then scaled to length 1, as asked."""
+    if truncate_dim is not None:
+        vectors = truncate_embeddings(vectors, truncate_dim)
+    return nn.functional.normalize(vectors, dim=1) if normalize else vectors

@@ -35,11 +35,12 @@ MARK = "\ufdd0"
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """The ids of one input; those in ``[start, stop)`` are pooled."""
+    """The ids of one input; those in ``[start, stop)`` are pooled, `cut` of the text left out."""
 
     ids: list[int]
     start: int
     stop: int
+    cut: int = 0
 
 
 def prepare_tokenizer(
@@ -228,16 +229,44 @@ class TextTokenizer:
         start = len(self.prefix) + first
         pooled_end = self.template.pool_suffix or bool(self.suffix)
         stop = len(kept) if pooled_end else start + len(text)
-        return self.marked(kept, start, stop)
+        return self.marked(kept, start, stop, last - first - len(text))
 
-    def marked(self, kept: list[int], start: int, stop: int) -> TokenRow:
+    def of_ids(
+        self, ids: Sequence[int], prompt: str = "", max_length: int | None = None
+    ) -> TokenRow:
+        """The row of a text that comes as token ids, behind its prompt.
+
+        The prompt is tokenised alone, so the row is that of the text itself where the prompt ends
+        in a newline, or where there is none. Fixed tokens (BOS, EOS) are added; those that the ids
+        begin or end with already are not doubled.
+
+        Args:
+            ids: of the text, with or without the fixed tokens.
+            prompt, max_length: as for `__call__`.
+
+        Raises:
+            DataError: the prompt leaves no room for any token of the text.
+        """
+        text = list(ids)
+        if self.prefix and text[: len(self.prefix)] == self.prefix:
+            del text[: len(self.prefix)]
+        if self.suffix and text[-len(self.suffix) :] == self.suffix:
+            del text[-len(self.suffix) :]
+        around = self.template.prefix + prompt.removeprefix(MARK), self.template.suffix
+        encode = self.tokenizer.backend_tokenizer.encode
+        before, after = (encode(a, add_special_tokens=False).ids if a else [] for a in around)
+        last = len(before) + len(text)
+        whole = [*before, *text, *after]
+        return self._row(whole, len(before), last, max_length or self.max_length)
+
+    def marked(self, kept: list[int], start: int, stop: int, cut: int = 0) -> TokenRow:
         """A row of which ``[start, stop)`` is pooled, or everything if that is empty."""
         if not kept:
             kept = [self.tokenizer.pad_token_id]  # "" without BOS: one token to look at
             stop = 1
         if start >= stop or not self.skip_instruction:
             start, stop = 0, len(kept)  # an empty text has the vector of its context
-        return TokenRow(kept, start, stop)
+        return TokenRow(kept, start, stop, cut)
 
     def for_stock(self) -> tuple[PreTrainedTokenizerFast, bool]:
         """The tokenizer to save, and whether the stock loader can reach the same vectors with it.

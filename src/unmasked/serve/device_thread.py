@@ -1,0 +1,111 @@
+"""The one thread that runs forwards: it takes what waits, computes it, and tells who asked.
+
+One thread for all models, because they share the device, and because a packed batch belongs to the
+thread that runs it. A forward that fails is tried again text by text, so that only the request at
+fault fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from asyncio import AbstractEventLoop
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from unmasked.serve.measures import Measures
+from unmasked.serve.text_queue import Job, TextQueue, Waiting
+from unmasked.text.tokens import TokenRow
+
+logger = logging.getLogger(__name__)
+
+Compute = Callable[[Sequence[TokenRow]], np.ndarray]
+"""Vectors (N, D) of N rows of ids."""
+
+SICK = 5
+"""So many texts in a row without a vector, and the process should be started anew."""
+
+
+class DeviceThread:
+    """Computes what waits in a queue, until the queue is closed and empty.
+
+    Args:
+        queue: where texts wait.
+        models: name → how its vectors are computed.
+        budget: most tokens of a forward.
+        measures: what is counted.
+    """
+
+    def __init__(
+        self, queue: TextQueue, models: Mapping[str, Compute], budget: int, measures: Measures
+    ) -> None:
+        self.queue, self.models, self.budget, self.measures = queue, models, budget, measures
+        self._failed_in_a_row = 0
+        self._thread = threading.Thread(target=self._work, name="unmasked-device", daemon=True)
+
+    def start(self) -> None:
+        """Begin to compute."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Compute what waits, then end."""
+        self.queue.close()
+        self._thread.join()
+
+    @property
+    def healthy(self) -> bool:
+        """It runs, and has not failed at one text after another."""
+        return self._thread.is_alive() and self._failed_in_a_row < SICK
+
+    def _work(self) -> None:
+        while True:
+            model, texts = self.queue.take(self.budget)
+            if not texts:
+                return
+            begun = time.perf_counter()
+            self._compute(self.models[model], texts)
+            seconds = time.perf_counter() - begun
+            tokens = sum(len(text.row.ids) for text in texts)
+            self.queue.speed += 0.2 * (tokens / seconds - self.queue.speed)
+            self.measures.forward(model, len(texts), tokens, seconds)
+            self._tell(texts)
+
+    def _compute(self, compute: Compute, texts: Sequence[Waiting]) -> None:
+        """Give each text its vector, or its job the reason why there is none."""
+        try:
+            vectors = compute([text.row for text in texts])
+        except Exception as error:
+            if len(texts) > 1:
+                for text in texts:
+                    self._compute(compute, [text])
+                return
+            # Where it happened, and never the message, which may hold a text.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("A forward failed with %s:\n%s", type(error).__name__, where)
+            texts[0].job.failure = error
+            self._failed_in_a_row += 1
+        else:
+            self._failed_in_a_row = 0
+            for text, vector in zip(texts, vectors, strict=True):
+                text.job.vectors[text.index] = vector
+
+    def _tell(self, texts: Sequence[Waiting]) -> None:
+        ended: dict[AbstractEventLoop, set[Job]] = defaultdict(set)
+        for text in texts:
+            text.job.left -= 1
+            if text.job.failure is not None:
+                self.queue.drop(text.job)
+            if text.job.left == 0 or text.job.failure is not None:
+                ended[text.job.loop].add(text.job)
+        for loop, jobs in ended.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, jobs)
+
+
+def _settle(jobs: set[Job]) -> None:
+    for job in jobs:
+        job.settle()

@@ -1,0 +1,161 @@
+"""The models, their queue, and the way of a request from its bytes to those of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from starlette.requests import ClientDisconnect
+from typing_extensions import Self
+
+from unmasked.errors import unknown
+from unmasked.forward.batches import token_budget
+from unmasked.model import TextEncoder
+from unmasked.serve.access import Limits
+from unmasked.serve.device_thread import DeviceThread
+from unmasked.serve.measures import Measures
+from unmasked.serve.served_model import ServedModel
+from unmasked.serve.text_queue import Job, TextQueue
+from unmasked.serve.wire import Asked, Refusal, Texts, parse
+from unmasked.text.tokens import TokenRow
+
+T = TypeVar("T")
+
+THREADS = 4
+"""Threads that check bodies, tokenise and write answers."""
+
+SMALL = 4096
+"""Numbers of an answer that are written at once, without a thread."""
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[Asked]):
+    """A request that was read: what it asks, of which model, and the ids of its texts."""
+
+    asked: Asked
+    model: ServedModel
+    rows: list[TokenRow]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its texts."""
+        return sum(len(row.ids) for row in self.rows)
+
+
+Inputs = Callable[[Asked], Texts]
+Write = Callable[[Prepared[Asked], np.ndarray], bytes]
+
+
+class Service:
+    """Encoders that answer requests; used as a context, within which its threads run.
+
+    Args:
+        encoders: name → encoder.
+        limits: what a client may ask for.
+    """
+
+    def __init__(self, encoders: Mapping[str, TextEncoder], limits: Limits | None = None) -> None:
+        self.limits = limits = limits or Limits()
+        self.models = {
+            name: ServedModel(name, encoder, limits.tokens, limits.truncate)
+            for name, encoder in encoders.items()
+        }
+        self.queue = TextQueue(list(encoders), limits.queue, limits.wait)
+        self.measures = Measures(lambda: (self.queue.texts, self.queue.tokens))
+        budgets = [token_budget(encoder.device) for encoder in encoders.values()]
+        self.device = DeviceThread(
+            self.queue,
+            {name: model.vectors for name, model in self.models.items()},
+            limits.batch_tokens or max(budgets),
+            self.measures,
+        )
+        self.pool = ThreadPoolExecutor(THREADS, "unmasked-worker")
+        self.created = int(time.time())
+
+    def __enter__(self) -> Self:
+        self.device.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.device.stop()
+        self.pool.shutdown()
+
+    def find(self, name: str | None) -> ServedModel:
+        """The model of a name; without a name, the only one.
+
+        Raises:
+            Refusal: there is none, or more than one.
+        """
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if name is None:
+            said = f"several models are served. Fix: name one of {', '.join(self.models)}."
+            raise Refusal(400, said, "missing", "model")
+        if name not in self.models:
+            said = unknown("model", name[:128], self.models)
+            raise Refusal(404, said, "model_not_found", "model")
+        return self.models[name]
+
+    def prepare(self, kind: type[Asked], body: bytes, inputs: Inputs[Asked]) -> Prepared[Asked]:
+        """Check a body and tokenise its texts; runs in a worker thread.
+
+        Raises:
+            Refusal: it is not what it should be.
+        """
+        asked = parse(kind, body)
+        model, given = self.find(asked.model), inputs(asked)
+        if not given and not isinstance(given, str):
+            raise Refusal(400, "there is no input: the list is empty.", "empty_input", "input")
+        several = isinstance(given, list) and not isinstance(given[0], int)
+        if several and len(given) > self.limits.inputs:
+            said = f"{len(given)} inputs; {self.limits.inputs} are allowed in a request."
+            raise Refusal(400, said, "too_many_inputs", "input")
+        model.check_dimensions(getattr(asked, "dimensions", None))
+        return Prepared(asked, model, model.rows(given, asked, model.prompt(asked)))
+
+    async def answer(
+        self,
+        kind: type[Asked],
+        body: bytes,
+        gone: asyncio.Future[Any],
+        inputs: Inputs[Asked],
+        write: Write[Asked],
+    ) -> bytes:
+        """The bytes of the answer to a body.
+
+        Args:
+            kind: what the body has to be.
+            body: as it came.
+            gone: done when the client has gone.
+            inputs: the texts of such a body.
+            write: the answer that belongs to vectors; runs in a worker thread if it is long.
+
+        Raises:
+            Refusal: it is not served.
+            ClientDisconnect: the client has gone; its texts are not computed.
+        """
+        self.queue.check_room()
+        with self.queue.arriving():
+            ready = await self._in_thread(lambda: self.prepare(kind, body, inputs))
+            if gone.done():
+                raise ClientDisconnect
+            job = Job(ready.rows)
+            self.queue.put(ready.model.name, job)
+        try:
+            await asyncio.wait({job.done, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not job.done.done():
+                raise ClientDisconnect
+            vectors = job.done.result()
+        finally:
+            self.queue.drop(job)
+        if vectors.size <= SMALL:
+            return write(ready, vectors)
+        return await self._in_thread(lambda: write(ready, vectors))
+
+    def _in_thread(self, work: Callable[[], T]) -> Awaitable[T]:
+        return asyncio.get_running_loop().run_in_executor(self.pool, work)

@@ -1,0 +1,233 @@
+"""What goes over the wire: the bodies that are accepted, the answers, and the errors.
+
+The shapes are those of OpenAI's embeddings and of Hugging Face's text-embeddings-inference (TEI),
+with a few fields more. An unknown field is an error that names the nearest one: nothing that a
+client asks for is ignored without a word. A body is checked in one pass, in Rust, off the event
+loop; the first fault ends the check, so that a hostile body cannot make it collect a million.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from typing_extensions import Self, TypeAliasType
+
+from unmasked.errors import unknown
+
+TokenId = Annotated[int, Field(strict=True, ge=0)]
+Strings = TypeAliasType("Strings", Annotated[list[str], FailFast()])
+TokenIds = TypeAliasType("TokenIds", Annotated[list[TokenId], FailFast()])
+SeveralTokenIds = TypeAliasType("SeveralTokenIds", Annotated[list[TokenIds], FailFast()])
+Texts = str | Strings | TokenIds | SeveralTokenIds
+"""A text, texts, the token ids of a text, or of texts."""
+
+KINDS = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
+
+
+class Refusal(Exception):
+    """A request that is not served, as the client is told.
+
+    Args:
+        status: of HTTP.
+        message: what was given, what is allowed; holds nothing of a text.
+        code: a word for programs.
+        param: the field at fault.
+        retry_after: seconds until it may go better.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's shape."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        fault = Fault(message=str(self), type=kind, param=self.param, code=self.code)
+        return ErrorAnswer(error=fault).model_dump()
+
+
+class Body(BaseModel):
+    """What every body may ask of the model."""
+
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    model: str | None = None
+    """Name of the model; may be left out where only one is served."""
+    prompt: str | None = None
+    """Text put directly before every input."""
+    prompt_name: str | None = None
+    """Name of one of the model's prompts."""
+    input_type: Literal["query", "document"] | None = None
+    """The model's prompt for queries or for documents, if it has one."""
+    truncate: bool | None = None
+    """Cut a text that is too long, instead of an error."""
+
+
+class EmbeddingsBody(Body):
+    """Body of ``/v1/embeddings``."""
+
+    input: Texts
+    """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
+    encoding_format: Literal["float", "base64"] = "float"
+    """Numbers, or the bytes of float32 numbers, little endian, in base64."""
+    dimensions: Annotated[int, Field(strict=True, ge=1)] | None = None
+    """Keep only the first so many numbers of every vector."""
+    normalize: bool = False
+    """Scale every vector to length 1."""
+    user: str | None = None
+    """Accepted for OpenAI's sake; it is not used and not logged."""
+
+
+class EmbedBody(Body):
+    """Body of ``/embed``."""
+
+    inputs: Texts
+    """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
+    dimensions: Annotated[int, Field(strict=True, ge=1)] | None = None
+    """Keep only the first so many numbers of every vector."""
+    normalize: bool = True
+    """Scale every vector to length 1, as TEI does by default."""
+    truncation_direction: Literal["Right", "right"] = "Right"
+    """Texts are cut at their end."""
+
+
+class Compared(BaseModel):
+    """A sentence, and those it is compared with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source_sentence: str
+    sentences: Annotated[list[str], FailFast()]
+
+
+class HowCompared(BaseModel):
+    """Options of a comparison, as TEI has them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    truncate: bool | None = None
+    truncation_direction: Literal["Right", "right"] = "Right"
+    prompt_name: str | None = None
+
+
+class SimilarityBody(Body):
+    """Body of ``/similarity``."""
+
+    inputs: Compared
+    parameters: HowCompared = HowCompared()
+
+    @model_validator(mode="after")
+    def take_parameters(self) -> Self:
+        """TEI's parameters are the fields that other bodies have themselves."""
+        for name in ("truncate", "prompt_name"):
+            given = getattr(self.parameters, name)
+            if given is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is given twice")
+            if given is not None:
+                setattr(self, name, given)
+        return self
+
+
+class Embedding(BaseModel):
+    """One vector."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    """Tokens of the inputs, the model's own (BOS) included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(BaseModel):
+    """Answer of ``/v1/embeddings``."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class ModelAnswer(BaseModel):
+    """One model of ``/v1/models``."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["unmasked"] = "unmasked"
+    dimensions: int
+    max_tokens: int
+    prompts: list[str]
+
+
+class ModelsAnswer(BaseModel):
+    """Answer of ``/v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+
+
+class Fault(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """An error, in OpenAI's shape."""
+
+    error: Fault
+
+
+Asked = TypeVar("Asked", bound=Body)
+
+
+def parse(kind: type[Asked], body: bytes) -> Asked:
+    """The body as what it has to be.
+
+    Raises:
+        Refusal: it is not; the message holds names of fields, never their content.
+    """
+    try:
+        asked = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _misfit(kind, error) from None
+    prompts = [
+        name for name in ("prompt", "prompt_name", "input_type") if getattr(asked, name) is not None
+    ]
+    if len(prompts) > 1:
+        raise Refusal(400, f"{' and '.join(prompts)} exclude each other.", "conflict", prompts[1])
+    return asked
+
+
+def _misfit(kind: type[Body], error: ValidationError) -> Refusal:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = [str(part) for part in first["loc"]]
+    field = where[0] if where else None
+    if first["type"] == "json_invalid":
+        return Refusal(400, f"the body cannot be read as JSON. {first['msg']}.", "invalid_json")
+    if first["type"] == "extra_forbidden":
+        return Refusal(400, unknown("field", where[-1][:64], kind.model_fields), "unknown_field")
+    if field in ("input", "inputs") and first["type"] != "missing" and kind is not SimilarityBody:
+        return Refusal(400, f"{field} is not {KINDS}.", "invalid_type", field)
+    path = ".".join(part[:64] for part in where) or "the body"
+    return Refusal(400, f"{path}: {first['msg']}.", str(first["type"]), field)
