@@ -64,7 +64,11 @@ def test_texts_of_every_kind_of_file(tmp_path):
         ("a.txt", b"fine\n\xff\xfe bad\n", "line 2: not UTF-8"),
         ("a.txt", b"\n \n", "there is no text in it"),
         ("a.jsonl", b'{"text": "x"}\nnot json\n', "line 2: not JSON"),
-        ("a.jsonl", b'{"txt": "x"}\n', "line 1: no column 'text' among txt.* Fix: call it 'text'"),
+        (
+            "a.jsonl",
+            b'{"txt": "x"}\n',
+            "line 1: no column 'text' among txt.* Fix: give .*:text=NAME",
+        ),
         ("a.txt.gz", b"no gzip", "not a whole gzip file"),
         ("a.pdf", b"x", "unknown kind of file"),
     ],

@@ -202,7 +202,7 @@ class Source:
             raise DataError(f"{self.name}: there is no text in it.")
 
     def _row(self, file: int, cells: Cells) -> Row:
-        key, _ = self.layout
+        key, types = self.layout
         values, name = cells.values, None
         fault = cells.fault or self._text_fault(values)
         if cells.fault is None and key is None and not self.skip_blank:
@@ -211,7 +211,10 @@ class Source:
             name, fault = _id_of(key, values)
         kept: tuple[object, ...] = ()
         if fault is None and self.keep:
-            kept = tuple(values.get(column) for column in self.keep)
+            kept = tuple(
+                float(value) if type(value) is int and str(kind) == "double" else value
+                for value, kind in zip(map(values.get, self.keep), types, strict=True)
+            )
             texts = ((c, v) for c, v in zip(self.keep, kept, strict=True) if isinstance(v, str))
             fault = next(filter(None, (string_fault(*text) for text in texts)), None)
         if fault is not None:
