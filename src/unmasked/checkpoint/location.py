@@ -87,7 +87,7 @@ class Location:
         if Path(self.name).exists():
             return self
         if not _HUB_NAME.fullmatch(self.name):
-            raise ModelError(f"{self.name}: no such folder{self._hint()} Fix: check the path.")
+            raise ModelError(f"{self.name}: no such folder{self._hint()} Fix: check the name.")
         cached = {key: self.hub[key] for key in ("cache_dir", "revision") if self.hub.get(key)}
         if any(try_to_load_from_cache(self.name, part, **cached) for part in PARTS_OF_A_MODEL):
             return self

@@ -9,6 +9,7 @@ Cost: that of `from_pretrained`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModel, PretrainedConfig
-from transformers.utils import logging
+from transformers.utils import logging as notes
 
 from unmasked.checkpoint.location import Location
 from unmasked.errors import ModelError, first_line
@@ -31,18 +32,18 @@ def without_bars() -> Iterator[None]:
 
     What matters in its reports is an error here. Downloads from the hub still show.
     """
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
     if level < logging.WARNING:
         yield
         return
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    notes.disable_progress_bar()
+    notes.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        notes.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            notes.enable_progress_bar()
 
 
 def load_model(

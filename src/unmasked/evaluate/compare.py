@@ -91,8 +91,8 @@ def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> 
     causal = [stage for stage in column if stage.startswith(CAUSAL)]
     best = max(causal, key=column.__getitem__, default=None)
     last = next((stage for stage in reversed(column) if stage not in (*causal, BEFORE)), None)
-    for name in (best, BEFORE) if last and samples else ():
-        if name in column:
+    for name in filter(None, (best, BEFORE)):
+        if name in column and last and samples:
             a, b = (read_result(folder, stage, metric) for stage in (last, name))
             if a.items and b.items:
                 gains[name] = paired_difference(a, b, metric.rpartition(".")[2], samples)

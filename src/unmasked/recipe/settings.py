@@ -73,7 +73,8 @@ def takes_list(place: Sequence[str | int]) -> bool:
 def section_of(field: FieldInfo) -> type[BaseModel]:
     """The section that a field holds, or holds a list of."""
     kinds = (*_kinds(field), *(inner for kind in _kinds(field) for inner in get_args(kind)))
-    return next(kind for kind in kinds if _is_model(kind))
+    found: type[BaseModel] = next(kind for kind in kinds if _is_model(kind))
+    return found
 
 
 def explained(text: str) -> str:

@@ -258,7 +258,9 @@ class Run:
         encoder[1] = type(encoder[1])(width, mode, encoder.settings.skip_instruction)
         return encoder
 
-    def _kept(self, key: Chain, base: str | Path, merged: Chain, **options: Any) -> LLM2Vec:
+    def _kept(
+        self, key: tuple[object, ...], base: str | Path, merged: Chain, **options: Any
+    ) -> LLM2Vec:
         """A model loaded as the recipe says; the one that was loaded last is kept by its key."""
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # before the next one is loaded: two may not fit in memory

@@ -89,11 +89,9 @@ def _of_retrieval(task: kinds.RetrievalTask) -> Sample:
     named = {name: place.get(document) for document, name in enumerate(task.document_ids)}
     found = []
     for q, wanted in grades.items():
-        places, own = (
-            frozenset(place[document] for document in wanted),
-            named.get(task.query_ids[q]),
-        )
-        found.append(Query(queries[q], places, None if own in places else own))
+        places = frozenset(place[document] for document in wanted)
+        same_id = named.get(task.query_ids[q])
+        found.append(Query(queries[q], places, None if same_id in places else same_id))
     names = [(task.document_ids[i], documents[i]) for i in pool]
     return Sample(texts, groups, linked[:PAIRS], found, names)
 
