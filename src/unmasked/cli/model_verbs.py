@@ -184,7 +184,7 @@ EXTRA_OF_SERVE = ("fastapi", "prometheus_client", "starlette", "uvicorn")
 SERVED = Annotated[
     list[str],
     Argument(
-        metavar="MODEL...",
+        metavar="MODEL",
         help="Hub name, folder, or 'nano'; NAME=MODEL says what clients call it.",
     ),
 ]
