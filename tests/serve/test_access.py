@@ -291,3 +291,23 @@ def test_metrics_count_requests_texts_and_tokens(encoder):
     ):
         assert line in text
     assert "made/up" not in text
+
+
+@pytest.mark.slow
+def test_requests_made_up_from_the_openapi_page_are_answered_as_it_says(service):
+    """Whatever schemathesis makes of the page: no server error, and no answer it does not list."""
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis.specs.openapi.checks import positive_data_acceptance as accepted
+
+    schema = schemathesis.openapi.from_asgi("/openapi.json", application(service))
+
+    for operation in schema.get_all_operations():
+        made = operation.ok().as_strategy()
+
+        @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=made)
+        def answered(case):
+            case.call_and_validate(excluded_checks=[accepted])  # a fitting body may ask too much
+
+        answered()

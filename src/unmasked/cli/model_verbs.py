@@ -194,10 +194,11 @@ def push(
     terminal.show(f"pushed  {address}")
 
 
+EXTRA_OF_SERVE = ("fastapi", "prometheus_client", "starlette", "uvicorn")
 SERVED = Annotated[
     list[str],
     Argument(
-        metavar="MODEL...",
+        metavar="MODEL",
         help="Hub name, folder, or 'nano'; NAME=MODEL says what clients call it.",
     ),
 ]
@@ -251,7 +252,7 @@ def serve(
         try:
             from unmasked import serve as server
         except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] not in ("fastapi", "starlette", "uvicorn"):
+            if (error.name or "").split(".")[0] not in EXTRA_OF_SERVE:
                 raise
             raise MissingExtraError(str(error.name), "serve") from error
     names, keys = server.model_names(models), server.read_keys(api_key_file)
