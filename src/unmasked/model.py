@@ -96,10 +96,11 @@ class TextEncoder(SentenceTransformer):
         )
         tokens.check_mode(settings.pooling_mode)
         self.report = report or prove(model)
-        backbone = Backbone(model, tokens, self._pack(model))
+        backbone = Backbone(model, tokens)
         width = backbone.get_embedding_dimension()
         pooling = pool(width, settings.pooling_mode, settings.skip_instruction)
         super().__init__(modules=[backbone, pooling], device=device, prompts=prompts)
+        backbone.unpackable = self._pack(model)  # where it will run, and as it will run
 
     @classmethod
     def load_encoder(

@@ -9,6 +9,7 @@ Shapes: B rows of a batch, T tokens of its longest row, N real tokens of all row
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,7 +20,8 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
 from unmasked.errors import DataError, ModelError
-from unmasked.forward.packing import Packed, pack, run_packed
+from unmasked.forward.packing import Packed, enable_packing, is_checked, pack, run_packed
+from unmasked.mask.opening import decoder_of
 from unmasked.text.templates import PLAIN
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
@@ -109,6 +111,8 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
     arrays = {"input_ids": ids, "attention_mask": attention, "text_mask": text}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
+
+logger = logging.getLogger(__name__)
 
 BY_TOKENS = "by_tokens"
 """Option of `encode` that fills each forward up to a number of tokens, not of rows."""
@@ -200,7 +204,7 @@ class Backbone(InputModule):
             row, position and "is text" of the N real tokens.
         """
         ids, attention = features["input_ids"], features["attention_mask"]
-        if self.unpackable is None:
+        if self._packs_here():
             packed: Packed = features.get("packed") or pack(attention)
             rows, columns, positions = packed.rows, packed.columns, packed.positions
             states = run_packed(self.auto_model, ids, packed)  # (N, D)
@@ -224,6 +228,16 @@ class Backbone(InputModule):
             "packed_positions": positions,
             "packed_is_text": features.get("text_mask", attention)[rows, columns].bool(),
         }
+
+    def _packs_here(self) -> bool:
+        """Whether batches are packed; on a new device or precision the check is made anew."""
+        if self.unpackable is None:
+            model: Any = decoder_of(self.auto_model)
+            if not is_checked(model):
+                self.unpackable = enable_packing(model)
+                if self.unpackable is not None:
+                    logger.warning("Batches are padded, which is slower: %s.", self.unpackable)
+        return self.unpackable is None
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Write weights, config and tokenizer; `checkpoint.folder` writes the whole folder."""
