@@ -20,6 +20,7 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
 from unmasked.errors import DataError, ModelError
+from unmasked.forward.compiling import LETTERS, compile_layers, is_compiled, pays
 from unmasked.forward.packing import Packed, enable_packing, is_checked, pack, run_packed
 from unmasked.mask.opening import decoder_of
 from unmasked.text.templates import PLAIN
@@ -204,7 +205,7 @@ class Backbone(InputModule):
             row, position and "is text" of the N real tokens.
         """
         ids, attention = features["input_ids"], features["attention_mask"]
-        if self._packs_here():
+        if self.packs_here():
             packed: Packed = features.get("packed") or pack(attention)
             rows, columns, positions = packed.rows, packed.columns, packed.positions
             states = run_packed(self.auto_model, ids, packed)  # (N, D)
@@ -229,7 +230,22 @@ class Backbone(InputModule):
             "packed_is_text": features.get("text_mask", attention)[rows, columns].bool(),
         }
 
-    def _packs_here(self) -> bool:
+    def prepare_for(self, inputs: Any, choice: str) -> None:
+        """Compile the decoder layers where the inputs to come, and those before, pay for it.
+
+        Args:
+            inputs: of `encode`.
+            choice: one of `compiling.CHOICES`.
+        """
+        model: Any = decoder_of(self.auto_model)
+        if choice == "never" or is_compiled(model):
+            return
+        listed = [inputs] if isinstance(inputs, str) else inputs
+        letters = sum(len(i) if isinstance(i, str) else sum(map(len, i[:2])) for i in listed)
+        if pays(choice, model.device, self.tokens_encoded + letters // LETTERS):
+            compile_layers(model)
+
+    def packs_here(self) -> bool:
         """Whether batches are packed; on a new device or precision the check is made anew."""
         if self.unpackable is None:
             model: Any = decoder_of(self.auto_model)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unmasked.errors import ModelError
 from unmasked.forward.packing.attending import (
@@ -103,7 +103,7 @@ def enable_packing(model: Any) -> str | None:
 @torch.no_grad()
 def _compare(model: Any, before: str) -> str | None:
     """Why the packed states of a few texts are not what they should be; None if they are."""
-    ids, mask = _texts(model)
+    ids, mask = sample_texts(model)
     packed = pack(mask).to(ids.device)
     with evaluating(model):
         with _attending(model, before):
@@ -138,7 +138,7 @@ def _compare(model: Any, before: str) -> str | None:
     return None
 
 
-def _texts(model: Any) -> tuple[Tensor, Tensor]:
+def sample_texts(model: Any) -> tuple[Tensor, Tensor]:
     """Random ids (B, T) on the model's device, and their mask on the host."""
     words, config = model.get_input_embeddings().weight, model.config.get_text_config()
     highest = min(config.vocab_size, len(words))
@@ -162,8 +162,8 @@ def _attending(model: Any, name: str) -> Iterator[None]:
             model.set_attn_implementation(now)
 
 
-def _states(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    outputs: Any = model(input_ids=ids, attention_mask=mask, use_cache=False)
+def _states(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    outputs = model(input_ids=ids, attention_mask=mask, use_cache=False)
     states: Tensor = outputs.last_hidden_state.float()
     return states
 

@@ -9,7 +9,7 @@ Shapes: B texts, T tokens of the longest, N tokens of all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -53,8 +53,9 @@ class Packed:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        names = ("rows", "columns", "positions", "ends")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        rows, columns = change(self.rows), change(self.columns)
+        positions, ends = change(self.positions), change(self.ends)
+        return Packed(rows, columns, positions, ends, self.groups, self.at_once)
 
 
 def pack(attention_mask: Tensor) -> Packed:
