@@ -169,7 +169,8 @@ def _states(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _apart(found: Tensor, wanted: Tensor) -> Tensor:
-    return (found - wanted).norm() / wanted.norm()
+    apart: Tensor = (found - wanted).norm() / wanted.norm()
+    return apart
 
 
 def _largest(numbers: list[Tensor]) -> float:
