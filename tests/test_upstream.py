@@ -208,6 +208,21 @@ def integers_multiply_without_overflow():
     return found.dtype == torch.int32 and found.eq(3200).all()
 
 
+def flash_attention_takes_offsets_and_dropout():
+    from unmasked.forward.packing import dropout
+
+    names = tuple(a.name for a in torch.ops.aten._flash_attention_forward.default._schema.arguments)
+    return names[: len(dropout.FLASH_ARGUMENTS)] == dropout.FLASH_ARGUMENTS
+
+
+def a_compiled_module_can_be_put_back():
+    module = torch.nn.Linear(2, 2)
+    module.compile(backend="eager")
+    compiled = module._compiled_call_impl is not None
+    module._compiled_call_impl = None
+    return compiled and module(torch.ones(1, 2)).shape == (1, 2)
+
+
 PROBES: dict[str, Callable[..., bool]] = {
     "_attn_implementation": attention_can_be_read,
     "q_offset": mask_takes_lengths_and_offsets,
@@ -232,6 +247,9 @@ PROBES: dict[str, Callable[..., bool]] = {
     "current_gradient_accumulation_steps": trainer_divides_by,
     "can_return_loss": trainer_measures_without_labels,
     "_int_mm": integers_multiply_without_overflow,
+    "_flash_attention_forward": flash_attention_takes_offsets_and_dropout,
+    "_compiled_call_impl": a_compiled_module_can_be_put_back,
+    "_schema": flash_attention_takes_offsets_and_dropout,
 }
 """For each name of the table, a call that is true while the library has it as we use it."""
 

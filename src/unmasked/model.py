@@ -34,7 +34,7 @@ from unmasked.checkpoint.fingerprint import fingerprint
 from unmasked.errors import DataError, ModelError, unknown
 from unmasked.forward import loop, quantization
 from unmasked.forward.backbone import BY_TOKENS, Backbone, listed, split_pairs
-from unmasked.forward.packing import enable_packing
+from unmasked.forward.compiling import check_choice
 from unmasked.forward.pooling import TextPooling, check_mode
 from unmasked.forward.precision import Precision, pick
 from unmasked.forward.quantization import Quantization
@@ -69,6 +69,7 @@ class TextEncoder(SentenceTransformer):
     """
 
     precision: Precision | None = None
+    compiles: str = "auto"  # when `encode` compiles the decoder layers (`forward.compiling`)
     quantization: Quantization | None = None
 
     def __init__(
@@ -96,10 +97,13 @@ class TextEncoder(SentenceTransformer):
         )
         tokens.check_mode(settings.pooling_mode)
         self.report = report or prove(model)
-        backbone = Backbone(model, tokens, self._pack(model))
+        backbone = Backbone(model, tokens)
         width = backbone.get_embedding_dimension()
         pooling = pool(width, settings.pooling_mode, settings.skip_instruction)
         super().__init__(modules=[backbone, pooling], device=device, prompts=prompts)
+        if (verdict := self.report.verdict) != "full":
+            backbone.unpackable = f"it is not bidirectional throughout ({verdict})"
+        backbone.packs_here()  # on the device and in the precision that it will run in
 
     @classmethod
     def load_encoder(
@@ -111,6 +115,7 @@ class TextEncoder(SentenceTransformer):
         enable_bidirectional: bool = True,
         dtype: str = "auto",
         quantize: str | None = None,
+        compile: str = "auto",
         attention: str | None = None,
         allow_partial: bool = False,
         device: str | None = None,
@@ -128,12 +133,13 @@ class TextEncoder(SentenceTransformer):
                 `loading.load_transformer`.
             dtype: see `precision.pick`.
             quantize: ``int8`` (CPU) or ``fp8`` (GPU); see `quantization.quantize`.
+            compile: ``auto`` (a GPU and long work), ``always``, ``never``: see `compiling`.
             device, prompts: as in the constructor; prompts are added to those of the folder.
 
         Raises:
             ModelError: it cannot be loaded or quantized, or the proof failed.
         """
-        device = device or get_device_name()
+        device, compile = device or get_device_name(), check_choice(compile)
         if quantize is not None:
             quantization.check(quantize, torch.device(device))
         found = loading.find(name, peft, base, **hub)
@@ -152,7 +158,7 @@ class TextEncoder(SentenceTransformer):
             report=report or prove(model),
             base_name=str(name),
         )
-        encoder.precision = precision
+        encoder.precision, encoder.compiles = precision, compile
         if quantize is not None:
             encoder.quantization = quantization.quantize(encoder, model, quantize)
         return encoder
@@ -210,15 +216,6 @@ class TextEncoder(SentenceTransformer):
             kind = self.quantization.name
             raise ModelError(f"{kind} weights cannot be {done}. Fix: load without quantize.")
 
-    def _pack(self, model: nn.Module) -> str | None:
-        """Switch on packed attention; returns the reason if that is not possible."""
-        if self.report.verdict != "full":
-            return f"the model is not bidirectional throughout ({self.report.verdict})"
-        reason = enable_packing(adapters.bare(model))
-        if reason is not None:
-            logger.warning("Batches are padded, which is slower: %s.", reason)
-        return reason
-
     def preprocess(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As `Backbone.preprocess`, which takes ``[instruction, text]`` pairs too."""
         return self.backbone.preprocess(inputs, *args, **kwargs)
@@ -229,6 +226,7 @@ class TextEncoder(SentenceTransformer):
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
+        compile: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Vectors of texts; every option of `SentenceTransformer.encode` works.
@@ -238,6 +236,7 @@ class TextEncoder(SentenceTransformer):
             prompt_name, prompt: the prompt put before every input, by its name or as text.
             batch_size: maximum number of rows of a forward; by default a forward is filled up to a
                 number of tokens.
+            compile: as `load_encoder` has it; None takes what was given there.
             kwargs: as in `SentenceTransformer.encode` (``show_progress_bar``, ``output_value``,
                 ``precision``, ``convert_to_tensor``, ``device``, ``normalize_embeddings``,
                 ``truncate_dim``).
@@ -255,6 +254,7 @@ class TextEncoder(SentenceTransformer):
             split_pairs(inputs)  # names the faulty index before any work is done
         if (output := kwargs.get("output_value", loop.SENTENCE)) not in loop.OUTPUTS:
             raise DataError(unknown("output_value", str(output), map(str, loop.OUTPUTS)))
+        self.backbone.prepare_for(inputs, check_choice(compile or self.compiles))
         rows = {BY_TOKENS: True} if batch_size is None else {"batch_size": batch_size}
         stock: Any = super().encode
         vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, **rows, **kwargs)

@@ -78,6 +78,13 @@ QUANTIZE = Annotated[
         "exact; the loss is printed. The stored numbers are those of --precision."
     ),
 ]
+COMPILE = Annotated[
+    Literal["auto", "always", "never"],
+    Option(
+        help="Compile the decoder layers. auto: on a GPU, where the work is long enough to pay for "
+        "some 20 seconds."
+    ),
+]
 OVERWRITE = Annotated[bool, Option("--overwrite", help="Replace the output.")]
 
 
@@ -103,6 +110,7 @@ def encode(
     workers: WORKERS = None,
     dtype: DTYPE = "auto",
     quantize: QUANTIZE = None,
+    compile: COMPILE = "auto",
     overwrite: OVERWRITE = False,
 ) -> None:
     """Turn texts, however many, into vectors on disk, row by row.
@@ -120,7 +128,7 @@ def encode(
     part, skip = corpus.parse_part(shard) if shard else (1, 1), on_error == "skip"
     # Another machine's working directory is another one; 'nano' is the bundled decoder everywhere.
     name = str(Path(model).resolve()) if model != "nano" and Path(model).exists() else model
-    load = partial(_load, name, dtype, quantize)
+    load = partial(_load, name, dtype, quantize, compile)
     if one_file and (format or part != (1, 1) or engine == "ray"):
         raise OutputError(
             f"{output} is one file: its suffix says its format, and one process writes it. "
@@ -143,12 +151,12 @@ def encode(
     terminal.show(f"{done.rows:,} vectors of {done.width} numbers in {path}{left_out}")
 
 
-def _load(name: str, dtype: str, quantize: str | None) -> LLM2Vec:
+def _load(name: str, dtype: str, quantize: str | None, compile: str) -> LLM2Vec:
     """The model, in this process or in an actor of Ray, which imports this function."""
     from unmasked.compat.llm2vec import LLM2Vec
 
     terminal.quiet_libraries()
-    return LLM2Vec.from_pretrained(name, dtype=dtype, quantize=quantize)
+    return LLM2Vec.from_pretrained(name, dtype=dtype, quantize=quantize, compile=compile)
 
 
 def _to_file(load: Load, write: Callable[..., Encoded], source: Source, skip: bool) -> Encoded:

@@ -126,6 +126,7 @@ class LLM2Vec(TextEncoder):
         compat: str | None = None,
         dtype: str | torch.dtype = "auto",
         quantize: str | None = None,
+        compile: str = "auto",
         attn_implementation: str | None = None,
         allow_partial: bool = False,
         device: str | None = None,
@@ -150,6 +151,8 @@ class LLM2Vec(TextEncoder):
                 never less than the checkpoint has), or a torch dtype or its name.
             quantize: ``int8`` (CPU) or ``fp8`` (GPU): linear layers with 8-bit weights, faster and
                 slightly less exact; `quantization` says how much. Such a model only encodes.
+            compile: whether `encode` compiles the decoder layers: ``auto`` (on a GPU, for work long
+                enough to pay for some 20 s), ``always`` or ``never``.
             attn_implementation: as in transformers, which chooses by default.
             allow_partial: accept a model some of whose layers stay causal by construction.
             device: where to run.
@@ -179,6 +182,7 @@ class LLM2Vec(TextEncoder):
             enable_bidirectional=enable_bidirectional,
             dtype=dtype,
             quantize=quantize,
+            compile=compile,
             attention=attn_implementation,
             allow_partial=allow_partial,
             device=device,

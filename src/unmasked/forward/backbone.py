@@ -9,6 +9,7 @@ Shapes: B rows of a batch, T tokens of its longest row, N real tokens of all row
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,7 +20,9 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
 from unmasked.errors import DataError, ModelError
-from unmasked.forward.packing import Packed, pack, run_packed
+from unmasked.forward.compiling import LETTERS, compile_layers, is_compiled, pays
+from unmasked.forward.packing import Packed, enable_packing, is_checked, pack, run_packed
+from unmasked.mask.opening import decoder_of
 from unmasked.text.templates import PLAIN
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
@@ -130,6 +133,8 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+logger = logging.getLogger(__name__)
+
 BY_TOKENS = "by_tokens"
 """Option of `encode` that fills each forward up to a number of tokens, not of rows."""
 
@@ -220,7 +225,7 @@ class Backbone(InputModule):
             row, position and "is text" of the N real tokens.
         """
         ids, attention = features["input_ids"], features["attention_mask"]
-        if self.unpackable is None:
+        if self.packs_here():
             packed: Packed = features.get("packed") or pack(attention)
             rows, columns, positions = packed.rows, packed.columns, packed.positions
             states = run_packed(self.auto_model, ids, packed)  # (N, D)
@@ -244,6 +249,31 @@ class Backbone(InputModule):
             "packed_positions": positions,
             "packed_is_text": features.get("text_mask", attention)[rows, columns].bool(),
         }
+
+    def prepare_for(self, inputs: Any, choice: str) -> None:
+        """Compile the decoder layers where the inputs to come, and those before, pay for it.
+
+        Args:
+            inputs: of `encode`.
+            choice: one of `compiling.CHOICES`.
+        """
+        model: Any = decoder_of(self.auto_model)
+        if choice == "never" or is_compiled(model):
+            return
+        listed = [inputs] if isinstance(inputs, str) else inputs
+        letters = sum(len(i) if isinstance(i, str) else sum(map(len, i[:2])) for i in listed)
+        if pays(choice, model.device, self.tokens_encoded + letters // LETTERS):
+            compile_layers(model)
+
+    def packs_here(self) -> bool:
+        """Whether batches are packed; on a new device or precision the check is made anew."""
+        if self.unpackable is None:
+            model: Any = decoder_of(self.auto_model)
+            if not is_checked(model):
+                self.unpackable = enable_packing(model)
+                if self.unpackable is not None:
+                    logger.warning("Batches are padded, which is slower: %s.", self.unpackable)
+        return self.unpackable is None
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Write weights, config and tokenizer; `checkpoint.folder` writes the whole folder."""

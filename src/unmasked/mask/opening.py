@@ -110,6 +110,19 @@ def decoder_of(model: Any) -> Any:
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
 
 
+def layers_of(decoder: nn.Module, depth: int) -> nn.ModuleList:
+    """The decoder's layers; those of all its stacks, if it has several and runs them in cycles."""
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    whole = next((found for found in lists if len(found) == depth), None)
+    if whole is not None:
+        return whole
+    longest = max(map(len, lists), default=0)
+    stacks = [found for found in lists if len(found) == longest]
+    if len({type(found[0]) for found in stacks}) != 1:
+        stacks = []
+    return nn.ModuleList(layer for stack in stacks for layer in stack)
+
+
 def attention_name(model: Any) -> str:
     """The attention implementation that a transformers model runs, such as ``sdpa``."""
     # transformers has a public setter (`set_attn_implementation`) and no public getter.

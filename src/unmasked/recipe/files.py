@@ -108,7 +108,8 @@ def _shorten_warmup(
         given = section if (name,) in changed else own.get(name, {})
         if "warmup_steps" in given and not fewer:
             continue
-        settings = {key: field.default for key, field in _stage_fields(name).items()} | section
+        fields = section_of(Recipe.model_fields[name]).model_fields
+        settings = {key: field.default for key, field in fields.items()} | section
         steps, warmup = settings["schedule_steps"] or settings["steps"], settings["warmup_steps"]
         if isinstance(steps, int) and isinstance(warmup, int) and 0 < steps <= warmup:
             data[name] = section | {"warmup_steps": steps // 10}
@@ -119,12 +120,6 @@ def _shorten_warmup(
                 warmup,
                 steps,
             )
-
-
-def _stage_fields(name: str) -> dict[str, Any]:
-    """The settings of a stage in the schema."""
-    types = get_args(Recipe.model_fields[name].annotation)
-    return next(kind.model_fields for kind in types if hasattr(kind, "model_fields"))
 
 
 def _read(path: Path, given: str) -> str:

@@ -174,7 +174,7 @@ def prepare_sharding(trainer: Any, model: nn.Module, name: str) -> None:
             "Fix: accelerate launch --use_fsdp --fsdp_version 2, or "
             f"{name}.trainer.fsdp_config.version=2."
         )
-    if plugin.activation_checkpointing:  # runs a layer again without `checkpoint_contexts`
+    if plugin.activation_checkpointing:  # not tried with packed texts
         raise RecipeError(
             f"{name}: FSDP's activation checkpointing does not know where packed texts lie. "
             f"Fix: leave it out, and {name}.gradient_checkpointing=true."

@@ -24,7 +24,6 @@ from transformers.integrations.integration_utils import (
 
 from unmasked.checkpoint import adapters
 from unmasked.files.writing import folder_aside
-from unmasked.forward.packing import checkpoint_contexts
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import Recipe, Training
 from unmasked.train import checkpoints, devices
@@ -88,9 +87,7 @@ def make_trainable(setup: StageSetup, stage: Training) -> None:
         adapters.load_adapter_state(model, state, str(setup.start))
     setup.encoder.backbone.auto_model = model
     if stage.gradient_checkpointing:
-        trunk.activation_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": checkpoint_contexts}
-        )
+        trunk.activation_checkpointing_enable({"use_reentrant": False})
         trunk.enable_input_require_grads()
 
 

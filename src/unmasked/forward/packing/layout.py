@@ -1,0 +1,102 @@
+"""Where the texts of a batch lie once they are laid end to end, longest first.
+
+A layout is planned on the host, in a thread that prepares batches, and goes with the batch from
+there. It costs one copy of the attention mask where that lies on a device already.
+
+Shapes: B texts, T tokens of the longest, N tokens of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How the N real tokens of a padded (B, T) batch are laid end to end, longest text first.
+
+    The order matters: some families cut their mask where positions restart, and `_mask` draws it
+    for the first tokens, which have to be one text then.
+
+    Attributes:
+        rows, columns: (N,) where each packed token stands in the padded batch.
+        positions: (N,) its position in its text, from 0.
+        ends: (B + 1,) int32 offsets of the texts, from 0 to N.
+        groups: (first token, number of texts, length) of each run of texts of equal length; on the
+            host, so that no forward waits for the device to tell the lengths.
+        at_once: whether a kernel may take all texts at once; else they go one length at a time.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    positions: Tensor
+    ends: Tensor
+    groups: tuple[tuple[int, int, int], ...]
+    at_once: bool = True
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return self.groups[0][2]
+
+    def to(self, device: torch.device) -> Packed:
+        """The same plan on a device, without waiting where it comes from pinned memory."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Packed:
+        """The same plan in memory that a GPU copies from by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Packed:
+        rows, columns = change(self.rows), change(self.columns)
+        positions, ends = change(self.positions), change(self.ends)
+        return Packed(rows, columns, positions, ends, self.groups, self.at_once)
+
+
+def pack(attention_mask: Tensor) -> Packed:
+    """Plan the packing of a padded batch, on the CPU; one copy of the mask if it is elsewhere.
+
+    Args:
+        attention_mask: (B, T), 1 for real tokens; padding on either side.
+    """
+    mask = attention_mask.cpu()
+    lengths = mask.sum(dim=1)  # (B,)
+    order = lengths.argsort(descending=True, stable=True)
+    ends, groups = _lay_out(lengths[order])
+    sorted_rows, columns = mask[order].nonzero(as_tuple=True)
+    positions = torch.arange(len(columns)) - ends[sorted_rows]
+    return Packed(order[sorted_rows], columns, positions, ends, groups).to(attention_mask.device)
+
+
+def pack_documents(begins: Tensor) -> Packed:
+    """Plan the packing of blocks that hold several documents each, without padding.
+
+    Args:
+        begins: (B, T) bool, true where a document begins, and so in the first column.
+    """
+    starts = begins.flatten().nonzero()[:, 0]  # one for each document
+    lengths = torch.diff(starts, append=starts.new_tensor([begins.numel()]))
+    order = lengths.argsort(descending=True, stable=True)
+    ends, groups = _lay_out(lengths[order])
+    document = torch.repeat_interleave(lengths[order])  # (N,)
+    positions = torch.arange(begins.numel(), device=begins.device) - ends[document]
+    source = starts[order][document] + positions
+    width = begins.shape[1]
+    return Packed(source // width, source % width, positions, ends, groups)
+
+
+def _lay_out(lengths: Tensor) -> tuple[Tensor, tuple[tuple[int, int, int], ...]]:
+    """``ends`` and ``groups`` of `Packed` for texts of these (B,) lengths, longest first."""
+    ends = lengths.new_zeros(len(lengths) + 1, dtype=torch.int32)
+    ends[1:] = lengths.cumsum(0)
+    groups, start = [], 0
+    for length, same in groupby(lengths.tolist()):
+        texts = len(list(same))
+        groups.append((start, texts, length))
+        start += texts * length
+    return ends, tuple(groups)
