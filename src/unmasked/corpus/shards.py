@@ -215,8 +215,9 @@ def write_vectors(
         written_aside(path) as file,
         # Closed before its file is, also when something fails: pyarrow's would complain later.
         closing(make_writer(job.shards.kind, file, dtype, width, columns)) as writer,
+        closing(job.encoding(model, texts())) as every,  # ends its threads
     ):
-        for found in job.encoding(model, texts()):
+        for found in every:
             window = read.popleft()
             good, vectors = window.stored(found)
             if good:

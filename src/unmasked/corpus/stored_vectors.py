@@ -8,7 +8,7 @@ shared by all shards and machines.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,9 @@ class Encoding:
         name = self.prompt_name or model.default_prompt_name
         return model.prompts[name] if self.prompt is None and name is not None else self.prompt
 
-    def __call__(self, model: TextEncoder, windows: Iterable[list[str]]) -> Iterator[np.ndarray]:
+    def __call__(
+        self, model: TextEncoder, windows: Iterable[list[str]]
+    ) -> Generator[np.ndarray, None, None]:
         """(N, D) float32 vectors of each list of N texts; lists are read ahead, in a thread."""
         from unmasked.forward.loop.running import encode_windows
 
