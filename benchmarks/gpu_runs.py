@@ -138,6 +138,9 @@ def several_devices(setting: Setting, count: int) -> Found:
     for figures in found.values():
         if "vectors" in figures:
             figures["least_cosine_to_one"] = cosine(reference, figures.pop("vectors"))
+    for figures in found.values():
+        if not figures.get("least_cosine_to_one", 1) > 0.999:
+            figures["failed"] = "the trained model differs from that of one process"
     if failed := [name for name, figures in found.items() if "failed" in figures]:
         raise RuntimeError(f"{', '.join(failed)}: {found[failed[0]]['failed']}")
     return found
