@@ -332,8 +332,7 @@ def test_saving_over_a_folder_keeps_what_is_not_ours(model, tmp_path):
 def test_repeated_texts_are_computed_once_and_order_survives_windows(model, monkeypatch):
     texts = [f"text number {i % 7}" + " and more" * (i % 5) for i in range(50)]
     alone = model.encode(texts[::-1])[::-1]
-    monkeypatch.setattr("unmasked.forward.loop.WINDOW", 8)
-    monkeypatch.setattr("unmasked.forward.loop.ON_DEVICE", 3)
+    monkeypatch.setattr("unmasked.forward.batches.WINDOW", 8)
     before = model.tokens_encoded
     np.testing.assert_allclose(model.encode(texts), alone, atol=1e-5)
     rows = model.backbone.tokenize_inputs(sorted(set(texts)))

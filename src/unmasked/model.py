@@ -32,9 +32,10 @@ from unmasked.checkpoint import adapters, folder, loading
 from unmasked.checkpoint.card import Card
 from unmasked.checkpoint.fingerprint import fingerprint
 from unmasked.errors import DataError, ModelError, unknown
-from unmasked.forward import loop, quantization
+from unmasked.forward import quantization
 from unmasked.forward.backbone import BY_TOKENS, Backbone, listed, split_pairs
 from unmasked.forward.compiling import check_choice
+from unmasked.forward.loop import preparing, running
 from unmasked.forward.pooling import TextPooling, check_mode
 from unmasked.forward.precision import Precision, pick
 from unmasked.forward.quantization import Quantization
@@ -252,16 +253,15 @@ class TextEncoder(SentenceTransformer):
         if not isinstance(inputs, str):
             inputs = listed(inputs)
             split_pairs(inputs)  # names the faulty index before any work is done
-        if (output := kwargs.get("output_value", loop.SENTENCE)) not in loop.OUTPUTS:
-            raise DataError(unknown("output_value", str(output), map(str, loop.OUTPUTS)))
+        if (output := kwargs.get("output_value", preparing.SENTENCE)) not in preparing.OUTPUTS:
+            raise DataError(unknown("output_value", str(output), map(str, preparing.OUTPUTS)))
         self.backbone.prepare_for(inputs, check_choice(compile or self.compiles))
         rows = {BY_TOKENS: True} if batch_size is None else {"batch_size": batch_size}
         stock: Any = super().encode
         vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, **rows, **kwargs)
         if isinstance(inputs, list) and not inputs and not isinstance(vectors, list):
-            width = self.get_embedding_dimension() or 0
-            width = min(kwargs.get("truncate_dim") or width, width)
-            vectors = loop.no_vectors(vectors, width, kwargs.get("precision"))
+            width = self.backbone.get_embedding_dimension()
+            vectors = running.no_vectors(vectors, width, kwargs)
         return vectors
 
     def encode_words(
@@ -280,7 +280,7 @@ class TextEncoder(SentenceTransformer):
         target = torch.empty(0, device=device or self.device).device
         if any(weight.device != target for weight in self.parameters()):
             self.to(target)
-        return loop.run(self, self.backbone, inputs, loop.Request.of(target, options))
+        return running.run(self, self.backbone, inputs, preparing.Request.of(target, options))
 
     def merged_model(self) -> nn.Module:
         """The bare transformer with an attached adapter, if any, merged into a copy.

@@ -118,7 +118,7 @@ def test_control_c_keeps_whole_shards_and_the_same_command_continues(
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.endswith("v has whole shards only; run the same command to continue\n")
     assert not list((tmp_path / "v").glob("*.aside"))
     there = {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "v").glob("part-*"))}

@@ -195,6 +195,53 @@ def test_scored_logits_give_the_loss_of_the_full_ones(name, chunk, monkeypatch):
     assert metrics["perplexity"] == pytest.approx(np.exp(expected.item()), rel=1e-5)
 
 
+def graph_of(loss):
+    """The names of the nodes that a backward pass will run through."""
+    names, open_nodes = set(), [loss.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        names.add(node.name())
+        open_nodes += [before for before, _ in node.next_functions if before is not None]
+    return names
+
+
+@pytest.mark.parametrize("chunk", [None, 7], ids=["at_once", "in_chunks"])
+@pytest.mark.parametrize("name", HEADS)
+def test_the_gradient_is_that_of_all_logits(name, chunk, monkeypatch):
+    """With a frozen head, scales and soft caps included; and no logits wait for the backward."""
+
+    def trained(language_model):
+        model = adapters.attach(language_model.base_model, rank=2, dropout=0.0)
+        torch.manual_seed(2)
+        for key, weight in model.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(weight, std=0.05)
+        return model, [p for p in model.parameters() if p.requires_grad]
+
+    batch = mntp.Masking(5, 120, (0, 1, 2), 0.3)(torch.randint(3, 120, (3, 24)))
+    whole, _ = mntp_model(HEADS[name])
+    whole.requires_grad_(False)
+    _, expected = trained(whole)
+    logits = whole(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    targets = batch["labels"][:, 1:].flatten()
+    torch.nn.functional.cross_entropy(logits, targets).backward()
+
+    if chunk:
+        monkeypatch.setattr(mntp, "LOGITS_AT_ONCE", chunk * 120)
+    language_model, _ = mntp_model(HEADS[name])
+    trunk, found = trained(language_model)
+    model = mntp.MaskedNextTokenModel(trunk, language_model)
+    loss = model(**batch)["loss"]
+    assert "LogSoftmaxBackward0" not in graph_of(loss)
+    loss.backward()
+    difference = torch.cat(
+        [(a.grad - b.grad).flatten() for a, b in zip(found, expected, strict=True)]
+    )
+    norm = torch.cat([b.grad.flatten() for b in expected]).norm()
+    assert norm > 0
+    assert difference.norm() <= 1e-5 * norm
+
+
 def test_only_the_scored_rows_reach_the_head():
     language_model, trunk = mntp_model(HEADS["llama"])
     batch = mntp.Masking(5, 120, (0, 1, 2), 0.2)(torch.randint(3, 120, (3, 24)))

@@ -140,15 +140,18 @@ def encode(
     if one_file:
         corpus.check_output(path, overwrite)
         write = partial(corpus.encode_corpus, output=path, skip=skip, ranges=ranges, **given)
-        done, listed = _to_file(load, write, source, skip), path.with_suffix(".skipped.jsonl")
+        done, waited = _to_file(load, write, source, skip)
+        listed = path.with_suffix(".skipped.jsonl")
     else:
         kind, actors = f".{format or 'parquet'}", (workers or 0) if engine == "ray" else None
         shards = corpus.Shards(kind, shard_rows, part=part, skip=skip, ranges=ranges)
         write = partial(corpus.encode_folder, folder=path, shards=shards, **given)
-        done = _to_folder(load, write, path, actors)
+        done, waited = _to_folder(load, write, path, actors)
         listed = corpus.Manifest(path, part).path
     left_out = f"; {done.skipped:,} rows skipped, listed in {listed}" if done.skipped else ""
     terminal.show(f"{done.rows:,} vectors of {done.width} numbers in {path}{left_out}")
+    if waited is not None:
+        terminal.say(f"while encoding, the device waited for texts {waited:.0%} of the time")
 
 
 def _load(name: str, dtype: str, quantize: str | None, compile: str) -> LLM2Vec:
@@ -159,19 +162,27 @@ def _load(name: str, dtype: str, quantize: str | None, compile: str) -> LLM2Vec:
     return LLM2Vec.from_pretrained(name, dtype=dtype, quantize=quantize, compile=compile)
 
 
-def _to_file(load: Load, write: Callable[..., Encoded], source: Source, skip: bool) -> Encoded:
+def _to_file(
+    load: Load, write: Callable[..., Encoded], source: Source, skip: bool
+) -> tuple[Encoded, float | None]:
+    """What was written, and the share of the time that the device waited."""
     with terminal.waiting(f"checking {source.name}"):
         total = sum(source.survey(skip)) if source.on_disk else None
     with terminal.waiting("loading the model"):
         model = load()
     with terminal.Line() as line:
-        return write(model, progress=_counter(line, 0, total))
+        done = write(model, progress=_counter(line, 0, total))
+    return done, model.backbone.device_time.waited
 
 
 def _to_folder(
     load: Load, write: Callable[..., Encoded], path: Path, actors: int | None
-) -> Encoded:
-    """Encode with `actors` models on Ray, 0 for one per GPU; with None, in this process."""
+) -> tuple[Encoded, float | None]:
+    """Encode with `actors` models on Ray, 0 for one per GPU; with None, in this process.
+
+    Returns:
+        What was written, and the share of the time that the device waited, if it is known.
+    """
     from unmasked.corpus import Local, OnRay
 
     try:
@@ -184,7 +195,10 @@ def _to_folder(
             def begin(done: int, total: int | None) -> Progress:
                 return _counter(stack.enter_context(terminal.Line()), done, total)
 
-            return write(engine, announce=terminal.waiting, begin=begin)
+            done = write(engine, announce=terminal.waiting, begin=begin)
+        if isinstance(engine, Local):
+            return done, engine.ask(lambda model: model.backbone.device_time.waited)
+        return done, None
     except KeyboardInterrupt:
         terminal.say(f"interrupted: {path} has whole shards only; run the same command to continue")
         raise typer.Exit(INTERRUPTED) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -199,51 +200,82 @@ def write_vectors(
     ids = [] if key is None else [("id", "string")]
     columns = [("row", "int64"), *ids, *zip(job.source.keep, types, strict=True)]
     dtype, width = job.encoding.stored_type(job.width)
+    read: deque[RowWindow] = deque()
+
+    def texts() -> Iterator[list[str]]:
+        """Of the windows, which are read in a thread, while those before them are encoded."""
+        start = first
+        while window := list(islice(rows, job.window)):
+            add_rows(digest, window)
+            read.append(RowWindow(job, start, window))
+            start += len(window)
+            yield [row.text for _, row in read[-1].good]
+
     with (
         written_aside(path) as file,
         # Closed before its file is, also when something fails: pyarrow's would complain later.
         closing(make_writer(job.shards.kind, file, dtype, width, columns)) as writer,
+        closing(job.encoding(model, texts())) as every,  # ends its threads
     ):
-        while window := list(islice(rows, job.window)):
-            add_rows(digest, window)
-            good, vectors, faults = _encode_window(job, model, first + seen, window)
+        for found in every:
+            window = read.popleft()
+            good, vectors = window.stored(found)
             if good:
                 numbers, named = zip(*good, strict=True)
                 own = [numbers, [row.id for row in named]] if ids else [numbers]
                 writer.write([*own, *zip(*(row.kept for row in named), strict=True)], vectors)
             written += len(good)
-            skipped += faults
-            seen += len(window)
+            skipped += window.skipped
+            seen += window.rows
             progress(seen)
     return written, digest.hexdigest(), skipped
 
 
-def _encode_window(
-    job: CorpusJob, model: TextEncoder, first: int, rows: list[Row]
-) -> tuple[list[tuple[int, Row]], np.ndarray, Skipped]:
-    """The good rows with their numbers, (N, D) stored vectors of these, and the other rows."""
-    source, skipped = job.source, []
+class RowWindow:
+    """Some rows that are encoded together.
 
-    def skip(number: int, row: Row) -> None:
-        if not job.shards.skip:
+    Args:
+        job: what to do with them.
+        first: number of the first row.
+        rows: the rows.
+
+    Attributes:
+        rows: how many there are.
+        good: those with a text, and their numbers.
+        skipped: those without a vector.
+
+    Raises:
+        DataError: a row has a fault, and faults are not skipped.
+    """
+
+    def __init__(self, job: CorpusJob, first: int, rows: list[Row]) -> None:
+        self.job, self.rows = job, len(rows)
+        self.skipped: Skipped = []
+        self.good: list[tuple[int, Row]] = []
+        for number, row in enumerate(rows, start=first):
+            if row.fault is None:
+                self.good.append((number, row))
+            else:
+                self._skip(number, row)
+
+    def stored(self, vectors: np.ndarray) -> tuple[list[tuple[int, Row]], np.ndarray]:
+        """The rows whose vectors, (N, D) of `good`, are numbers; and these as they are stored."""
+        finite = np.isfinite(vectors).all(axis=1)
+        stored = self.job.encoding.store(np.where(finite[:, None], vectors, 0), self.job.ranges)
+        finite &= np.isfinite(stored).all(axis=1)  # float16 overflows
+        for i in np.flatnonzero(~finite):
+            self._skip(self.good[i][0], self.good[i][1]._replace(fault=_NOT_FINITE))
+        self.skipped.sort(key=itemgetter("row"))
+        return [self.good[i] for i in np.flatnonzero(finite)], np.ascontiguousarray(stored[finite])
+
+    def _skip(self, number: int, row: Row) -> None:
+        source = self.job.source
+        if not self.job.shards.skip:
             raise source.error(row)
         assert row.fault is not None
         name = source.names[row.file] if source.on_disk else source.name
-        skipped.append({"row": number, "file": name, "line": row.number, "reason": row.fault[0]})
-
-    numbered = list(enumerate(rows, start=first))
-    for number, row in numbered:
-        if row.fault is not None:
-            skip(number, row)
-    good = [(number, row) for number, row in numbered if row.fault is None]
-    vectors = job.encoding(model, [row.text for _, row in good])
-    finite = np.isfinite(vectors).all(axis=1)
-    stored = job.encoding.store(np.where(finite[:, None], vectors, 0), job.ranges)
-    finite &= np.isfinite(stored).all(axis=1)  # float16 overflows
-    for i in np.flatnonzero(~finite):
-        skip(good[i][0], good[i][1]._replace(fault=_NOT_FINITE))
-    skipped.sort(key=itemgetter("row"))
-    return [good[i] for i in np.flatnonzero(finite)], np.ascontiguousarray(stored[finite]), skipped
+        fault = {"row": number, "file": name, "line": row.number, "reason": row.fault[0]}
+        self.skipped.append(fault)
 
 
 def add_rows(digest: hashlib.blake2b, rows: Iterable[Row]) -> None:

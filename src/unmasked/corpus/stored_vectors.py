@@ -8,6 +8,7 @@ shared by all shards and machines.
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,20 +70,23 @@ class Encoding:
         name = self.prompt_name or model.default_prompt_name
         return model.prompts[name] if self.prompt is None and name is not None else self.prompt
 
-    def __call__(self, model: TextEncoder, texts: list[str]) -> np.ndarray:
-        """(N, D) float32 vectors of N texts."""
-        if not texts:
-            return np.empty((0, self.width(model)), dtype="<f4")
-        vectors = model.encode(
-            texts,
-            prompt=self.prompt,
-            prompt_name=self.prompt_name,
+    def __call__(
+        self, model: TextEncoder, windows: Iterable[list[str]]
+    ) -> Generator[np.ndarray, None, None]:
+        """(N, D) float32 vectors of each list of N texts; lists are read ahead, in a thread."""
+        from unmasked.forward.loop.running import encode_windows
+
+        found = encode_windows(
+            model,
+            model.backbone,
+            windows,
+            prompt=self.resolved_prompt(model),
             batch_size=self.batch_size,
             normalize_embeddings=self.normalize,
-            truncate_dim=self.truncate_dim,
-            show_progress_bar=False,
+            truncate_dim=self.truncate_dim or model.truncate_dim,
         )
-        return np.ascontiguousarray(vectors, dtype="<f4")
+        for vectors in found:
+            yield np.ascontiguousarray(vectors, dtype="<f4")
 
     def stored_type(self, width: int) -> tuple[np.dtype[Any], int]:
         """The type of the stored numbers, and how many of them a vector of `width` has."""
@@ -109,7 +113,7 @@ class Encoding:
             DataError: no text has a finite vector.
         """
         starts = range(0, len(texts) or 1, window)
-        vectors = np.concatenate([self(model, texts[i : i + window]) for i in starts])
+        vectors = np.concatenate(list(self(model, (texts[i : i + window] for i in starts))))
         vectors = vectors[np.isfinite(vectors).all(axis=1)]
         if not len(vectors):
             raise DataError(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from unmasked.errors import DataError, ModelError
 from unmasked.forward.compiling import LETTERS, compile_layers, is_compiled, pays
 from unmasked.forward.packing import Packed, enable_packing, is_checked, pack, run_packed
+from unmasked.forward.waiting import DeviceTime
 from unmasked.mask.opening import decoder_of
 from unmasked.text.templates import PLAIN
 from unmasked.text.tokens import TextTokenizer, TokenRow
@@ -149,6 +150,7 @@ class Backbone(InputModule):
 
     Attributes:
         tokens_encoded: real tokens that went through `encode` so far, for measuring speed.
+        device_time: how long `encode` took so far, and what of it the device waited.
     """
 
     forward_kwargs = {BY_TOKENS}  # noqa: RUF012 (sentence-transformers declares it like this)
@@ -161,6 +163,7 @@ class Backbone(InputModule):
         self.tokens = tokens
         self.unpackable = unpackable
         self.tokens_encoded = 0
+        self.device_time = DeviceTime()
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]

@@ -66,13 +66,12 @@ def pool(
         sums = sums.index_add(0, rows, states.float() * weights[:, None])
         totals = weights.new_zeros(batch).index_add(0, rows, weights)
         return (sums / totals[:, None]).to(states.dtype)
-    order = torch.where(is_text, positions, -1)
-    if mode == "bos_token":
-        chosen = positions == 0
-    else:
-        last = order.new_full((batch,), -1).scatter_reduce(0, rows, order, "amax")
-        chosen = is_text & (order == last[rows])
-    return torch.empty_like(states[:batch]).index_copy(0, rows[chosen], states[chosen])
+    # One token of each row, by its place among the N: a mask of them would wait for the device.
+    count = len(rows)
+    allowed = positions == 0 if mode == "bos_token" else is_text
+    order = torch.where(allowed, positions * count + torch.arange(count, device=rows.device), -1)
+    best = order.new_full((batch,), -1).scatter_reduce(0, rows, order, "amax")
+    return states[best % count]
 
 
 class TextPooling(Pooling):

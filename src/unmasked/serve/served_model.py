@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from unmasked.errors import DataError, ModelError, unknown
-from unmasked.forward import loop
+from unmasked.forward.loop import running
 from unmasked.model import TextEncoder
 from unmasked.serve.wire import Body, ModelAnswer, Refusal, Texts
 from unmasked.text.tokens import TokenRow
@@ -119,7 +119,7 @@ class ServedModel:
             ModelError: a number is not finite, as happens where float16 overflows.
         """
         encoder = self.encoder
-        found = loop.encode_rows(encoder, encoder.backbone, rows, encoder.device)
+        found = running.encode_rows(encoder, encoder.backbone, rows, encoder.device)
         if not torch.isfinite(found).all():
             raise ModelError("the model gave numbers that are not finite")
         return np.asarray(found.numpy())
@@ -127,7 +127,7 @@ class ServedModel:
     def finish(self, vectors: np.ndarray, dimensions: int | None, normalize: bool) -> np.ndarray:
         """Vectors of as many numbers as asked for, perhaps of length 1."""
         shorter = dimensions or self.encoder.truncate_dim
-        return np.asarray(loop.finish(torch.from_numpy(vectors), shorter, normalize).numpy())
+        return np.asarray(running.finish(torch.from_numpy(vectors), shorter, normalize).numpy())
 
     def check_dimensions(self, dimensions: int | None) -> None:
         """Refuse more numbers than a vector has."""

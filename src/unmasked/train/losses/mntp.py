@@ -4,7 +4,8 @@ Some tokens are masked; the one at position i is predicted from the state at i -
 decoder is used to predicting it (LLM2Vec, arXiv 2404.05961, section 2.2). The head is frozen: only
 the trunk is trained. The family's own head turns states into logits, so soft caps and scales are
 kept, but only the states that are scored reach it: at 20 % masking that takes a fifth of the time
-and memory of all logits, for the same loss.
+and memory of all logits, for the same loss. Logits exist some rows at a time, and are gone before
+the backward pass (`FusedScores`).
 
 Shapes: B rows, T tokens, N scored tokens, D width, V vocabulary.
 """
@@ -12,6 +13,7 @@ Shapes: B rows, T tokens, N scored tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +65,42 @@ class GivenStates(nn.Module):
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> StatesOnly:
         return StatesOnly(last_hidden_state=inputs_embeds)
+
+
+Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(N,) losses and hits of (N, D) states with (N,) targets."""
+
+
+class FusedScores(torch.autograd.Function):
+    """Losses and hits, with the gradient of the states computed while their logits are there.
+
+    The head is frozen, and the loss of a row depends on the state of that row alone. So (N, D)
+    gradients, each to be multiplied by what the loss of its row counts in the end, are all that the
+    backward pass needs: no logits are kept for it or computed again. `linear_cross_entropy` of
+    torch and the kernels of Liger and cut-cross-entropy do it in the same way, but they want the
+    head's matrix, without the scales and soft caps of some families, or give no hits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, targets: Tensor, score: Score, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        parts = []
+        for chunk, wanted in zip(states.split(rows), targets.split(rows), strict=True):
+            with torch.enable_grad():
+                given = chunk.detach().requires_grad_()
+                losses, hits = score(given, wanted)
+                (gradient,) = torch.autograd.grad(losses.sum(), given)
+            parts.append((losses.detach(), hits, gradient))
+        losses, hits, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(hits)
+        return losses, hits
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0][:, None].to(gradient.dtype), None, None, None
 
 
 class MaskedNextTokenModel(nn.Module):
@@ -148,10 +186,12 @@ class MaskedNextTokenModel(nn.Module):
     def _score(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) losses and hits of (N, D) states, one chunk of logits at a time."""
         rows = max(1, LOGITS_AT_ONCE // self.config.get_text_config().vocab_size)
+        if states.requires_grad and not any(p.requires_grad for p in self.head.parameters()):
+            return FusedScores.apply(states, targets, self._score_chunk, rows)  # type: ignore
         chunks = list(zip(states.split(rows), targets.split(rows), strict=True))
         if len(chunks) == 1 or not torch.is_grad_enabled():
             parts = [self._score_chunk(*chunk) for chunk in chunks]
-        else:  # recompute the logits of a chunk in the backward pass instead of keeping them
+        else:  # a head that is trained with the trunk: its logits are computed again, not kept
             parts = [checkpoint(self._score_chunk, *c, use_reentrant=False) for c in chunks]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 

@@ -1,0 +1,175 @@
+"""What `encode` is asked for, and how its inputs become batches ahead of the device.
+
+Inputs come in windows; while one is run, the next is tokenised in one thread and collated, packed
+and pinned in another. Tokenising and copying leave the interpreter free meanwhile. Cost: one
+tokenisation per distinct text, and a sort per window of texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unmasked.forward.backbone import Backbone
+from unmasked.forward.batches import ahead, filling, plan_batches, token_budget, windows
+from unmasked.forward.packing import pack
+from unmasked.text.tokens import TokenRow
+
+SENTENCE = "sentence_embedding"
+TOKENS = "token_embeddings"
+OUTPUTS = (SENTENCE, TOKENS, None)
+"""What `encode` can be asked for; None is every output of the model."""
+TOKENISED_AHEAD = 2
+"""Windows that wait, tokenised, to be collated."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `encode` asks of a pass over its inputs, by the names of `SentenceTransformer.encode`.
+
+    Attributes:
+        output_value: one of `OUTPUTS`.
+        save_to_cpu: copy vectors to the host as they come.
+        by_tokens: fill forwards up to a number of tokens; otherwise `batch_size` rows make one.
+    """
+
+    device: torch.device
+    prompt: str | None = None
+    batch_size: int = 32
+    show_progress_bar: bool = False
+    output_value: str | None = SENTENCE
+    save_to_cpu: bool = True
+    normalize_embeddings: bool = False
+    truncate_dim: int | None = None
+    by_tokens: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device, options: Mapping[str, Any]) -> Request:
+        """The request of a call of `encode`, which may have options for other modules as well."""
+        names = {field.name for field in fields(cls)}
+        return cls(device, **{name: value for name, value in options.items() if name in names})
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the host works beside the device."""
+        return self.device.type == "cuda"
+
+    def plan(self, lengths: Sequence[int], padded: bool) -> list[np.ndarray]:
+        """Which of some rows, by their numbers of tokens, share a forward."""
+        if self.by_tokens:
+            # On a CPU a batch is what it ever was: its composition moves the last bits of a vector.
+            budget = token_budget(self.device)
+            return plan_batches(lengths, budget, padded=padded or not self.on_gpu)
+        return plan_batches(lengths, batch_size=self.batch_size)
+
+
+@dataclass
+class TextWindow:
+    """Inputs whose vectors are wanted together.
+
+    Attributes:
+        inputs: those that differ from one another.
+        inverse: for each of the N inputs asked for, its place among these; None if all differ.
+        left: how many of `inputs` have no vector yet.
+        vectors: of `inputs`, (n, D), once the first of them has come.
+    """
+
+    inputs: list[Any]
+    inverse: np.ndarray | None = None
+    left: int = 0
+    vectors: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.left = len(self.inputs)
+        places = np.arange(self.left) if self.inverse is None else self.inverse
+        self.copies = np.bincount(places, minlength=self.left)
+
+    def take(self, places: np.ndarray, vectors: Tensor) -> None:
+        """Put (B, D) vectors in their places."""
+        if self.vectors is None:
+            self.vectors = vectors.new_empty(len(self.inputs), vectors.shape[1])
+        self.vectors[torch.from_numpy(places).to(vectors.device, non_blocking=True)] = vectors
+        self.left -= len(places)
+
+    def finished(self, request: Request) -> Tensor:
+        """(N, D) vectors of the inputs asked for; () if there is none."""
+        if self.vectors is None:
+            return torch.empty(0, device="cpu" if request.save_to_cpu else request.device)
+        if self.inverse is None or len(self.inverse) == len(self.inputs):
+            return self.vectors
+        return self.vectors[torch.from_numpy(self.inverse).to(self.vectors.device)]
+
+
+@dataclass(frozen=True)
+class TokenisedRows:
+    """Some inputs of a window, as token rows; `first` is the place of the first of them."""
+
+    window: TextWindow
+    first: int
+    rows: list[TokenRow]
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """Inputs that share a forward: their places in their window, token counts and features.
+
+    An empty window is one batch without inputs, so that its turn is known.
+    """
+
+    window: TextWindow
+    places: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    lengths: Sequence[int] = ()
+    features: dict[str, Any] = field(default_factory=dict)
+
+
+def tokenised(
+    backbone: Backbone, wanted: Iterable[TextWindow], request: Request
+) -> Iterator[TokenisedRows]:
+    """The windows' token rows, in pieces; meant to run in a thread."""
+    for window in wanted:
+        if not window.inputs:
+            yield TokenisedRows(window, 0, [])
+        for piece in windows(len(window.inputs), growing=request.on_gpu):
+            rows = backbone.tokenize_inputs(window.inputs[piece], request.prompt)
+            yield TokenisedRows(window, piece.start, rows)
+
+
+def prepare_batches(
+    backbone: Backbone, pieces: Iterable[TokenisedRows], request: Request
+) -> Iterator[PreparedBatch]:
+    """Plan and collate tokenised pieces; meant to run in a thread."""
+    padded = backbone.unpackable is not None
+    for piece in pieces:
+        rows, lengths = piece.rows, [len(row.ids) for row in piece.rows]
+        if not rows:
+            yield PreparedBatch(piece.window)
+        for chosen in request.plan(lengths, padded):
+            own = [lengths[i] for i in chosen]
+            together = [rows[i] for i in chosen]
+            if request.on_gpu and request.output_value == SENTENCE and not padded:
+                ids = together[0].ids  # the longest text, once more and cut
+                together += [TokenRow(ids[:length], 0, length) for length in filling(own)]
+            features: dict[str, Any] = backbone.collate(together)
+            if not padded:
+                features["packed"] = pack(features["attention_mask"])
+            if request.on_gpu:
+                features = {key: value.pin_memory() for key, value in features.items()}
+            features["repad"] = request.output_value != SENTENCE
+            yield PreparedBatch(piece.window, chosen + piece.first, own, features)
+
+
+def prepared_ahead(
+    backbone: Backbone, wanted: Iterable[TextWindow], request: Request
+) -> Generator[PreparedBatch, None, None]:
+    """The batches of all windows, made in two threads, which end when this generator is closed."""
+    with (
+        closing(ahead(tokenised(backbone, wanted, request), TOKENISED_AHEAD)) as pieces,
+        closing(ahead(prepare_batches(backbone, pieces, request))) as batches,
+    ):
+        yield from batches
