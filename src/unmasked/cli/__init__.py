@@ -21,7 +21,7 @@ from unmasked import __version__
 from unmasked.cli.encode_verb import encode
 from unmasked.cli.failures import Verbs
 from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push
-from unmasked.cli.shipping.export_verbs import prove, verify
+from unmasked.cli.shipping.export_verbs import export, prove, verify
 from unmasked.cli.training_verbs import demo, mine, plan, recipes, report, run, train
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ app = typer.Typer(
 VERBS = (demo, convert, run, train, mine, plan, encode, evaluate, analyse, doctor, report, push)
 for verb in VERBS:
     app.command()(verb)
-for verb in (prove, verify):
+for verb in (prove, verify, export):
     app.command()(verb)
 app.add_typer(recipes, name="recipes")
 

@@ -11,12 +11,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from unmasked.checkpoint import loading
+from unmasked.checkpoint.folder import SETTINGS_NAME, read_settings
+from unmasked.checkpoint.location import locate
 from unmasked.errors import ModelError, unknown
+from unmasked.export.gguf_file import FILE
+from unmasked.export.graph import FILES, GraphRunner
+from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 
 MANIFEST = "unmasked_export.json"
 Pairs = Sequence[tuple[str, str]]
@@ -29,10 +38,12 @@ class Engine:
     Attributes:
         name: what computes them.
         vectors: (N, D) vectors of N ``(instruction, text)`` pairs.
+        takes_empty: whether it has a vector for an empty text without an instruction.
     """
 
     name: str
     vectors: Callable[[Pairs], np.ndarray]
+    takes_empty: bool = True
 
 
 def engine_of(folder: Path) -> Engine:
@@ -51,10 +62,58 @@ def engine_of(folder: Path) -> Engine:
     if not manifest.is_file():
         return stock_engine(folder)
     kind = json.loads(manifest.read_text(encoding="utf-8")).get("format", "")
-    kinds = {"vllm": stock_engine, "tei": stock_engine}
+    kinds = {
+        "onnx": partial(graph_engine, kind="onnx"),
+        "openvino": partial(graph_engine, kind="openvino"),
+        "gguf": llama_engine,
+        "vllm": stock_engine,
+        "tei": stock_engine,
+    }
     if kind not in kinds:
         raise ModelError(unknown(f"format in {manifest}", kind, kinds))
     return kinds[kind](folder)
+
+
+def saved_tokens(folder: Path) -> TextTokenizer:
+    """How texts become ids in a saved folder, whose weights may be gone."""
+    location = locate(str(folder))
+    settings = read_settings(location.read_json(SETTINGS_NAME), {})
+    eos = settings.pooling_mode == "eos_token"
+    return TextTokenizer(
+        prepare_tokenizer(loading.load_tokenizer(folder), append_eos=eos),
+        settings.max_length,
+        settings.doc_max_length,
+        settings.skip_instruction,
+        settings.template,
+    )
+
+
+def graph_engine(folder: Path, kind: str) -> Engine:
+    """ONNX Runtime or OpenVINO."""
+    runner = GraphRunner(saved_tokens(folder), kind, folder / FILES[kind])
+    return Engine({"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[kind], runner.vectors)
+
+
+def llama_engine(folder: Path) -> Engine:
+    """llama.cpp, with all that the file says and nothing beside it."""
+    try:
+        from llama_cpp import Llama
+    except ImportError as error:
+        raise ModelError(
+            "llama.cpp is not installed, so the file cannot be run. "
+            "Fix: pip install llama-cpp-python."
+        ) from error
+    tokens = saved_tokens(folder)
+    options = {name: tokens.max_length for name in ("n_ctx", "n_batch", "n_ubatch")}
+    options["n_threads"] = options["n_threads_batch"] = torch.get_num_threads()
+    prefix = tokens.template.prefix
+
+    def vectors(pairs: Pairs) -> np.ndarray:
+        sent = [prefix + tokens.join(instruction) + text for instruction, text in pairs]
+        with closing(Llama(str(folder / FILE), embedding=True, verbose=False, **options)) as llama:
+            return np.asarray([llama.embed(text) for text in sent], np.float32)
+
+    return Engine("llama.cpp", vectors, takes_empty=bool(tokens.prefix or tokens.suffix))
 
 
 def stock_engine(folder: Path) -> Engine:

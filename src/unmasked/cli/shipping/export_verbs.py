@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Argument, Option
 
 from unmasked.cli import terminal
 from unmasked.cli.failures import MISUSED
+from unmasked.cli.options import NEW_FOLDER
 
 if TYPE_CHECKING:
     from unmasked.export.verifying import Verification
@@ -102,3 +103,39 @@ def _show_verification(found: Verification) -> None:
         terminal.show(f"      this explains most of it ({nearest} read that way), not all")
     else:
         terminal.show(f"      this explains it ({nearest} read that way)")
+
+
+def export(
+    model: Annotated[str, Argument(help="Folder or hub name of an encoder.")],
+    to: Annotated[
+        Literal["onnx", "openvino", "gguf", "vllm", "tei"], Option(help="For which engine.")
+    ],
+    output: NEW_FOLDER,
+    weights: Annotated[
+        Literal["float32", "float16", "bfloat16", "int8"] | None,
+        Option(
+            help="Numbers of the weights.",
+            show_default="float32; gguf, tei: float16; vllm: bfloat16",
+        ),
+    ] = None,
+    opset: Annotated[
+        int | None, Option(min=18, help="Opset of ONNX.", show_default="the newest")
+    ] = None,
+    accept: Annotated[
+        bool, Option("--accept", help="Keep it although the engine gives other vectors.")
+    ] = False,
+) -> None:
+    """Write an encoder for another engine, and compare twenty texts with torch.
+
+    Other vectors are an error: a cosine below 0.9999, or 0.999 with weights of 8 bits.
+    """
+    with terminal.loading(f"exporting {model}"):
+        from unmasked.export.exporting import export_model
+
+        found = export_model(model, to, output, weights, opset, accept)
+    for note in found.notes:
+        terminal.show(f"note   {note}")
+    if found.parity is not None:
+        least, limit = found.parity.least, found.parity.limit
+        terminal.show(f"least cosine {least:.6f} (limit {limit}): {found.engine}, {found.weights}")
+    terminal.closing(output, ["unmasked", "verify", str(output), "--against", model])
