@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from unmasked.export.faults import RIGHT, Reader, Reading
-from unmasked.export.parity import TEXTS, compare_vectors, cosines
+from unmasked.export.parity import TEXTS
 from unmasked.export.verifying import verify_target
 
 

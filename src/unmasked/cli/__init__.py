@@ -33,10 +33,11 @@ app = typer.Typer(
     help="Turn any decoder-only language model into a text encoder.",
     epilog="Begin with: unmasked demo",
 )
-VERBS = (demo, convert, run, train, mine, plan, encode, evaluate, analyse, doctor, report, push)
+VERBS = (
+    *(demo, convert, run, train, mine, plan, encode, evaluate, analyse, doctor, report, push),
+    *(export, verify, prove),
+)
 for verb in VERBS:
-    app.command()(verb)
-for verb in (prove, verify, export):
     app.command()(verb)
 app.add_typer(recipes, name="recipes")
 

@@ -118,7 +118,8 @@ def prove_model(model: str | Path | nn.Module, *, open: bool = False, **hub: Any
     else:
         if isinstance(model, SentenceTransformer):
             ids = model.tokenizer(PARAGRAPH)["input_ids"]
-            model = model.transformers_model
+            first: Any = model[0]
+            model = first.auto_model
         report = open_mask(model) if open else None
     decoder = decoder_of(model)
     return ModelProof(report or prove(model), _peaks(decoder, ids or _any_ids(decoder)))

@@ -62,7 +62,7 @@ def engine_of(folder: Path) -> Engine:
     if not manifest.is_file():
         return stock_engine(folder)
     kind = json.loads(manifest.read_text(encoding="utf-8")).get("format", "")
-    kinds = {
+    kinds: dict[str, Callable[[Path], Engine]] = {
         "onnx": partial(graph_engine, kind="onnx"),
         "openvino": partial(graph_engine, kind="openvino"),
         "gguf": llama_engine,

@@ -1,8 +1,10 @@
 """`export_model`: an encoder for another engine, whole and compared, or not there.
 
 The new folder begins as a saved encoder and keeps what the engine needs of it. At the end the fixed
-texts of `parity` go through the engine and through torch. What came out is kept beside the files, in
-`unmasked_export.json`. A folder that differs is not left behind unless that was accepted.
+texts of `parity` go through the engine and through torch. What came out is kept beside the files,
+in `unmasked_export.json`. A folder that differs is not left behind unless that was accepted.
+
+Cost: the model is in memory twice, and three times for a moment.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from unmasked.checkpoint import loading
 from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import ModelError, UnmaskedError, unknown
 from unmasked.export.engines import MANIFEST, Engine, engine_of
-from unmasked.export.faults import RIGHT, Reader, Reading
+from unmasked.export.faults import Reader, Reading
 from unmasked.export.gguf_file import write_gguf
 from unmasked.export.graph import write_graph
 from unmasked.export.parity import (
@@ -173,8 +175,7 @@ def _by_rules(encoder: LLM2Vec, to: str, folder: Path) -> Engine:
     def vectors(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         return Reader(encoder, str(folder), [list(pair) for pair in pairs]).vectors(reading)
 
-    assert reading.closed == RIGHT.closed
-    return Engine(f"the rules of {to}, which is not run here", vectors)
+    return Engine(f"{to}, by its rules (it is not run here),", vectors)
 
 
 def inexpressible(encoder: LLM2Vec, to: str) -> list[str]:
@@ -208,7 +209,7 @@ def _require(found: Exported, accept: bool) -> None:
     if accept or (found.parity is not None and found.parity.same):
         return
     kept = "Fix: --accept, to keep it all the same"
-    notes = "".join(f" Note: {note}." for note in found.notes)
+    notes = "".join(f" Note: {note.rstrip('.')}." for note in found.notes)
     if found.parity is None:
         raise DifferentVectorsError(f"{found.engine} could not be compared.{notes} {kept}.", None)
     low = min(zip(found.parity.cosines, found.parity.texts, strict=True))[1]

@@ -1,10 +1,10 @@
-"""Finds out why another program's vectors differ: makes the usual mistakes and looks which one fits.
+"""Finds out why another program's vectors differ: makes the usual mistakes until one fits.
 
 A `Reading` is a way to turn a text into a vector, right or wrong: mask closed, BOS or the
-instruction pooled, the last token taken, a text cut short, padding attended to, fewer bits. `explain`
-starts from the right one and, step by step, takes over the mistake that brings our vectors nearest
-to theirs; mistakes that turn out not to be needed are dropped. Nothing is read from the other
-program: only its vectors are known.
+instruction pooled, the last token taken, a text cut short, padding attended to, fewer bits.
+`explain` starts from the right one and, step by step, takes over the mistake that brings our
+vectors nearest to theirs; mistakes that turn out not to be needed are dropped. Nothing is read from
+the other program: only its vectors are known.
 
 Cost: a forward of each text for each mistake that changes states (mask, ids, bits, padding), and a
 closed copy of the model; pooling is nearly free.
@@ -264,7 +264,9 @@ def _neighbours(now: Reading, reader: Reader, batched: np.ndarray | None) -> Ite
 
 
 def _mistakes(reading: Reading) -> int:
-    return sum(getattr(reading, field.name) != getattr(RIGHT, field.name) for field in fields(reading))
+    return sum(
+        getattr(reading, field.name) != getattr(RIGHT, field.name) for field in fields(reading)
+    )
 
 
 def _said(reading: Reading, own: str) -> tuple[str, ...]:

@@ -220,7 +220,8 @@ def _rotary_factors(model: Any, text: Any) -> Tensor | None:
         if scaling != 1.0 or len(found) != len(usual):
             return torch.zeros(0)
         if not torch.allclose(found, usual, rtol=1e-4):
-            return (usual / found).cpu()
+            factors: Tensor = (usual / found).cpu()
+            return factors
     return None
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -137,8 +138,7 @@ def write_graph(
 
 def _converter(kind: str, weights: Weights, opset: int | None) -> tuple[Any, Any]:
     """The exporter of transformers and its config."""
-    from transformers import exporters
-
+    exporters: Any = import_module("transformers.exporters")  # its names are made when asked for
     auto = torch.export.Dim.AUTO
     axes = {name: {0: auto, 1: auto} for name in ("input_ids", "attention_mask")}
     given: dict[str, Any] = {"dynamic": True, "dynamic_shapes": axes}

@@ -94,12 +94,15 @@ def shown(number: int) -> str:
 
 
 def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(N,) cosines of the rows of two (N, D) arrays; 0 where a vector is zero or not finite."""
+    """(N,) cosines of the rows of two (N, D) arrays; 0 where one is zero or not finite.
+
+    Two vectors of zeros are the same vector: 1.
+    """
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = (one * other).sum(axis=1) / lengths
-    return np.where(np.isfinite(found), found, 0.0)
+    return np.where((one == other).all(axis=1), 1.0, np.where(np.isfinite(found), found, 0.0))
 
 
 def compare_vectors(

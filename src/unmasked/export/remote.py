@@ -86,7 +86,9 @@ class VectorServer:
         try:
             rows = answer
             if self.shape == "openai":
-                rows = [row["embedding"] for row in sorted(answer["data"], key=lambda r: r["index"])]
+                rows = [
+                    row["embedding"] for row in sorted(answer["data"], key=lambda r: r["index"])
+                ]
             found = np.asarray(rows, dtype=np.float64)
         except (KeyError, TypeError, ValueError) as error:
             raise self._no_vectors(first_line(error)) from error

@@ -20,7 +20,7 @@ from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import DataError
 from unmasked.export.engines import engine_of
 from unmasked.export.faults import Explanation, Reader, explain
-from unmasked.export.parity import LIMIT, TEXTS, Parity, compare_vectors, cosines
+from unmasked.export.parity import LIMIT, TEXTS, Parity, compare_vectors, cosines, shown
 from unmasked.export.remote import Refused, VectorServer
 
 BATCHED = 0.9999
@@ -112,8 +112,12 @@ def _one_by_one(ask: Ask) -> tuple[list[int], np.ndarray, list[str]]:
     numbers, found, notes = [], [], []
     for number, pair in enumerate(TEXTS):
         try:
-            found.append(ask([pair])[0])
-            numbers.append(number)
+            vector = ask([pair])[0]
+            if pair[1] or vector.any():
+                found.append(vector)
+                numbers.append(number)
+            else:
+                notes.append(f"no vector (zeros) for {shown(number)}: it pools nothing")
         except Refused as error:
             if pair[1] and error.status not in (400, 413, 422):
                 raise

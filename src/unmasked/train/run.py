@@ -241,6 +241,7 @@ class Run:
             enable_bidirectional=model.bidirectional and not closed,
             pooling_mode=CAUSAL_BASELINES[0] if closed else model.pooling,
             max_length=model.max_length,
+            skip_instruction=None if (given := model.include_instruction) is None else not given,
             dtype=self.dtype,
             attn_implementation=model.attention,
             allow_partial=model.allow_partial,

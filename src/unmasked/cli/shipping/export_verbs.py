@@ -89,7 +89,9 @@ def _show_verification(found: Verification) -> None:
         terminal.show(f"{cosine:.6f}  {shown(number)}")
     count = f"{len(low)} of {len(parity.texts)} texts are lower"
     verdict = "the same" if parity.same else count
-    terminal.show(f"{found.target}: least cosine {parity.least:.6f} (limit {parity.limit}): {verdict}")
+    terminal.show(
+        f"{found.target}: least cosine {parity.least:.6f} (limit {parity.limit}): {verdict}"
+    )
     for note in found.notes:
         terminal.show(f"note  {note}")
     if found.explanation is None:
