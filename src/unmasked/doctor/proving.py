@@ -111,18 +111,18 @@ def prove_model(model: str | Path | nn.Module, *, open: bool = False, **hub: Any
     """
     ids: list[int] | None = None
     report: Proof | None = None
+    network: Any = model
     if isinstance(model, str | Path):
         found = loading.find(model, **hub)
-        model, report = _load(found, open)
+        network, report = _load(found, open)
         ids = found.tokenizer(PARAGRAPH)["input_ids"]
     else:
         if isinstance(model, SentenceTransformer):
             ids = model.tokenizer(PARAGRAPH)["input_ids"]
-            first: Any = model[0]
-            model = first.auto_model
-        report = open_mask(model) if open else None
-    decoder = decoder_of(model)
-    return ModelProof(report or prove(model), _peaks(decoder, ids or _any_ids(decoder)))
+            network = network[0].auto_model
+        report = open_mask(network) if open else None
+    decoder = decoder_of(network)
+    return ModelProof(report or prove(network), _peaks(decoder, ids or _any_ids(decoder)))
 
 
 def _load(found: loading.Found, opened: bool) -> tuple[nn.Module, Proof | None]:

@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ import torch
 from unmasked.checkpoint import loading
 from unmasked.checkpoint.folder import SETTINGS_NAME, read_settings
 from unmasked.checkpoint.location import locate
-from unmasked.errors import ModelError, unknown
+from unmasked.errors import MissingExtraError, ModelError, unknown
 from unmasked.export.gguf_file import FILE
 from unmasked.export.graph import FILES, GraphRunner
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
@@ -95,14 +97,15 @@ def graph_engine(folder: Path, kind: str) -> Engine:
 
 
 def llama_engine(folder: Path) -> Engine:
-    """llama.cpp, with all that the file says and nothing beside it."""
+    """llama.cpp, with all that the file says and nothing beside it.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+    """
     try:
-        from llama_cpp import Llama
+        made: Any = import_module("llama_cpp").Llama
     except ImportError as error:
-        raise ModelError(
-            "llama.cpp is not installed, so the file cannot be run. "
-            "Fix: pip install llama-cpp-python."
-        ) from error
+        raise MissingExtraError("llama-cpp-python", "llama") from error
     tokens = saved_tokens(folder)
     options = {name: tokens.max_length for name in ("n_ctx", "n_batch", "n_ubatch")}
     options["n_threads"] = options["n_threads_batch"] = torch.get_num_threads()
@@ -110,7 +113,7 @@ def llama_engine(folder: Path) -> Engine:
 
     def vectors(pairs: Pairs) -> np.ndarray:
         sent = [prefix + tokens.join(instruction) + text for instruction, text in pairs]
-        with closing(Llama(str(folder / FILE), embedding=True, verbose=False, **options)) as llama:
+        with closing(made(str(folder / FILE), embedding=True, verbose=False, **options)) as llama:
             return np.asarray([llama.embed(text) for text in sent], np.float32)
 
     return Engine("llama.cpp", vectors, takes_empty=bool(tokens.prefix or tokens.suffix))

@@ -20,7 +20,7 @@ import torch
 
 from unmasked.checkpoint import loading
 from unmasked.compat.llm2vec import LLM2Vec
-from unmasked.errors import ModelError, UnmaskedError, unknown
+from unmasked.errors import MissingExtraError, ModelError, UnmaskedError, unknown
 from unmasked.export.engines import MANIFEST, Engine, engine_of
 from unmasked.export.faults import Reader, Reading
 from unmasked.export.gguf_file import write_gguf
@@ -155,7 +155,7 @@ def _compared(encoder: LLM2Vec, to: str, folder: Path, weights: str) -> Exported
     numbers = [*range(len(TEXTS))]
     try:
         engine = _by_rules(encoder, to, folder) if to in ("vllm", "tei") else engine_of(folder)
-    except ModelError as error:
+    except MissingExtraError as error:
         return Exported(folder, to, weights, None, (*notes, str(error)))
     if not engine.takes_empty:
         numbers.remove(TEXTS.index(("", "")))

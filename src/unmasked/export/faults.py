@@ -2,9 +2,9 @@
 
 A `Reading` is a way to turn a text into a vector, right or wrong: mask closed, BOS or the
 instruction pooled, the last token taken, a text cut short, padding attended to, fewer bits.
-`explain` starts from the right one and, step by step, takes over the mistake that brings our
-vectors nearest to theirs; mistakes that turn out not to be needed are dropped. Nothing is read from
-the other program: only its vectors are known.
+`explain_difference` starts from the right one and, step by step, takes over the mistake that brings
+our vectors nearest to theirs; mistakes that turn out not to be needed are dropped. Nothing is read
+from the other program: only its vectors are known.
 
 Cost: a forward of each text for each mistake that changes states (mask, ids, bits, padding), and a
 closed copy of the model; pooling is nearly free.
@@ -213,7 +213,9 @@ def closed_copy(folder: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def explain(reader: Reader, theirs: np.ndarray, batched: np.ndarray | None = None) -> Explanation:
+def explain_difference(
+    reader: Reader, theirs: np.ndarray, batched: np.ndarray | None = None
+) -> Explanation:
     """The mistakes that bring our vectors nearest to theirs.
 
     Args:

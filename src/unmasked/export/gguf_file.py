@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unmasked.errors import MissingExtraError, ModelError, unknown
+from unmasked.errors import ModelError, unknown
+from unmasked.export.graph import require_packages
 from unmasked.mask.opening import window
 from unmasked.text.tokens import TextTokenizer
 
@@ -92,10 +93,9 @@ def write_gguf(
         MissingExtraError: the extra ``export`` is not installed.
         ModelError: llama.cpp cannot compute this encoder.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError("gguf", "export") from error
+    require_packages("gguf")
+    import gguf
+
     if mode not in POOLING:
         raise ModelError(unknown("pooling mode for llama.cpp", mode, POOLING))
     family = _family(model)

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,10 @@ READ_ONLY = 2
 """In the mask of a graph: a token that is read and not pooled."""
 FILES = {"onnx": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml"}
 """Where stock sentence-transformers looks for a graph in a folder."""
+
+
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+"""What the extra ``export`` has for each kind of graph; ``nncf`` for weights of 8 bits."""
 
 
 class VectorGraph(nn.Module):
@@ -112,15 +117,13 @@ def write_graph(
         MissingExtraError: the extra ``export`` is not installed.
         ModelError: the converter cannot convert this family.
     """
+    require_packages(*PACKAGES[kind], *(["nncf"] if weights == "int8" else []))
     leading = len(tokens.prefix) if tokens.skip_instruction else 0
     model = model.half() if (kind, weights) == ("onnx", "float16") else model
     graph = VectorGraph(model, mode, leading).eval()
     rows = tokens(["and a text", "another text"], [tokens.join("a few words"), ""])
     inputs = graph_inputs(tokens, rows)
-    try:
-        exporter, config = _converter(kind, weights, opset)
-    except ImportError as error:
-        raise MissingExtraError(first_line(error), "export") from error
+    exporter, config = _converter(kind, weights, opset)
     try:
         with redirect_stdout(StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes among the converters
@@ -134,6 +137,13 @@ def write_graph(
     path.parent.mkdir(parents=True)
     exporter.save_program(exported.program, path)
     return path
+
+
+def require_packages(*names: str) -> None:
+    """Refuse to begin without a package of the extra ``export``."""
+    for name in names:
+        if find_spec(name) is None:
+            raise MissingExtraError(name, "export")
 
 
 def _converter(kind: str, weights: Weights, opset: int | None) -> tuple[Any, Any]:
@@ -168,10 +178,8 @@ class GraphRunner:
 
     def __init__(self, tokens: TextTokenizer, kind: str, path: Path) -> None:
         self._tokens = tokens
-        try:
-            self._run = _onnx_session(path) if kind == "onnx" else _openvino_request(path)
-        except ImportError as error:
-            raise MissingExtraError(first_line(error), "export") from error
+        require_packages(PACKAGES[kind][-1])
+        self._run = _onnx_session(path) if kind == "onnx" else _openvino_request(path)
 
     def vectors(self, pairs: Sequence[tuple[str, str]], rows_at_once: int = 8) -> np.ndarray:
         """(N, D) vectors of N ``(instruction, text)`` pairs, in padded batches as they come."""

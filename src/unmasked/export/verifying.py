@@ -1,7 +1,7 @@
 """Compares a running server, or another folder, with the encoder that it should be.
 
 The fixed texts of `parity` are asked for one by one and all at once, and compared with what the
-folder gives here. Where they differ, `faults.explain` looks for the reason.
+folder gives here. Where they differ, `faults.explain_difference` looks for the reason.
 
 Shapes: N texts, D width.
 """
@@ -19,7 +19,7 @@ from unmasked.checkpoint.location import locate
 from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import DataError
 from unmasked.export.engines import engine_of
-from unmasked.export.faults import Explanation, Reader, explain
+from unmasked.export.faults import Explanation, Reader, explain_difference
 from unmasked.export.parity import LIMIT, TEXTS, Parity, compare_vectors, cosines, shown
 from unmasked.export.remote import Refused, VectorServer
 
@@ -89,7 +89,7 @@ def verify_target(
     explanation = None
     if not parity.same:
         reader = Reader(encoder, str(locate(folder).name), inputs)
-        explanation = explain(reader, alone, together if batched else None)
+        explanation = explain_difference(reader, alone, together if batched else None)
     return Verification(name, parity, explanation, tuple(notes))
 
 
