@@ -352,3 +352,23 @@ def test_verify_compares_two_folders(cli, saved):
     code, _, err = cli("verify", "nowhere", "--against", folder)
     assert code == 2
     assert "nowhere is neither a folder nor an address" in err
+
+
+@pytest.mark.parametrize("way", ["run", "convert"])
+def test_a_model_that_pools_the_instruction_is_the_same_everywhere(
+    cli, tmp_path, tiny_decoder, way
+):
+    if way == "run":
+        model = {"base": str(tiny_decoder), "include_instruction": True, "max_length": 64}
+        (tmp_path / "r.yaml").write_text(json.dumps({"name": "r", "model": model}))
+        assert cli("run", "r.yaml", "-o", "runs")[0] == 0
+        [folder] = tmp_path.glob("runs/**/model")
+    else:
+        folder = tmp_path / "model"
+        assert cli("convert", tiny_decoder, "-o", folder, "--include-instruction")[0] == 0
+    saved = json.loads((folder / "llm2vec_config.json").read_text())
+    assert saved["skip_instruction"] is False
+    code, out, _ = cli("export", folder, "--to", "vllm", "-o", "served", "--weights", "float32")
+    assert code == 0
+    assert out.startswith("least cosine 1.000000 (limit 0.9999): vllm, by its rules")
+    assert "next   unmasked verify served --against" in out

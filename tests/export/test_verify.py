@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from unmasked.errors import DataError
 from unmasked.export.faults import RIGHT, Reader, Reading
 from unmasked.export.parity import TEXTS
 from unmasked.export.verifying import verify_target
@@ -155,3 +156,58 @@ def test_another_model_is_not_explained_away(folder, encoder):
         found = verify_target(url, folder)
     assert found.explanation.faults == ()
     assert found.parity.least < 0.5
+
+
+def test_a_refused_empty_text_is_a_note(folder, encoder):
+    right = answering(encoder, folder)
+
+    def answer(texts):
+        return (422, "empty input") if "" in texts else right(texts)
+
+    with serving(answer) as (url, _):
+        found = verify_target(url, folder)
+    assert found.parity.same
+    assert len(found.parity.texts) == 19
+    assert "refused the empty text: " in found.notes[0]
+    assert "422" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda _: (401, "who are you?"), "Fix: set UNMASKED_API_KEY"),
+        (lambda texts: np.ones((len(texts) + 1, 3)), r"something else than vectors \(shape"),
+        (lambda _: (503, "starting"), "answered 503: .*starting"),
+        (lambda texts: np.ones((len(texts), 3)), "vectors of 3 numbers, .* of 32"),
+    ],
+)
+def test_a_server_that_cannot_be_compared_is_an_error(folder, answer, said):
+    with serving(answer) as (url, _), pytest.raises(DataError, match=said):
+        verify_target(url, folder)
+
+
+def test_the_key_goes_to_the_server_that_was_named(folder, encoder, monkeypatch):
+    monkeypatch.setenv("UNMASKED_API_KEY", "secret")
+    with serving(answering(encoder, folder)) as (url, seen):
+        verify_target(f"{url}/v1/embeddings", folder, model="mine")
+    assert {(key, model) for _, key, model in seen} == {("Bearer secret", "mine")}
+    assert [*map(len, (texts for texts, _, _ in seen))] == [1] * 20 + [20]
+
+
+@pytest.mark.parametrize("address", ["ftp://host", "http://", "file:///etc/passwd"])
+def test_what_is_no_address_is_refused(folder, address):
+    with pytest.raises(DataError, match="is not an address"):
+        verify_target(address, folder)
+
+
+def test_the_command_shows_the_lowest_texts_and_the_reason(cli, folder, encoder):
+    with serving(answering(encoder, folder, Reading(closed=True)), "tei") as (url, _):
+        code, out, _ = cli("verify", url, "--against", folder)
+        ended, listed, _ = cli("verify", url, "--against", folder, "--json")
+    assert code == ended == 2
+    assert "/embed (tei): least cosine " in out
+    assert "why   the causal mask is on" in out
+    assert "this explains it (least cosine 1.000000 read that way)" in out
+    found = json.loads(listed)
+    assert found["reading"] == {"closed": True}
+    assert len(found["cosines"]) == 20
