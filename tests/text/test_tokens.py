@@ -168,3 +168,12 @@ def test_a_base_encoder_keeps_its_separator_here_and_in_its_folder(bert, tmp_pat
         assert abs(vectors - model.encode(texts)).max() < 1e-5
     (words,) = model.encode_words([["a", "text"]])
     assert words.shape == (2, 32)
+
+
+def test_a_call_of_the_tokenizer_itself_leaves_no_padding_behind(tiny_tokenizer):
+    """transformers switches padding and truncation on in the backend and leaves them so."""
+    tokens = TextTokenizer(prepare_tokenizer(tiny_tokenizer))
+    texts = ["a", "a text that is longer than the first"]
+    before = tokens(texts), tokens(texts, "an instruction\n"), tokens.fixed_tokens
+    tokens.tokenizer(texts, padding="max_length", truncation=True, max_length=3)
+    assert (tokens(texts), tokens(texts, "an instruction\n"), tokens.fixed_tokens) == before

@@ -97,7 +97,7 @@ def token_file(
     Raises:
         DataError: as `iterate_texts`.
     """
-    facts: list[object] = [limit, tokens.tokenizer.backend_tokenizer.to_str()]
+    facts: list[object] = [limit, tokens.backend.to_str()]
     for source in (Source(str(path), skip_blank=True) for path in paths):
         for given in source.files:
             found = Path(given).stat() if source.on_disk else None
