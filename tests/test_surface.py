@@ -11,7 +11,7 @@ import unmasked
 
 
 def test_public_names():
-    assert unmasked.__all__ == ["LLM2Vec", "Recipe", "__version__"]
+    assert unmasked.__all__ == ["LLM2Vec", "Recipe", "__version__", "prove"]
     assert set(unmasked.__all__) <= set(dir(unmasked))
     assert unmasked.Recipe.__module__ == "unmasked.recipe.schema"
     with pytest.raises(AttributeError, match="no attribute 'LLM3Vec'"):

@@ -202,3 +202,12 @@ def test_a_row_tells_how_much_of_its_text_was_cut(tokenizer):
         assert tokens.of_ids([5] * 13).cut == 2
     exact = TextTokenizer(backend, max_length=whole + 1)
     assert exact(["x" * 50])[0].cut == 0
+
+
+def test_a_call_of_the_tokenizer_itself_leaves_no_padding_behind(tiny_tokenizer):
+    """transformers switches padding and truncation on in the backend and leaves them so."""
+    tokens = TextTokenizer(prepare_tokenizer(tiny_tokenizer))
+    texts = ["a", "a text that is longer than the first"]
+    before = tokens(texts), tokens(texts, "an instruction\n"), tokens.fixed_tokens
+    tokens.tokenizer(texts, padding="max_length", truncation=True, max_length=3)
+    assert (tokens(texts), tokens(texts, "an instruction\n"), tokens.fixed_tokens) == before

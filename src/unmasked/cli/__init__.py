@@ -21,6 +21,7 @@ from unmasked import __version__
 from unmasked.cli.encode_verb import encode
 from unmasked.cli.failures import Verbs
 from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push, serve
+from unmasked.cli.shipping.export_verbs import export, prove, verify
 from unmasked.cli.training_verbs import (
     StageCommand,
     demo,
@@ -41,8 +42,9 @@ app = typer.Typer(
     epilog="Begin with: unmasked demo",
 )
 VERBS = (
-    demo, convert, run, train, mine, plan, encode, serve, evaluate, analyse, doctor, report, push,
-)  # fmt: skip
+    *(demo, convert, run, train, mine, plan, encode, serve, evaluate, analyse, doctor, report),
+    *(push, export, verify, prove),
+)
 for verb in VERBS:
     app.command(cls=StageCommand if verb is train else None)(verb)
 app.add_typer(recipes, name="recipes")

@@ -33,6 +33,10 @@ def convert(
     max_length: Annotated[
         int | None, Option(min=2, help="Maximum number of tokens per input.", show_default="512")
     ] = None,
+    include_instruction: Annotated[
+        bool,
+        Option("--include-instruction", help="Pool BOS and the instruction, as all engines do."),
+    ] = False,
     dtype: DTYPE = "checkpoint",
     attention: Annotated[
         str | None,
@@ -54,6 +58,7 @@ def convert(
             list(peft or []),
             pooling_mode=pooling,
             max_length=max_length,
+            skip_instruction=False if include_instruction else None,
             dtype=dtype,
             attn_implementation=attention,
             allow_partial=allow_partial,

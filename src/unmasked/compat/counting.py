@@ -35,7 +35,7 @@ class CountingTokenizer(TextTokenizer):
             MARK + start + prompt.removeprefix(MARK) + text + end
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        encode = self.tokenizer.backend_tokenizer.encode_batch_fast
+        encode = self.backend.encode_batch_fast
         inputs = encode(joined, add_special_tokens=False)
         alone = encode([text + end for text in texts], add_special_tokens=False)
         rows = [
@@ -62,7 +62,7 @@ class CountingTokenizer(TextTokenizer):
 
         The original left nothing of a text without spaces; such a text is cut by tokens here.
         """
-        backend = self.tokenizer.backend_tokenizer
+        backend = self.backend
 
         def count(part: str) -> int:
             return min(len(backend.encode(part, add_special_tokens=False).ids), limit)

@@ -74,7 +74,7 @@ def _word_tokens(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Positions of each sentence's sub-words, word by word, and where those of each word begin."""
     texts = [" ".join(words) for words in sentences]
-    backend = tokens.tokenizer.backend_tokenizer
+    backend = tokens.backend
     encodings = backend.encode_batch([MARK + text for text in texts], add_special_tokens=False)
     rows = zip(sentences, texts, tokens(texts), encodings, strict=True)
     for index, (words, text, row, encoding) in enumerate(rows, first):

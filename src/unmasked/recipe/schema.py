@@ -53,6 +53,8 @@ class Model(_Section):
     """Attention implementation by its name in transformers, such as ``sdpa`` or ``eager``."""
     pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] = "mean"
     """How token states become one vector; the paper finds ``mean`` best without a causal mask."""
+    include_instruction: bool | None = None
+    """Pool BOS and the instruction too, as every engine does; None as in the base, or else not."""
     max_length: AtLeastTwo = 512
     """Maximum number of tokens of an input to the saved encoder, with the instruction."""
     allow_partial: bool = False

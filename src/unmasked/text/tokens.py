@@ -167,6 +167,15 @@ class TextTokenizer:
         self.template = template
         self.prefix, self.suffix = surrounding_ids(tokenizer)
 
+    @property
+    def backend(self) -> Tokenizer:
+        """What tokenises, and neither pads nor cuts: a call of the tokenizer leaves both behind."""
+        backend: Tokenizer = self.tokenizer.backend_tokenizer
+        if backend.padding or backend.truncation:
+            backend.no_padding()
+            backend.no_truncation()
+        return backend
+
     def check_mode(self, pooling_mode: str) -> None:
         """Refuse a pooling mode that needs a token this tokenizer does not add."""
         if pooling_mode == "bos_token" and not self.prefix:
@@ -201,7 +210,7 @@ class TextTokenizer:
         start, end = self.template.prefix, self.template.suffix
         contexts = [start + prompt.removeprefix(MARK) for prompt in prompts]
         joined = [MARK + c + t + end for c, t in zip(contexts, texts, strict=True)]
-        backend = self.tokenizer.backend_tokenizer
+        backend = self.backend
         if not any(contexts) and not end:
             encodings = backend.encode_batch_fast(joined, add_special_tokens=False)
             return [self._row(e.ids, 0, len(e.ids), limit) for e in encodings]
@@ -253,7 +262,7 @@ class TextTokenizer:
         if self.suffix and text[-len(self.suffix) :] == self.suffix:
             del text[-len(self.suffix) :]
         around = self.template.prefix + prompt.removeprefix(MARK), self.template.suffix
-        encode = self.tokenizer.backend_tokenizer.encode
+        encode = self.backend.encode
         before, after = (encode(a, add_special_tokens=False).ids if a else [] for a in around)
         last = len(before) + len(text)
         whole = [*before, *text, *after]
@@ -277,7 +286,7 @@ class TextTokenizer:
         """
         if not (self.template.prefix or self.template.suffix):
             return self.tokenizer, True
-        encode = self.tokenizer.backend_tokenizer.encode
+        encode = self.backend.encode
         ending = encode(self.template.suffix, add_special_tokens=False).ids
         exact = len(ending) + len(self.suffix) <= 1 and self.template.pool_suffix
         prefix = self.template.prefix
@@ -289,7 +298,7 @@ class TextTokenizer:
     def fixed_tokens(self) -> int:
         """Tokens of an input that are neither instruction nor text."""
         around = self.template.prefix, self.template.suffix
-        encode = self.tokenizer.backend_tokenizer.encode
+        encode = self.backend.encode
         lengths = [len(encode(part, add_special_tokens=False).ids) for part in around if part]
         return len(self.prefix) + len(self.suffix) + sum(lengths)
 

@@ -106,7 +106,7 @@ def token_file(
     Raises:
         DataError: as `iterate_texts`.
     """
-    facts: list[object] = [limit, tokens.tokenizer.backend_tokenizer.to_str()]
+    facts: list[object] = [limit, tokens.backend.to_str()]
     sources = [training_source(path) for path in paths]
     for source in sources:
         facts.append(source.column)

@@ -1,0 +1,180 @@
+"""The proof as a tool of its own: any model, ours or not, as it is, and how large its numbers get.
+
+`mask.proof.prove` answers for a transformer in memory. Here a name or folder is enough, whoever
+saved it: it is loaded as it is, without opening anything, so that a project can put the check of
+its own encoder into its tests. Beside the mask it looks at what overflows in float16, whose largest
+number is 65504: a few channels of many decoders are larger, and the vectors become NaN.
+
+Cost: reading the weights, the proof (eleven forwards of a few tokens), and one forward of a
+paragraph with a hook on every module.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import get_device_name
+from torch import Tensor, nn
+
+from unmasked.checkpoint import loading
+from unmasked.errors import NotBidirectionalError
+from unmasked.forward.precision import pick
+from unmasked.mask.opening import decoder_of
+from unmasked.mask.proof import Proof, evaluating, open_mask, prove
+
+LARGEST_FLOAT16 = torch.finfo(torch.float16).max
+PARAGRAPH = (
+    "A lighthouse keeper counts ships: 14 on Monday, 9 on Tuesday, none in the fog. "
+    "for (i = 0; i < n; ++i) { total += ships[i]; }\n\n"
+    "등대지기는 매일 배를 세고 공책에 적는다. Он считает корабли. 灯台守は船を数える。"
+)
+"""What goes through the model: several scripts, digits, code and blank lines."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest absolute number that a module of a layer, or the layer itself, hands on.
+
+    Attributes:
+        layer: its place among the modules of the transformer, such as ``layers.3``; the name of
+            the module itself outside of the layers.
+        module: the module in it that handed the number on; empty for the layer itself.
+        largest: the number; NaN or infinite where the model already overflows.
+    """
+
+    layer: str
+    module: str
+    largest: float
+
+
+@dataclass(frozen=True)
+class ModelProof:
+    """What was found of a model.
+
+    Attributes:
+        proof: of the mask.
+        peaks: one for each layer, in order, and for each module outside of the layers.
+    """
+
+    proof: Proof
+    peaks: tuple[Peak, ...]
+
+    @property
+    def highest(self) -> Peak | None:
+        """The peak of all peaks; None if the forward fails."""
+        return max(self.peaks, key=lambda peak: _order(peak.largest), default=None)
+
+    @property
+    def float16_overflows(self) -> bool | None:
+        """Whether a number of this forward is beyond float16; None if the forward fails."""
+        return None if self.highest is None else not self.highest.largest <= LARGEST_FLOAT16
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it for strict JSON; a number that is not finite is None."""
+        peaks = [
+            {
+                "layer": peak.layer,
+                "module": peak.module,
+                "largest": peak.largest if math.isfinite(peak.largest) else None,
+            }
+            for peak in self.peaks
+        ]
+        return {
+            **self.proof.as_dict(),
+            "float16_overflows": self.float16_overflows,
+            "peaks": peaks,
+        }
+
+
+def prove_model(model: str | Path | nn.Module, *, open: bool = False, **hub: Any) -> ModelProof:
+    """Prove that a model sees both ways, as it is.
+
+    >>> import unmasked
+    >>> unmasked.prove("nano").proof.verdict, unmasked.prove("nano", open=True).proof.verdict
+    ('impossible', 'full')
+
+    Args:
+        model: a folder, a hub name or ``nano``; or a model in memory: a transformer, with a head or
+            adapters or without, a `SentenceTransformer`, an `LLM2Vec`. A given model is left as it
+            was, unless it is opened.
+        open: take the mask off first, as `LLM2Vec.from_pretrained` does.
+        hub: of a name: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+    Raises:
+        ModelError: a name that cannot be loaded.
+    """
+    ids: list[int] | None = None
+    report: Proof | None = None
+    network: Any = model
+    if isinstance(model, str | Path):
+        found = loading.find(model, **hub)
+        network, report = _load(found, open)
+        ids = found.tokenizer(PARAGRAPH)["input_ids"]
+    else:
+        if isinstance(model, SentenceTransformer):
+            ids = model.tokenizer(PARAGRAPH)["input_ids"]
+            network = network[0].auto_model
+        report = open_mask(network) if open else None
+    decoder = decoder_of(network)
+    return ModelProof(report or prove(network), _peaks(decoder, ids or _any_ids(decoder)))
+
+
+def _load(found: loading.Found, opened: bool) -> tuple[nn.Module, Proof | None]:
+    """The transformer; with its proof, if it was opened or refused to be."""
+    device = torch.device(get_device_name())
+    dtype, report = pick("auto", device, found.config).dtype, None
+    try:
+        model, report = loading.load_transformer(found, dtype, enable_bidirectional=opened)
+    except NotBidirectionalError as error:
+        report = error.report
+        model, _ = loading.load_transformer(found, dtype, enable_bidirectional=False)
+    return model.to(device), report  # type: ignore[arg-type]
+
+
+def _any_ids(decoder: Any) -> list[int]:
+    """Ids from the vocabulary's middle, where families keep no special tokens."""
+    size = decoder.config.get_text_config().vocab_size
+    return [size // 4 + (7 * i) % (size // 2) for i in range(64)]
+
+
+def _peaks(decoder: Any, ids: list[int]) -> tuple[Peak, ...]:
+    """The peak of each layer and of each module outside of the layers, in the order they ran."""
+    found: dict[str, Peak] = {}
+
+    def seen(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        layer, module = _place(name)
+        for value in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+                largest = float(value.detach().abs().max())
+                if layer not in found or _order(largest) > _order(found[layer].largest):
+                    found[layer] = Peak(layer, module, largest)
+
+    hooks = [m.register_forward_hook(partial(seen, n)) for n, m in decoder.named_modules() if n]
+    text = decoder.config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or len(ids)
+    try:
+        with torch.no_grad(), evaluating(decoder):
+            decoder(input_ids=torch.tensor([ids[:most]], device=decoder.device), use_cache=False)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return ()  # the proof says so too, with the error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(found.values())
+
+
+def _place(name: str) -> tuple[str, str]:
+    """``layers.3.mlp.down_proj`` → ``layers.3`` and ``mlp.down_proj``."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+    return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])
+
+
+def _order(value: float) -> float:
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,137 @@
+"""Runs what was exported, to compare it: one `Engine` for each kind of folder.
+
+What the engine cannot be told is not told to it: a text goes through it as its users would send
+it. The folder says in `unmasked_export.json` what it is; without that file it is read as stock
+sentence-transformers reads it.
+
+Shapes: N texts, B rows of a batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unmasked.checkpoint import loading
+from unmasked.checkpoint.folder import SETTINGS_NAME, read_settings
+from unmasked.checkpoint.location import locate
+from unmasked.errors import MissingExtraError, ModelError, unknown
+from unmasked.export.gguf_file import FILE
+from unmasked.export.graph import FILES, GraphRunner
+from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
+
+MANIFEST = "unmasked_export.json"
+Pairs = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A way to get vectors from a folder.
+
+    Attributes:
+        name: what computes them.
+        vectors: (N, D) vectors of N ``(instruction, text)`` pairs.
+        takes_empty: whether it has a vector for an empty text without an instruction.
+    """
+
+    name: str
+    vectors: Callable[[Pairs], np.ndarray]
+    takes_empty: bool = True
+
+
+def engine_of(folder: Path) -> Engine:
+    """The engine of a folder.
+
+    Raises:
+        ModelError: it is no folder, or its format is not known.
+        MissingExtraError: its engine is not installed.
+    """
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} is neither a folder nor an address. Allowed: a folder of `unmasked export`, "
+            "of a saved encoder, or http://HOST:PORT."
+        )
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return stock_engine(folder)
+    kind = json.loads(manifest.read_text(encoding="utf-8")).get("format", "")
+    kinds: dict[str, Callable[[Path], Engine]] = {
+        "onnx": partial(graph_engine, kind="onnx"),
+        "openvino": partial(graph_engine, kind="openvino"),
+        "gguf": llama_engine,
+        "vllm": stock_engine,
+        "tei": stock_engine,
+    }
+    if kind not in kinds:
+        raise ModelError(unknown(f"format in {manifest}", kind, kinds))
+    return kinds[kind](folder)
+
+
+def saved_tokens(folder: Path) -> TextTokenizer:
+    """How texts become ids in a saved folder, whose weights may be gone."""
+    location = locate(str(folder))
+    settings = read_settings(location.read_json(SETTINGS_NAME), {})
+    eos = settings.pooling_mode == "eos_token"
+    return TextTokenizer(
+        prepare_tokenizer(loading.load_tokenizer(folder), append_eos=eos),
+        settings.max_length,
+        settings.doc_max_length,
+        settings.skip_instruction,
+        settings.template,
+    )
+
+
+def graph_engine(folder: Path, kind: str) -> Engine:
+    """ONNX Runtime or OpenVINO."""
+    runner = GraphRunner(saved_tokens(folder), kind, folder / FILES[kind])
+    return Engine({"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[kind], runner.vectors)
+
+
+def llama_engine(folder: Path) -> Engine:
+    """llama.cpp, with all that the file says and nothing beside it.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    try:
+        made: Any = import_module("llama_cpp").Llama
+    except ImportError as error:
+        raise MissingExtraError("llama-cpp-python", "llama") from error
+    tokens = saved_tokens(folder)
+    options = {name: tokens.max_length for name in ("n_ctx", "n_batch", "n_ubatch")}
+    options["n_threads"] = options["n_threads_batch"] = torch.get_num_threads()
+    prefix = tokens.template.prefix
+
+    def vectors(pairs: Pairs) -> np.ndarray:
+        sent = [prefix + tokens.join(instruction) + text for instruction, text in pairs]
+        with closing(made(str(folder / FILE), embedding=True, verbose=False, **options)) as llama:
+            return np.asarray([llama.embed(text) for text in sent], np.float32)
+
+    return Engine("llama.cpp", vectors, takes_empty=bool(tokens.prefix or tokens.suffix))
+
+
+def stock_engine(folder: Path) -> Engine:
+    """Stock sentence-transformers, with the instruction given as its prompt."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), trust_remote_code=False)
+    empty = model.prompts.get(model.default_prompt_name or "", "")
+
+    def vectors(pairs: Pairs) -> np.ndarray:
+        prompts = [f"{i}\n" if i and not i[-1].isspace() else i for i, _ in pairs]
+        rows = [
+            model.encode([text], prompt=prompt or empty, show_progress_bar=False)[0]
+            for prompt, (_, text) in zip(prompts, pairs, strict=True)
+        ]
+        return np.stack(rows)
+
+    return Engine("sentence-transformers", vectors)

@@ -1,0 +1,220 @@
+"""`export_model`: an encoder for another engine, whole and compared, or not there.
+
+The new folder begins as a saved encoder and keeps what the engine needs of it. At the end the fixed
+texts of `parity` go through the engine and through torch. What came out is kept beside the files,
+in `unmasked_export.json`. A folder that differs is not left behind unless that was accepted.
+
+Cost: the model is in memory twice, and three times for a moment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from unmasked.checkpoint import loading
+from unmasked.compat.llm2vec import LLM2Vec
+from unmasked.errors import MissingExtraError, ModelError, UnmaskedError, unknown
+from unmasked.export.engines import MANIFEST, Engine, engine_of
+from unmasked.export.faults import Reader, Reading
+from unmasked.export.gguf_file import write_gguf
+from unmasked.export.graph import write_graph
+from unmasked.export.parity import (
+    LIMIT,
+    LIMIT_OF_8_BITS,
+    TEXTS,
+    Parity,
+    compare_vectors,
+    shown,
+)
+from unmasked.export.served import check_keys
+from unmasked.files.writing import folder_aside
+
+Format = Literal["onnx", "openvino", "gguf", "vllm", "tei"]
+WEIGHTS: dict[str, tuple[str, ...]] = {
+    "onnx": ("float32", "float16", "int8"),
+    "openvino": ("float32", "float16", "int8"),
+    "gguf": ("float16", "int8"),
+    "vllm": ("bfloat16", "float16", "float32"),
+    "tei": ("float16", "float32"),
+}
+"""The weights of each format, the usual ones first."""
+POOLS_ALL = ("gguf", "vllm", "tei")
+"""Formats whose engines pool every token of an input."""
+
+
+class DifferentVectorsError(UnmaskedError):
+    """What was exported gives other vectors. Attribute ``parity`` says which."""
+
+    def __init__(self, message: str, parity: Parity | None) -> None:
+        super().__init__(message)
+        self.parity = parity
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was exported.
+
+    Attributes:
+        folder: where it is.
+        engine: what was compared.
+        weights: the numbers of its weights.
+        parity: its vectors against those of torch; None if the engine is not installed.
+        notes: what the engine cannot express, in words.
+    """
+
+    folder: Path
+    engine: str
+    weights: str
+    parity: Parity | None
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found = {"engine": self.engine, "weights": self.weights, "notes": list(self.notes)}
+        return found | (self.parity.as_dict() if self.parity else {"least_cosine": None})
+
+
+def export_model(
+    model: str | Path,
+    to: Format,
+    output: Path,
+    weights: str | None = None,
+    opset: int | None = None,
+    accept: bool = False,
+) -> Exported:
+    """Write an encoder for another engine, and compare.
+
+    Args:
+        model: folder or hub name of an encoder.
+        to: the format.
+        output: new folder.
+        weights: one of `WEIGHTS` of the format; None for the first of them.
+        opset: of ONNX; None for the newest that the converter knows.
+        accept: keep the folder although the engine gives other vectors.
+
+    Raises:
+        ModelError: it cannot be loaded, or the engine cannot compute it.
+        MissingExtraError: the extra ``export`` is not installed.
+        DifferentVectorsError: the engine gives other vectors, or cannot be run here.
+    """
+    if to not in get_args(Format):
+        raise ModelError(unknown("format", to, get_args(Format)))
+    weights = weights or WEIGHTS[to][0]
+    if weights not in WEIGHTS[to]:
+        raise ModelError(unknown(f"weights for {to}", weights, WEIGHTS[to]))
+    encoder = LLM2Vec.from_pretrained(model, dtype="float32", device="cpu", allow_partial=True)
+    if encoder.settings.compat is not None:
+        raise ModelError(
+            f"{model} finds texts by the rules of {encoder.settings.compat}, which no engine has. "
+            "Fix: load it without compat, save it, and export that folder."
+        )
+    with folder_aside(output) as folder:
+        if to in ("vllm", "tei"):
+            encoder.to(getattr(torch, weights))
+        encoder.save(folder)
+        if to in ("vllm", "tei"):
+            check_keys(folder, to, encoder.settings.pooling_mode)
+            encoder.to(torch.float32)
+        else:
+            _convert(encoder, to, folder, weights, opset)
+        written = {"format": to, "weights": weights}
+        (folder / MANIFEST).write_text(json.dumps(written) + "\n", encoding="utf-8")
+        found = _compared(encoder, to, folder, weights)
+        _require(found, accept)
+        written |= found.as_dict() | {"accepted": accept}
+        text = json.dumps(written, indent=2, ensure_ascii=False)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return Exported(output, found.engine, weights, found.parity, found.notes)
+
+
+def _convert(encoder: LLM2Vec, to: str, folder: Path, weights: Any, opset: int | None) -> None:
+    """Replace the weights in a saved folder by the engine's file."""
+    # Loaded again, because the encoder's own transformer runs packed attention.
+    model, _ = loading.load_transformer(loading.find(folder), torch.float32, allow_partial=True)
+    tokens, mode = encoder.backbone.tokens, encoder.settings.pooling_mode
+    if to == "gguf":
+        write_gguf(folder, model, tokens, mode, weights)
+    else:
+        kind: Any = to
+        write_graph(tokens, mode, model, kind, folder, weights, opset)
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+        file.unlink()
+
+
+def _compared(encoder: LLM2Vec, to: str, folder: Path, weights: str) -> Exported:
+    """The fixed texts through the engine and through torch."""
+    notes = list(inexpressible(encoder, to))
+    limit = LIMIT_OF_8_BITS if weights == "int8" else LIMIT
+    numbers = [*range(len(TEXTS))]
+    try:
+        engine = _by_rules(encoder, to, folder) if to in ("vllm", "tei") else engine_of(folder)
+    except MissingExtraError as error:
+        return Exported(folder, to, weights, None, (*notes, str(error)))
+    if not engine.takes_empty:
+        numbers.remove(TEXTS.index(("", "")))
+        notes.append(f"{engine.name} has no vector for an empty text: it has no token there")
+    theirs = engine.vectors([TEXTS[n] for n in numbers])
+    ours = encoder.encode([list(TEXTS[n]) for n in numbers])
+    parity = compare_vectors(ours, theirs, limit, numbers)
+    return Exported(folder, engine.name, weights, parity, tuple(notes))
+
+
+def _by_rules(encoder: LLM2Vec, to: str, folder: Path) -> Engine:
+    """What a server that is not run here computes by its rules, with the weights as written."""
+    pooled = "everything" if encoder.settings.skip_instruction else "text"
+    dtype = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
+    reading = Reading(pooled=pooled, dtype="" if dtype == "float32" else str(dtype))
+
+    def vectors(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        return Reader(encoder, str(folder), [list(pair) for pair in pairs]).vectors(reading)
+
+    return Engine(f"{to}, by its rules (it is not run here),", vectors)
+
+
+def inexpressible(encoder: LLM2Vec, to: str) -> list[str]:
+    """What an engine cannot be told of an encoder, in words."""
+    tokens, found = encoder.backbone.tokens, []
+    if to in POOLS_ALL and tokens.skip_instruction:
+        what = ["the instruction", *(["BOS"] if tokens.prefix else [])]
+        found.append(
+            f"{to} pools {' and '.join(what)} with the text, and this encoder does not. A model "
+            "trained with model.include_instruction=true is the same there"
+        )
+    if tokens.template.suffix and to == "gguf":
+        found.append(
+            f"the template ends every text in {tokens.template.suffix!r}, which llama.cpp does not "
+            "add: send it with every text"
+        )
+    if tokens.template.prefix:
+        found.append(
+            f"the template begins every input with {tokens.template.prefix!r}: it is part of every "
+            "saved prompt, and has to be sent where prompts are not read"
+        )
+    if tokens.doc_max_length is not None:
+        found.append(
+            f"a text is cut after {tokens.doc_max_length} tokens here, and with its instruction "
+            "there"
+        )
+    return found
+
+
+def _require(found: Exported, accept: bool) -> None:
+    if accept or (found.parity is not None and found.parity.same):
+        return
+    kept = "Fix: --accept, to keep it all the same"
+    notes = "".join(f" Note: {note.rstrip('.')}." for note in found.notes)
+    if found.parity is None:
+        raise DifferentVectorsError(f"{found.engine} could not be compared.{notes} {kept}.", None)
+    low = min(zip(found.parity.cosines, found.parity.texts, strict=True))[1]
+    raise DifferentVectorsError(
+        f"{found.engine} gives other vectors: least cosine {found.parity.least:.6f}, allowed "
+        f"{found.parity.limit} (lowest: {shown(low)}).{notes} {kept}.",
+        found.parity,
+    )

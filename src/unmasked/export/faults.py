@@ -1,0 +1,285 @@
+"""Finds out why another program's vectors differ: makes the usual mistakes until one fits.
+
+A `Reading` is a way to turn a text into a vector, right or wrong: mask closed, BOS or the
+instruction pooled, the last token taken, a text cut short, padding attended to, fewer bits.
+`explain_difference` starts from the right one and, step by step, takes over the mistake that brings
+our vectors nearest to theirs; mistakes that turn out not to be needed are dropped. Nothing is read
+from the other program: only its vectors are known.
+
+Cost: a forward of each text for each mistake that changes states (mask, ids, bits, padding), and a
+closed copy of the model; pooling is nearly free.
+
+Shapes: N texts, T tokens of a text, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unmasked.checkpoint import loading
+from unmasked.checkpoint.weights import load_model
+from unmasked.export.parity import cosines
+from unmasked.forward.backbone import Backbone
+from unmasked.forward.pooling import STOCK_MODES, pool
+from unmasked.mask.opening import NATIVE_KEY
+from unmasked.model import TextEncoder
+from unmasked.text.tokens import TokenRow
+
+BETTER = 0.75
+"""A mistake is believed if it leaves at most this share of the difference."""
+CUTS = (8, 16, 32, 64, 77, 128, 256, 384, 512, 1024, 2048, 4096)
+"""Numbers of tokens at which programs like to cut."""
+NOISE = 2e-6
+"""Differences (1 - cosine) below this are what other kernels make of the same numbers."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way from a text to a vector; the defaults are the right one.
+
+    Attributes:
+        closed: the causal mask is on.
+        pooled: ``text``, or what is pooled with it: ``BOS``, ``instruction`` or ``everything``.
+        mode: the pooling mode; empty for the folder's own.
+        ids: ``ours``; ``without BOS``; ``with EOS`` at the end.
+        cut: tokens after which an input is cut; 0 for where the folder cuts.
+        padding: ``left`` or ``right`` if padding takes part in attention; empty if it does not.
+        dtype: the number type; empty for the reference's own.
+    """
+
+    closed: bool = False
+    pooled: str = "text"
+    mode: str = ""
+    ids: str = "ours"
+    cut: int = 0
+    padding: str = ""
+    dtype: str = ""
+
+
+RIGHT = Reading()
+
+WORDS = {
+    "closed": "the causal mask is on: every token sees only what is to its left",
+    "BOS": "BOS is pooled with the text",
+    "instruction": "the instruction is pooled with the text",
+    "everything": "BOS and the instruction are pooled with the text",
+    "without BOS": "BOS is not put before the text",
+    "with EOS": "EOS is put behind the text",
+    "cut": "texts are cut after {cut} tokens",
+    "left": "left padding takes part in attention",
+    "right": "right padding takes part in attention",
+    "mode": "pooled by {mode} instead of {own}",
+    "dtype": "computed in {dtype}",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What explains a difference.
+
+    Attributes:
+        reading: the way to read that comes nearest to the other program's.
+        faults: its mistakes in words; empty if none was found.
+        least: the least cosine of the other program's vectors to ours, read that way.
+        before: the same, read rightly.
+    """
+
+    reading: Reading
+    faults: tuple[str, ...]
+    least: float
+    before: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        wrong = {k: v for k, v in asdict(self.reading).items() if v != getattr(RIGHT, k)}
+        return {
+            "faults": list(self.faults),
+            "reading": wrong,
+            "least_cosine_with_it": self.least,
+        }
+
+
+class Reader:
+    """Reads inputs rightly and wrongly with one encoder.
+
+    Args:
+        encoder: the reference.
+        folder: what it was loaded from, for a second copy with the mask closed.
+        inputs: N ``[instruction, text]`` pairs.
+
+    Attributes:
+        rows: their tokens, read rightly.
+        own: the folder's pooling mode.
+    """
+
+    def __init__(self, encoder: TextEncoder, folder: str, inputs: Sequence[Any]) -> None:
+        self.encoder = encoder
+        self.own = encoder.settings.pooling_mode
+        self._folder = folder
+        self.rows = encoder.backbone.tokenize_inputs(inputs)
+        self._models: dict[tuple[bool, str], Backbone] = {}
+        self._states: dict[Any, Tensor] = {}
+
+    def vectors(self, reading: Reading) -> np.ndarray:
+        """(N, D) vectors of all inputs, read this way."""
+        rows = [self._read(row, reading) for row in self.rows]
+        width = max(len(row.ids) for row in rows) if reading.padding else 0
+        found = []
+        for row in rows:
+            states = self._of(row.ids, reading, width)
+            mask = torch.zeros(len(row.ids), dtype=torch.bool)
+            mask[self._pooled(row, reading)] = True
+            if not mask.any():
+                mask[:] = True
+            at = torch.arange(len(row.ids))
+            mode = reading.mode or self.own
+            found.append(pool(states, torch.zeros_like(at), at, mask, 1, mode)[0].float())
+        return torch.stack(found).numpy()
+
+    def _read(self, row: TokenRow, reading: Reading) -> TokenRow:
+        tokens = self.encoder.backbone.tokens
+        ids, start, stop = row.ids, row.start, row.stop
+        if reading.cut and len(ids) > reading.cut:
+            ids, stop = ids[: reading.cut], min(stop, reading.cut)
+        before = len(tokens.prefix)
+        if reading.ids == "without BOS" and len(ids) > before:
+            ids, start, stop = ids[before:], max(start - before, 0), stop - before
+        eos = tokens.tokenizer.eos_token_id
+        if reading.ids == "with EOS" and eos is not None:
+            ids, stop = [*ids, eos], stop + 1
+        return TokenRow(list(ids), start, stop)
+
+    def _pooled(self, row: TokenRow, reading: Reading) -> list[int]:
+        """Positions that are pooled."""
+        before = 0 if reading.ids == "without BOS" else len(self.encoder.backbone.tokens.prefix)
+        text = [*range(row.start, row.stop)]
+        added: dict[str, Sequence[int]] = {
+            "text": [],
+            "BOS": range(before),
+            "instruction": range(before, row.start),
+            "everything": range(len(row.ids)),
+        }
+        return sorted({at for at in (*text, *added[reading.pooled]) if at < len(row.ids)})
+
+    @torch.inference_mode()
+    def _of(self, ids: list[int], reading: Reading, width: int) -> Tensor:
+        """(T, D) states of one input; `width` tokens with padding, if that is attended to."""
+        pads = max(width - len(ids), 0)
+        key = (reading.closed, reading.dtype, reading.padding if pads else "", pads, tuple(ids))
+        if key not in self._states:
+            backbone = self._model(reading.closed, reading.dtype)
+            pad = int(backbone.tokenizer.pad_token_id)
+            first = pads if reading.padding == "left" else 0
+            padded = [pad] * first + ids + [pad] * (pads - first)
+            features = backbone.collate([TokenRow(padded, 0, len(padded))])
+            device = next(backbone.parameters()).device
+            features = {name: value.to(device) for name, value in features.items()}
+            states = backbone(features)["packed_states"]
+            self._states[key] = states[first : first + len(ids)].float().cpu()
+        return self._states[key]
+
+    def _model(self, closed: bool, dtype: str) -> Backbone:
+        """The backbone with its mask closed or with other numbers; made once."""
+        if (closed, dtype) not in self._models:
+            own = self.encoder.backbone
+            if dtype:
+                whole = copy.deepcopy(self._model(closed, "")).to(getattr(torch, dtype))
+            elif closed:
+                model = closed_copy(self._folder, next(own.parameters()).dtype)
+                whole = Backbone(model.to(self.encoder.device), own.tokens, "the mask is closed")
+            else:
+                whole = own
+            self._models[closed, dtype] = whole.eval()
+        return self._models[closed, dtype]
+
+
+def closed_copy(folder: str, dtype: torch.dtype) -> Any:
+    """The transformer of a saved folder, causal, whatever its config says."""
+    found = loading.find(folder)
+    config = copy.deepcopy(found.config)
+    for part in (config, config.get_text_config()):
+        part.is_causal = True
+        if getattr(part, NATIVE_KEY, None):
+            setattr(part, NATIVE_KEY, False)
+    model, _ = load_model(found.trunk, config, dtype, None)
+    return model.eval()
+
+
+def explain_difference(
+    reader: Reader, theirs: np.ndarray, batched: np.ndarray | None = None
+) -> Explanation:
+    """The mistakes that bring our vectors nearest to theirs.
+
+    Args:
+        reader: reads the same inputs.
+        theirs: (N, D) vectors of the other program, each text asked for alone.
+        batched: (N, D) all asked for at once, if they differ from those.
+    """
+
+    def all_cosines(reading: Reading) -> np.ndarray:
+        alone = cosines(reader.vectors(replace(reading, padding="")), theirs)
+        if batched is None:
+            return alone
+        return np.concatenate([alone, cosines(reader.vectors(reading), batched)])
+
+    def distance(reading: Reading) -> float:
+        # A geometric mean: of two mistakes, one alone explains some texts wholly and others not at
+        # all, and that has to count for more than coming a little nearer everywhere.
+        return float(np.exp(np.log(1 - all_cosines(reading) + NOISE).mean()))
+
+    best, least = RIGHT, distance(RIGHT)
+    before = float(all_cosines(RIGHT).min())
+    for _ in range(4):
+        tried = {reading: distance(reading) for reading in _neighbours(best, reader, batched)}
+        nearest = min(tried, key=lambda reading: (round(tried[reading], 7), _mistakes(reading)))
+        if tried[nearest] > BETTER * least:
+            break
+        best, least = nearest, tried[nearest]
+    for field in fields(Reading):  # what is not needed is no fault
+        simpler = replace(best, **{field.name: getattr(RIGHT, field.name)})
+        if simpler != best and distance(simpler) <= 1.1 * least:
+            best = simpler
+    return Explanation(best, _said(best, reader.own), float(all_cosines(best).min()), before)
+
+
+def _neighbours(now: Reading, reader: Reader, batched: np.ndarray | None) -> Iterable[Reading]:
+    """What is tried next: every way to mask and pool, and every other single mistake."""
+    modes = ["", *(mode for mode in STOCK_MODES if mode not in ("eos_token", reader.own))]
+    for closed, pooled, mode in product(
+        (False, True), ("text", "BOS", "instruction", "everything"), modes
+    ):
+        yield replace(now, closed=closed, pooled=pooled, mode=mode)
+    yield from (replace(now, ids=ids) for ids in ("without BOS", "with EOS"))
+    longest = max(len(row.ids) for row in reader.rows)
+    yield from (replace(now, cut=cut) for cut in CUTS if cut < longest)
+    yield from (replace(now, dtype=dtype) for dtype in ("bfloat16", "float16"))
+    if batched is not None:
+        yield from (replace(now, padding=side) for side in ("left", "right"))
+
+
+def _mistakes(reading: Reading) -> int:
+    return sum(
+        getattr(reading, field.name) != getattr(RIGHT, field.name) for field in fields(reading)
+    )
+
+
+def _said(reading: Reading, own: str) -> tuple[str, ...]:
+    keys = [
+        "closed" if reading.closed else "",
+        reading.pooled,
+        "mode" if reading.mode else "",
+        reading.ids,
+        "cut" if reading.cut else "",
+        reading.padding,
+        "dtype" if reading.dtype else "",
+    ]
+    values = asdict(reading) | {"own": own}
+    return tuple(WORDS[key].format(**values) for key in keys if key in WORDS)

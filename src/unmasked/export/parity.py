@@ -1,0 +1,113 @@
+"""The twenty texts that every export and every server must place where torch places them.
+
+They are chosen for what goes wrong elsewhere: with and without an instruction, one word, many
+words, more than a window, Korean, emoji, code, blank space, nothing at all. Cost: twenty texts,
+2,600 words in all.
+
+Shapes: N texts, D width of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+FIND = "Given a question, find the passage that answers it:"
+SAME = "비슷한 문장을 찾으세요:"
+
+_LOG = " ".join(
+    f"Entry {n}: at {n % 24:02d}:{7 * n % 60:02d} the keeper saw {3 * n % 17} ships, wind "
+    f"{('north', 'east', 'south', 'west')[n % 4]}, sea {('calm', 'rough', 'high')[n % 3]}."
+    for n in range(1, 91)
+)
+
+TEXTS: tuple[tuple[str, str], ...] = (
+    ("", "Lighthouse"),
+    ("", "The keeper climbs ninety steps every evening."),
+    ("", "Why do ships sound their horns in fog?"),
+    ("", "등대지기는 저녁마다 계단 아흔 개를 오른다."),
+    ("", "안개가 끼면 배는 왜 기적을 울리나요?"),
+    ("", "Der Wärter zählt die Schiffe; 灯台守は船を数える。 Маяк виден издалека 🌊🚢"),
+    ("", "def count(ships):\n    return sum(ship.seen for ship in ships)\n"),
+    ("", "  two leading blanks, a tab\there, and three behind   "),
+    ("", "3.14159 26535 89793 0x7FFF 1,000,000"),
+    ("", " ".join(_LOG.split()[:150])),
+    ("", _LOG),
+    ("", ""),
+    (FIND, "Why do ships sound their horns in fog?"),
+    (FIND, "fog"),
+    (FIND, "안개가 끼면 배는 왜 기적을 울리나요?"),
+    (SAME, "등대지기는 저녁마다 계단 아흔 개를 오른다."),
+    (SAME, "The keeper climbs ninety steps every evening."),
+    (FIND, " ".join(_LOG.split()[:120])),
+    (SAME, _LOG),
+    (FIND, ""),
+)
+"""(instruction, text); an empty instruction is none."""
+
+LIMIT, LIMIT_OF_8_BITS = 0.9999, 0.999
+"""The least cosine that is the same vector; with weights of 8 bits, that is as good as they get."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How near the vectors of an engine come to those of torch.
+
+    Attributes:
+        cosines: of each text that was compared, in the order of `texts`.
+        texts: numbers of these texts in `TEXTS`.
+        limit: the least cosine that counts as the same.
+    """
+
+    cosines: tuple[float, ...]
+    texts: tuple[int, ...]
+    limit: float
+
+    @property
+    def least(self) -> float:
+        """The least cosine of all."""
+        return min(self.cosines, default=0.0)
+
+    @property
+    def same(self) -> bool:
+        """Whether every vector is the same."""
+        return self.least >= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the texts that lie lowest named."""
+        return {
+            "least_cosine": self.least,
+            "limit": self.limit,
+            "same": self.same,
+            "cosines": {str(n): c for n, c in zip(self.texts, self.cosines, strict=True)},
+        }
+
+
+def shown(number: int) -> str:
+    """A text of `TEXTS` in a few words, with its instruction."""
+    instruction, text = TEXTS[number]
+    text = text if len(text) <= 32 else f"{text[:29]}..."
+    return f"{text!r} after {instruction[:24]!r}" if instruction else repr(text)
+
+
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(N,) cosines of the rows of two (N, D) arrays; 0 where one is zero or not finite.
+
+    Two vectors of zeros are the same vector: 1.
+    """
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = (one * other).sum(axis=1) / lengths
+    return np.where((one == other).all(axis=1), 1.0, np.where(np.isfinite(found), found, 0.0))
+
+
+def compare_vectors(
+    ours: np.ndarray, theirs: np.ndarray, limit: float, texts: Sequence[int] | None = None
+) -> Parity:
+    """The parity of (N, D) vectors of the texts with these numbers; by default, of all."""
+    numbers = tuple(range(len(TEXTS)) if texts is None else texts)
+    return Parity(tuple(map(float, cosines(ours, theirs))), numbers, limit)

@@ -1,0 +1,130 @@
+"""What vLLM and text-embeddings-inference read of a folder, and what they do without being asked.
+
+Both run the saved weights by their own code, so nothing is converted: the folder has to say, in the
+keys that their loaders read, that the mask is off and how to pool. `LOADERS` lists these keys with
+the reason, and `check_keys` refuses a folder that lacks one. Neither program leaves a token out of
+pooling. They are not run here; what they compute by these rules is, and that is what is compared.
+`unmasked verify` compares the running server.
+
+Source: vllm (transformers_utils/config.py, model_executor/models/llama.py and qwen2.py),
+text-embeddings-inference (router/src/lib.rs, backends/candle/src/models).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unmasked.errors import ModelError
+from unmasked.mask.opening import NATIVE_KEY
+
+POOLING_FILE = "1_Pooling/config.json"
+FLAGS = {
+    "mean": "pooling_mode_mean_tokens",
+    "bos_token": "pooling_mode_cls_token",
+    "last_token": "pooling_mode_lasttoken",
+    "eos_token": "pooling_mode_lasttoken",
+}
+"""The flag of each pooling mode that both programs know."""
+CAUSAL_IN_TEI = ("mistral",)
+"""Families whose mask text-embeddings-inference never opens."""
+IN_TEI = ("gemma3_text", "qwen2", "qwen3")
+"""Families that it runs with the mask open; of all others it runs the ONNX graph alone."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key that a loader reads.
+
+    Attributes:
+        file: where, in the folder.
+        name: of the key.
+        fits: whether a value is what the loader needs; None stands for a key that is not there.
+        why: what it does with it.
+    """
+
+    file: str
+    name: str
+    fits: Callable[[Any], bool]
+    why: str
+
+
+def _true(value: Any) -> bool:
+    return value is True
+
+
+def _false(value: Any) -> bool:
+    return value is False
+
+
+def _given(value: Any) -> bool:
+    return value not in (None, "", [])
+
+
+SENTENCE = "sentence_bert_config.json"
+COMMON = (
+    Key("config.json", "architectures", _given, "names the class that runs the weights"),
+    Key(SENTENCE, "max_seq_length", _given, "where a text is cut"),
+)
+LOADERS = {
+    "vllm": (
+        *COMMON,
+        Key("config.json", "is_causal", _false, "without it attention is that of a decoder"),
+        Key(SENTENCE, "do_lower_case", _false, "without it the length above is ignored"),
+        Key("modules.json", "sentence_transformers.models.Pooling", _given, "finds the pooling"),
+    ),
+    "tei": (
+        *COMMON,
+        Key("config.json", NATIVE_KEY, bool, "without it attention is that of a decoder"),
+        Key(POOLING_FILE, "pooling_mode_max_tokens", _false, "the schema lacks no flag"),
+        Key(POOLING_FILE, "pooling_mode_mean_sqrt_len_tokens", _false, "the schema lacks no flag"),
+    ),
+}
+"""The keys that each loader reads."""
+
+
+def check_keys(folder: Path, kind: str, mode: str) -> None:
+    """Refuse a folder that a loader would misread.
+
+    Args:
+        folder: a saved folder.
+        kind: ``vllm`` or ``tei``.
+        mode: the pooling mode.
+
+    Raises:
+        ModelError: it lacks a key, or asks for what the program does not have.
+    """
+    config = _read(folder / "config.json")
+    family = str(config.get("model_type"))
+    if mode not in FLAGS:
+        raise ModelError(
+            f"{kind} does not pool by {mode}, and would take another way without a word. "
+            f"Allowed: {', '.join(FLAGS)}. Fix: --to onnx."
+        )
+    if kind == "tei" and family not in IN_TEI:
+        why = "keeps its mask" if family in CAUSAL_IN_TEI else "has no bidirectional form there"
+        raise ModelError(
+            f"text-embeddings-inference: {family} {why}. Allowed: {', '.join(IN_TEI)}. "
+            "Fix: --to onnx, which it runs as well (the images for CPUs)."
+        )
+    for key in (*LOADERS[kind], Key(POOLING_FILE, FLAGS[mode], _true, "how to pool")):
+        value = _value(_read(folder / key.file), key.name)
+        opened = key.name == "is_causal" and config.get(NATIVE_KEY)  # the family's own key
+        if not (key.fits(value) or opened):
+            raise ModelError(
+                f"{kind} reads {key.name} in {key.file} ({key.why}), and it is {value!r} there. "
+                "Fix: save the encoder again with this version."
+            )
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _value(content: Any, name: str) -> Any:
+    if isinstance(content, list):  # modules.json: the path of the module of that type
+        return next((row["path"] for row in content if row["type"] == name), None)
+    return content.get(name)

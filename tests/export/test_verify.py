@@ -1,0 +1,213 @@
+"""A server with each of the usual mistakes, and whether `verify` names it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from unmasked.errors import DataError
+from unmasked.export.faults import RIGHT, Reader, Reading
+from unmasked.export.parity import TEXTS
+from unmasked.export.verifying import verify_target
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_decoder):
+    from unmasked import LLM2Vec
+
+    path = tmp_path_factory.mktemp("verify") / "encoder"
+    LLM2Vec.from_pretrained(tiny_decoder, dtype="float32", max_length=96, device="cpu").save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    from unmasked import LLM2Vec
+
+    return LLM2Vec.from_pretrained(folder, dtype="float32", device="cpu")
+
+
+@contextmanager
+def serving(answer, shape="openai"):
+    """A server on loopback; ``answer`` makes (N, D) vectors of N strings, or a (status, text)."""
+    path = {"openai": "/v1/embeddings", "tei": "/embed"}[shape]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path != path:
+                return self.say(404, {"error": "no such path"})
+            texts = body["input" if shape == "openai" else "inputs"]
+            seen.append((texts, self.headers.get("Authorization"), body.get("model")))
+            found = answer(texts)
+            if isinstance(found, tuple):
+                return self.say(found[0], {"error": found[1]})
+            rows = np.asarray(found).tolist()
+            data = [{"index": i, "embedding": row} for i, row in enumerate(rows)]
+            self.say(200, {"data": data[::-1]} if shape == "openai" else rows)
+
+        def do_GET(self):
+            known = self.path == "/v1/models" and shape == "openai"
+            self.say(*((200, {"data": [{"id": "its-name"}]}) if known else (404, {})))
+
+        def say(self, status, content):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *_):
+            pass
+
+    seen = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", seen
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def sent(encoder, pair):
+    return encoder.backbone.tokens.join(pair[0]) + pair[1]
+
+
+def answering(encoder, folder, reading=RIGHT, normalise=True):
+    """A server that reads the fixed texts in a given way; its batch is what it was asked for."""
+    pairs = {sent(encoder, pair): list(pair) for pair in TEXTS}
+
+    def answer(texts):
+        reader = Reader(encoder, str(folder), [pairs.get(text, ["", text]) for text in texts])
+        vectors = reader.vectors(reading)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalise else vectors
+
+    return answer
+
+
+@pytest.mark.parametrize("shape", ["openai", "tei"])
+def test_a_right_server_is_the_same(folder, encoder, shape):
+    with serving(answering(encoder, folder), shape) as (url, seen):
+        found = verify_target(url, folder)
+    assert found.parity.same
+    assert found.parity.texts == tuple(range(20))
+    assert found.explanation is None
+    assert found.notes == ()
+    assert shape in found.target
+    assert seen[-1][2] == ("its-name" if shape == "openai" else None)
+
+
+PLANTED = {
+    "causal mask": (Reading(closed=True), "the causal mask is on"),
+    "BOS pooled": (Reading(pooled="BOS"), "BOS is pooled"),
+    "instruction pooled": (Reading(pooled="instruction"), "the instruction is pooled"),
+    "both pooled": (Reading(pooled="everything"), "BOS and the instruction are pooled"),
+    "last token": (Reading(mode="last_token"), "pooled by last_token instead of mean"),
+    "truncated": (Reading(cut=64), "texts are cut after 64 tokens"),
+    "left padding": (Reading(padding="left"), "left padding takes part in attention"),
+    "right padding": (Reading(padding="right"), "right padding takes part in attention"),
+    "dtype": (Reading(dtype="bfloat16"), "computed in bfloat16"),
+    "no BOS": (Reading(ids="without BOS"), "BOS is not put before the text"),
+    "EOS": (Reading(ids="with EOS"), "EOS is put behind the text"),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_fault_is_named(folder, encoder, planted):
+    reading, words = PLANTED[planted]
+    with serving(answering(encoder, folder, reading)) as (url, _):
+        found = verify_target(url, folder)
+    assert not found.parity.same
+    assert len(found.explanation.faults) == 1, found.explanation.faults
+    assert found.explanation.faults[0].startswith(words)
+    assert found.explanation.reading == reading
+    assert found.explanation.least > 0.99999
+    assert ("padding" in planted) == any("depends on the texts" in note for note in found.notes)
+
+
+def test_two_faults_at_once_are_both_named(folder, encoder):
+    reading = Reading(closed=True, mode="last_token", cut=64)
+    with serving(answering(encoder, folder, reading)) as (url, _):
+        found = verify_target(url, folder)
+    assert found.explanation.reading == replace(reading, pooled=found.explanation.reading.pooled)
+    assert len(found.explanation.faults) == 3
+
+
+def test_vectors_that_are_not_normalised_are_named(folder, encoder):
+    with serving(answering(encoder, folder, normalise=False)) as (url, _):
+        found = verify_target(url, folder)
+    assert found.parity.same
+    assert found.notes[0].startswith("not normalised: the vectors are ")
+
+
+def test_another_model_is_not_explained_away(folder, encoder):
+    def answer(texts):
+        seeds = [sum(text.encode()) for text in texts]
+        return np.stack([np.random.default_rng(seed).normal(size=32) for seed in seeds])
+
+    with serving(answer) as (url, _):
+        found = verify_target(url, folder)
+    assert found.explanation.faults == ()
+    assert found.parity.least < 0.5
+
+
+def test_a_refused_empty_text_is_a_note(folder, encoder):
+    right = answering(encoder, folder)
+
+    def answer(texts):
+        return (422, "empty input") if "" in texts else right(texts)
+
+    with serving(answer) as (url, _):
+        found = verify_target(url, folder)
+    assert found.parity.same
+    assert len(found.parity.texts) == 19
+    assert "refused the empty text: " in found.notes[0]
+    assert "422" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda _: (401, "who are you?"), "Fix: set UNMASKED_API_KEY"),
+        (lambda texts: np.ones((len(texts) + 1, 3)), r"something else than vectors \(shape"),
+        (lambda _: (503, "starting"), "answered 503: .*starting"),
+        (lambda texts: np.ones((len(texts), 3)), "vectors of 3 numbers, .* of 32"),
+    ],
+)
+def test_a_server_that_cannot_be_compared_is_an_error(folder, answer, said):
+    with serving(answer) as (url, _), pytest.raises(DataError, match=said):
+        verify_target(url, folder)
+
+
+def test_the_key_goes_to_the_server_that_was_named(folder, encoder, monkeypatch):
+    monkeypatch.setenv("UNMASKED_API_KEY", "secret")
+    with serving(answering(encoder, folder)) as (url, seen):
+        verify_target(f"{url}/v1/embeddings", folder, model="mine")
+    assert {(key, model) for _, key, model in seen} == {("Bearer secret", "mine")}
+    assert [*map(len, (texts for texts, _, _ in seen))] == [1] * 20 + [20]
+
+
+@pytest.mark.parametrize("address", ["ftp://host", "http://", "file:///etc/passwd"])
+def test_what_is_no_address_is_refused(folder, address):
+    with pytest.raises(DataError, match="is not an address"):
+        verify_target(address, folder)
+
+
+def test_the_command_shows_the_lowest_texts_and_the_reason(cli, folder, encoder):
+    with serving(answering(encoder, folder, Reading(closed=True)), "tei") as (url, _):
+        code, out, _ = cli("verify", url, "--against", folder)
+        ended, listed, _ = cli("verify", url, "--against", folder, "--json")
+    assert code == ended == 2
+    assert "/embed (tei): least cosine " in out
+    assert "why   the causal mask is on" in out
+    assert "this explains it (least cosine 1.000000 read that way)" in out
+    found = json.loads(listed)
+    assert found["reading"] == {"closed": True}
+    assert len(found["cosines"]) == 20
