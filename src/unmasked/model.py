@@ -11,7 +11,6 @@ Cost of loading: reading the weights, and some thirty forwards of a few tokens (
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,26 +20,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import get_device_name
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from unmasked.checkpoint import adapters, folder, loading
+from unmasked.checkpoint import adapters, folder, loading, snapshot
 from unmasked.checkpoint.card import Card
 from unmasked.checkpoint.fingerprint import fingerprint
 from unmasked.errors import DataError, ModelError, unknown
 from unmasked.forward import loop, quantization
 from unmasked.forward.backbone import BY_TOKENS, Backbone, listed, split_pairs
 from unmasked.forward.packing import enable_packing
-from unmasked.forward.pooling import TextPooling, check_mode
+from unmasked.forward.pooling import TextPooling, check_mode, own_pooling
 from unmasked.forward.precision import Precision, pick
 from unmasked.forward.quantization import Quantization
 from unmasked.forward.words import word_vectors
 from unmasked.mask.opening import learned_positions
-from unmasked.mask.proof import Proof, prove, stock_loading
+from unmasked.mask.proof import Proof, prove
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -54,12 +52,13 @@ class TextEncoder(SentenceTransformer):
         tokenizer: its tokenizer.
         settings: pooling, lengths and template.
         device: where to run; by default the best there is (CUDA, then MPS, then CPU).
-        prompts: name → text put before every input encoded under that name.
         report: the proof, if it was made already; otherwise the model is proved now.
         base_name: what the model card calls the base model.
+        behind: modules behind the pooling, such as `Normalize`.
+        stock: further arguments of `SentenceTransformer`: ``prompts``, ``default_prompt_name``,
+            ``similarity_fn_name``, ``truncate_dim``, ``model_card_data``.
 
     Attributes:
-        settings: as given, with the lengths that the model can take.
         report: the proof of the open mask.
         precision: dtype of the weights and why, where it was loaded by name.
         quantization: what 8-bit weights do to the vectors, where it was loaded with such.
@@ -78,18 +77,19 @@ class TextEncoder(SentenceTransformer):
         settings: folder.Settings,
         *,
         device: str | None = None,
-        prompts: dict[str, str] | None = None,
         report: Proof | None = None,
         base_name: str | None = None,
+        behind: Sequence[nn.Module] = (),
+        **stock: Any,
     ) -> None:
         adapters.check_nested(model)
         check_mode(settings.pooling_mode)
-        self.settings = folder.within_positions(settings, learned_positions(model))
+        settings = folder.within_positions(settings, learned_positions(model))
         self.base_name = base_name or str(model.config.name_or_path or "a decoder")  # type: ignore[union-attr]
         find, pool = self.text_rules(settings)
         tokens = find(
             prepare_tokenizer(tokenizer, append_eos=settings.pooling_mode == "eos_token"),
-            self.settings.max_length,
+            settings.max_length,
             settings.doc_max_length,
             settings.skip_instruction,
             settings.template,
@@ -99,7 +99,8 @@ class TextEncoder(SentenceTransformer):
         backbone = Backbone(model, tokens, self._pack(model))
         width = backbone.get_embedding_dimension()
         pooling = pool(width, settings.pooling_mode, settings.skip_instruction)
-        super().__init__(modules=[backbone, pooling], device=device, prompts=prompts)
+        super().__init__(modules=[backbone, pooling, *behind], device=device, **stock)
+        self._rules = settings.compat
 
     @classmethod
     def load_encoder(
@@ -114,9 +115,9 @@ class TextEncoder(SentenceTransformer):
         attention: str | None = None,
         allow_partial: bool = False,
         device: str | None = None,
-        prompts: dict[str, str] | None = None,
         base: str | Path | None = None,
         allow_pickle: bool = False,
+        stock: Mapping[str, Any] = MappingProxyType({}),
         **hub: Any,
     ) -> Self:
         """Load a decoder, open its mask, prove it, and merge adapters.
@@ -128,7 +129,8 @@ class TextEncoder(SentenceTransformer):
                 `loading.load_transformer`.
             dtype: see `precision.pick`.
             quantize: ``int8`` (CPU) or ``fp8`` (GPU); see `quantization.quantize`.
-            device, prompts: as in the constructor; prompts are added to those of the folder.
+            device, stock: as in the constructor; they go before what the folder says, and prompts
+                are added to those of the folder.
 
         Raises:
             ModelError: it cannot be loaded or quantized.
@@ -143,14 +145,17 @@ class TextEncoder(SentenceTransformer):
         model, report = loading.load_transformer(
             found, precision.dtype, attention, enable_bidirectional, allow_partial, allow_pickle
         )
+        options = snapshot.read_options(found.options, settings.template)
+        prompts = options.pop("prompts") | (stock.get("prompts") or {})
         encoder = cls(
             model,
             tokenizer,
             settings=settings,
             device=device,
-            prompts=folder.read_prompts(found.prompts, settings.template) | (prompts or {}),
             report=report or prove(model),
             base_name=str(name),
+            behind=snapshot.load_behind(found.encoder, allow_pickle),
+            **{**options, **stock, "prompts": prompts},
         )
         encoder.precision = precision
         if quantize is not None:
@@ -184,6 +189,11 @@ class TextEncoder(SentenceTransformer):
         module = self[0]
         assert isinstance(module, Backbone)
         return module
+
+    @property
+    def settings(self) -> folder.Settings:
+        """Pooling, lengths and template as they are now, whatever was set since loading."""
+        return snapshot.settings_now(self.backbone.tokens, own_pooling(self), self._rules)
 
     @property
     def tokens_encoded(self) -> int:
@@ -221,7 +231,7 @@ class TextEncoder(SentenceTransformer):
 
     def preprocess(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As `Backbone.preprocess`, which takes ``[instruction, text]`` pairs too."""
-        return self.backbone.preprocess(inputs, *args, **kwargs)
+        return self.backbone.preprocess(inputs, *args, **kwargs) if len(inputs) else {}
 
     def encode(  # type: ignore[override]
         self,
@@ -255,9 +265,9 @@ class TextEncoder(SentenceTransformer):
             split_pairs(inputs)  # names the faulty index before any work is done
         if (output := kwargs.get("output_value", loop.SENTENCE)) not in loop.OUTPUTS:
             raise DataError(unknown("output_value", str(output), map(str, loop.OUTPUTS)))
-        rows = {BY_TOKENS: True} if batch_size is None else {"batch_size": batch_size}
+        rows = BY_TOKENS if batch_size is None else batch_size
         stock: Any = super().encode
-        vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, **rows, **kwargs)
+        vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, batch_size=rows, **kwargs)
         if isinstance(inputs, list) and not inputs and not isinstance(vectors, list):
             width = self.get_embedding_dimension() or 0
             width = min(kwargs.get("truncate_dim") or width, width)
@@ -280,71 +290,60 @@ class TextEncoder(SentenceTransformer):
         target = torch.empty(0, device=device or self.device).device
         if any(weight.device != target for weight in self.parameters()):
             self.to(target)
+        options["stock_features"] = len(self) > 2 or not isinstance(self[1], TextPooling)
         return loop.run(self, self.backbone, inputs, loop.Request.of(target, options))
 
-    def merged_model(self) -> nn.Module:
-        """The bare transformer with an attached adapter, if any, merged into a copy.
+    def set_pooling_include_prompt(self, include_prompt: bool) -> None:
+        """As in `SentenceTransformer`: whether BOS, template and prompt are pooled as well."""
+        self.backbone.tokens.skip_instruction = not include_prompt
+        super().set_pooling_include_prompt(include_prompt or own_pooling(self).mode == "bos_token")
 
-        Raises:
-            ModelError: it is quantized.
-        """
-        self._require_full_precision("saved")
-        model = self.backbone.auto_model
-        if isinstance(model, PeftModel):
-            return adapters.merge_attached(copy.deepcopy(model))
-        return model
-
-    def save(  # type: ignore[override]
+    def save(
         self,
-        path: str | Path,
-        merge_before_save: bool = True,
-        save_config: bool = True,
-        *_: Any,
+        path: str | Path | None,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: list[str] | None = None,
+        safe_serialization: bool = True,
+        *,
         card: Card | None = None,
-        **__: Any,
+        save_config: bool = True,
     ) -> None:
         """Write a folder that stock sentence-transformers and transformers load (see `folder`).
 
-        An attached adapter is merged into the copy that is written; an existing folder is replaced
-        file by file.
+        It says what the encoder is now: lengths, prompts and similarity as they were set, modules
+        behind the pooling, and attached adapters merged into a copy of the weights, unless they are
+        switched off. What another model left in an existing folder is removed.
 
         Args:
-            path: where to write.
-            merge_before_save: accepted for the original's sake; what is written is always merged.
+            path: where to write; None writes nothing.
+            model_name: what the model card calls the model.
+            create_model_card: False leaves the README as it is.
+            train_datasets: data that the model card names.
+            safe_serialization: only True; weights are always safetensors.
+            card: what the model card says, instead of the three above.
             save_config: False leaves `llm2vec_config.json` out.
-            card: what the model card says; options of `SentenceTransformer.save` are accepted and
-                ignored, weights are always safetensors.
-        """
-        tokens = self.backbone.tokens
-        tokenizer, exact = tokens.for_stock()
-        if not exact:
-            logger.warning(
-                "Stock loaders cannot pool this template exactly (%r ... %r): load the folder with "
-                "unmasked, or train and save without a template.",
-                tokens.template.prefix,
-                tokens.template.suffix,
-            )
-        model = self.merged_model()
-        stock = stock_loading(model)
-        if stock == "causal":
-            logger.warning("Only unmasked opens the mask of this family; stock loaders do not.")
-        pooling: Any = self[1]
-        prefix = tokens.template.prefix
-        named = {"default": "", "query": "", "document": "", **self.prompts}
-        folder.write_folder(
-            path,
-            model,
-            tokenizer,
-            self.settings,
-            pooling.get_config_dict(),
-            {name: prefix + prompt for name, prompt in named.items() if prompt is not None},
-            fixed_tokens=tokens.fixed_tokens,
-            needs_eager=stock == "eager",
-            card=card or Card(self.base_name, self.report.summary()),
-        )
-        if not save_config:
-            (Path(path) / folder.SETTINGS_NAME).unlink()
 
-    def save_pretrained(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
+        Raises:
+            ModelError: quantized, or a module that cannot be in a folder.
+            OutputError: the folder cannot be written.
+        """
+        if path is None:
+            return
+        if not safe_serialization:
+            raise ModelError(
+                "weights are written as safetensors only: a pickle can run code. "
+                "Fix: leave safe_serialization out."
+            )
+        self._require_full_precision("saved")
+        card = card or Card(
+            self.base_name,
+            self.report.summary(),
+            datasets=train_datasets or (),
+            name=snapshot.model_name(self, model_name),
+        )
+        snapshot.save_encoder(self, path, card, create_model_card, save_config)
+
+    def save_pretrained(self, path: str | Path | None, *args: Any, **kwargs: Any) -> None:
         """The same as `save`."""
         self.save(path, *args, **kwargs)

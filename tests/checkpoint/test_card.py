@@ -10,7 +10,6 @@ from huggingface_hub import HfApi, ModelCard, RepoUrl
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint.card import Card, render
-from unmasked.checkpoint.folder import Settings
 from unmasked.checkpoint.push import list_files, push
 from unmasked.errors import ModelError, OutputError
 
@@ -31,7 +30,7 @@ def test_the_card_is_one_of_sentence_transformers():
         "org/decoder", "bidirectional: full", {"Recipe": "```yaml\nname: x\n```"},
         ["org/texts", "mine/corpus.txt.gz"], STAGES,
     )  # fmt: skip
-    text = render(card, Settings(), 256, 512)
+    text = render(card, "mean", 256, 512)
     read = ModelCard(text)
     assert read.data.library_name == "sentence-transformers"
     assert read.data.pipeline_tag == "sentence-similarity"

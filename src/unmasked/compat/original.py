@@ -88,7 +88,8 @@ def loading_options(
         ModelError: a device map that cannot be used.
     """
     rest = dict(options)
-    dtype = str(rest.pop("torch_dtype", None) or dtype).removeprefix("torch.")
+    dtype = str(rest.pop("torch_dtype", None) or rest.pop("dtype", None) or dtype)
+    dtype = dtype.removeprefix("torch.")
     device = device or _one_device(rest.pop("device_map", None))
     if rest.pop("trust_remote_code", False):
         logger.info("trust_remote_code is not needed: code from a repository is never run.")
@@ -96,6 +97,44 @@ def loading_options(
         allowed = [*HUB_OPTIONS, "torch_dtype", "device_map", "trust_remote_code"]
         raise TypeError(f"from_pretrained: {unknown('option', strange[0], allowed)}")
     return dtype, device, rest
+
+
+_OF_MODEL = ("torch_dtype", "dtype", "device_map")
+STOCK = (
+    "prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "model_card_data",
+)  # fmt: skip
+"""Arguments of `SentenceTransformer` that an encoder takes as they are."""
+
+
+def stock_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments of `SentenceTransformer` as they are, the others in our words).
+
+    Args:
+        options: by name; ``cache_folder``, ``model_kwargs``, ``backend`` and the like are among
+            them where stock code builds a model.
+
+    Raises:
+        ModelError: one that cannot be followed.
+    """
+    rest = dict(options)
+    stock = {name: rest.pop(name) for name in STOCK if name in rest}
+    if cache := rest.pop("cache_folder", None):
+        rest["cache_dir"] = cache
+    for name in ("model_kwargs", "processor_kwargs", "tokenizer_kwargs", "config_kwargs"):
+        given = dict(rest.pop(name, None) or {})
+        if name == "model_kwargs":
+            rest |= {key: given.pop(key) for key in _OF_MODEL if key in given}
+        if given:
+            raise ModelError(
+                f"{name}: {', '.join(given)} cannot be followed. Allowed: {', '.join(_OF_MODEL)} "
+                "in model_kwargs. Fix: LLM2Vec(model, tokenizer) with both loaded your own way."
+            )
+    if (backend := rest.pop("backend", "torch")) != "torch":
+        raise ModelError(
+            f"backend {backend!r}: the encoder runs in torch. Fix: save it, and load its folder "
+            "with SentenceTransformer(folder, backend=...)."
+        )
+    return stock, {name: value for name, value in rest.items() if value is not None}
 
 
 def _one_device(device_map: Any) -> str | None:

@@ -9,6 +9,7 @@ Shapes: B rows of a batch, T tokens of its longest row, N real tokens of all row
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
-from unmasked.errors import DataError, ModelError
+from unmasked.errors import DataError, ModelError, unknown
 from unmasked.forward.packing import Packed, pack, run_packed
 from unmasked.text.templates import PLAIN
 from unmasked.text.tokens import TextTokenizer, TokenRow
@@ -30,6 +31,8 @@ def listed(inputs: Any) -> list[Any]:
     Raises:
         DataError: they are not a sequence of inputs.
     """
+    if isinstance(inputs, np.ndarray) and inputs.ndim:
+        inputs = inputs.tolist()  # a row of a two-dimensional array is a pair
     if isinstance(inputs, Iterable) and not isinstance(inputs, Mapping | bytes):
         with suppress(TypeError):  # an array without an axis
             return list(inputs)
@@ -110,8 +113,27 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-BY_TOKENS = "by_tokens"
-"""Option of `encode` that fills each forward up to a number of tokens, not of rows."""
+def requested_length(options: Mapping[str, Any] | None) -> int | None:
+    """The limit of an input among the `processing_kwargs` of a call; None if they name none.
+
+    Raises:
+        DataError: they name anything else.
+    """
+    length: int | None = None
+    for kind, values in (options or {}).items():
+        for name, value in dict(values).items():
+            if (kind, name) not in _OPTIONS:
+                allowed = map(".".join, _OPTIONS)
+                raise DataError(unknown("processing option", f"{kind}.{name}", allowed))
+            if not (name == "max_length" and isinstance(value, int)) and value not in (True, None):
+                raise DataError(f"processing_kwargs: {kind}.{name}={value!r} is not supported.")
+            length = value if name == "max_length" else length
+    return length
+
+
+_OPTIONS = [(k, n) for k in ("text", "common") for n in ("max_length", "padding", "truncation")]
+BY_TOKENS = sys.maxsize
+"""The `batch_size` of `encode` that fills each forward up to a number of tokens, not of rows."""
 
 
 class Backbone(InputModule):
@@ -125,8 +147,6 @@ class Backbone(InputModule):
     Attributes:
         tokens_encoded: real tokens that went through `encode` so far, for measuring speed.
     """
-
-    forward_kwargs = {BY_TOKENS}  # noqa: RUF012 (sentence-transformers declares it like this)
 
     def __init__(
         self, model: nn.Module, tokens: TextTokenizer, unpackable: str | None = None
@@ -184,9 +204,34 @@ class Backbone(InputModule):
         prompt: str | None = None,
         *,
         max_length: int | None = None,
+        processing_kwargs: Mapping[str, Any] | None = None,
         **_: Any,
-    ) -> dict[str, Tensor]:
-        return self.collate(self.tokenize_inputs(inputs, prompt, max_length))
+    ) -> dict[str, Any]:
+        """Features of strings or pairs.
+
+        Args:
+            inputs: B strings, or B pairs.
+            prompt: put before each that has none of its own.
+            max_length: overrides the limit of an input for this call.
+            processing_kwargs: the same as sentence-transformers has it: ``{"text": {"max_length":
+                N}}``.
+
+        Returns:
+            As `collate`, and ``prompt_length``, as the stock module has it, for other people's
+            pooling and losses: the number of tokens before the text, where that is one number
+            greater than 0; ``text_mask`` says it for each row.
+
+        Raises:
+            DataError: another option among the `processing_kwargs`.
+        """
+        limit = requested_length(processing_kwargs) or max_length
+        return self.features_of(self.tokenize_inputs(inputs, prompt, limit))
+
+    def features_of(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
+        """`collate`, with the ``prompt_length`` that `preprocess` describes."""
+        starts = {row.start for row in rows}
+        length = starts.pop() if len(starts) == 1 else 0
+        return {**self.collate(rows), **({"prompt_length": length} if length else {})}
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Run the transformer over the real tokens.
@@ -226,6 +271,12 @@ class Backbone(InputModule):
         }
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Write weights, config and tokenizer; `checkpoint.folder` writes the whole folder."""
-        self.auto_model.save_pretrained(output_path)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(output_path)
+        """Refused: a folder of this module alone would not say what is pooled.
+
+        Raises:
+            ModelError: always; `TextEncoder.save` writes the whole folder.
+        """
+        raise ModelError(
+            "this module is saved by LLM2Vec only. Fix: put other modules behind the encoder, as "
+            "in model = LLM2Vec.from_pretrained(...); model.append(Normalize()); model.save(...)."
+        )

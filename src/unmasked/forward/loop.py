@@ -19,9 +19,9 @@ from sentence_transformers.util import truncate_embeddings
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from unmasked.forward.backbone import Backbone
+from unmasked.forward.backbone import BY_TOKENS, Backbone, requested_length
 from unmasked.forward.batches import WINDOW, ahead, distinct, plan_batches, token_budget
-from unmasked.forward.packing import pack
+from unmasked.forward.packing import Packed, pack
 
 SENTENCE = "sentence_embedding"
 TOKENS = "token_embeddings"
@@ -38,7 +38,9 @@ class Request:
     Attributes:
         output_value: one of `OUTPUTS`.
         save_to_cpu: copy vectors to the host as they come.
-        by_tokens: fill forwards up to a number of tokens; otherwise `batch_size` rows make one.
+        batch_size: rows of a forward; `BY_TOKENS` fills forwards up to a number of tokens.
+        processing_kwargs: see `Backbone.preprocess`.
+        stock_features: hand on what other people's modules read: padded states, prompt_length.
     """
 
     device: torch.device
@@ -49,7 +51,8 @@ class Request:
     save_to_cpu: bool
     normalize_embeddings: bool
     truncate_dim: int | None
-    by_tokens: bool = False
+    processing_kwargs: Mapping[str, Any] | None = None
+    stock_features: bool = False
 
     @classmethod
     def of(cls, device: torch.device, options: Mapping[str, Any]) -> Request:
@@ -59,7 +62,7 @@ class Request:
 
     def plan(self, lengths: Sequence[int]) -> list[np.ndarray]:
         """Which of some rows, by their numbers of tokens, share a forward."""
-        if self.by_tokens:
+        if self.batch_size == BY_TOKENS:
             return plan_batches(lengths, token_budget(self.device))
         return plan_batches(lengths, batch_size=self.batch_size)
 
@@ -97,16 +100,21 @@ def prepare_batches(
 ) -> Iterator[PreparedBatch]:
     """Tokenise, plan and collate a window of inputs at a time; meant to run in a thread."""
     pin = request.device.type == "cuda"
+    limit = requested_length(request.processing_kwargs)
+    collate = backbone.features_of if request.stock_features else backbone.collate
     for start in range(0, len(inputs), WINDOW):
-        rows = backbone.tokenize_inputs(inputs[start : start + WINDOW], request.prompt)
+        rows = backbone.tokenize_inputs(inputs[start : start + WINDOW], request.prompt, limit)
         lengths = [len(row.ids) for row in rows]
         for chosen in request.plan(lengths):
-            features: dict[str, Any] = backbone.collate([rows[i] for i in chosen])
+            features: dict[str, Any] = collate([rows[i] for i in chosen])
             if backbone.unpackable is None:
                 features["packed"] = pack(features["attention_mask"])
             if pin:
-                features = {key: value.pin_memory() for key, value in features.items()}
-            features["repad"] = request.output_value != SENTENCE
+                features = {
+                    key: value.pin_memory() if isinstance(value, Tensor | Packed) else value
+                    for key, value in features.items()
+                }
+            features["repad"] = request.stock_features or request.output_value != SENTENCE
             yield PreparedBatch(chosen + start, [lengths[i] for i in chosen], features)
 
 

@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -251,7 +251,6 @@ class Run:
     def _causal(self, chain: Chain, mode: str) -> LLM2Vec:
         """The base with its mask closed, and another pooling: all that baselines differ in."""
         encoder = self._encoder(chain, closed=True)
-        encoder.settings = replace(encoder.settings, pooling_mode=mode)
         width = encoder.backbone.get_embedding_dimension()
         encoder[1] = type(encoder[1])(width, mode, encoder.settings.skip_instruction)
         return encoder
