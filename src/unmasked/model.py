@@ -59,6 +59,7 @@ class TextEncoder(SentenceTransformer):
             ``similarity_fn_name``, ``truncate_dim``, ``model_card_data``.
 
     Attributes:
+        rules: name of another package's rules for finding a text, as ``compat`` in the settings.
         report: the proof of the open mask.
         precision: dtype of the weights and why, where it was loaded by name.
         quantization: what 8-bit weights do to the vectors, where it was loaded with such.
@@ -100,7 +101,7 @@ class TextEncoder(SentenceTransformer):
         width = backbone.get_embedding_dimension()
         pooling = pool(width, settings.pooling_mode, settings.skip_instruction)
         super().__init__(modules=[backbone, pooling, *behind], device=device, **stock)
-        self._rules = settings.compat
+        self.rules = settings.compat
 
     @classmethod
     def load_encoder(
@@ -158,6 +159,7 @@ class TextEncoder(SentenceTransformer):
             **{**options, **stock, "prompts": prompts},
         )
         encoder.precision = precision
+        encoder.backbone.query_length, encoder.backbone.document_length = found.lengths
         if quantize is not None:
             encoder.quantization = quantization.quantize(encoder, model, quantize)
         return encoder
@@ -193,7 +195,7 @@ class TextEncoder(SentenceTransformer):
     @property
     def settings(self) -> folder.Settings:
         """Pooling, lengths and template as they are now, whatever was set since loading."""
-        return snapshot.settings_now(self.backbone.tokens, own_pooling(self), self._rules)
+        return snapshot.settings_now(self.backbone.tokens, own_pooling(self), self.rules)
 
     @property
     def tokens_encoded(self) -> int:
@@ -269,9 +271,7 @@ class TextEncoder(SentenceTransformer):
         stock: Any = super().encode
         vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, batch_size=rows, **kwargs)
         if isinstance(inputs, list) and not inputs and not isinstance(vectors, list):
-            width = self.get_embedding_dimension() or 0
-            width = min(kwargs.get("truncate_dim") or width, width)
-            vectors = loop.no_vectors(vectors, width, kwargs.get("precision"))
+            return loop.no_vectors(vectors, self.get_embedding_dimension() or 0, kwargs)
         return vectors
 
     def encode_words(
@@ -311,9 +311,8 @@ class TextEncoder(SentenceTransformer):
     ) -> None:
         """Write a folder that stock sentence-transformers and transformers load (see `folder`).
 
-        It says what the encoder is now: lengths, prompts and similarity as they were set, modules
-        behind the pooling, and attached adapters merged into a copy of the weights, unless they are
-        switched off. What another model left in an existing folder is removed.
+        It says what the encoder is now, whatever was set since loading; attached adapters are
+        merged into a copy, unless they are switched off. What another model left there is removed.
 
         Args:
             path: where to write; None writes nothing.
@@ -328,21 +327,22 @@ class TextEncoder(SentenceTransformer):
             ModelError: quantized, or a module that cannot be in a folder.
             OutputError: the folder cannot be written.
         """
-        if path is None:
-            return
-        if not safe_serialization:
-            raise ModelError(
-                "weights are written as safetensors only: a pickle can run code. "
-                "Fix: leave safe_serialization out."
-            )
         self._require_full_precision("saved")
-        card = card or Card(
-            self.base_name,
-            self.report.summary(),
-            datasets=train_datasets or (),
-            name=snapshot.model_name(self, model_name),
+        own = Card(self.base_name, self.report.summary(), datasets=train_datasets or ())
+        snapshot.save_encoder(
+            self,
+            path,
+            card or snapshot.named_card(own, self, model_name),
+            create_model_card,
+            save_config,
+            safe_serialization,
         )
-        snapshot.save_encoder(self, path, card, create_model_card, save_config)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As in torch; weights of a saved folder go below an attached adapter (`snapshot`)."""
+        return super().load_state_dict(snapshot.below_adapters(self, state_dict), strict, assign)
 
     def save_pretrained(self, path: str | Path | None, *args: Any, **kwargs: Any) -> None:
         """The same as `save`."""

@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 from unmasked import __version__
 from unmasked.errors import origin_of_package
 
+PLACEHOLDER = "sentence_transformers_model_id"
+"""What stands for the name of a model without one; `SentenceTransformer` puts a later one there."""
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "llm2vec", "unmasked")
 LIBRARIES = ("sentence-transformers", "transformers", "torch", "peft")
 _DATA = {".csv", ".gz", ".jsonl", ".parquet", ".tsv", ".txt", ".zst"}
@@ -55,6 +58,7 @@ def render(
     limit: int,
     similarity: str = "cosine",
     text_limit: int | None = None,
+    task_limits: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """The whole README.md.
 
@@ -64,6 +68,7 @@ def render(
         width: D, the numbers of a vector.
         limit: number of tokens at which an input is cut.
         similarity: how vectors are compared: ``cosine``, ``dot``, ``euclidean``, ``manhattan``.
+        task_limits: those of queries and documents, by the name that stock settings have for them.
         text_limit: number of tokens at which a text is cut behind its prompt, if that is less.
     """
     sections = {**card.sections, "Scores": _scores(card)} if card.stages else card.sections
@@ -72,6 +77,10 @@ def render(
     base = f"[{name}](https://huggingface.co/{name})" if name else Path(card.base).name or card.base
     data = "".join(f"\n    - {_public_name(given) or Path(given).name}" for given in card.datasets)
     libraries = "\n".join(f"- {name}: {number}" for name, number in versions().items())
+    tasks = "".join(
+        f"\n    - **Maximum {name.removesuffix('_length').capitalize()} Length:** {number} tokens"
+        for name, number in task_limits.items()
+    )
     origin = origin_of_package().removeprefix("git+")
     maker = f"[unmasked]({origin})" if origin.startswith("http") else "unmasked"
     compared = {"cosine": "Cosine Similarity", "dot": "Dot Product"}.get(
@@ -92,7 +101,7 @@ classification.
 
 - **Model Type:** Sentence Transformer
 - **Base model:** {base}
-- **Maximum Sequence Length:** {limit} tokens
+- **Maximum Sequence Length:** {limit} tokens{tasks}
 - **Output Dimensionality:** {width} dimensions
 - **Similarity Function:** {compared}
 - **Pooling:** `{pooling_mode}` over the text's own tokens, without BOS and prompt
@@ -104,7 +113,7 @@ classification.
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{card.name or "path/to/this/folder"}")
+model = SentenceTransformer("{card.name or PLACEHOLDER}")
 vectors = model.encode(["a text", "another text"])
 print(model.similarity(vectors, vectors))
 ```

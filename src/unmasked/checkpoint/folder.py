@@ -40,12 +40,15 @@ from unmasked.errors import ModelError
 from unmasked.files.writing import folder_aside
 from unmasked.mask.opening import NATIVE_KEY
 from unmasked.text.templates import PLAIN, Template, read_template
-from unmasked.text.tokens import MARK
+from unmasked.text.tokens import MARK, probe_text, surrounding_ids
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "llm2vec_config.json"
 MODULES_NAME = "modules.json"
+LENGTHS_NAME = "sentence_bert_config.json"
+LENGTHS = ("query_length", "document_length")
+"""Limits for the inputs of `encode_query` and `encode_document` alone, where there are any."""
 TRUSTED = "sentence_transformers."
 """Where the classes of modules may come from: no other package's code is run to load a folder."""
 OLDEST = "5.2"
@@ -89,6 +92,7 @@ def write_folder(
     stock_pooling: Mapping[str, Any],
     options: Mapping[str, Any],
     fixed_tokens: int,
+    lengths: Mapping[str, int | None],
     behind: Sequence[nn.Module] = (),
     needs_eager: bool = False,
     card: Card | None = None,
@@ -105,6 +109,7 @@ def write_folder(
         options: ``prompts`` (name → prompt; an empty prompt leaves BOS out of pooling all the
             same), ``default_prompt_name``, ``similarity_fn_name``, perhaps ``truncate_dim``.
         fixed_tokens: number of tokens of an input that are not its text (BOS, EOS).
+        lengths: by name of `LENGTHS`: tokens of an input of `encode_query`, `encode_document`.
         behind: the modules behind the pooling.
         needs_eager: stock loaders must use eager attention for this family.
         card: what the README says; None leaves the README that is there.
@@ -135,8 +140,9 @@ def write_folder(
         _write_json(folder / "1_Pooling" / "config.json", _pooling(stock_pooling, width))
         further = [_write_module(folder, n, module) for n, module in enumerate(behind, start=2)]
         _write_json(folder / MODULES_NAME, [*_modules(), *further])
-        loading = {"max_seq_length": limit, "do_lower_case": False}
-        _write_json(folder / "sentence_bert_config.json", loading | _tokenizer_args(folder))
+        asked = {name: length for name, length in lengths.items() if length is not None}
+        loading = {"max_seq_length": limit, "do_lower_case": False, **asked}
+        _write_json(folder / LENGTHS_NAME, loading | _tokenizer_args(folder))
         _write_json(folder / PROMPTS_NAME, _stock_options(options, _empty_prompt(tokenizer)))
         if with_settings:
             _write_json(folder / SETTINGS_NAME, asdict(settings))
@@ -148,6 +154,7 @@ def write_folder(
                 limit,
                 str(options["similarity_fn_name"]),
                 text_limit,
+                asked,
             )
             (folder / "README.md").write_text(text, encoding="utf-8")
         _remove_leftovers(Path(path), folder)
@@ -210,8 +217,8 @@ def _tokenizer_args(folder: Path) -> dict[str, Any]:
     For a few families (`qwen2`) `AutoTokenizer` builds a class of its own from the vocabulary and
     drops the saved normalizer, so that it would keep `MARK`.
     """
-    probe = MARK + "a"
     saved = PreTrainedTokenizerFast.from_pretrained(folder)
+    probe = MARK + probe_text(saved)
     if AutoTokenizer.from_pretrained(folder)(probe)["input_ids"] == saved(probe)["input_ids"]:
         return {}
     return {"tokenizer_args": {"tokenizer_type": GENERIC_TOKENIZER}}
@@ -245,8 +252,7 @@ def _pooling(stock: Mapping[str, Any], width: int) -> dict[str, Any]:
 
 def _empty_prompt(tokenizer: PreTrainedTokenizerFast) -> str:
     """`MARK`, if there is a BOS to be left out of pooling: some tokenizer classes keep the mark."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return "" if tokenizer("a")["input_ids"][:1] == plain[:1] else MARK
+    return MARK if surrounding_ids(tokenizer)[0] else ""
 
 
 def _stock_options(options: Mapping[str, Any], empty: str) -> dict[str, Any]:
@@ -291,9 +297,10 @@ def _write_module(folder: Path, number: int, module: nn.Module) -> dict[str, Any
     same = before.keys() == after.keys() and all(
         torch.equal(before[name].cpu(), after[name]) for name in before
     )
-    if repr(again) != repr(module) or not same:
+    parts, found = (list(map(repr, each.modules())) for each in (module, again))
+    if parts != found or not same:
         raise ModelError(
-            f"module {number} would not come back as it is: {module} is read as {again}. "
+            f"module {number} would not come back as it is: {parts} is read as {found}. "
             "Fix: an activation function of torch.nn with its default arguments."
         )
     return {"idx": number, "name": str(number), "path": path, "type": reference}
@@ -307,14 +314,12 @@ def _share(folder: Path) -> None:
 
 
 _OF_MODULE = re.compile(r"[0-9]+_[A-Z]\w*$")
-"""The folder of a module, as sentence-transformers names it."""
 _READ_BY_LOADERS = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "tf_model*", "flax_model*",
     "adapter_config.json", "adapter_model*", "config.json", "generation_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "*.spm", "*.tiktoken", "chat_template*", "additional_chat_templates",
-    "*processor_config.json",
-    "modules.json", "sentence_*_config.json", "config_sentence_transformers.json",
+    "*processor_config.json", "modules.json", "sentence_*_config.json", "config_sentence_transformers.json",
     "router_config.json", "modeling_*.py", "configuration_*.py", "tokenization_*.py",
     "llm2vec_config.json", "onnx", "openvino", "original",
 )  # fmt: skip

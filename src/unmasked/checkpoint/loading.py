@@ -24,7 +24,13 @@ from transformers import (
 )
 
 from unmasked.checkpoint import adapters
-from unmasked.checkpoint.folder import MODULES_NAME, PROMPTS_NAME, SETTINGS_NAME
+from unmasked.checkpoint.folder import (
+    LENGTHS,
+    LENGTHS_NAME,
+    MODULES_NAME,
+    PROMPTS_NAME,
+    SETTINGS_NAME,
+)
 from unmasked.checkpoint.location import Location, locate, locate_adapter
 from unmasked.checkpoint.weights import load_model, require_whole
 from unmasked.errors import ModelError, NotBidirectionalError, first_line
@@ -58,6 +64,13 @@ class Found:
     settings: dict[str, Any]
     options: dict[str, Any]
     encoder: Location
+
+    @property
+    def lengths(self) -> tuple[int | None, int | None]:
+        """Limits for queries and for documents, where the encoder has such."""
+        said = self.encoder.read_json(LENGTHS_NAME)
+        query, document = (said.get(name) for name in LENGTHS)
+        return query, document
 
 
 def find(

@@ -13,9 +13,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from sentence_transformers.util import import_module_class
 from torch import nn
 
@@ -36,24 +38,33 @@ _BLANK = ("default", "blank", "no_prompt")
 
 def save_encoder(
     encoder: Any,
-    path: str | Path,
+    path: str | Path | None,
     card: Card,
     with_card: bool = True,
     with_settings: bool = True,
+    safe: bool = True,
 ) -> None:
     """Write the folder of an encoder as it is now; see `folder.write_folder`.
 
     Args:
         encoder: a `TextEncoder`.
-        path: folder to write.
+        path: folder to write; None writes nothing.
         card: what the README says.
         with_card: False writes no README.
         with_settings: False leaves `llm2vec_config.json` out.
+        safe: only True: weights are always safetensors.
 
     Raises:
-        ModelError: something of it cannot be in a folder.
+        ModelError: something of it cannot be in a folder, or pickles are asked for.
         OutputError: the folder cannot be written.
     """
+    if path is None:
+        return
+    if not safe:
+        raise ModelError(
+            "weights are written as safetensors only: a pickle can run code. "
+            "Fix: leave safe_serialization out."
+        )
     tokens, settings = encoder.backbone.tokens, encoder.settings
     tokenizer, exact = tokens.for_stock()
     model = merged(encoder.backbone.auto_model)
@@ -67,6 +78,7 @@ def save_encoder(
         encoder[1].get_config_dict(),
         _options(encoder, tokens.template.prefix),
         fixed_tokens=tokens.fixed_tokens,
+        lengths={name: getattr(encoder.backbone, name) for name in folder.LENGTHS},
         behind=list(encoder)[2:],
         needs_eager=stock == "eager",
         card=card if with_card else None,
@@ -87,12 +99,42 @@ def settings_now(tokens: Any, pooling: Any, rules: str | None) -> folder.Setting
     )
 
 
-def model_name(encoder: Any, given: str | None) -> str | None:
-    """What the model is called: as given, unless that is a path, or as its card data says."""
-    if given and not Path(given).exists():
-        return given
-    said: str | None = encoder.model_card_data.model_id
-    return said
+def named_card(card: Card, encoder: Any, name: str | None) -> Card:
+    """A card with the name of the model: as given, unless that is a path, or as its data says."""
+    if not name or Path(name).exists():
+        name = encoder.model_card_data.model_id
+    return replace(card, name=name)
+
+
+def below_adapters(encoder: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict to load where a saved folder, in which adapters are merged, is loaded back.
+
+    `SentenceTransformerTrainer` does so to go on from a checkpoint, and to end with the best one.
+    With a LoRA attached, what the folder holds goes into the weights below it, and the LoRA begins
+    anew, so that the vectors are those of the folder.
+
+    Raises:
+        ModelError: adapters of another kind are attached.
+    """
+    own = encoder.state_dict()
+    if not adapters.has_adapters(encoder.backbone.auto_model) or own.keys() <= state.keys():
+        return state
+    found = {}
+    for key, value in own.items():
+        plain = key.replace(".base_model.model.", ".").replace(".base_layer.", ".")
+        if plain in state:
+            found[key] = state[plain]
+        elif ".lora_A." in key:
+            found[key] = value
+        elif ".lora_B." in key:
+            found[key] = torch.zeros_like(value)
+        else:
+            raise ModelError(
+                f"a saved encoder cannot be loaded below this adapter ({key}): only plain LoRA "
+                "begins anew. Fix: load the folder, and attach a new adapter to it."
+            )
+    logger.warning("The adapter of this checkpoint is merged; training goes on with a new one.")
+    return found
 
 
 def _tell_differences(

@@ -28,6 +28,7 @@ from unmasked.compat.counting import CountingPooling, CountingTokenizer, positio
 from unmasked.compat.original import (
     DOC_MAX_LENGTH,
     PUBLISHED,
+    NamesItsBase,
     check_compat,
     is_original,
     loading_options,
@@ -43,7 +44,7 @@ from unmasked.text.tokens import TextTokenizer
 logger = logging.getLogger(__name__)
 
 
-class LLM2Vec(TextEncoder):
+class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
     """A bidirectional text encoder made from a decoder (LLM2Vec, arXiv 2404.05961).
 
     >>> model = LLM2Vec.from_pretrained("nano")
@@ -237,10 +238,10 @@ class LLM2Vec(TextEncoder):
             batch_size, prompt_name = prompt_name, None
         if isinstance(prompt, bool):
             kwargs["show_progress_bar"], prompt = prompt, None
-        if self.settings.compat and not kwargs.get("convert_to_numpy"):
+        if self.rules and not kwargs.get("convert_to_numpy"):
             kwargs["convert_to_tensor"] = True
         vectors = super().encode(inputs, prompt_name, prompt, batch_size, **kwargs)
-        return vectors.cpu() if self.settings.compat and isinstance(vectors, Tensor) else vectors
+        return vectors.cpu() if self.rules and isinstance(vectors, Tensor) else vectors
 
     def forward(self, input: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
         """As in `SentenceTransformer`; ``embed_mask`` is the original's name of ``text_mask``."""
@@ -330,7 +331,7 @@ class LLM2Vec(TextEncoder):
         positions = columns - attention.argmax(dim=1)[rows]
         mask = chosen if self.skip_instruction else attention
         is_text = mask[rows, columns].bool()
-        if self.settings.compat is not None:
+        if self.rules is not None:
             positions = positions_in_text(rows, positions, is_text, len(attention))
         states = last_hidden_states[rows, columns]  # (N, D)
         return pool(states, rows, positions, is_text, len(attention), self.pooling_mode)

@@ -1,4 +1,4 @@
-"""Recognises checkpoints of the original package, and translates the options of its calls.
+"""What others expect: checkpoints of the original package, options of its calls and of stock ones.
 
 Cost: two small files of a checkpoint are looked for.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABCMeta
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,16 @@ PUBLISHED = Template(joint=" ")
 """What published checkpoints without a template of their own were made with."""
 DOC_MAX_LENGTH = 400
 """The original's default for the tokens of a text."""
+
+
+class NamesItsBase(ABCMeta):
+    """Tells what the class is: BERTopic and KeyBERT look for the library in the type's name.
+
+    Without it they silently take a model of their own choice instead.
+    """
+
+    def __repr__(cls) -> str:
+        return f"<class '{cls.__module__}.{cls.__qualname__}' (sentence_transformers)>"
 
 
 def is_original(location: Location) -> bool:

@@ -145,6 +145,8 @@ class Backbone(InputModule):
         unpackable: why batches stay padded; None if `packing.enable_packing` accepted the model.
 
     Attributes:
+        query_length, document_length: limits for the inputs of `encode_query`, `encode_document`;
+            None for the limit of all.
         tokens_encoded: real tokens that went through `encode` so far, for measuring speed.
     """
 
@@ -155,6 +157,8 @@ class Backbone(InputModule):
         self.auto_model = model
         self.tokens = tokens
         self.unpackable = unpackable
+        self.query_length: int | None = None
+        self.document_length: int | None = None
         self.tokens_encoded = 0
 
     @property
@@ -167,6 +171,11 @@ class Backbone(InputModule):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(
+                f"max_seq_length {value!r}: an encoder cuts texts at some number of tokens. "
+                "Fix: a number of 1 or more, as large as the model takes."
+            )
         self.tokens.max_length = value
 
     def get_embedding_dimension(self) -> int:
@@ -205,6 +214,7 @@ class Backbone(InputModule):
         *,
         max_length: int | None = None,
         processing_kwargs: Mapping[str, Any] | None = None,
+        task: str | None = None,
         **_: Any,
     ) -> dict[str, Any]:
         """Features of strings or pairs.
@@ -215,6 +225,7 @@ class Backbone(InputModule):
             max_length: overrides the limit of an input for this call.
             processing_kwargs: the same as sentence-transformers has it: ``{"text": {"max_length":
                 N}}``.
+            task: ``query`` or ``document``, for limits of their own.
 
         Returns:
             As `collate`, and ``prompt_length``, as the stock module has it, for other people's
@@ -224,8 +235,18 @@ class Backbone(InputModule):
         Raises:
             DataError: another option among the `processing_kwargs`.
         """
-        limit = requested_length(processing_kwargs) or max_length
+        limit = self.limit(processing_kwargs, max_length, task)
         return self.features_of(self.tokenize_inputs(inputs, prompt, limit))
+
+    def limit(
+        self,
+        options: Mapping[str, Any] | None,
+        max_length: int | None = None,
+        task: str | None = None,
+    ) -> int | None:
+        """The limit of the inputs of a call, as `preprocess` takes it; None for that of all."""
+        of_task = {"query": self.query_length, "document": self.document_length}
+        return requested_length(options) or max_length or of_task.get(task or "")
 
     def features_of(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
         """`collate`, with the ``prompt_length`` that `preprocess` describes."""
@@ -267,8 +288,18 @@ class Backbone(InputModule):
             "packed_states": states,
             "packed_rows": rows,
             "packed_positions": positions,
-            "packed_is_text": features.get("text_mask", attention)[rows, columns].bool(),
+            "packed_is_text": self._text_mask(features)[rows, columns].bool(),
         }
+
+    def _text_mask(self, features: Mapping[str, Any]) -> Tensor:
+        """(B, T), also of features that another model's preprocessing made of the same tokens."""
+        attention: Tensor = features["attention_mask"]
+        if "text_mask" in features or not self.tokens.skip_instruction:
+            return features.get("text_mask", attention)  # type: ignore[no-any-return]
+        given = features.get("prompt_length", len(self.tokens.prefix))
+        start = int(torch.as_tensor(given).flatten()[0])
+        text = attention * (attention.cumsum(dim=1) > start)
+        return torch.where(text.any(dim=1, keepdim=True), text, attention)
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Refused: a folder of this module alone would not say what is pooled.

@@ -19,7 +19,7 @@ from sentence_transformers.util import truncate_embeddings
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from unmasked.forward.backbone import BY_TOKENS, Backbone, requested_length
+from unmasked.forward.backbone import BY_TOKENS, Backbone
 from unmasked.forward.batches import WINDOW, ahead, distinct, plan_batches, token_budget
 from unmasked.forward.packing import Packed, pack
 
@@ -39,7 +39,7 @@ class Request:
         output_value: one of `OUTPUTS`.
         save_to_cpu: copy vectors to the host as they come.
         batch_size: rows of a forward; `BY_TOKENS` fills forwards up to a number of tokens.
-        processing_kwargs: see `Backbone.preprocess`.
+        processing_kwargs, task: see `Backbone.preprocess`.
         stock_features: hand on what other people's modules read: padded states, prompt_length.
     """
 
@@ -52,6 +52,7 @@ class Request:
     normalize_embeddings: bool
     truncate_dim: int | None
     processing_kwargs: Mapping[str, Any] | None = None
+    task: str | None = None
     stock_features: bool = False
 
     @classmethod
@@ -100,7 +101,7 @@ def prepare_batches(
 ) -> Iterator[PreparedBatch]:
     """Tokenise, plan and collate a window of inputs at a time; meant to run in a thread."""
     pin = request.device.type == "cuda"
-    limit = requested_length(request.processing_kwargs)
+    limit = backbone.limit(request.processing_kwargs, task=request.task)
     collate = backbone.features_of if request.stock_features else backbone.collate
     for start in range(0, len(inputs), WINDOW):
         rows = backbone.tokenize_inputs(inputs[start : start + WINDOW], request.prompt, limit)
@@ -167,6 +168,9 @@ def row_outputs(
                 states = zip(outputs[TOKENS], batch.lengths, strict=True)
                 rows = [row[:length].float() for row, length in states]
             else:
+                if request.truncate_dim is not None:
+                    cut = truncate_embeddings(outputs[SENTENCE], request.truncate_dim)
+                    outputs = {**outputs, SENTENCE: cut}
                 own = {k: v for k, v in outputs.items() if not k.startswith("packed")}
                 tensors = {k: v for k, v in own.items() if isinstance(v, Tensor)}
                 rows = [{k: v[i] for k, v in tensors.items()} for i in range(len(batch.lengths))]
@@ -176,8 +180,15 @@ def row_outputs(
     return results
 
 
-def no_vectors(like: Any, width: int, precision: str | None) -> Any:
-    """(0, D) vectors, the answer to an empty list: a tensor if `like` is one, else an array."""
+def no_vectors(like: Any, width: int, options: Mapping[str, Any]) -> Any:
+    """(0, D) vectors, the answer to an empty list: a tensor if `like` is one, else an array.
+
+    Args:
+        like: what the stock method answers.
+        width: D, before it is cut.
+        options: of the call; ``truncate_dim`` and ``precision`` count.
+    """
+    width, precision = min(options.get("truncate_dim") or width, width), options.get("precision")
     kinds = {"int8": np.int8, "uint8": np.uint8, "binary": np.int8, "ubinary": np.uint8}
     packed = precision in ("binary", "ubinary")  # one bit per number
     shape = (0, -(-width // 8) if packed else width)

@@ -93,14 +93,19 @@ def _take_off(trunk: nn.Module) -> None:
             own = getattr(layer, _TAKES_ITSELF_OFF)(active, False, None)
         else:
             layer.get_base_layer().float()
-            layer.merge() if active else layer.unmerge()
+            if active:
+                layer.merge()
+            elif layer.merged:
+                layer.unmerge()
             own = layer.get_base_layer()
         trunk.set_submodule(name, own)
-    own_names: Any = getattr(trunk, "peft_config", {})
-    if getattr(trunk, "_hf_peft_config_loaded", False):
-        trunk.delete_adapter(list(own_names))  # type: ignore[operator]
-    elif own_names:
-        del trunk.peft_config
+    # what load_adapter leaves: names under which `save_pretrained` would write the whole model
+    vars(trunk).pop("_weight_conversions", None)
+    if names := list(getattr(trunk, "peft_config", {})):
+        try:
+            trunk.delete_adapter(names)  # type: ignore[operator]
+        except (AttributeError, ValueError):  # it has none of its own: a PeftModel attached them
+            del trunk.peft_config
 
 
 def require_finite(state: Mapping[str, torch.Tensor], source: str) -> None:
@@ -132,13 +137,6 @@ def _wrapped(model: nn.Module, config: PeftConfig, source: str) -> PeftModel:
             f"{source} is {_kind(config)}: it puts trained tokens before every text and "
             "changes no weight, so there is nothing to merge. Fix: an adapter such as LoRA."
         )
-    kept = [name for name in getattr(config, "modules_to_save", None) or [] if _is_head(name)]
-    if kept:
-        raise ModelError(
-            f"{source} was trained with the model's head ({', '.join(kept)} among its "
-            "modules_to_save), which an encoder does not have. Fix: merge it into the causal "
-            "language model (merge_and_unload), save that, and give its folder."
-        )
     try:
         peft_model = PeftModel(model, config)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
@@ -154,10 +152,6 @@ def _kind(config: PeftConfig) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def _is_head(name: str) -> bool:
-    return name.split(".")[-1] in ("lm_head", "embed_out", "score", "classifier")
-
-
 def _of_trunk(
     state: dict[str, torch.Tensor], model: nn.Module, source: str
 ) -> dict[str, torch.Tensor]:
@@ -170,7 +164,10 @@ def _of_trunk(
     longer = f"{own}{trunk}."
     if not trunk or hasattr(model, trunk) or not any(key.startswith(longer) for key in state):
         return state
-    if heads := [key for key in state if not key.startswith(longer)]:
+    others = [key for key in state if not key.startswith(longer)]
+    if any(hasattr(model, key.removeprefix(own).split(".")[0]) for key in others):
+        return state  # names of both kinds: `load_adapter_state` says which do not fit
+    if heads := others:
         raise ModelError(
             f"{source} was trained on the model with its head, and changes that too "
             f"({', '.join(heads[:3])}), but an encoder has none. Fix: merge it into the causal "
@@ -256,18 +253,20 @@ def load_adapter_state(model: PeftModel, state: dict[str, torch.Tensor], source:
     Raises:
         ModelError: they do not fit; names `source`, where they are from.
     """
-    expected = set(adapter_state(model))
-    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
     base = model.peft_config["default"].base_model_name_or_path
+    missing = sorted(set(adapter_state(model)) - state.keys())
+    unexpected: list[str] = []
     try:
-        set_peft_model_state_dict(model, state)
+        if not missing:
+            result: Any = set_peft_model_state_dict(model, state)
+            unexpected = list(result.unexpected_keys)
     except (RuntimeError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise ModelError(
-            f"the adapter {source} does not fit this model: {len(lines)} weights differ in shape, "
-            f"first {lines[0] if lines else error} It was made for {base}. Fix: load it on that "
-            "base; if this is that base and its vocabulary was resized for the adapter, merge the "
-            "adapter there (merge_and_unload), save that, and give its folder."
+            f"the adapter {source} was made for another base ({base}), or for this one with a "
+            f"vocabulary that was resized: {len(lines)} weights differ in shape, first "
+            f"{lines[0] if lines else error} Fix: load it on that base; if its vocabulary was "
+            "resized, merge it there (merge_and_unload), save that, and give its folder."
         ) from error
     if missing or unexpected:
         raise ModelError(
