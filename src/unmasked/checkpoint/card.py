@@ -16,6 +16,34 @@ from types import MappingProxyType
 from unmasked import __version__
 from unmasked.errors import origin_of_package
 
+CITATION = """## Citation
+
+```bibtex
+@inproceedings{llm2vec,
+    title = {LLM2Vec: Large Language Models Are Secretly Powerful Text Encoders},
+    author = {BehnamGhader, Parishad and Adlakha, Vaibhav and Mosbach, Marius and Bahdanau, Dzmitry
+              and Chapados, Nicolas and Reddy, Siva},
+    booktitle = {COLM},
+    year = {2024},
+    url = {https://arxiv.org/abs/2404.05961},
+}
+```
+"""
+DIFFERENCES = """This needs transformers 5.2 or later and sentence-transformers 5.2 or later; older ones stop
+with an error, because they would compute causally.
+
+Where this loader differs from `unmasked`, which made the model:
+
+- A prompt should end in a newline, or in a colon with nothing behind it: after a space, the text's
+  first word merges with the prompt, and this loader then leaves it out of the vector. So does a
+  text that begins with white space behind a prompt.
+- An empty text has a vector of zeros, so that its cosine to anything is 0; `unmasked` gives it the
+  vector of its context.
+- Texts without a prompt get the default prompt, one character that the tokenizer removes, so that
+  BOS is left out of the vector; the loader says so as it loads. A call with `prompt=""`, which some
+  frameworks make, switches that off, and BOS is averaged in: leave `prompt` out, or pass
+  `prompt_name="document"`.
+"""
 PLACEHOLDER = "sentence_transformers_model_id"
 """What stands for the name of a model without one; `SentenceTransformer` puts a later one there."""
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "llm2vec", "unmasked")
@@ -118,39 +146,13 @@ vectors = model.encode(["a text", "another text"])
 print(model.similarity(vectors, vectors))
 ```
 
-This needs transformers 5.2 or later and sentence-transformers 5.2 or later; older versions stop
-with an error, because they would compute causally.
-
-Where this loader differs from `unmasked`, which made the model:
-
-- A prompt should end in a newline, or in a colon with nothing behind it: after a space, the text's
-  first word merges with the prompt, and this loader then leaves it out of the vector. So does a
-  text that begins with white space behind a prompt.
-- An empty text has a vector of zeros, so that its cosine to anything is 0; `unmasked` gives it the
-  vector of its context.
-- Texts without a prompt get the default prompt, one character that the tokenizer removes, so that
-  BOS is left out of the vector; the loader says so as it loads. A call with `prompt=""`, which some
-  frameworks make, switches that off, and BOS is averaged in: leave `prompt` out, or pass
-  `prompt_name="document"`.
-{_cut(limit, text_limit)}{told}
+{DIFFERENCES}{_cut(limit, text_limit)}{told}
 
 ## Framework Versions
 
 {libraries}
 
-## Citation
-
-```bibtex
-@inproceedings{{llm2vec,
-    title = {{LLM2Vec: Large Language Models Are Secretly Powerful Text Encoders}},
-    author = {{BehnamGhader, Parishad and Adlakha, Vaibhav and Mosbach, Marius and Bahdanau, Dzmitry
-              and Chapados, Nicolas and Reddy, Siva}},
-    booktitle = {{COLM}},
-    year = {{2024}},
-    url = {{https://arxiv.org/abs/2404.05961}},
-}}
-```
-"""
+{CITATION}"""
 
 
 def _cut(limit: int, text_limit: int | None) -> str:

@@ -319,9 +319,10 @@ _READ_BY_LOADERS = (
     "adapter_config.json", "adapter_model*", "config.json", "generation_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "*.spm", "*.tiktoken", "chat_template*", "additional_chat_templates",
-    "*processor_config.json", "modules.json", "sentence_*_config.json", "config_sentence_transformers.json",
-    "router_config.json", "modeling_*.py", "configuration_*.py", "tokenization_*.py",
-    "llm2vec_config.json", "onnx", "openvino", "original",
+    "*processor_config.json", "modules.json", "sentence_*_config.json",
+    "config_sentence_transformers.json", "router_config.json", "modeling_*.py",
+    "configuration_*.py", "tokenization_*.py", "llm2vec_config.json", "onnx", "openvino",
+    "original",
 )  # fmt: skip
 
 
