@@ -89,6 +89,8 @@ def adapter_layers_are_tuner_layers():
 
 
 def wrappers_take_themselves_off():
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
     wrapped = get_peft_model(tiny_model(), config).get_base_model().norm
     taken = wrapped.unload_and_optionally_merge_module(True, False, None)
@@ -96,6 +98,8 @@ def wrappers_take_themselves_off():
 
 
 def loading_an_adapter_leaves_names(tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+
     get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     model = tiny_model()
     model.load_adapter(str(tmp_path))

@@ -29,7 +29,8 @@ CITATION = """## Citation
 }
 ```
 """
-DIFFERENCES = """This needs transformers 5.2 or later and sentence-transformers 5.2 or later; older ones stop
+DIFFERENCES = """\
+This needs transformers 5.2 or later and sentence-transformers 5.2 or later; older ones stop
 with an error, because they would compute causally.
 
 Where this loader differs from `unmasked`, which made the model:
@@ -105,10 +106,7 @@ def render(
     base = f"[{name}](https://huggingface.co/{name})" if name else Path(card.base).name or card.base
     data = "".join(f"\n    - {_public_name(given) or Path(given).name}" for given in card.datasets)
     libraries = "\n".join(f"- {name}: {number}" for name, number in versions().items())
-    tasks = "".join(
-        f"\n    - **Maximum {name.removesuffix('_length').capitalize()} Length:** {number} tokens"
-        for name, number in task_limits.items()
-    )
+    tasks = "".join(_task_limit(*item) for item in task_limits.items())
     origin = origin_of_package().removeprefix("git+")
     maker = f"[unmasked]({origin})" if origin.startswith("http") else "unmasked"
     compared = {"cosine": "Cosine Similarity", "dot": "Dot Product"}.get(
@@ -153,6 +151,11 @@ print(model.similarity(vectors, vectors))
 {libraries}
 
 {CITATION}"""
+
+
+def _task_limit(name: str, number: int) -> str:
+    kind = name.removesuffix("_length").capitalize()
+    return f"\n    - **Maximum {kind} Length:** {number} tokens"
 
 
 def _cut(limit: int, text_limit: int | None) -> str:
