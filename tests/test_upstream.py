@@ -88,6 +88,31 @@ def adapter_layers_are_tuner_layers():
     return len(layers) == 2 and all(hasattr(m.get_base_layer(), "weight") for m in layers)
 
 
+def wrappers_take_themselves_off():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
+    wrapped = get_peft_model(tiny_model(), config).get_base_model().norm
+    taken = wrapped.unload_and_optionally_merge_module(True, False, None)
+    return "weight" in dict(taken.named_parameters(recurse=False))
+
+
+def loading_an_adapter_leaves_names(tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = tiny_model()
+    model.load_adapter(str(tmp_path))
+    return "_weight_conversions" in vars(model)
+
+
+def pruned_heads_are_kept_as_they_are(tmp_path: Path):
+    config = tiny_model().config
+    config.pruned_heads = {"a sentence": []}
+    config.save_pretrained(tmp_path)
+    return type(config).from_pretrained(tmp_path).pruned_heads == {"a sentence": []}
+
+
 def says(error: type[Exception], text: str, call: Callable[[], object]) -> bool:
     try:
         call()
@@ -229,6 +254,9 @@ PROBES: dict[str, Callable[..., bool]] = {
     "kv_offset": mask_takes_lengths_and_offsets,
     "_inference": inference_is_the_loop_of_encode,
     "BaseTunerLayer": adapter_layers_are_tuner_layers,
+    "unload_and_optionally_merge_module": wrappers_take_themselves_off,
+    "_weight_conversions": loading_an_adapter_leaves_names,
+    "pruned_heads": pruned_heads_are_kept_as_they_are,
     "lora_dropout": dropout_on_experts_is_refused_by_name,
     "size mismatch": other_shapes_are_a_size_mismatch,
     "safetensors": pickled_weights_alone_name_safetensors,

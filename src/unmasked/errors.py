@@ -14,8 +14,14 @@ The command line prints the message without a traceback and exits with status 2.
 from __future__ import annotations
 
 import difflib
+import json
+import shlex
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 
 class UnmaskedError(Exception):
@@ -57,7 +63,37 @@ class MissingExtraError(UnmaskedError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed. Fix: pip install 'unmasked[{extra}]'")
+        super().__init__(f"{package} is not installed. Fix: {pip_install(extra)}")
+
+
+def pip_install(extra: str) -> str:
+    """The command that installs this package with an extra, from where it came."""
+    origin = origin_of_package()
+    what = f"unmasked[{extra}]"
+    if origin.startswith("git+"):
+        what = f"{what} @ {origin}"
+    elif not origin.startswith("http"):
+        what = f"{origin}[{extra}]"
+    return f"pip install {shlex.quote(what)}"
+
+
+def origin_of_package() -> str:
+    """Where this package was installed from: the folder of a source tree, ``git+...``, or its page.
+
+    pip notes it for everything that is not from an index (PEP 610). A package that runs without
+    having been installed is in the tree above this file.
+    """
+    here = Path(__file__).resolve().parents[2]
+    try:
+        noted = json.loads(distribution("unmasked").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        return str(here)
+    url = str(noted.get("url", ""))
+    if "vcs_info" in noted:
+        return f"{noted['vcs_info'].get('vcs', 'git')}+{url}"
+    if url.startswith("file:"):
+        return url2pathname(urlparse(url).path)
+    return url or "https://pypi.org/project/unmasked"
 
 
 def nearest(given: str, allowed: Iterable[str], end: str = ".") -> str:

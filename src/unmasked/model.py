@@ -11,7 +11,6 @@ Cost of loading: reading the weights, and some thirty forwards of a few tokens (
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,27 +20,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import get_device_name
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from unmasked.checkpoint import adapters, folder, loading
+from unmasked.checkpoint import adapters, folder, loading, snapshot
 from unmasked.checkpoint.card import Card
 from unmasked.checkpoint.fingerprint import fingerprint
 from unmasked.errors import DataError, ModelError, unknown
 from unmasked.forward import quantization
-from unmasked.forward.backbone import BY_TOKENS, Backbone, listed, split_pairs
+from unmasked.forward.backbone import BY_TOKENS, Backbone
 from unmasked.forward.compiling import check_choice
 from unmasked.forward.loop import preparing, running
-from unmasked.forward.pooling import TextPooling, check_mode
+from unmasked.forward.pooling import TextPooling, check_mode, own_pooling
 from unmasked.forward.precision import Precision, pick
 from unmasked.forward.quantization import Quantization
 from unmasked.forward.words import word_vectors
 from unmasked.mask.opening import learned_positions
-from unmasked.mask.proof import Proof, prove, stock_loading
+from unmasked.mask.proof import Proof, prove
+from unmasked.text.inputs import listed, split_pairs
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -55,12 +54,14 @@ class TextEncoder(SentenceTransformer):
         tokenizer: its tokenizer.
         settings: pooling, lengths and template.
         device: where to run; by default the best there is (CUDA, then MPS, then CPU).
-        prompts: name → text put before every input encoded under that name.
         report: the proof, if it was made already; otherwise the model is proved now.
         base_name: what the model card calls the base model.
+        behind: modules behind the pooling, such as `Normalize`.
+        stock: further arguments of `SentenceTransformer`: ``prompts``, ``default_prompt_name``,
+            ``similarity_fn_name``, ``truncate_dim``, ``model_card_data``.
 
     Attributes:
-        settings: as given, with the lengths that the model can take.
+        rules: name of another package's rules for finding a text, as ``compat`` in the settings.
         report: the proof of the open mask.
         precision: dtype of the weights and why, where it was loaded by name.
         quantization: what 8-bit weights do to the vectors, where it was loaded with such.
@@ -80,18 +81,19 @@ class TextEncoder(SentenceTransformer):
         settings: folder.Settings,
         *,
         device: str | None = None,
-        prompts: dict[str, str] | None = None,
         report: Proof | None = None,
         base_name: str | None = None,
+        behind: Sequence[nn.Module] = (),
+        **stock: Any,
     ) -> None:
         adapters.check_nested(model)
         check_mode(settings.pooling_mode)
-        self.settings = folder.within_positions(settings, learned_positions(model))
+        settings = folder.within_positions(settings, learned_positions(model))
         self.base_name = base_name or str(model.config.name_or_path or "a decoder")  # type: ignore[union-attr]
         find, pool = self.text_rules(settings)
         tokens = find(
             prepare_tokenizer(tokenizer, append_eos=settings.pooling_mode == "eos_token"),
-            self.settings.max_length,
+            settings.max_length,
             settings.doc_max_length,
             settings.skip_instruction,
             settings.template,
@@ -101,7 +103,8 @@ class TextEncoder(SentenceTransformer):
         backbone = Backbone(model, tokens)
         width = backbone.get_embedding_dimension()
         pooling = pool(width, settings.pooling_mode, settings.skip_instruction)
-        super().__init__(modules=[backbone, pooling], device=device, prompts=prompts)
+        super().__init__(modules=[backbone, pooling, *behind], device=device, **stock)
+        self.rules = settings.compat
         if (verdict := self.report.verdict) != "full":
             backbone.unpackable = f"it is not bidirectional throughout ({verdict})"
         backbone.packs_here()  # on the device and in the precision that it will run in
@@ -120,9 +123,9 @@ class TextEncoder(SentenceTransformer):
         attention: str | None = None,
         allow_partial: bool = False,
         device: str | None = None,
-        prompts: dict[str, str] | None = None,
         base: str | Path | None = None,
         allow_pickle: bool = False,
+        stock: Mapping[str, Any] = MappingProxyType({}),
         **hub: Any,
     ) -> Self:
         """Load a decoder, open its mask, prove it, and merge adapters.
@@ -135,7 +138,8 @@ class TextEncoder(SentenceTransformer):
             dtype: see `precision.pick`.
             quantize: ``int8`` (CPU) or ``fp8`` (GPU); see `quantization.quantize`.
             compile: ``auto`` (a GPU and long work), ``always``, ``never``: see `compiling`.
-            device, prompts: as in the constructor; prompts are added to those of the folder.
+            device, stock: as in the constructor; they go before what the folder says, and prompts
+                are added to those of the folder.
 
         Raises:
             ModelError: it cannot be loaded or quantized, or the proof failed.
@@ -150,16 +154,20 @@ class TextEncoder(SentenceTransformer):
         model, report = loading.load_transformer(
             found, precision.dtype, attention, enable_bidirectional, allow_partial, allow_pickle
         )
+        options = snapshot.read_options(found.options, settings.template)
+        prompts = options.pop("prompts") | (stock.get("prompts") or {})
         encoder = cls(
             model,
             tokenizer,
             settings=settings,
             device=device,
-            prompts=folder.read_prompts(found.prompts, settings.template) | (prompts or {}),
             report=report or prove(model),
             base_name=str(name),
+            behind=snapshot.load_behind(found.encoder, allow_pickle),
+            **{**options, **stock, "prompts": prompts},
         )
         encoder.precision, encoder.compiles = precision, compile
+        encoder.backbone.query_length, encoder.backbone.document_length = found.lengths
         if quantize is not None:
             encoder.quantization = quantization.quantize(encoder, model, quantize)
         return encoder
@@ -193,6 +201,11 @@ class TextEncoder(SentenceTransformer):
         return module
 
     @property
+    def settings(self) -> folder.Settings:
+        """Pooling, lengths and template as they are now, whatever was set since loading."""
+        return snapshot.settings_now(self.backbone.tokens, own_pooling(self), self.rules)
+
+    @property
     def tokens_encoded(self) -> int:
         """Number of real tokens that went through `encode` so far, for measuring speed."""
         return self.backbone.tokens_encoded
@@ -219,7 +232,7 @@ class TextEncoder(SentenceTransformer):
 
     def preprocess(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As `Backbone.preprocess`, which takes ``[instruction, text]`` pairs too."""
-        return self.backbone.preprocess(inputs, *args, **kwargs)
+        return self.backbone.preprocess(inputs, *args, **kwargs) if len(inputs) else {}
 
     def encode(  # type: ignore[override]
         self,
@@ -260,8 +273,7 @@ class TextEncoder(SentenceTransformer):
         stock: Any = super().encode
         vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, **rows, **kwargs)
         if isinstance(inputs, list) and not inputs and not isinstance(vectors, list):
-            width = self.backbone.get_embedding_dimension()
-            vectors = running.no_vectors(vectors, width, kwargs)
+            return running.no_vectors(vectors, self.backbone.get_embedding_dimension(), kwargs)
         return vectors
 
     def encode_words(
@@ -280,71 +292,60 @@ class TextEncoder(SentenceTransformer):
         target = torch.empty(0, device=device or self.device).device
         if any(weight.device != target for weight in self.parameters()):
             self.to(target)
+        options["stock_features"] = len(self) > 2 or not isinstance(self[1], TextPooling)
         return running.run(self, self.backbone, inputs, preparing.Request.of(target, options))
 
-    def merged_model(self) -> nn.Module:
-        """The bare transformer with an attached adapter, if any, merged into a copy.
+    def set_pooling_include_prompt(self, include_prompt: bool) -> None:
+        """As in `SentenceTransformer`: whether BOS, template and prompt are pooled as well."""
+        self.backbone.tokens.skip_instruction = not include_prompt
+        super().set_pooling_include_prompt(include_prompt or own_pooling(self).mode == "bos_token")
 
-        Raises:
-            ModelError: it is quantized.
-        """
-        self._require_full_precision("saved")
-        model = self.backbone.auto_model
-        if isinstance(model, PeftModel):
-            return adapters.merge_attached(copy.deepcopy(model))
-        return model
-
-    def save(  # type: ignore[override]
+    def save(
         self,
-        path: str | Path,
-        merge_before_save: bool = True,
-        save_config: bool = True,
-        *_: Any,
+        path: str | Path | None,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: list[str] | None = None,
+        safe_serialization: bool = True,
+        *,
         card: Card | None = None,
-        **__: Any,
+        save_config: bool = True,
     ) -> None:
         """Write a folder that stock sentence-transformers and transformers load (see `folder`).
 
-        An attached adapter is merged into the copy that is written; an existing folder is replaced
-        file by file.
+        It says what the encoder is now, whatever was set since loading; attached adapters are
+        merged into a copy, unless they are switched off. What another model left there is removed.
 
         Args:
-            path: where to write.
-            merge_before_save: accepted for the original's sake; what is written is always merged.
+            path: where to write; None writes nothing.
+            model_name: what the model card calls the model.
+            create_model_card: False leaves the README as it is.
+            train_datasets: data that the model card names.
+            safe_serialization: only True; weights are always safetensors.
+            card: what the model card says, instead of the three above.
             save_config: False leaves `llm2vec_config.json` out.
-            card: what the model card says; options of `SentenceTransformer.save` are accepted and
-                ignored, weights are always safetensors.
-        """
-        tokens = self.backbone.tokens
-        tokenizer, exact = tokens.for_stock()
-        if not exact:
-            logger.warning(
-                "Stock loaders cannot pool this template exactly (%r ... %r): load the folder with "
-                "unmasked, or train and save without a template.",
-                tokens.template.prefix,
-                tokens.template.suffix,
-            )
-        model = self.merged_model()
-        stock = stock_loading(model)
-        if stock == "causal":
-            logger.warning("Only unmasked opens the mask of this family; stock loaders do not.")
-        pooling: Any = self[1]
-        prefix = tokens.template.prefix
-        named = {"default": "", "query": "", "document": "", **self.prompts}
-        folder.write_folder(
-            path,
-            model,
-            tokenizer,
-            self.settings,
-            pooling.get_config_dict(),
-            {name: prefix + prompt for name, prompt in named.items() if prompt is not None},
-            fixed_tokens=tokens.fixed_tokens,
-            needs_eager=stock == "eager",
-            card=card or Card(self.base_name, self.report.summary()),
-        )
-        if not save_config:
-            (Path(path) / folder.SETTINGS_NAME).unlink()
 
-    def save_pretrained(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
+        Raises:
+            ModelError: quantized, or a module that cannot be in a folder.
+            OutputError: the folder cannot be written.
+        """
+        self._require_full_precision("saved")
+        own = Card(self.base_name, self.report.summary(), datasets=train_datasets or ())
+        snapshot.save_encoder(
+            self,
+            path,
+            card or snapshot.named_card(own, self, model_name),
+            create_model_card,
+            save_config,
+            safe_serialization,
+        )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As in torch; weights of a saved folder go below an attached adapter (`snapshot`)."""
+        return super().load_state_dict(snapshot.below_adapters(self, state_dict), strict, assign)
+
+    def save_pretrained(self, path: str | Path | None, *args: Any, **kwargs: Any) -> None:
         """The same as `save`."""
         self.save(path, *args, **kwargs)

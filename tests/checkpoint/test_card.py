@@ -12,7 +12,6 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint.card import Card, render
-from unmasked.checkpoint.folder import Settings
 from unmasked.checkpoint.push import list_files, push
 from unmasked.errors import ModelError, OutputError
 
@@ -33,7 +32,7 @@ def test_the_card_is_one_of_sentence_transformers():
         "org/decoder", "bidirectional: full", {"Recipe": "```yaml\nname: x\n```"},
         ["org/texts", "mine/corpus.txt.gz"], STAGES,
     )  # fmt: skip
-    text = render(card, Settings(), 256, 512)
+    text = render(card, "mean", 256, 512)
     read = ModelCard(text)
     assert read.data.library_name == "sentence-transformers"
     assert read.data.pipeline_tag == "sentence-similarity"

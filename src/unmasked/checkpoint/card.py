@@ -11,9 +11,42 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 from unmasked import __version__
+from unmasked.errors import origin_of_package
 
+CITATION = """## Citation
+
+```bibtex
+@inproceedings{llm2vec,
+    title = {LLM2Vec: Large Language Models Are Secretly Powerful Text Encoders},
+    author = {BehnamGhader, Parishad and Adlakha, Vaibhav and Mosbach, Marius and Bahdanau, Dzmitry
+              and Chapados, Nicolas and Reddy, Siva},
+    booktitle = {COLM},
+    year = {2024},
+    url = {https://arxiv.org/abs/2404.05961},
+}
+```
+"""
+DIFFERENCES = """\
+This needs transformers 5.2 or later and sentence-transformers 5.2 or later; older ones stop
+with an error, because they would compute causally.
+
+Where this loader differs from `unmasked`, which made the model:
+
+- A prompt should end in a newline, or in a colon with nothing behind it: after a space, the text's
+  first word merges with the prompt, and this loader then leaves it out of the vector. So does a
+  text that begins with white space behind a prompt.
+- An empty text has a vector of zeros, so that its cosine to anything is 0; `unmasked` gives it the
+  vector of its context.
+- Texts without a prompt get the default prompt, one character that the tokenizer removes, so that
+  BOS is left out of the vector; the loader says so as it loads. A call with `prompt=""`, which some
+  frameworks make, switches that off, and BOS is averaged in: leave `prompt` out, or pass
+  `prompt_name="document"`.
+"""
+PLACEHOLDER = "sentence_transformers_model_id"
+"""What stands for the name of a model without one; `SentenceTransformer` puts a later one there."""
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "llm2vec", "unmasked")
 LIBRARIES = ("sentence-transformers", "transformers", "torch", "peft")
 _DATA = {".csv", ".gz", ".jsonl", ".parquet", ".tsv", ".txt", ".zst"}
@@ -31,6 +64,7 @@ class Card:
         datasets: what it was trained on, hub names or files.
         stages: ``{"name": ..., "scores": {"TASK.METRIC": fraction}}``, in order; the last is the
             model itself.
+        name: what this model is called, where it has a name.
     """
 
     base: str = "a decoder-only language model"
@@ -38,6 +72,7 @@ class Card:
     sections: dict[str, str] = field(default_factory=dict)
     datasets: Sequence[str] = ()
     stages: Sequence[Mapping[str, object]] = ()
+    name: str | None = None
 
 
 def versions() -> dict[str, str]:
@@ -45,14 +80,25 @@ def versions() -> dict[str, str]:
     return {"unmasked": __version__, **{name: version(name) for name in LIBRARIES}}
 
 
-def render(card: Card, pooling_mode: str, width: int, limit: int) -> str:
+def render(
+    card: Card,
+    pooling_mode: str,
+    width: int,
+    limit: int,
+    similarity: str = "cosine",
+    text_limit: int | None = None,
+    task_limits: Mapping[str, int] = MappingProxyType({}),
+) -> str:
     """The whole README.md.
 
     Args:
         card: what to say.
         pooling_mode: how token states become a vector.
         width: D, the numbers of a vector.
-        limit: number of tokens at which a text is cut.
+        limit: number of tokens at which an input is cut.
+        similarity: how vectors are compared: ``cosine``, ``dot``, ``euclidean``, ``manhattan``.
+        task_limits: those of queries and documents, by the name that stock settings have for them.
+        text_limit: number of tokens at which a text is cut behind its prompt, if that is less.
     """
     sections = {**card.sections, "Scores": _scores(card)} if card.stages else card.sections
     told = "\n".join(f"\n## {title}\n\n{text}" for title, text in sections.items())
@@ -60,23 +106,30 @@ def render(card: Card, pooling_mode: str, width: int, limit: int) -> str:
     base = f"[{name}](https://huggingface.co/{name})" if name else Path(card.base).name or card.base
     data = "".join(f"\n    - {_public_name(given) or Path(given).name}" for given in card.datasets)
     libraries = "\n".join(f"- {name}: {number}" for name, number in versions().items())
+    tasks = "".join(_task_limit(*item) for item in task_limits.items())
+    origin = origin_of_package().removeprefix("git+")
+    maker = f"[unmasked]({origin})" if origin.startswith("http") else "unmasked"
+    compared = {"cosine": "Cosine Similarity", "dot": "Dot Product"}.get(
+        similarity, f"{similarity.capitalize()} Distance"
+    )
     return f"""---
 {_front_matter(card)}
 ---
 
-# Text encoder based on {name or base}
+# {card.name or f"Text encoder based on {name or base}"}
 
 This is a [sentence-transformers](https://www.SBERT.net) model: {base}, a decoder-only language
-model, with its causal mask removed (LLM2Vec), made with [unmasked](https://pypi.org/project/unmasked).
-It maps a text to {width} numbers, to be compared by cosine: for search, clustering, classification.
+model, with its causal mask removed (LLM2Vec), made with {maker}.
+It maps a text to {width} numbers, to be compared by {similarity}: for search, clustering,
+classification.
 
 ## Model Details
 
 - **Model Type:** Sentence Transformer
 - **Base model:** {base}
-- **Maximum Sequence Length:** {limit} tokens
+- **Maximum Sequence Length:** {limit} tokens{tasks}
 - **Output Dimensionality:** {width} dimensions
-- **Similarity Function:** Cosine Similarity
+- **Similarity Function:** {compared}
 - **Pooling:** `{pooling_mode}` over the text's own tokens, without BOS and prompt
 - **Attention:** {card.bidirectional or "not examined"}
 - **Training Data:** {data or "none"}
@@ -86,32 +139,32 @@ It maps a text to {width} numbers, to be compared by cosine: for search, cluster
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("path/to/this/folder")
+model = SentenceTransformer("{card.name or PLACEHOLDER}")
 vectors = model.encode(["a text", "another text"])
 print(model.similarity(vectors, vectors))
 ```
 
-A prompt should end in a newline, or in a colon with nothing behind it: after a space, the text's
-first word merges with the prompt, and this loader then leaves it out of the vector.
-{told}
+{DIFFERENCES}{_cut(limit, text_limit)}{told}
 
 ## Framework Versions
 
 {libraries}
 
-## Citation
+{CITATION}"""
 
-```bibtex
-@inproceedings{{llm2vec,
-    title = {{LLM2Vec: Large Language Models Are Secretly Powerful Text Encoders}},
-    author = {{BehnamGhader, Parishad and Adlakha, Vaibhav and Mosbach, Marius and Bahdanau, Dzmitry
-              and Chapados, Nicolas and Reddy, Siva}},
-    booktitle = {{COLM}},
-    year = {{2024}},
-    url = {{https://arxiv.org/abs/2404.05961}},
-}}
-```
-"""
+
+def _task_limit(name: str, number: int) -> str:
+    kind = name.removesuffix("_length").capitalize()
+    return f"\n    - **Maximum {kind} Length:** {number} tokens"
+
+
+def _cut(limit: int, text_limit: int | None) -> str:
+    if text_limit is None or text_limit >= limit:
+        return ""
+    return (
+        f"- A long text is cut at {limit} tokens together with its prompt; `unmasked` cuts the "
+        f"text alone, at {text_limit} tokens.\n"
+    )
 
 
 def _front_matter(card: Card) -> str:
@@ -137,7 +190,7 @@ def _front_matter(card: Card) -> str:
         datasets=[given for given in card.datasets if _public_name(given)] or None,
         eval_results=results or None,
         library_name="sentence-transformers",
-        model_name=f"Text encoder based on {named}" if results else None,
+        model_name=(card.name or f"Text encoder based on {named}") if results else None,
         pipeline_tag="sentence-similarity",
         tags=list(TAGS),
     )

@@ -6,12 +6,13 @@ makes some servers silently pool the wrong token, so the files here follow the o
 
     config.json, model.safetensors       the transformer, `is_causal: false`
     tokenizer.json, tokenizer_config.json
-    modules.json, 1_Pooling/config.json, sentence_bert_config.json
+    modules.json, 1_Pooling/config.json, sentence_bert_config.json, 2_Normalize/, 2_Dense/ ...
     config_sentence_transformers.json    prompts; an empty one is `tokens.MARK`, see there
     llm2vec_config.json                  what only this package and the original read
     README.md                            model card
 
 A folder is written aside and moved into place, so an interrupted save leaves the old one whole.
+What another model left in it, and a loader would read, is removed first.
 Cost: the weights are written once; the tokenizer is loaded twice to see what `AutoTokenizer` makes
 of it.
 """
@@ -20,8 +21,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from typing import Any
 import sentence_transformers
 import torch
 import transformers
+from sentence_transformers.util import import_module_class
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
@@ -38,12 +41,23 @@ from unmasked.errors import ModelError
 from unmasked.files.writing import folder_aside
 from unmasked.mask.opening import NATIVE_KEY
 from unmasked.text.templates import PLAIN, Template, read_template
-from unmasked.text.tokens import MARK
+from unmasked.text.tokens import MARK, probe_text, surrounding_ids
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "llm2vec_config.json"
+MODULES_NAME = "modules.json"
+LENGTHS_NAME = "sentence_bert_config.json"
+LENGTHS = ("query_length", "document_length")
+"""Limits for the inputs of `encode_query` and `encode_document` alone, where there are any."""
+TRUSTED = "sentence_transformers."
+"""Where the classes of modules may come from: no other package's code is run to load a folder."""
+OLDEST = "5.2"
+"""The first transformers that computes a saved folder bidirectionally."""
 PROMPTS_NAME = "config_sentence_transformers.json"
+_STOPS_OLDER = "pruned_heads"
+_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+"""The name of the generic class that older transformers know as well."""
 GENERIC_TOKENIZER = "glm"
 """A model type whose tokenizer is, in transformers, the generic class: tokenizer.json as it is."""
 
@@ -77,10 +91,13 @@ def write_folder(
     tokenizer: PreTrainedTokenizerFast,
     settings: Settings,
     stock_pooling: Mapping[str, Any],
-    prompts: dict[str, str],
+    options: Mapping[str, Any],
     fixed_tokens: int,
+    lengths: Mapping[str, int | None],
+    behind: Sequence[nn.Module] = (),
     needs_eager: bool = False,
     card: Card | None = None,
+    with_settings: bool = True,
 ) -> None:
     """Write a whole model folder, or replace one.
 
@@ -90,33 +107,59 @@ def write_folder(
         tokenizer: as made by `tokens.prepare_tokenizer`.
         settings: pooling and lengths.
         stock_pooling: ``pooling_mode`` and ``include_prompt`` of the stock `Pooling` module.
-        prompts: name → prompt; an empty prompt leaves BOS out of pooling all the same.
+        options: ``prompts`` (name → prompt; an empty prompt leaves BOS out of pooling all the
+            same), ``default_prompt_name``, ``similarity_fn_name``, perhaps ``truncate_dim``.
         fixed_tokens: number of tokens of an input that are not its text (BOS, EOS).
+        lengths: by name of `LENGTHS`: tokens of an input of `encode_query`, `encode_document`.
+        behind: the modules behind the pooling.
         needs_eager: stock loaders must use eager attention for this family.
-        card: what the README says.
+        card: what the README says; None leaves the README that is there.
+        with_settings: write `llm2vec_config.json`.
+
+    Raises:
+        ModelError: a module behind the pooling that would not come back as it is.
+        OutputError: the folder cannot be written.
     """
     with folder_aside(Path(path)) as folder:
         with without_bars():
             model.save_pretrained(folder)  # type: ignore[operator]
-        for weights in folder.glob("*.safetensors"):
-            shutil.copymode(folder / "config.json", weights)  # safetensors makes them private
+        _share(folder)
         native = hasattr(model.config, NATIVE_KEY)
         _complete_config(folder / "config.json", native, needs_eager)
-        limit = settings.max_length
-        if settings.doc_max_length is not None:
-            limit = min(limit, settings.doc_max_length + fixed_tokens)
+        limit, text_limit = settings.max_length, settings.doc_max_length
+        if text_limit is not None and text_limit + fixed_tokens < limit:
+            limit = text_limit + fixed_tokens
+        else:
+            text_limit = None
         tokenizer.model_max_length = limit
         tokenizer.save_pretrained(folder)
+        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        _write_json(
+            folder / "tokenizer_config.json", {**named, "tokenizer_class": _TOKENIZER_CLASS}
+        )
         width = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
-        _write_json(folder / "modules.json", _modules())
         (folder / "1_Pooling").mkdir()
         _write_json(folder / "1_Pooling" / "config.json", _pooling(stock_pooling, width))
-        loading = {"max_seq_length": limit, "do_lower_case": False}
-        _write_json(folder / "sentence_bert_config.json", loading | _tokenizer_args(folder))
-        _write_json(folder / PROMPTS_NAME, _prompts(prompts, _empty_prompt(tokenizer)))
-        _write_json(folder / SETTINGS_NAME, asdict(settings))
-        text = render(card or Card(), settings.pooling_mode, width, limit)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        further = [_write_module(folder, n, module) for n, module in enumerate(behind, start=2)]
+        _write_json(folder / MODULES_NAME, [*_modules(), *further])
+        asked = {name: length for name, length in lengths.items() if length is not None}
+        loading = {"max_seq_length": limit, "do_lower_case": False, **asked}
+        _write_json(folder / LENGTHS_NAME, loading | _tokenizer_args(folder))
+        _write_json(folder / PROMPTS_NAME, _stock_options(options, _empty_prompt(tokenizer)))
+        if with_settings:
+            _write_json(folder / SETTINGS_NAME, asdict(settings))
+        if card is not None:
+            text = render(
+                card,
+                settings.pooling_mode,
+                next(filter(None, map(_width, reversed(behind))), width),
+                limit,
+                str(options["similarity_fn_name"]),
+                text_limit,
+                asked,
+            )
+            (folder / "README.md").write_text(text, encoding="utf-8")
+        _remove_leftovers(Path(path), folder)
 
 
 def read_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
@@ -167,15 +210,6 @@ def within_positions(settings: Settings, positions: int | None) -> Settings:
     return replace(settings, max_length=positions)
 
 
-def read_prompts(saved: dict[str, str], template: Template = PLAIN) -> dict[str, str]:
-    """The prompts as a folder has them, without the template and the mark for an empty one."""
-    prompts = {
-        name: (prompt or "").removeprefix(MARK).removeprefix(template.prefix)
-        for name, prompt in saved.items()
-    }
-    return {name: prompt for name, prompt in prompts.items() if name != "default"}
-
-
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -187,6 +221,11 @@ def _complete_config(path: Path, has_native_key: bool, needs_eager: bool) -> Non
         config[NATIVE_KEY] = True  # what text-embeddings-inference reads; others ignore it
     if needs_eager:
         config["attn_implementation"] = "eager"
+    if config.get("is_causal") is False or has_native_key:
+        # Older versions read neither key and would compute causally without a word. They turn the
+        # keys of this field into numbers, and so fail with this sentence; later ones have no such
+        # field.
+        config[_STOPS_OLDER] = {f"this encoder needs transformers {OLDEST} or later": []}
     _write_json(path, config)
 
 
@@ -196,8 +235,8 @@ def _tokenizer_args(folder: Path) -> dict[str, Any]:
     For a few families (`qwen2`) `AutoTokenizer` builds a class of its own from the vocabulary and
     drops the saved normalizer, so that it would keep `MARK`.
     """
-    probe = MARK + "a"
     saved = PreTrainedTokenizerFast.from_pretrained(folder)
+    probe = MARK + probe_text(saved)
     if AutoTokenizer.from_pretrained(folder)(probe)["input_ids"] == saved(probe)["input_ids"]:
         return {}
     return {"tokenizer_args": {"tokenizer_type": GENERIC_TOKENIZER}}
@@ -231,12 +270,10 @@ def _pooling(stock: Mapping[str, Any], width: int) -> dict[str, Any]:
 
 def _empty_prompt(tokenizer: PreTrainedTokenizerFast) -> str:
     """`MARK`, if there is a BOS to be left out of pooling: some tokenizer classes keep the mark."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return "" if tokenizer("a")["input_ids"][:1] == plain[:1] else MARK
+    return MARK if surrounding_ids(tokenizer)[0] else ""
 
 
-def _prompts(prompts: dict[str, str], empty: str) -> dict[str, Any]:
-    named = {"default": "", "query": "", "document": "", **prompts}
+def _stock_options(options: Mapping[str, Any], empty: str) -> dict[str, Any]:
     return {
         "__version__": {
             "sentence_transformers": sentence_transformers.__version__,
@@ -244,7 +281,88 @@ def _prompts(prompts: dict[str, str], empty: str) -> dict[str, Any]:
             "pytorch": torch.__version__.split("+")[0],
         },
         "model_type": "SentenceTransformer",
-        "prompts": {name: prompt or empty for name, prompt in named.items()},
-        "default_prompt_name": "default",
-        "similarity_fn_name": "cosine",
+        **options,
+        "prompts": {name: prompt or empty for name, prompt in options["prompts"].items()},
     }
+
+
+def _width(module: nn.Module) -> int | None:
+    """Numbers of a vector behind a module; None if it leaves that as it is."""
+    found = getattr(module, "get_embedding_dimension", None)
+    return None if found is None else int(found())
+
+
+def _write_module(folder: Path, number: int, module: nn.Module) -> dict[str, Any]:
+    """Write a module behind the pooling, see that it comes back, and return its row."""
+    kind = type(module)
+    path = f"{number}_{kind.__name__}"
+    known = f"{TRUSTED}models.{kind.__name__}"  # as the older schema, and other servers, name it
+    try:
+        reference = known if import_module_class(known) is kind else ""
+    except (ImportError, AttributeError):
+        reference = f"{kind.__module__}.{kind.__qualname__}"
+    if not reference.startswith(TRUSTED):
+        raise ModelError(
+            f"module {number}, a {kind.__module__}.{kind.__qualname__}, cannot be saved: a folder "
+            "is loaded without code of others. Allowed behind the pooling: modules of "
+            f"sentence-transformers. Fix: del model[{number}] before saving, and put it back on."
+        )
+    (folder / path).mkdir()
+    module.save(str(folder / path), safe_serialization=True)  # type: ignore[operator]
+    _share(folder / path)
+    again = kind.load(str(folder / path))  # type: ignore[attr-defined]
+    before, after = module.state_dict(), again.state_dict()
+    same = before.keys() == after.keys() and all(
+        torch.equal(before[name].cpu(), after[name]) for name in before
+    )
+    parts, found = (list(map(repr, each.modules())) for each in (module, again))
+    if parts != found or not same:
+        raise ModelError(
+            f"module {number} would not come back as it is: {parts} is read as {found}. "
+            "Fix: an activation function of torch.nn with its default arguments."
+        )
+    return {"idx": number, "name": str(number), "path": path, "type": reference}
+
+
+def _share(folder: Path) -> None:
+    """Let all read the weights who may read the folder's other files: safetensors hides them."""
+    for weights in folder.glob("*.safetensors"):
+        plain = next(file for file in folder.iterdir() if file.suffix == ".json")
+        shutil.copymode(plain, weights)
+
+
+_OF_MODULE = re.compile(r"[0-9]+_[A-Z]\w*$")
+_READ_BY_LOADERS = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "tf_model*", "flax_model*",
+    "adapter_config.json", "adapter_model*", "config.json", "generation_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "*.spm", "*.tiktoken", "chat_template*", "additional_chat_templates",
+    "*processor_config.json", "modules.json", "sentence_*_config.json",
+    "config_sentence_transformers.json", "router_config.json", "modeling_*.py",
+    "configuration_*.py", "tokenization_*.py", "llm2vec_config.json", "onnx", "openvino",
+    "original",
+)  # fmt: skip
+
+
+def _remove_leftovers(path: Path, written: Path) -> None:
+    """Remove from a folder what a loader would read beside, or instead of, what was written.
+
+    Args:
+        path: the folder that is replaced, if it exists.
+        written: the new one, complete.
+    """
+    if not path.is_dir():
+        return
+    inside = [place for place in path.iterdir() if place.is_dir() and _OF_MODULE.match(place.name)]
+    found = {place for name in _READ_BY_LOADERS for place in path.glob(name)} | {*inside}
+    removed = []
+    for place in sorted(found):
+        new = written / place.name
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        elif not new.is_file():
+            place.unlink()
+        if not new.exists():
+            removed.append(place.name)
+    if removed:
+        logger.warning("%s: removed what another model had left: %s", path, ", ".join(removed))

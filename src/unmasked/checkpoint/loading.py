@@ -24,7 +24,13 @@ from transformers import (
 )
 
 from unmasked.checkpoint import adapters
-from unmasked.checkpoint.folder import PROMPTS_NAME, SETTINGS_NAME
+from unmasked.checkpoint.folder import (
+    LENGTHS,
+    LENGTHS_NAME,
+    MODULES_NAME,
+    PROMPTS_NAME,
+    SETTINGS_NAME,
+)
 from unmasked.checkpoint.location import Location, locate, locate_adapter
 from unmasked.checkpoint.weights import load_model, require_whole
 from unmasked.errors import ModelError, NotBidirectionalError, first_line
@@ -45,7 +51,8 @@ class Found:
         tokenizer: as it is there.
         settings: content of the first `llm2vec_config.json` among the added adapters, last first,
             and `given`; empty if none has one.
-        prompts: name → text put before inputs, as saved.
+        options: content of `config_sentence_transformers.json`; empty if there is none.
+        encoder: where the modules behind the pooling are, if there are any.
     """
 
     given: Location
@@ -55,7 +62,15 @@ class Found:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     settings: dict[str, Any]
-    prompts: dict[str, str]
+    options: dict[str, Any]
+    encoder: Location
+
+    @property
+    def lengths(self) -> tuple[int | None, int | None]:
+        """Limits for queries and for documents, where the encoder has such."""
+        said = self.encoder.read_json(LENGTHS_NAME)
+        query, document = (said.get(name) for name in LENGTHS)
+        return query, document
 
 
 def find(
@@ -81,10 +96,12 @@ def find(
     trunk, chain = _resolve_chain(given, base)
     config = _load_config(trunk, given if chain else None)
     tokenizer = _load_tokenizer(given if chain and given.has_tokenizer() else trunk)
-    stated = (location.read_json(SETTINGS_NAME) for location in [*reversed(added), given])
+    stated = (location.read_json(SETTINGS_NAME) for location in [*reversed(added), given, trunk])
     settings = next(filter(None, stated), {})
-    prompts = given.read_json(PROMPTS_NAME).get("prompts") or {}
-    return Found(given, trunk, chain, added, config, tokenizer, settings, prompts)
+    # an adapter on an encoder says nothing of prompts and modules that the encoder has
+    encoder = given if given.fetch(MODULES_NAME) else trunk
+    options = given.read_json(PROMPTS_NAME) or trunk.read_json(PROMPTS_NAME)
+    return Found(given, trunk, chain, added, config, tokenizer, settings, options, encoder)
 
 
 def load_transformer(

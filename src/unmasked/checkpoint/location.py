@@ -61,16 +61,34 @@ class Location:
         Raises:
             ModelError: the file is not a JSON object.
         """
+        content = self._read(filename)
+        if not isinstance(content, dict | None):
+            raise ModelError(f"{self.name}/{filename} is not a JSON object.")
+        return content or {}
+
+    def read_list(self, filename: str) -> list[dict[str, Any]]:
+        """The JSON list of objects in one file; empty if the file does not exist.
+
+        Raises:
+            ModelError: the file is not that.
+        """
+        content = self._read(filename)
+        if content is not None and not isinstance(content, list):
+            raise ModelError(f"{self.name}/{filename} is not a JSON list.")
+        if not all(isinstance(item, dict) for item in content or []):
+            raise ModelError(f"{self.name}/{filename} is not a list of JSON objects.")
+        return content or []
+
+    def _read(self, filename: str) -> Any:
         path = self.fetch(filename)
         if path is None:
-            return {}
+            return None
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ModelError(f"{self.name}/{filename} is not JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise ModelError(f"{self.name}/{filename} is not a JSON object.")
-        return content
+            raise ModelError(
+                f"{self.name}/{filename} is not JSON: {error}. Fix: download or save it again."
+            ) from error
 
     def has_tokenizer(self) -> bool:
         """Whether the files of a tokenizer are there."""

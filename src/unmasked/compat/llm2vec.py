@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as stock_logging
 from typing_extensions import Self
 
 from unmasked.checkpoint.folder import Settings, read_settings
@@ -27,9 +28,11 @@ from unmasked.compat.counting import CountingPooling, CountingTokenizer, positio
 from unmasked.compat.original import (
     DOC_MAX_LENGTH,
     PUBLISHED,
+    NamesItsBase,
     check_compat,
     is_original,
     loading_options,
+    stock_options,
     without_blank_mask,
 )
 from unmasked.forward.pooling import TextPooling, pool
@@ -41,7 +44,7 @@ from unmasked.text.tokens import TextTokenizer
 logger = logging.getLogger(__name__)
 
 
-class LLM2Vec(TextEncoder):
+class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
     """A bidirectional text encoder made from a decoder (LLM2Vec, arXiv 2404.05961).
 
     >>> model = LLM2Vec.from_pretrained("nano")
@@ -65,7 +68,10 @@ class LLM2Vec(TextEncoder):
         settings: all of the settings above at once.
         report: the proof, if it was made already. Otherwise the model is proved now, and a warning
             is logged if it is still causal.
-        options: ``device``, ``prompts`` and ``base_name`` as in `TextEncoder`.
+        options: ``device``, ``prompts``, ``base_name`` and the others of `TextEncoder`. Beside a
+            name, those of `from_pretrained` and of `SentenceTransformer`; weights then keep the
+            precision that they have on disk, because stock code rebuilds a model by
+            ``type(model)(path)``.
     """
 
     def __init__(
@@ -93,6 +99,7 @@ class LLM2Vec(TextEncoder):
             "compat": compat,
         }
         if isinstance(model, str | Path):
+            options = {"dtype": "checkpoint", **options}
             vars(self).update(vars(self.from_pretrained(model, **given, **options)))
             return
         if tokenizer is None:
@@ -130,10 +137,9 @@ class LLM2Vec(TextEncoder):
         attn_implementation: str | None = None,
         allow_partial: bool = False,
         device: str | None = None,
-        prompts: dict[str, str] | None = None,
         base: str | Path | None = None,
         allow_pickle: bool = False,
-        **hub: Any,
+        **options: Any,
     ) -> Self:
         """Load a decoder, open its mask, prove it, and merge adapters.
 
@@ -156,17 +162,20 @@ class LLM2Vec(TextEncoder):
             attn_implementation: as in transformers, which chooses by default.
             allow_partial: accept a model some of whose layers stay causal by construction.
             device: where to run.
-            prompts: added to those of the folder.
             base: where an adapter's base is, if not where the adapter says.
             allow_pickle: read weights that exist only as pickles (tensors only, no code).
-            hub: ``revision`` (of the first name), ``token``, ``cache_dir``, ``local_files_only``;
-                ``torch_dtype`` and ``device_map`` as the original took them.
+            options: ``revision`` (of the first name), ``token``, ``cache_dir``,
+                ``local_files_only``; ``torch_dtype`` and ``device_map`` as the original took them;
+                ``prompts`` (added to those of the folder), ``default_prompt_name``,
+                ``similarity_fn_name``, ``truncate_dim`` and the other arguments of
+                `SentenceTransformer`.
 
         Raises:
             ModelError: it cannot be loaded or quantized.
             NotBidirectionalError: the proof failed.
         """
-        dtype, device, hub = loading_options(dtype, device, hub)
+        stock, options = stock_options(options)
+        dtype, device, hub = loading_options(dtype, device, options)
         given = {
             "pooling_mode": pooling_mode,
             "max_length": max_length,
@@ -186,7 +195,7 @@ class LLM2Vec(TextEncoder):
             attention=attn_implementation,
             allow_partial=allow_partial,
             device=device,
-            prompts=prompts,
+            stock=stock,
             base=base,
             allow_pickle=allow_pickle,
             **hub,
@@ -233,10 +242,10 @@ class LLM2Vec(TextEncoder):
             batch_size, prompt_name = prompt_name, None
         if isinstance(prompt, bool):
             kwargs["show_progress_bar"], prompt = prompt, None
-        if self.settings.compat and not kwargs.get("convert_to_numpy"):
+        if self.rules and not kwargs.get("convert_to_numpy"):
             kwargs["convert_to_tensor"] = True
         vectors = super().encode(inputs, prompt_name, prompt, batch_size, **kwargs)
-        return vectors.cpu() if self.settings.compat and isinstance(vectors, Tensor) else vectors
+        return vectors.cpu() if self.rules and isinstance(vectors, Tensor) else vectors
 
     def forward(self, input: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
         """As in `SentenceTransformer`; ``embed_mask`` is the original's name of ``text_mask``."""
@@ -244,6 +253,19 @@ class LLM2Vec(TextEncoder):
             input = {**input, "text_mask": input["embed_mask"]}
         features: dict[str, Tensor] = super().forward(input, **kwargs)
         return features
+
+    def save(
+        self, path: str | Path | None, *args: Any, merge_before_save: bool = True, **options: Any
+    ) -> None:
+        """As `TextEncoder.save`, also with the original's arguments in its order.
+
+        The original has ``merge_before_save``, which is always done here, and ``save_config`` where
+        `SentenceTransformer` has the model's name and whether to write a card.
+        """
+        if args and isinstance(args[0], bool):
+            options.update(zip(("save_config",), args[1:], strict=False))
+            args = ()
+        super().save(path, *args, **options)
 
     # Attributes and methods of the original's class that `TextEncoder` lacks
 
@@ -286,9 +308,16 @@ class LLM2Vec(TextEncoder):
         return template.prefix + text + template.suffix
 
     def tokenize(self, texts: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """`preprocess`, with ``text_mask`` also under the original's name ``embed_mask``."""
+        """The tensors of `preprocess`, ``text_mask`` also under the original's ``embed_mask``.
+
+        `SentenceTransformer` has given the name up for `preprocess`, and this says so once.
+        """
+        stock_logging.get_logger(__name__).warning_once(
+            "The `tokenize` method is deprecated, please use `preprocess` instead."
+        )
         features = self.preprocess(texts, **kwargs)
-        return {**features, "embed_mask": features["text_mask"]}
+        features.pop("prompt_length", None)  # a number, where the original has tensors only
+        return {**features, "embed_mask": features["text_mask"]} if features else {}
 
     def get_pooling(self, features: dict[str, Tensor], last_hidden_states: Tensor) -> Tensor:
         """Pool padded states; padding may be on either side, and nothing is changed.
@@ -306,7 +335,7 @@ class LLM2Vec(TextEncoder):
         positions = columns - attention.argmax(dim=1)[rows]
         mask = chosen if self.skip_instruction else attention
         is_text = mask[rows, columns].bool()
-        if self.settings.compat is not None:
+        if self.rules is not None:
             positions = positions_in_text(rows, positions, is_text, len(attention))
         states = last_hidden_states[rows, columns]  # (N, D)
         return pool(states, rows, positions, is_text, len(attention), self.pooling_mode)

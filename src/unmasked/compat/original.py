@@ -1,4 +1,4 @@
-"""Recognises checkpoints of the original package, and translates the options of its calls.
+"""What others expect: checkpoints of the original package, options of its calls and of stock ones.
 
 Cost: two small files of a checkpoint are looked for.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABCMeta
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,16 @@ PUBLISHED = Template(joint=" ")
 """What published checkpoints without a template of their own were made with."""
 DOC_MAX_LENGTH = 400
 """The original's default for the tokens of a text."""
+
+
+class NamesItsBase(ABCMeta):
+    """Tells what the class is: BERTopic and KeyBERT look for the library in the type's name.
+
+    Without it they silently take a model of their own choice instead.
+    """
+
+    def __repr__(cls) -> str:
+        return f"<class '{cls.__module__}.{cls.__qualname__}' (sentence_transformers)>"
 
 
 def is_original(location: Location) -> bool:
@@ -88,7 +99,8 @@ def loading_options(
         ModelError: a device map that cannot be used.
     """
     rest = dict(options)
-    dtype = str(rest.pop("torch_dtype", None) or dtype).removeprefix("torch.")
+    dtype = str(rest.pop("torch_dtype", None) or rest.pop("dtype", None) or dtype)
+    dtype = dtype.removeprefix("torch.")
     device = device or _one_device(rest.pop("device_map", None))
     if rest.pop("trust_remote_code", False):
         logger.info("trust_remote_code is not needed: code from a repository is never run.")
@@ -96,6 +108,44 @@ def loading_options(
         allowed = [*HUB_OPTIONS, "torch_dtype", "device_map", "trust_remote_code"]
         raise TypeError(f"from_pretrained: {unknown('option', strange[0], allowed)}")
     return dtype, device, rest
+
+
+_OF_MODEL = ("torch_dtype", "dtype", "device_map")
+STOCK = (
+    "prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "model_card_data",
+)  # fmt: skip
+"""Arguments of `SentenceTransformer` that an encoder takes as they are."""
+
+
+def stock_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments of `SentenceTransformer` as they are, the others in our words).
+
+    Args:
+        options: by name; ``cache_folder``, ``model_kwargs``, ``backend`` and the like are among
+            them where stock code builds a model.
+
+    Raises:
+        ModelError: one that cannot be followed.
+    """
+    rest = dict(options)
+    stock = {name: rest.pop(name) for name in STOCK if name in rest}
+    if cache := rest.pop("cache_folder", None):
+        rest["cache_dir"] = cache
+    for name in ("model_kwargs", "processor_kwargs", "tokenizer_kwargs", "config_kwargs"):
+        given = dict(rest.pop(name, None) or {})
+        if name == "model_kwargs":
+            rest |= {key: given.pop(key) for key in _OF_MODEL if key in given}
+        if given:
+            raise ModelError(
+                f"{name}: {', '.join(given)} cannot be followed. Allowed: {', '.join(_OF_MODEL)} "
+                "in model_kwargs. Fix: LLM2Vec(model, tokenizer) with both loaded your own way."
+            )
+    if (backend := rest.pop("backend", "torch")) != "torch":
+        raise ModelError(
+            f"backend {backend!r}: the encoder runs in torch. Fix: save it, and load its folder "
+            "with SentenceTransformer(folder, backend=...)."
+        )
+    return stock, {name: value for name, value in rest.items() if value is not None}
 
 
 def _one_device(device_map: Any) -> str | None:

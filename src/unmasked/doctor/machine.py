@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from unmasked.checkpoint.card import versions
+from unmasked.errors import pip_install
 
 Facts = dict[str, Any]
 
@@ -22,7 +23,7 @@ def environment() -> Facts:
     found["cpu_int8"] = int8_instructions() or "no (--quantize int8 gains little)"
     for extra, packages in _extras().items():
         missing = [name for name in packages if not any(metadata.distributions(name=name))]
-        install = f"pip install 'unmasked[{extra}]' ({', '.join(missing)} missing)"
+        install = f"{pip_install(extra)} ({', '.join(missing)} missing)"
         found[f"extra_{extra}"] = install if missing else "installed"
     return found
 

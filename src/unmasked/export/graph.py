@@ -27,8 +27,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from unmasked.errors import MissingExtraError, ModelError, first_line
-from unmasked.forward.backbone import collate, split_pairs
+from unmasked.forward.backbone import collate
 from unmasked.forward.pooling import STOCK_MODES
+from unmasked.text.inputs import split_pairs
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
 Weights = Literal["float32", "float16", "int8"]

@@ -19,6 +19,7 @@ from typing import IO
 from unmasked.errors import OutputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EACCES, errno.EEXIST, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
 
 def aside_of(path: Path) -> Path:
@@ -76,7 +77,7 @@ def folder_aside(
             everything is there.
 
     Raises:
-        OutputError: `path` is a file or cannot be made, or the disk is full.
+        OutputError: `path` is a file or may not be written, or the disk is full.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file. Fix: name a folder.")
@@ -101,9 +102,16 @@ def folder_aside(
                 place.mkdir(exist_ok=True) if item.is_dir() else item.replace(place)
         flush(path, path.parent)
     except OSError as error:
-        if error.errno not in _FULL:
+        ours = error.filename is None or str(error.filename).startswith((str(aside), str(path)))
+        if error.errno not in _FULL and not (error.errno in _DENIED and ours):
             raise
         raise not_written(path, error) from error
+    except Exception as error:
+        # writers of weights, in other languages, have errors of their own for a full disk
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise not_written(path, full) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -120,6 +128,9 @@ def flush(*paths: Path) -> None:
 
 def not_written(path: Path, error: OSError) -> OutputError:
     """The error for a write that failed, with the fix if the disk is full."""
-    room = "make room, and run the same command again"
-    fix = room if error.errno in _FULL else "give a place where files can be made"
-    return OutputError(f"{path} cannot be written: {error.strerror or error}. Fix: {fix}.")
+    fix = ""
+    if error.errno in _FULL:
+        fix = " Fix: make room, and run the same command again."
+    elif error.errno in _DENIED:
+        fix = " Fix: name a place that you may write to."
+    return OutputError(f"{path} cannot be written: {error.strerror or error}.{fix}")

@@ -10,8 +10,7 @@ Shapes: B rows of a batch, T tokens of its longest row, N real tokens of all row
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,101 +18,18 @@ import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
-from unmasked.errors import DataError, ModelError
+from unmasked.errors import ModelError
 from unmasked.forward.compiling import LETTERS, compile_layers, is_compiled, pays
 from unmasked.forward.packing import Packed, enable_packing, is_checked, pack, run_packed
 from unmasked.forward.waiting import DeviceTime
 from unmasked.mask.opening import decoder_of
-from unmasked.text.templates import PLAIN
+from unmasked.text.inputs import requested_length, split_pairs
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
+logger = logging.getLogger(__name__)
 
-def listed(inputs: Any) -> list[Any]:
-    """The inputs of `encode` as a list, also where they are a tuple, an array or a generator.
-
-    Raises:
-        DataError: they are not a sequence of inputs.
-    """
-    _refuse_container(inputs)
-    if isinstance(inputs, Iterable) and not isinstance(inputs, bytes):
-        with suppress(TypeError):  # an array without an axis
-            return list(inputs)
-    raise DataError(
-        f"inputs are {_describe(inputs)}. Allowed: a string, a list of strings, or a list of "
-        "[instruction, text] pairs. Fix: encode(['a text'])."
-    )
-
-
-def _refuse_container(inputs: Any) -> None:
-    """Refuse what can be passed through and is no list of texts: columns, and sets."""
-    if isinstance(inputs, set | frozenset):
-        raise DataError(
-            f"inputs are a {type(inputs).__name__}, which has no order, so nobody knows which "
-            "vector is whose. Fix: encode(sorted(texts))."
-        )
-    names = inputs.keys() if isinstance(inputs, Mapping) else getattr(inputs, "column_names", None)
-    if names is None:
-        names = getattr(inputs, "columns", None)
-    if names is not None and not callable(names):
-        columns = [str(name) for name in names]
-        column = "text" if "text" in columns or not columns else columns[0]
-        raise DataError(
-            f"inputs are a {type(inputs).__name__} of columns ({', '.join(columns[:10])}), and "
-            f"the texts are one of them. Fix: encode(list(data[{column!r}]))."
-        )
-
-
-def split_pairs(
-    inputs: Sequence[Any], join: Callable[[str], str] = PLAIN.join
-) -> tuple[list[str], list[str]]:
-    """(texts, prompts) of inputs that are all strings, or all ``[instruction, text]`` pairs.
-
-    Args:
-        inputs: the inputs.
-        join: how an instruction becomes a prompt.
-
-    Raises:
-        DataError: an input is neither, or strings and pairs are mixed; names the index.
-    """
-    pairs = bool(inputs) and isinstance(inputs[0], list | tuple)
-    texts, prompts = [], []
-    for index, item in enumerate(inputs):
-        if isinstance(item, str) and not pairs:
-            texts.append(item)
-            prompts.append("")
-        elif pairs and isinstance(item, list | tuple) and _is_pair(item):
-            texts.append(item[1])
-            prompts.append(join(item[0]))
-        else:
-            expected = "an [instruction, text] pair like the first" if pairs else "a string"
-            raise DataError(
-                f"input {index} is {_describe(item)}, expected {expected}. "
-                "Allowed: all strings, or all [instruction, text] pairs. "
-                "Fix: give texts without an instruction as ['', text]."
-            )
-        if not (prompts[-1].isascii() and texts[-1].isascii()):
-            _check_whole(index, prompts[-1] + texts[-1])
-    return texts, prompts
-
-
-def _check_whole(index: int, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"input {index} has half a surrogate pair ({text[error.start]!r}), which is not a "
-            "character. Fix: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
-        ) from error
-
-
-def _is_pair(item: Sequence[Any]) -> bool:
-    # The original package also passed [instruction, text, 0]; its third item has no meaning.
-    return len(item) in (2, 3) and isinstance(item[0], str) and isinstance(item[1], str)
-
-
-def _describe(item: Any) -> str:
-    of = f" of {len(item)}" if isinstance(item, list | tuple) else ""
-    return f"{type(item).__name__}{of}"
+BY_TOKENS = "by_tokens"
+"""Option of `encode` that fills each forward up to a number of tokens, not of rows."""
 
 
 def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
@@ -134,12 +50,6 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-logger = logging.getLogger(__name__)
-
-BY_TOKENS = "by_tokens"
-"""Option of `encode` that fills each forward up to a number of tokens, not of rows."""
-
-
 class Backbone(InputModule):
     """A bidirectional transformer behind the preprocessing that decides what is pooled.
 
@@ -149,6 +59,8 @@ class Backbone(InputModule):
         unpackable: why batches stay padded; None if `packing.enable_packing` accepted the model.
 
     Attributes:
+        query_length, document_length: limits for the inputs of `encode_query`, `encode_document`;
+            None for the limit of all.
         tokens_encoded: real tokens that went through `encode` so far, for measuring speed.
         device_time: how long `encode` took so far, and what of it the device waited.
     """
@@ -162,6 +74,8 @@ class Backbone(InputModule):
         self.auto_model = model
         self.tokens = tokens
         self.unpackable = unpackable
+        self.query_length: int | None = None
+        self.document_length: int | None = None
         self.tokens_encoded = 0
         self.device_time = DeviceTime()
 
@@ -175,6 +89,11 @@ class Backbone(InputModule):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(
+                f"max_seq_length {value!r}: an encoder cuts texts at some number of tokens. "
+                "Fix: a number of 1 or more, as large as the model takes."
+            )
         self.tokens.max_length = value
 
     def get_embedding_dimension(self) -> int:
@@ -212,9 +131,46 @@ class Backbone(InputModule):
         prompt: str | None = None,
         *,
         max_length: int | None = None,
+        processing_kwargs: Mapping[str, Any] | None = None,
+        task: str | None = None,
         **_: Any,
-    ) -> dict[str, Tensor]:
-        return self.collate(self.tokenize_inputs(inputs, prompt, max_length))
+    ) -> dict[str, Any]:
+        """Features of strings or pairs.
+
+        Args:
+            inputs: B strings, or B pairs.
+            prompt: put before each that has none of its own.
+            max_length: overrides the limit of an input for this call.
+            processing_kwargs: the same as sentence-transformers has it: ``{"text": {"max_length":
+                N}}``.
+            task: ``query`` or ``document``, for limits of their own.
+
+        Returns:
+            As `collate`, and ``prompt_length``, as the stock module has it, for other people's
+            pooling and losses: the number of tokens before the text, where that is one number
+            greater than 0; ``text_mask`` says it for each row.
+
+        Raises:
+            DataError: another option among the `processing_kwargs`.
+        """
+        limit = self.limit(processing_kwargs, max_length, task)
+        return self.features_of(self.tokenize_inputs(inputs, prompt, limit))
+
+    def limit(
+        self,
+        options: Mapping[str, Any] | None,
+        max_length: int | None = None,
+        task: str | None = None,
+    ) -> int | None:
+        """The limit of the inputs of a call, as `preprocess` takes it; None for that of all."""
+        of_task = {"query": self.query_length, "document": self.document_length}
+        return requested_length(options) or max_length or of_task.get(task or "")
+
+    def features_of(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
+        """`collate`, with the ``prompt_length`` that `preprocess` describes."""
+        starts = {row.start for row in rows}
+        length = starts.pop() if len(starts) == 1 else 0
+        return {**self.collate(rows), **({"prompt_length": length} if length else {})}
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Run the transformer over the real tokens.
@@ -250,7 +206,7 @@ class Backbone(InputModule):
             "packed_states": states,
             "packed_rows": rows,
             "packed_positions": positions,
-            "packed_is_text": features.get("text_mask", attention)[rows, columns].bool(),
+            "packed_is_text": self._text_mask(features)[rows, columns].bool(),
         }
 
     def prepare_for(self, inputs: Any, choice: str) -> None:
@@ -278,7 +234,23 @@ class Backbone(InputModule):
                     logger.warning("Batches are padded, which is slower: %s.", self.unpackable)
         return self.unpackable is None
 
+    def _text_mask(self, features: Mapping[str, Any]) -> Tensor:
+        """(B, T), also of features that another model's preprocessing made of the same tokens."""
+        attention: Tensor = features["attention_mask"]
+        if "text_mask" in features or not self.tokens.skip_instruction:
+            return features.get("text_mask", attention)  # type: ignore[no-any-return]
+        given = features.get("prompt_length", len(self.tokens.prefix))
+        start = int(torch.as_tensor(given).flatten()[0])
+        text = attention * (attention.cumsum(dim=1) > start)
+        return torch.where(text.any(dim=1, keepdim=True), text, attention)
+
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Write weights, config and tokenizer; `checkpoint.folder` writes the whole folder."""
-        self.auto_model.save_pretrained(output_path)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(output_path)
+        """Refused: a folder of this module alone would not say what is pooled.
+
+        Raises:
+            ModelError: always; `TextEncoder.save` writes the whole folder.
+        """
+        raise ModelError(
+            "this module is saved by LLM2Vec only. Fix: put other modules behind the encoder, as "
+            "in model = LLM2Vec.from_pretrained(...); model.append(Normalize()); model.save(...)."
+        )

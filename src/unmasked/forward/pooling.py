@@ -90,13 +90,44 @@ class TextPooling(Pooling):
         super().__init__(width, pooling_mode=stock_mode, include_prompt=include)
         self.mode = mode
 
+    def check_unchanged(self) -> None:
+        """Refuse a stock pooling mode that was set on the module: the tokenizer is made for ours.
+
+        Raises:
+            ModelError: it is another one.
+        """
+        if self.pooling_mode != STOCK_MODES[self.mode]:
+            raise ModelError(
+                f"this encoder was made to pool '{self.mode}', and its pooling_mode was set to "
+                f"{self.pooling_mode!r}. Fix: LLM2Vec.from_pretrained(..., pooling_mode='mean'); "
+                f"allowed: {', '.join(STOCK_MODES)}."
+            )
+
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        self.check_unchanged()
+        is_text = features["packed_is_text"]
         features["sentence_embedding"] = pool(
             features["packed_states"],
             features["packed_rows"],
             features["packed_positions"],
-            features["packed_is_text"],
+            torch.ones_like(is_text) if self.include_prompt else is_text,
             features["input_ids"].shape[0],
             self.mode,
         )
         return features
+
+
+def own_pooling(encoder: Any) -> TextPooling:
+    """The second module of a `TextEncoder`.
+
+    Raises:
+        ModelError: it was replaced, or set to another mode.
+    """
+    module = encoder[1]
+    if not isinstance(module, TextPooling):
+        raise ModelError(
+            f"the second module is {module}, not the pooling of this encoder, so that no folder "
+            "can say what is pooled. Fix: leave modules 0 and 1, and put others behind them."
+        )
+    module.check_unchanged()
+    return module

@@ -93,12 +93,23 @@ def prepare_tokenizer(
 
 def surrounding_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special ids a tokenizer puts before every text (BOS, mostly) and behind it."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    probe = probe_text(tokenizer)
+    bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    full = tokenizer(probe)["input_ids"]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return list(full[:start]), list(full[start + len(bare) :])
     return [], []
+
+
+def probe_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text of which this tokenizer keeps something: "a", or else a word of its vocabulary."""
+    if tokenizer("a", add_special_tokens=False)["input_ids"]:
+        return "a"
+    plain = sorted(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys())
+    words = (str(tokenizer.decode([i])) for i in plain)
+    keeps = (w for w in words if w and tokenizer(w, add_special_tokens=False)["input_ids"])
+    return next(keeps, "a")
 
 
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -18,7 +18,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -253,7 +253,6 @@ class Run:
         first = CAUSAL_BASELINES[0]
         options: dict[str, Any] = {"enable_bidirectional": False, "pooling_mode": first}
         encoder = self._kept((CAUSAL, decoder.name), decoder.name, [], **options, **decoder.hub)
-        encoder.settings = replace(encoder.settings, pooling_mode=mode)
         width = encoder.backbone.get_embedding_dimension()
         encoder[1] = type(encoder[1])(width, mode, encoder.settings.skip_instruction)
         return encoder

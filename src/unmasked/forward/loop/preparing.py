@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unmasked.forward.backbone import Backbone
 from unmasked.forward.batches import ahead, filling, plan_batches, token_budget, windows
-from unmasked.forward.packing import pack
+from unmasked.forward.packing import Packed, pack
 from unmasked.text.tokens import TokenRow
 
 SENTENCE = "sentence_embedding"
@@ -37,6 +37,8 @@ class Request:
         output_value: one of `OUTPUTS`.
         save_to_cpu: copy vectors to the host as they come.
         by_tokens: fill forwards up to a number of tokens; otherwise `batch_size` rows make one.
+        processing_kwargs, task: see `Backbone.preprocess`.
+        stock_features: hand on what other people's modules read: padded states, prompt_length.
     """
 
     device: torch.device
@@ -48,6 +50,9 @@ class Request:
     normalize_embeddings: bool = False
     truncate_dim: int | None = None
     by_tokens: bool = False
+    processing_kwargs: Mapping[str, Any] | None = None
+    task: str | None = None
+    stock_features: bool = False
 
     @classmethod
     def of(cls, device: torch.device, options: Mapping[str, Any]) -> Request:
@@ -132,11 +137,12 @@ def tokenised(
     backbone: Backbone, wanted: Iterable[TextWindow], request: Request
 ) -> Iterator[TokenisedRows]:
     """The windows' token rows, in pieces; meant to run in a thread."""
+    limit = backbone.limit(request.processing_kwargs, task=request.task)
     for window in wanted:
         if not window.inputs:
             yield TokenisedRows(window, 0, [])
         for piece in windows(len(window.inputs), growing=request.on_gpu):
-            rows = backbone.tokenize_inputs(window.inputs[piece], request.prompt)
+            rows = backbone.tokenize_inputs(window.inputs[piece], request.prompt, limit)
             yield TokenisedRows(window, piece.start, rows)
 
 
@@ -145,6 +151,9 @@ def prepare_batches(
 ) -> Iterator[PreparedBatch]:
     """Plan and collate tokenised pieces; meant to run in a thread."""
     padded = backbone.unpackable is not None
+    collate = backbone.features_of if request.stock_features else backbone.collate
+    filled = request.on_gpu and request.output_value == SENTENCE and not padded
+    filled &= not request.stock_features
     for piece in pieces:
         rows, lengths = piece.rows, [len(row.ids) for row in piece.rows]
         if not rows:
@@ -152,15 +161,18 @@ def prepare_batches(
         for chosen in request.plan(lengths, padded):
             own = [lengths[i] for i in chosen]
             together = [rows[i] for i in chosen]
-            if request.on_gpu and request.output_value == SENTENCE and not padded:
+            if filled:
                 ids = together[0].ids  # the longest text, once more and cut
                 together += [TokenRow(ids[:length], 0, length) for length in filling(own)]
-            features: dict[str, Any] = backbone.collate(together)
+            features: dict[str, Any] = collate(together)
             if not padded:
                 features["packed"] = pack(features["attention_mask"])
             if request.on_gpu:
-                features = {key: value.pin_memory() for key, value in features.items()}
-            features["repad"] = request.output_value != SENTENCE
+                features = {
+                    key: value.pin_memory() if isinstance(value, Tensor | Packed) else value
+                    for key, value in features.items()
+                }
+            features["repad"] = request.stock_features or request.output_value != SENTENCE
             yield PreparedBatch(piece.window, chosen + piece.first, own, features)
 
 

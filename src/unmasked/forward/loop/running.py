@@ -159,6 +159,9 @@ def row_outputs(
         if request.output_value == TOKENS:
             states = zip(outputs[TOKENS], batch.lengths, strict=True)
             return [row[:length].float() for row, length in states]
+        if request.truncate_dim is not None:
+            cut = truncate_embeddings(outputs[SENTENCE], request.truncate_dim)
+            outputs = {**outputs, SENTENCE: cut}
         own = {k: v for k, v in outputs.items() if not k.startswith("packed")}
         tensors = {k: v for k, v in own.items() if isinstance(v, Tensor)}
         return [{k: v[i] for k, v in tensors.items()} for i in range(len(batch.lengths))]

@@ -134,6 +134,7 @@ class PairCollator:
                 text = documents[rank] if rank < len(documents) else row["positive"]
                 inputs.append([self.instruction(row, False), text])
         features = self.preprocess(inputs, max_length=self.max_length)
+        features.pop("prompt_length", None)  # one number, where all else is of each text
         order = features["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
         keys = [int.from_bytes(text_key(text), "big", signed=True) for _, text in inputs]
         return {

@@ -112,7 +112,9 @@ class TwoViewsLoss(nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Scalar loss of the features of B texts; there are no labels."""
         (features,) = sentence_features
-        twice = {name: torch.cat([value, value]) for name, value in features.items()}
+        # all but the length of the prompt, which is one number for the batch
+        tensors = {name: value for name, value in features.items() if isinstance(value, Tensor)}
+        twice = {name: torch.cat([value, value]) for name, value in tensors.items()}
         vectors = self.model({**twice, "repad": False})["sentence_embedding"]  # (2B, D)
         first, second = vectors.chunk(2)
         self.measured = alignment_and_uniformity(first, second)

@@ -1,41 +1,31 @@
-"""The weights that train: a LoRA on the trunk, or the whole trunk; attached, saved, loaded, merged.
+"""Puts on a trunk what trains: a LoRA, or the whole of it; and saves the LoRA.
 
 Adapters sit on the bare transformer, so their keys are those of published LLM2Vec checkpoints
-(``base_model.model.layers.N...``), and the language-model head is never trained. Merging is done in
-float32, layer by layer, and cast back at the end, because merging in bfloat16 moves weights by up
-to 4e-3. Nothing else is cast: a rotary embedding in bfloat16 loses its positions.
+(``base_model.model.layers.N...``), and the language-model head is never trained.
 
-PEFT silently loads nothing from an adapter whose keys do not fit; here that is an error. A pickled
-adapter is read only where it is asked for. Cost of merging: one float32 copy of each adapted layer.
+Cost: that of PEFT.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import (
     LoraConfig,
-    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from unmasked.checkpoint.location import Location
 from unmasked.errors import MissingExtraError, ModelError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLED_NAME = "adapter_model.bin"
 
 
 def attach(
@@ -169,42 +159,8 @@ def save_adapter(
     weights = {k: v.cpu().contiguous() for k, v in (state or adapter_state(model)).items()}
     save_file(weights, str(Path(folder) / WEIGHTS_NAME), metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(str(folder))
-
-
-def merge(model: nn.Module, adapters: Sequence[Location], allow_pickle: bool = False) -> nn.Module:
-    """Add saved adapters to the weights of a trunk, one after the other, in float32.
-
-    Args:
-        model: a bare transformer; changed and returned.
-        adapters: where they are, in the order they were trained.
-        allow_pickle: read an adapter that is there as a pickle only.
-
-    Raises:
-        ModelError: no adapter there, not safetensors, or made for another base.
-    """
-    with _kept_dtypes(model):
-        for adapter in adapters:
-            config = read_adapter_config(adapter)
-            config.inference_mode = True
-            peft_model = PeftModel(model, config)
-            load_adapter_state(peft_model, _read_weights(adapter, allow_pickle), adapter.name)
-            _unload(peft_model)
-    return model
-
-
-def merge_attached(model: PeftModel) -> nn.Module:
-    """Add the attached adapter to the weights below it, in float32, and take it off."""
-    trunk = bare(model)
-    with _kept_dtypes(trunk):
-        _unload(model)
-    return trunk
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The transformer inside however many `PeftModel`s."""
-    while isinstance(model, PeftModel):
-        model = model.get_base_model()
-    return model
+    # safetensors makes its files private
+    shutil.copymode(Path(folder) / CONFIG_NAME, Path(folder) / WEIGHTS_NAME)
 
 
 def check_nested(model: nn.Module) -> None:
@@ -224,91 +180,4 @@ def check_nested(model: nn.Module) -> None:
             "neither adapter of this model acts: PEFT puts a second adapter in the place of the "
             "first and loads nothing into it. Fix: model = model.merge_and_unload() before the "
             "second PeftModel, or LLM2Vec.from_pretrained(base, [first, second])."
-        )
-
-
-def _unload(model: PeftModel) -> None:
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.get_base_layer().float()
-    model.merge_and_unload()
-
-
-@contextmanager
-def _kept_dtypes(model: nn.Module) -> Iterator[None]:
-    """Parameters that the block makes float32 get the dtype back that they had."""
-    before = {id(p): p.dtype for p in model.parameters()}
-    yield
-    for parameter in model.parameters():
-        dtype = before.get(id(parameter), parameter.dtype)
-        parameter.data = parameter.data.to(dtype)
-
-
-def _read_weights(adapter: Location, allow_pickle: bool) -> dict[str, torch.Tensor]:
-    if path := adapter.fetch(WEIGHTS_NAME):
-        return load_file(path)
-    if not allow_pickle:
-        raise ModelError(
-            f"{adapter.name} has no {WEIGHTS_NAME}. Pickled adapters are not loaded: a pickle can "
-            "run code. Fix: convert it to safetensors, or, if you trust it, allow_pickle=True "
-            f"(reads {PICKLED_NAME}, tensors only)."
-        )
-    path = adapter.fetch(PICKLED_NAME)
-    if path is None:
-        raise ModelError(
-            f"{adapter.name} does not hold the weights of an adapter. "
-            f"Looked for: {WEIGHTS_NAME}, {PICKLED_NAME}."
-        )
-    weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return weights
-
-
-def is_adapter(location: Location) -> bool:
-    """Whether a folder or hub repository holds an adapter."""
-    return location.fetch(CONFIG_NAME) is not None
-
-
-def read_adapter_config(location: Location) -> PeftConfig:
-    """The `adapter_config.json` of a folder or hub repository.
-
-    Raises:
-        ModelError: it has none.
-    """
-    path = location.fetch(CONFIG_NAME)
-    if path is None:
-        raise ModelError(
-            f"{location.name} does not hold an adapter ({CONFIG_NAME} is missing). "
-            "Fix: give the folder that has it, or leave the adapter out."
-        )
-    config: PeftConfig = PeftConfig.from_pretrained(str(Path(path).parent))
-    if not config.base_model_name_or_path:
-        config.base_model_name_or_path = json.loads(Path(path).read_text(encoding="utf-8")).get(
-            "base_model_name_or_path"
-        )
-    return config
-
-
-def load_adapter_state(model: PeftModel, state: dict[str, torch.Tensor], source: str) -> None:
-    """Put the weights of a saved adapter into the one that is attached.
-
-    Raises:
-        ModelError: they do not fit; names `source`, where they are from.
-    """
-    try:
-        result: Any = set_peft_model_state_dict(model, state)
-    except RuntimeError as error:
-        base = model.peft_config["default"].base_model_name_or_path
-        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-        raise ModelError(
-            f"the adapter {source} was made for another base ({base}): {len(lines)} weights differ "
-            f"in shape, first {lines[0] if lines else error} Fix: load it on that base."
-        ) from error
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    unexpected = list(result.unexpected_keys)
-    if missing or unexpected:
-        base = model.peft_config["default"].base_model_name_or_path
-        raise ModelError(
-            f"the adapter {source} does not fit this model: {len(missing)} weights missing "
-            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected "
-            f"({', '.join(unexpected[:3])}). It was made for {base}. Fix: load it on that base."
         )

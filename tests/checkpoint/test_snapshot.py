@@ -1,0 +1,332 @@
+"""A saved folder says what the encoder is at that moment, and a loader finds nothing else in it."""
+
+from __future__ import annotations
+
+import json
+import stat
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize
+from sentence_transformers.sentence_transformer.modules import Pooling
+from support.vectors import close
+from transformers import AutoConfig, AutoTokenizer
+
+from unmasked import LLM2Vec
+from unmasked.checkpoint.snapshot import read_options
+from unmasked.errors import ModelError, OutputError
+from unmasked.text.templates import PLAIN
+from unmasked.text.tokens import MARK, surrounding_ids
+
+TEXTS = ["a cat on a mat", "한국어 문장", "one two three four five six seven eight nine ten"]
+
+
+@pytest.fixture
+def model(tiny_decoder):
+    return LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+
+
+def reloaded(model, folder):
+    """What both loaders make of the saved model."""
+    model.save(folder)
+    return (
+        LLM2Vec.from_pretrained(folder, device="cpu"),
+        SentenceTransformer(str(folder), device="cpu"),
+    )
+
+
+# --- what is set on the object ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_seq_length", 7),
+        ("max_length", 7),
+        ("doc_max_length", 4),
+        ("truncate_dim", 8),
+        ("similarity_fn_name", "dot"),
+    ],
+)
+def test_what_is_set_later_is_saved(model, tmp_path, name, value):
+    before = model.encode(TEXTS)
+    setattr(model, name, value)
+    wanted = model.encode(TEXTS)
+    assert name == "similarity_fn_name" or before.shape != wanted.shape or (before != wanted).any()
+    for other in reloaded(model, tmp_path / "saved"):
+        close(other.encode(TEXTS), wanted)
+        assert other.similarity_fn_name == model.similarity_fn_name
+        close(other.similarity(wanted, wanted), model.similarity(wanted, wanted))
+
+
+def test_prompts_of_every_name_are_saved(model, tmp_path):
+    model.prompts |= {"query": "Ask:\n", "default": "Never asked for:\n", "sts": "Compare:\n"}
+    for other in reloaded(model, tmp_path / "saved"):
+        close(other.encode(TEXTS), model.encode(TEXTS))
+        close(other.encode_query(TEXTS), model.encode_query(TEXTS))
+        for name in ("default", "sts"):
+            given = {"prompt_name": name}
+            close(other.encode(TEXTS, **given), model.encode(TEXTS, **given))
+
+
+@pytest.mark.parametrize("name", ["sts", "default", "query"])
+def test_the_default_prompt_is_saved(model, tmp_path, name):
+    plain = model.encode(TEXTS)
+    model.prompts[name] = "Compare:\n"
+    model.default_prompt_name = name
+    assert np.abs(model.encode(TEXTS) - plain).max() > 1e-3
+    for other in reloaded(model, tmp_path / "saved"):
+        close(other.encode(TEXTS), model.encode(TEXTS))
+        close(other.encode_document(TEXTS), model.encode_document(TEXTS))
+        assert other.default_prompt_name == name
+
+
+def test_a_prompt_for_texts_without_one_is_not_taken_for_one_of_the_user():
+    saved = {"prompts": {"blank": MARK, "default": "X"}, "default_prompt_name": "blank"}
+    assert read_options(saved, PLAIN) == {"prompts": {"default": "X"}}
+    assert read_options({}, PLAIN) == {"prompts": {}}
+
+
+def test_limits_of_queries_and_documents_are_followed_and_saved(model, tmp_path):
+    model[0].query_length = 4
+    assert np.abs(model.encode_query(TEXTS) - model.encode(TEXTS)).max() > 1e-3
+    cut = LLM2Vec.from_pretrained(model.backbone.auto_model.name_or_path, max_length=4)
+    close(model.encode_query(TEXTS), cut.to("cpu").encode(TEXTS))
+    for other in reloaded(model, tmp_path / "saved"):
+        close(other.encode_query(TEXTS), model.encode_query(TEXTS))
+        close(other.encode_document(TEXTS), model.encode_document(TEXTS))
+
+
+def test_pooling_of_the_prompt_can_be_switched_on(model, tmp_path):
+    plain = model.encode(TEXTS)
+    model.set_pooling_include_prompt(True)
+    assert np.abs(model.encode(TEXTS) - plain).max() > 1e-3
+    for other in reloaded(model, tmp_path / "saved"):
+        close(other.encode(TEXTS), model.encode(TEXTS))
+    model.set_pooling_include_prompt(False)
+    close(model.encode(TEXTS), plain)
+
+
+def test_a_pooling_that_no_folder_can_say_is_refused(model, tmp_path):
+    model[1].pooling_mode = "max"
+    with pytest.raises(ModelError, match="was made to pool 'mean'"):
+        model.encode(TEXTS)
+    model[1] = Pooling(32, "mean", include_prompt=False)
+    with pytest.raises(ModelError, match="second module is Pooling"):
+        model.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("value", [None, 0, "7"])
+def test_a_limit_that_is_no_number_is_refused(model, value):
+    with pytest.raises(ModelError, match="Fix: a number"):
+        model.max_seq_length = value
+
+
+# --- modules behind the pooling -----------------------------------------------------------------
+
+
+def test_modules_behind_the_pooling_are_run_saved_and_read(model, tmp_path):
+    bare = model.encode(TEXTS)
+    for module in (Dense(32, 8), Normalize()):
+        model.append(module)
+    with torch.no_grad():
+        wanted = torch.nn.functional.normalize(model[2].linear(torch.tensor(bare)).tanh(), dim=1)
+    close(model.encode(TEXTS), wanted.numpy())
+    for other in reloaded(model, tmp_path / "saved"):
+        close(other.encode(TEXTS), wanted.numpy())
+        assert [type(module) for module in list(other)[2:]] == [Dense, Normalize]
+    again, _ = reloaded(LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu"), tmp_path / "two")
+    close(again.encode(TEXTS), wanted.numpy())
+    assert "8 dimensions" in (tmp_path / "saved" / "README.md").read_text()
+    types = [row["type"] for row in json.loads((tmp_path / "saved" / "modules.json").read_text())]
+    assert types[2:] == [
+        "sentence_transformers.models.Dense",
+        "sentence_transformers.models.Normalize",
+    ]
+
+
+class Twice(torch.nn.Module):
+    def forward(self, features):
+        return {**features, "sentence_embedding": features["sentence_embedding"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (Twice(), "cannot be saved"),
+        (Dense(32, 8, activation_function=torch.nn.LeakyReLU(0.3)), "would not come back"),
+        (Dense(32, 8, activation_function=torch.nn.functional.gelu), "would not come back"),
+    ],
+    ids=["of-the-user", "with-arguments", "a-function"],
+)
+def test_a_module_that_would_not_come_back_is_refused(model, tmp_path, module, said):
+    model.append(module)
+    model.encode(TEXTS)
+    with pytest.raises(ModelError, match=said):
+        model.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_other_peoples_pooling_sees_states_and_where_the_text_begins(model):
+    wanted = model.encode(TEXTS), model.encode(TEXTS, prompt="Compare:\n")
+    model[1] = Pooling(32, "mean", include_prompt=False)
+    close(model.encode(TEXTS), wanted[0])
+    close(model.encode(TEXTS, prompt="Compare:\n"), wanted[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda row: row | {"type": "os.path"}, "code of others"),
+        (lambda row: row | {"path": "../saved/2_Dense"}, "code of others"),
+        (lambda row: row | {"path": "3_Missing"}, "cannot be read"),
+    ],
+)
+def test_a_module_of_a_folder_that_cannot_be_trusted_or_read_is_refused(
+    model, tmp_path, change, said
+):
+    model.append(Dense(32, 8))
+    model.save(tmp_path / "saved")
+    place = tmp_path / "saved" / "modules.json"
+    rows = json.loads(place.read_text())
+    place.write_text(json.dumps([*rows[:2], change(rows[2])]))
+    with pytest.raises(ModelError, match=said):
+        LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+
+
+def test_half_the_weights_of_a_module_are_refused(model, tmp_path):
+    model.append(Dense(32, 8))
+    model.save(tmp_path / "saved")
+    weights = tmp_path / "saved" / "2_Dense" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(ModelError, match="2_Dense"):
+        LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+
+
+# --- the folder ---------------------------------------------------------------------------------
+
+LEFT = (
+    "adapter_config.json", "adapter_model.safetensors", "special_tokens_map.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "pytorch_model.bin", "model.safetensors.index.json",
+    "model-00001-of-00002.safetensors", "generation_config.json", "chat_template.jinja",
+    "added_tokens.json", "modeling_x.py", "2_Normalize/config.json", "onnx/model.onnx",
+    "router_config.json", "preprocessor_config.json",
+)  # fmt: skip
+
+
+def test_what_another_model_left_is_removed_and_all_else_stays(model, tmp_path, caplog):
+    folder = tmp_path / "saved"
+    kept = ("notes.txt", "results.json", "checkpoint-5/model.safetensors", "LICENSE")
+    for name in (*LEFT, *kept):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    for other in reloaded(model, folder):
+        close(other.encode(TEXTS), model.encode(TEXTS))
+    assert [name for name in LEFT if (folder / name).exists()] == []
+    assert [name for name in kept if not (folder / name).exists()] == []
+    assert "removed what another model had left" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+def test_settings_that_are_left_out_do_not_stay_from_before(model, tmp_path):
+    model.save(tmp_path / "saved")
+    model.save(tmp_path / "saved", save_config=False)
+    assert not (tmp_path / "saved" / "llm2vec_config.json").exists()
+
+
+def test_a_save_that_fails_leaves_the_old_folder_whole(model, tmp_path):
+    model.save(tmp_path / "saved")
+    before = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    model.append(Twice())
+    with pytest.raises(ModelError):
+        model.save(tmp_path / "saved")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == before
+
+
+def test_all_weights_of_a_folder_may_be_read_by_others(model, tmp_path):
+    model.append(Dense(32, 8))
+    model.save(tmp_path / "saved")
+    for weights in tmp_path.rglob("*.safetensors"):
+        mode = stat.S_IMODE((tmp_path / "saved" / "config.json").stat().st_mode)
+        assert stat.S_IMODE(weights.stat().st_mode) == mode
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="Fix: name a place"):
+        model.save(tmp_path / "file" / "saved")
+
+
+def test_a_full_disk_is_one_sentence(model, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("[enforce fail at x.cc:1] . No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(model.model), "save_pretrained", fails)
+    with pytest.raises(OutputError, match=r"No space left on device\. Fix: make room") as error:
+        model.save(tmp_path / "saved")
+    assert "enforce" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_options_of_stock_saving(model, tmp_path):
+    model.save(None)
+    with pytest.raises(ModelError, match="safetensors only"):
+        model.save(tmp_path / "saved", safe_serialization=False)
+    model.save(tmp_path / "saved", create_model_card=False)
+    assert not (tmp_path / "saved" / "README.md").exists()
+    model.save_pretrained(tmp_path / "saved", "mine/encoder", train_datasets=["org/texts"])
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "# mine/encoder" in card and 'SentenceTransformer("mine/encoder")' in card
+    assert "org/texts" in card
+    model.save(tmp_path / "saved", create_model_card=False)
+    assert (tmp_path / "saved" / "README.md").read_text() == card
+    model.save(tmp_path / "other", False, False)  # as the original: not merged, no settings
+    assert not (tmp_path / "other" / "llm2vec_config.json").exists()
+
+
+def test_older_loaders_stop_with_a_sentence_and_this_one_does_not(model, tmp_path):
+    """Versions before 5 turn the keys of this field into numbers, and never see is_causal."""
+    model.save(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    with pytest.raises(ValueError, match="needs transformers 5.2 or later"):
+        {int(key): value for key, value in config["pruned_heads"].items()}
+    tokenizer = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoConfig.from_pretrained(tmp_path / "saved").is_causal is False
+
+
+def test_what_differs_in_a_stock_loader_is_in_the_card(model, tmp_path):
+    model.doc_max_length = 9
+    model.save(tmp_path / "saved")
+    card = " ".join((tmp_path / "saved" / "README.md").read_text().split())
+    for wanted in (
+        "vector of zeros",
+        'prompt=""',
+        "at 9 tokens",
+        "white space",
+        "transformers 5.2",
+    ):
+        assert wanted in card
+
+
+# --- the tokenizer ------------------------------------------------------------------------------
+
+
+def test_bos_is_found_where_the_letter_a_yields_nothing(tiny_decoder, tmp_path):
+    """A normalizer may remove the letter that the tokenizer is probed with."""
+    from tokenizers import normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    given = AutoTokenizer.from_pretrained(tiny_decoder)
+    backend = given.backend_tokenizer
+    backend.normalizer = normalizers.Replace("a", "")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert surrounding_ids(tokenizer) == ([0], [])
+    base = LLM2Vec.from_pretrained(tiny_decoder, device="cpu").model
+    model = LLM2Vec(base, tokenizer, device="cpu")
+    for other in reloaded(model, tmp_path / "saved"):
+        close(other.encode(["bcd", "xyz"]), model.encode(["bcd", "xyz"]))
+    assert model.tokenizer("bcd")["input_ids"][0] == 0
