@@ -11,7 +11,6 @@ Cost of loading: reading the weights, and some thirty forwards of a few tokens (
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +32,8 @@ from unmasked.errors import DataError, ModelError, unknown
 from unmasked.forward import quantization
 from unmasked.forward.backbone import BY_TOKENS, Backbone
 from unmasked.forward.compiling import check_choice
-from unmasked.forward.loop import preparing, running
+from unmasked.forward.loop import running
+from unmasked.forward.loop.preparing import OUTPUTS, SENTENCE, Request
 from unmasked.forward.pooling import TextPooling, check_mode, own_pooling
 from unmasked.forward.precision import Precision, pick
 from unmasked.forward.quantization import Quantization
@@ -42,8 +42,6 @@ from unmasked.mask.opening import learned_positions
 from unmasked.mask.proof import Proof, prove
 from unmasked.text.inputs import listed, split_pairs
 from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 class TextEncoder(SentenceTransformer):
@@ -266,8 +264,8 @@ class TextEncoder(SentenceTransformer):
         if not isinstance(inputs, str):
             inputs = listed(inputs)
             split_pairs(inputs)  # names the faulty index before any work is done
-        if (output := kwargs.get("output_value", preparing.SENTENCE)) not in preparing.OUTPUTS:
-            raise DataError(unknown("output_value", str(output), map(str, preparing.OUTPUTS)))
+        if (output := kwargs.get("output_value", SENTENCE)) not in OUTPUTS:
+            raise DataError(unknown("output_value", str(output), map(str, OUTPUTS)))
         self.backbone.prepare_for(inputs, check_choice(compile or self.compiles))
         rows = {BY_TOKENS: True} if batch_size is None else {"batch_size": batch_size}
         stock: Any = super().encode
@@ -293,7 +291,7 @@ class TextEncoder(SentenceTransformer):
         if any(weight.device != target for weight in self.parameters()):
             self.to(target)
         options["stock_features"] = len(self) > 2 or not isinstance(self[1], TextPooling)
-        return running.run(self, self.backbone, inputs, preparing.Request.of(target, options))
+        return running.run(self, self.backbone, inputs, Request.of(target, options))
 
     def set_pooling_include_prompt(self, include_prompt: bool) -> None:
         """As in `SentenceTransformer`: whether BOS, template and prompt are pooled as well."""

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -36,6 +35,7 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from unmasked.checkpoint.card import Card, render
+from unmasked.checkpoint.leftovers import remove_leftovers
 from unmasked.checkpoint.weights import without_bars
 from unmasked.errors import ModelError
 from unmasked.files.writing import folder_aside
@@ -159,7 +159,7 @@ def write_folder(
                 asked,
             )
             (folder / "README.md").write_text(text, encoding="utf-8")
-        _remove_leftovers(Path(path), folder)
+        remove_leftovers(Path(path), folder)
 
 
 def read_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
@@ -329,40 +329,3 @@ def _share(folder: Path) -> None:
     for weights in folder.glob("*.safetensors"):
         plain = next(file for file in folder.iterdir() if file.suffix == ".json")
         shutil.copymode(plain, weights)
-
-
-_OF_MODULE = re.compile(r"[0-9]+_[A-Z]\w*$")
-_READ_BY_LOADERS = (
-    "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "tf_model*", "flax_model*",
-    "adapter_config.json", "adapter_model*", "config.json", "generation_config.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "*.spm", "*.tiktoken", "chat_template*", "additional_chat_templates",
-    "*processor_config.json", "modules.json", "sentence_*_config.json",
-    "config_sentence_transformers.json", "router_config.json", "modeling_*.py",
-    "configuration_*.py", "tokenization_*.py", "llm2vec_config.json", "onnx", "openvino",
-    "original",
-)  # fmt: skip
-
-
-def _remove_leftovers(path: Path, written: Path) -> None:
-    """Remove from a folder what a loader would read beside, or instead of, what was written.
-
-    Args:
-        path: the folder that is replaced, if it exists.
-        written: the new one, complete.
-    """
-    if not path.is_dir():
-        return
-    inside = [place for place in path.iterdir() if place.is_dir() and _OF_MODULE.match(place.name)]
-    found = {place for name in _READ_BY_LOADERS for place in path.glob(name)} | {*inside}
-    removed = []
-    for place in sorted(found):
-        new = written / place.name
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place)
-        elif not new.is_file():
-            place.unlink()
-        if not new.exists():
-            removed.append(place.name)
-    if removed:
-        logger.warning("%s: removed what another model had left: %s", path, ", ".join(removed))
