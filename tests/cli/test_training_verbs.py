@@ -18,7 +18,9 @@ from unmasked.recipe.files import load_recipe
 def test_recipes(cli, tmp_path):
     code, out, _ = cli("recipes", "list")
     assert code == 0
-    assert re.search(r"^mistral-7b +mistralai/Mistral-7B-Instruct-v0.2$", out, re.MULTILINE)
+    assert re.search(
+        r"^mistral-7b +mistralai/Mistral-7B-Instruct-v0.2, apache-2.0$", out, re.MULTILINE
+    )
     shown = cli("recipes", "show", "nano")[1]
     assert yaml.safe_load(shown)["name"] == "nano"
     code, out, _ = cli("recipes", "copy", "nano", "mine.yaml")

@@ -29,6 +29,7 @@ from unmasked.cli.training_verbs import (
     plan,
     recipes,
     report,
+    reproduce,
     run,
     train,
 )
@@ -42,7 +43,21 @@ app = typer.Typer(
     epilog="Begin with: unmasked demo",
 )
 VERBS = (
-    *(demo, convert, run, train, mine, plan, encode, serve, evaluate, analyse, doctor, report),
+    *(
+        demo,
+        convert,
+        run,
+        reproduce,
+        train,
+        mine,
+        plan,
+        encode,
+        serve,
+        evaluate,
+        analyse,
+        doctor,
+        report,
+    ),
     *(push, export, verify, prove),
 )
 for verb in VERBS:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,28 +22,36 @@ from unmasked.files.writing import write_text
 from unmasked.recipe.schema import BEFORE, BIDIRECTIONAL, CAUSAL, Recipe
 
 if TYPE_CHECKING:
+    from unmasked.recipe.anchors import Anchor
     from unmasked.train.run import Listener, Run
 
 
-def run_recipe(recipe: Recipe, path: Path) -> None:
+def run_recipe(recipe: Recipe, path: Path, anchor: Anchor | None = None) -> None:
     """Run, or continue, a recipe in a folder, and show it: facts, progress, table, next command.
+
+    Args:
+        recipe, path: as in `train.run.Run`.
+        anchor: a published benchmark, on whose tasks the run is scored; None for the recipe's.
 
     Raises:
         UnmaskedError: see `train.run.Run`.
     """
-    tasks = recipe.evaluate.tasks
+    tasks = anchor.tasks if anchor else recipe.evaluate.tasks
     score = make_scorer(tasks, results=path / RESULTS) if tasks else None
     with terminal.loading("loading the libraries"):
         from unmasked.train.run import Run
     with terminal.Line() as line:
-        work = Run(recipe, path, score and _with_proof(score, line), listener(line))
-        terminal.facts(_header(work), stderr=True)
+        work = Run(recipe, path, score and _with_proof(score, line), listener(line), anchor)
+        terminal.facts(_header(work, tasks), stderr=True)
         finished = _is_finished(work)
         with telling_what_is_kept(lambda: work):
             encoder = work.run()
     keep_command(path)
     terminal.show(encoder.report.summary())
-    tables.stage_table(path, recipe.evaluate.bootstrap)
+    if anchor:
+        tables.published_table(path, recipe, anchor)
+    else:
+        tables.stage_table(path, recipe.evaluate.bootstrap)
     if finished:
         terminal.show("nothing to do: every stage of this recipe is done")
     terminal.closing(path / "model", done=finished)
@@ -86,6 +94,8 @@ def _is_finished(work: Run) -> bool:
     scored = {stage["name"] for stage in work.results()}
     whole = work.score is None or (
         bool(scored & {BIDIRECTIONAL, BEFORE}) and scored.issuperset(stages)
+        if work.only is None
+        else scored >= work.only
     )
     done = all(is_done(work.path / name) for name in stages)
     return done and whole and (work.path / "model" / "config.json").is_file()
@@ -147,7 +157,7 @@ def _with_proof(score: Callable[[Any], Any], line: terminal.Line) -> Callable[[A
     return scored
 
 
-def _header(work: Run) -> list[tuple[str, str]]:
+def _header(work: Run, tasks: Sequence[str]) -> list[tuple[str, str]]:
     recipe = work.recipe
     dtype = str(work.dtype).removeprefix("torch.")
     if recipe.model.dtype == "auto":
@@ -162,7 +172,7 @@ def _header(work: Run) -> list[tuple[str, str]]:
         ("dtype", dtype),
         ("attention", recipe.model.attention or "as transformers chooses"),
         ("stages", ", ".join(stages) or "none: converted only"),
-        ("tasks", ", ".join(recipe.evaluate.tasks) or "none: nothing is scored"),
+        ("tasks", ", ".join(tasks) or "none: nothing is scored"),
         ("output", str(work.path)),
     ]
     done = [s["name"] for s in work.results() if not s["name"].startswith(CAUSAL)]

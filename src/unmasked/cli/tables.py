@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 from unmasked.cli.terminal import duration, facts, short, show, show_table
 from unmasked.evaluate.bootstrap import Interval
 from unmasked.evaluate.compare import EncoderScore, compare_stages, headline_metrics, headlines
+from unmasked.evaluate.published import beside_published
 
 if TYPE_CHECKING:
     from unmasked.demo import DemoSearch
     from unmasked.evaluate.analysis import Analysis
+    from unmasked.recipe.anchors import Anchor
     from unmasked.recipe.schema import Recipe
     from unmasked.train.plan.cost import Plan, StagePlan
 
@@ -51,6 +53,21 @@ def stage_table(
             gain, limits, verdict = _gain_cells(found)
             over = f"{column.metric}: {column.last} {gain} over {baseline}"
             show(f"{over}, 95 % interval {limits}: {verdict}")
+
+
+def published_table(run_folder: Path, recipe: Recipe, anchor: Anchor) -> None:
+    """Ours beside the published figures of a benchmark, one row per stage."""
+    for table in beside_published(run_folder, recipe, recipe.evaluate.bootstrap):
+        if table.anchor != anchor:
+            continue
+        rows = []
+        for one in table.stages:
+            ours = _score_cells(one.ours) if one.ours else ("", "")
+            gap = "" if one.difference is None else f"{100 * one.difference:+.2f}"
+            rows.append([one.stage, *ours, f"{100 * one.published:.2f}", gap, one.verdict])
+        columns = ["stage", "ours", "95 % interval", "published", "difference", "published is"]
+        show(f"{anchor.benchmark}, mean of {table.tasks} tasks; published: {anchor.source}")
+        show_table(columns, rows)
 
 
 def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:

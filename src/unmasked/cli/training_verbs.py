@@ -69,6 +69,43 @@ def run(
     run_recipe(resolved, output or Path("runs") / resolved.name)
 
 
+def reproduce(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    output: Annotated[
+        Path | None,
+        Option("-o", "--output", help="Run folder.", show_default="runs/NAME-reproduced"),
+    ] = None,
+    every: Annotated[
+        bool, Option("--all", help="Score every published benchmark, not just the first.")
+    ] = False,
+) -> None:
+    """Run a recipe and put its scores beside the published ones, stage by stage.
+
+    The first benchmark is the cheapest. The same command continues; with --all, nothing is trained
+    or scored twice.
+    """
+    from unmasked.cli.run_display import run_recipe
+    from unmasked.recipe.files import as_published, load_recipe
+
+    resolved = as_published(load_recipe(recipe, overrides or []))
+    stages = [name for name, _ in resolved.stages()]
+    anchors = [anchor for anchor in resolved.published() if anchor.of_stages(stages)]
+    if not anchors:
+        bases = dict.fromkeys(anchor.base for anchor in resolved.anchors)
+        given = f"model.base={resolved.model.base}, stages {', '.join(stages) or 'none'}"
+        there = f"for {', '.join(bases)}" if bases else "none at all"
+        raise RecipeError(
+            f"{resolved.name} has no published figures ({given}); its anchors: {there}. "
+            "Fix: unmasked reproduce sheared-llama-1.3b, or anchors in the recipe."
+        )
+    for anchor in anchors if every else anchors[:1]:
+        run_recipe(resolved, output or Path("runs") / f"{resolved.name}-reproduced", anchor)
+    if not every and len(anchors) > 1:
+        left = ", ".join(anchor.benchmark for anchor in anchors[1:])
+        terminal.show(f"also published: {left}; the same command with --all scores them, too")
+
+
 class StageCommand(TyperCommand):
     """A command whose help also shows the settings of the stage that was named."""
 
@@ -198,10 +235,11 @@ def report(
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """List the recipes with their base models."""
+    """List the recipes with their base models, and the licences of these."""
     from unmasked.recipe.files import load_recipe, shipped_recipes
 
-    terminal.facts([(name, load_recipe(name).model.base) for name in shipped_recipes()])
+    models = {name: load_recipe(name).model for name in shipped_recipes()}
+    terminal.facts([(name, f"{m.base}, {m.licence or 'bundled'}") for name, m in models.items()])
 
 
 @recipes.command("show")

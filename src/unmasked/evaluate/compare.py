@@ -67,7 +67,7 @@ def headlines(metrics: Iterable[str]) -> list[str]:
 
 def headline_metrics(run_folder: str | Path) -> list[str]:
     """The metric to report of each task that a run was scored on."""
-    return headlines(next(iter(_read_scores(Path(run_folder)).values()), ()))
+    return headlines(next(iter(read_scores(Path(run_folder)).values()), ()))
 
 
 def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> Comparison:
@@ -82,7 +82,7 @@ def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> 
         DataError: no scores there, or no such metric.
     """
     folder, column, gains = Path(run_folder), {}, {}
-    for stage, scores in _read_scores(folder).items():
+    for stage, scores in read_scores(folder).items():
         if metric not in scores:
             raise DataError(unknown("metric", metric, scores))
         column[stage] = float(scores[metric])
@@ -130,7 +130,7 @@ def read_result(folder: Path, stage: str, metric: str) -> TaskResult:
     if not file.is_file():
         raise DataError(f"{file} is missing, so nothing can be compared. Fix: run it again.")
     with np.load(file) as items:
-        values: list[Mapping[str, Any]] = [_read_scores(folder)[stage], items]
+        values: list[Mapping[str, Any]] = [read_scores(folder)[stage], items]
         scores, kept = (
             {key.rpartition(".")[2]: found[key] for key in found if key.rpartition(".")[0] == task}
             for found in values
@@ -138,7 +138,7 @@ def read_result(folder: Path, stage: str, metric: str) -> TaskResult:
     return TaskResult(task, scores, kept)
 
 
-def _read_scores(folder: Path) -> dict[str, dict[str, float]]:
+def read_scores(folder: Path) -> dict[str, dict[str, float]]:
     """Stage → scores, in the order they were made."""
     file = folder / "results.json"
     if not file.is_file():

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 Place = tuple[str | int, ...]
 """The way to a key: ``("supervised", "data", 0, "path")``."""
 _DEEPEST = 4
+_COMMA = re.compile(r",(?![^()]*\))")
+"""A comma between values, not one inside of ``MTEB(kor, v2)``."""
 _COMMA_OF_PAIRS = re.compile(r",(?!\s*\w+=)")
 """A comma between data sets, not one between the columns of ``FILE:query=a,positive=b``."""
 
@@ -60,8 +62,21 @@ def recipe_text(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def as_published(recipe: Recipe) -> Recipe:
+    """The recipe with the published texts in every stage that names no data."""
+    stages = {name: stage for name, stage in recipe.stages() if not stage.data}
+    texts: dict[str, list[str]] = {**recipe.published_data}
+    taken = {name: stages[name] for name in texts if name in stages}
+    filled = {name: s.model_copy(update={"data": texts[name]}) for name, s in taken.items()}
+    return recipe.model_copy(update=filled)
+
+
 def recipe_differences(a: Recipe, b: Recipe) -> list[str]:
-    """What changed from ``a`` to ``b``, one line per setting: ``mntp.steps: 100 -> 200``."""
+    """What changed from ``a`` to ``b``, one line per setting: ``mntp.steps: 100 -> 200``.
+
+    Notes for the reader, the licence and what was published, are no settings.
+    """
+    notes: Any = {"anchors": True, "published_data": True, "model": {"licence"}}
 
     def walk(old: object, new: object, *keys: str) -> Iterator[str]:
         if isinstance(old, dict) and isinstance(new, dict):
@@ -71,7 +86,7 @@ def recipe_differences(a: Recipe, b: Recipe) -> list[str]:
             shown = ["set" if isinstance(value, dict) else value for value in (old, new)]
             yield f"{'.'.join(keys)}: {shown[0]} -> {shown[1]}"
 
-    return list(walk(a.model_dump(), b.model_dump()))
+    return list(walk(a.model_dump(exclude=notes), b.model_dump(exclude=notes)))
 
 
 def _checked(
@@ -86,6 +101,8 @@ def _checked(
         for end in range(1, len(place) + 1):
             places.setdefault(place[:end], f"override '{override}'")
     _shorten_warmup(data, own, changed)
+    if ("model", "base") in changed and ("model", "licence") not in changed:
+        data["model"].pop("licence", None)  # it is that of the base before
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -187,7 +204,9 @@ def _apply(override: str, data: dict[str, Any]) -> Place:
     try:
         value = yaml.safe_load(text)
         if isinstance(value, str) and takes_list(place) and not Path(value).exists():
-            items = _COMMA_OF_PAIRS.split(value) if place[0] == "supervised" else value.split(",")
+            items = (
+                _COMMA_OF_PAIRS.split(value) if place[0] == "supervised" else _COMMA.split(value)
+            )
             value = [yaml.safe_load(item) for item in items if item.strip()]
         section[last] = value
     except (yaml.YAMLError, ValueError):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from unmasked.recipe.anchors import Anchor
 from unmasked.recipe.values import data_sets, number, one_or_more
 
 Count = Annotated[int, Field(ge=1), BeforeValidator(number)]
@@ -47,6 +48,8 @@ class Model(_Section):
     """Open the causal mask. False trains and saves the decoder with its mask closed."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None takes the default branch."""
+    licence: str | None = None
+    """Licence that the base was published under; for the reader, it changes nothing."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; ``auto`` keeps that of the checkpoint where the device supports it."""
     attention: str | None = None
@@ -303,6 +306,11 @@ class Recipe(_Section):
     """Third stage; None leaves it out."""
     evaluate: Evaluate = Evaluate()
     """What is scored."""
+    published_data: dict[Literal["mntp", "simcse"], Strings] = {}
+    """Texts behind the published figures, by stage; ``unmasked reproduce`` takes them where a stage
+    names none."""
+    anchors: list[Anchor] = []
+    """Published figures, cheapest first: ``unmasked reproduce`` scores on their tasks."""
     trackers: list[Literal["wandb", "trackio"]] = []
     """Where metrics go besides ``metrics.jsonl`` and TensorBoard, which are always written."""
 
@@ -319,6 +327,17 @@ class Recipe(_Section):
                 )
             before = lora
         return self
+
+    @model_validator(mode="after")
+    def _apart(self) -> Recipe:
+        of_base = [anchor.folder for anchor in self.published()]
+        if len(set(of_base)) < len(of_base):
+            raise ValueError("anchors: two of one base have the same benchmark. Fix: rename one.")
+        return self
+
+    def published(self) -> list[Anchor]:
+        """The anchors of this recipe's base."""
+        return [anchor for anchor in self.anchors if anchor.base == self.model.base]
 
     def stages(self) -> list[tuple[str, AnyStage]]:
         """Name and settings of the stages that are not left out, in the order they run."""

@@ -9,6 +9,7 @@ and once after each.
     recipe.yaml      as resolved         results.json     scores of every stage
     mntp/ simcse/ supervised/            adapter, checkpoints, metrics.jsonl, TensorBoard events
     scores/          per-item scores, for intervals        model/    the merged encoder
+    benchmarks/NAME/ results.json and scores/ of a published benchmark
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from unmasked.errors import MissingExtraError, OutputError, UnmaskedError, first
 from unmasked.files.writing import aside_of, write_text
 from unmasked.forward import precision
 from unmasked.forward.pooling import CAUSAL_BASELINES
+from unmasked.recipe.anchors import BENCHMARKS, Anchor
 from unmasked.recipe.files import load_recipe, recipe_differences, recipe_text
 from unmasked.recipe.schema import (
     BEFORE,
@@ -58,7 +60,7 @@ from unmasked.train.stages import fit
 
 logger = logging.getLogger(__name__)
 
-RECIPE = "recipe.yaml"
+RECIPE, RESULTS = "recipe.yaml", "results.json"
 LOCK = ".lock"
 """Held while a run is at work; it ends with the process."""
 MAY_BE_THERE = {"data", aside_of(Path(RECIPE)).name, TOKENS, LOCK}
@@ -87,6 +89,8 @@ class Run:
             another that was neither trained nor scored. Only a folder ``data`` may be there before.
         score: how an encoder is scored; None scores nothing.
         listener: told what happens.
+        anchor: a published benchmark: scores go into its folder, and only what it has figures for
+            is scored.
 
     Raises:
         OutputError: the folder belongs to another recipe, or holds something else.
@@ -99,9 +103,12 @@ class Run:
         path: str | Path,
         score: Scoring | None = None,
         listener: Listener | None = None,
+        anchor: Anchor | None = None,
     ) -> None:
         self.recipe = recipe
         self.path = Path(path)
+        self.scored = self.path / anchor.folder if anchor else self.path
+        self.only = anchor and anchor.of_stages([name for name, _ in recipe.stages()]).keys()
         self.score = score
         self.listener = listener if listener and devices.is_first() else Listener()
         self._loaded: tuple[tuple[object, ...], LLM2Vec] | None = None
@@ -152,7 +159,7 @@ class Run:
 
     def results(self) -> list[dict[str, Any]]:
         """Stages in order, each ``{"name": ..., "scores": {"TASK.METRIC": fraction}}``."""
-        file = self.path / "results.json"
+        file = self.scored / RESULTS
         if not file.is_file():
             return []
         stages: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["stages"]
@@ -180,7 +187,8 @@ class Run:
         """Whether something belongs to the recipe: a score, a checkpoint, an adapter."""
         folders = [self.path / name for name in ("mntp", "simcse", "supervised")]
         trained = any(is_done(folder) or last_checkpoint(folder) for folder in folders)
-        return trained or bool(self.results())
+        scores = [self.path / RESULTS, *self.path.glob(f"{BENCHMARKS}/*/{RESULTS}")]
+        return trained or any(file.is_file() for file in scores)
 
     def _check_inputs(self, chain: Chain) -> None:
         """Prove the model and read every text of what is not done, before anything else is made."""
@@ -293,7 +301,9 @@ class Run:
         the causal one. Where that is out of reach nothing is called causal.
         """
         scored = {stage["name"] for stage in self.results()}
-        if self.score is not None and devices.is_first() and not scored & {BIDIRECTIONAL, BEFORE}:
+        stages = {name for name, _ in self.recipe.stages()}
+        done = scored | stages >= self.only if self.only else scored & {BIDIRECTIONAL, BEFORE}
+        if self.score is not None and devices.is_first() and not done:
             model = self.recipe.model
             decoder = find_base(model.base, model.revision)
             itself = decoder.name == locate(model.base).name
@@ -325,14 +335,15 @@ class Run:
 
     def _add_score(self, name: str, load: Callable[[], LLM2Vec]) -> None:
         stages = self.results()
-        if self.score is None or any(stage["name"] == name for stage in stages):
+        unwanted = self.only is not None and name not in self.only
+        if self.score is None or unwanted or any(stage["name"] == name for stage in stages):
             return
         self.listener.stage(f"scoring {name}")
         results = self.score(load())
         items = {f"{r.name}.{key}": v for r in results for key, v in r.items.items()}
-        (self.path / "scores").mkdir(exist_ok=True)
-        np.savez(self.path / "scores" / f"{name}.npz", **items)
+        (self.scored / "scores").mkdir(parents=True, exist_ok=True)
+        np.savez(self.scored / "scores" / f"{name}.npz", **items)
         scores = {f"{r.name}.{k}": float(v) for r in results for k, v in r.scores.items()}
         stages.append({"name": name, "scores": scores})
-        write_text(self.path / "results.json", json.dumps({"stages": stages}, indent=2) + "\n")
+        write_text(self.scored / RESULTS, json.dumps({"stages": stages}, indent=2) + "\n")
         self.listener.scored(name, scores)

@@ -29,6 +29,7 @@ from unmasked.errors import DataError
 from unmasked.evaluate import compare
 from unmasked.evaluate.baselines import causal_encoder
 from unmasked.evaluate.bootstrap import Interval, interval
+from unmasked.evaluate.published import beside_published
 from unmasked.evaluate.report import figures, searches
 from unmasked.evaluate.report.glossary import meanings
 from unmasked.evaluate.report.samples import Sample, draw_sample
@@ -83,6 +84,7 @@ def write_report(
         content = {
             "columns": columns,
             "scores": scores,
+            "published": beside_published(run, recipe),
             "stages": [save(f"stages-{number}", figure) for number, figure in enumerate(drawn)],
             "curves": [save(f"curves-{name}", figure) for name, figure in _curves(run, recipe)],
             "vectors": _vectors(run, recipe, best, save),
@@ -157,7 +159,8 @@ def _vectors(run: Path, recipe: Recipe, best: str | None, save: Save) -> dict[st
         best: the best causal baseline, which is then "before"; None for what the stages began with.
         save: as `Save`.
     """
-    sample = _find_sample(run, recipe.evaluate.tasks)
+    tasks = [*recipe.evaluate.tasks, *chain(*(anchor.tasks for anchor in recipe.published()))]
+    sample = _find_sample(run, tasks)
     if sample is None or not (run / "model" / "config.json").is_file():
         return None
     name = f"before: {best.replace('_', ', ', 1).replace('_', ' ')}" if best else BEFORE

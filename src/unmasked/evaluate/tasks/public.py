@@ -4,10 +4,12 @@ mteb runs them, and its result files stay in the given folder, one per task, und
 the weights: an interrupted run goes on, and another model never inherits a score.
 
 Instructions: those the paper evaluated with (arXiv 2404.05961, appendix; instructions.json), given
-as ``[instruction, text]``, so that they are joined as the model was trained; for other tasks mteb's
-own; none for documents. mteb's `InstructSentenceTransformerModel` would load the model anew and
-pass them as prompts. Cost: importing mteb (seconds), the download of each task's data, and encoding
-all of it.
+as ``[instruction, text]``, so that they are joined as the model was trained. The file also pins
+those of Korean tasks, which the paper has none for: what mteb publishes for the task or, where it
+has nothing for that task alone, for its type. Other tasks have mteb's own; documents have none.
+mteb's `InstructSentenceTransformerModel` would load the model anew and pass them as prompts.
+
+Cost: importing mteb (seconds), the download of each task's data, and encoding all of it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from unmasked.errors import DataError, MissingExtraError, first_line, nearest
+from unmasked.errors import DataError, MissingExtraError, first_line, nearest, unknown
 from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.tasks.task_vectors import finite
 
@@ -35,7 +37,9 @@ except ImportError as error:
 INSTRUCTIONS: dict[str, str] = json.loads(
     (files("unmasked.evaluate.tasks") / "instructions.json").read_text(encoding="utf-8")
 )
-"""Task name → instruction, as the paper evaluated with."""
+"""Task name → instruction: the paper's, and below them mteb's of Korean tasks."""
+PART, AND = ":", "+"
+"""Between a benchmark and some of its tasks: ``MTEB(eng, v1):STS12+SciFact``."""
 _VARIANT = re.compile(r"(HardNegatives|Retrieval|Summarization)?(\.v\d+)?$")
 
 
@@ -51,18 +55,23 @@ def find_instruction(name: str, own: str = "") -> str:
 
 
 def find_tasks(name: str, languages: Sequence[str] | None = None) -> list[Any]:
-    """The tasks of a public benchmark, or the one task of that name.
+    """The tasks of a public benchmark, some of them, or the one task of that name.
 
     Args:
-        name: of a benchmark (``MTEB(eng, v2)``) or a task (``STSBenchmark``).
+        name: of a benchmark (``MTEB(eng, v2)``), of a task in all its languages (``STS17``), or of
+            some tasks of a benchmark, as they are in it (``MTEB(eng, v1):STS17+SciFact``).
         languages: keep only these (ISO 639-3, such as ``eng``); by default all.
 
     Raises:
         DataError: there is no such name, or nothing of it is in these languages.
     """
     benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
+    whole, _, part = name.partition(PART)
     try:
-        tasks = benchmarks[name].tasks if name in benchmarks else [mteb.get_task(name)]
+        if whole in benchmarks:
+            tasks = _some(whole, benchmarks[whole].tasks, part)
+        else:
+            tasks = [mteb.get_task(name)]
     except KeyError as error:
         known = [*benchmarks, *(task.metadata.name for task in mteb.get_tasks())]
         raise DataError(
@@ -79,6 +88,16 @@ def find_tasks(name: str, languages: Sequence[str] | None = None) -> list[Any]:
             "Fix: languages are ISO 639-3 codes, such as eng, kor, deu."
         )
     return [task.filter_languages(list(languages)) for task in kept]
+
+
+def _some(benchmark: str, tasks: Sequence[Any], part: str) -> list[Any]:
+    """The tasks of a benchmark that are named in `part`, in that order; all if it is empty."""
+    by_name = {task.metadata.name: task for task in tasks}
+    names = [one.strip() for one in part.split(AND)] if part else list(by_name)
+    for one in names:
+        if one not in by_name:
+            raise DataError(f"{benchmark}: {unknown('task', one, by_name)}")
+    return [by_name[one] for one in names]
 
 
 def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
