@@ -221,6 +221,7 @@ def test_doctor_examines_a_model(cli, tiny_decoder, tmp_path):
     assert found["bidirectional"] is True
     assert found["bos_added"] == ["<s>"]
     assert found["mntp_mask"] == "_"
+    assert set(found["tokens_per_character"]) == {"English", "Korean"}
     assert (found["width"], found["layers"], found["max_positions"]) == (32, 2, 128)
     assert found["parameters"] == 31392
     assert found["prompt"]["query"].startswith("stable")

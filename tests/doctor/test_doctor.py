@@ -10,6 +10,7 @@ from transformers import AutoModel
 from unmasked.doctor import environment, examine, lines
 from unmasked.doctor.miniature import miniature
 from unmasked.doctor.requirements import requirements
+from unmasked.doctor.tokenizer import SAMPLES, describe
 from unmasked.errors import ModelError
 from unmasked.mask.opening import open_config
 from unmasked.mask.proof import Proof
@@ -142,3 +143,22 @@ def test_the_environment_says_what_is_missing_for_what():
 def test_the_environment_says_whether_bfloat16_is_in_hardware(monkeypatch, has, said):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert environment()["cpu_bfloat16"].startswith(said)
+
+
+def test_a_tokenizer_that_knows_no_korean_is_seen_before_the_training(tiny_tokenizer):
+    def told(tokenizer):
+        tokens = TextTokenizer(prepare_tokenizer(tokenizer), 512)
+        return describe(tokens, {})["tokens_per_character"]
+
+    korean = SAMPLES["Korean"]
+    count = len(tiny_tokenizer(korean, add_special_tokens=False)["input_ids"])
+    assert count > len(korean), "it falls back on bytes, three for a syllable"
+    said = told(tiny_tokenizer)["Korean"]
+    assert said.startswith(
+        f"{count / len(korean):.2f} ({count} tokens of {len(korean)} characters)"
+    )
+    assert "POOR, letters are cut up; a base that was trained on Korean takes fewer" in said
+
+    trained = tiny_tokenizer.train_new_from_iterator(SAMPLES.values(), 600, show_progress=False)
+    for language, said in told(trained).items():
+        assert float(said.split()[0]) < 0.6 and "POOR" not in said, language

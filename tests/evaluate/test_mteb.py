@@ -22,10 +22,12 @@ from unmasked.evaluate.compare import compare_encoders
 from unmasked.evaluate.scorer import make_scorer
 from unmasked.evaluate.tasks.public import (
     INSTRUCTIONS,
+    Instructed,
     find_instruction,
     find_tasks,
     score_public,
 )
+from unmasked.recipe.files import load_recipe, shipped_recipes
 
 
 def theirs(task) -> dict:
@@ -192,8 +194,28 @@ def test_queries_are_instructed_and_documents_are_not(model, tmp_path, monkeypat
     }
 
 
+KOREAN = {
+    "KLUE-STS", "KorSTS", "Ko-StrategyQA", "LawIRKo", "AutoRAGRetrieval", "PublicHealthQA",
+    "MIRACLRetrieval", "MIRACLReranking",
+}  # fmt: skip
+
+
+def test_instructions_of_korean_tasks_are_those_that_mteb_publishes(model):
+    """Of the task itself, or of its type; pinned, so that another mteb changes no score."""
+    korean = {task.metadata.name: task.metadata for task in find_tasks("MTEB(kor, v2)")}
+    assert set(korean) >= KOREAN
+    published = {
+        name: Instructed(model).get_instruction(korean[name], mteb.types.PromptType.query)
+        for name in KOREAN
+    }
+    assert {name: find_instruction(name) for name in KOREAN} == {
+        name: f"{text.rstrip('.')}:" for name, text in published.items()
+    }
+    assert set(INSTRUCTIONS) >= KOREAN, "they are pinned and not asked for"
+
+
 def test_published_instructions():
-    assert len(INSTRUCTIONS) == 67
+    assert len(INSTRUCTIONS) == 67 + len(KOREAN)
     assert {name: text for name, text in INSTRUCTIONS.items() if not text.endswith(":")} == {}
     expected = {
         "FEVER": "Given a claim, retrieve documents that support or refute the claim:",
@@ -236,3 +258,34 @@ def test_scores_without_items_have_no_interval(model, tmp_path):
     first, second = compare_encoders({"a": [result], "b": [result]})
     assert first.score.low == first.score.high == first.score.difference
     assert second.gain is None
+
+
+def test_some_tasks_of_a_benchmark_are_as_they_are_in_it():
+    both = find_tasks("MTEB(eng, v1):STS17+ SciFact")
+    assert [task.metadata.name for task in both] == ["STS17", "SciFact"]
+    assert both[0].hf_subsets == ["en-en"] and len(find_tasks("STS17")[0].hf_subsets) > 5
+    with pytest.raises(DataError, match=r"MTEB\(eng, v1\): unknown task 'STS71', did you mean"):
+        find_tasks("MTEB(eng, v1):STS71")
+    with pytest.raises(DataError, match="mteb has no task or benchmark of that name"):
+        find_tasks("MTEB(eng, v9):STS17")
+
+
+def test_korean_tasks_of_a_benchmark_are_korean():
+    tasks = {task.metadata.name: task for task in find_tasks("MTEB(kor, v2)")}
+    assert tasks["MIRACLRetrieval"].hf_subsets == ["ko"]
+    assert tasks["PublicHealthQA"].hf_subsets == ["korean"]
+
+
+def test_every_published_benchmark_of_a_shipped_recipe_is_one_of_mtebs():
+    sizes = {}
+    for name in shipped_recipes():
+        for anchor in load_recipe(name).anchors:
+            found = [task for given in anchor.tasks for task in find_tasks(given)]
+            sizes.setdefault(anchor.benchmark, set()).add(len(found))
+            assert all(find_instruction(task.metadata.name) for task in found if instructed(task))
+    assert sizes == {"15 tasks of MTEB v1": {15}, "MTEB(eng, v1)": {56}}
+
+
+def instructed(task) -> bool:
+    """CQADupstack is twelve tasks, which have their instructions each."""
+    return task.metadata.name != "CQADupstackRetrieval"

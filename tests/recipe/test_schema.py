@@ -341,3 +341,40 @@ def test_every_setting_is_described(section):
     assert [
         name for name, field in own.items() if not field.get("description", "").endswith(".")
     ] == []
+
+
+def test_a_comma_inside_the_name_of_a_benchmark_parts_nothing():
+    recipe = load_recipe("nano", ["evaluate.tasks=MTEB(kor, v2),a.tsv"])
+    assert recipe.evaluate.tasks == ["MTEB(kor, v2)", "a.tsv"]
+    assert load_recipe("nano", ["evaluate.tasks=MTEB(kor, v2)"]).evaluate.tasks == ["MTEB(kor, v2)"]
+
+
+ANCHOR = """
+anchors:
+  - benchmark: some
+    base: b
+    tasks: a.tsv
+    source: here
+    scores: {mntp+simcse: 1}
+"""
+
+
+def test_anchors_are_checked_and_are_no_settings_of_a_run(recipe_file):
+    recipe = load_recipe(recipe_file(SMALL + ANCHOR))
+    (anchor,) = recipe.anchors
+    assert (anchor.tasks, anchor.folder) == (["a.tsv"], "benchmarks/some")
+    assert recipe_differences(recipe, load_recipe(recipe_file(SMALL))) == []
+    wrong = ANCHOR.replace("mntp+simcse: 1", "simcse+mntp: 1")
+    assert "anchors.0.scores: 'simcse+mntp' should be one of causal_mean" in error_of(
+        recipe_file(SMALL + wrong)
+    )
+    assert "less than or equal to 100" in error_of(
+        recipe_file(SMALL + ANCHOR.replace(": 1}", ": 101}"))
+    )
+    assert "anchors.0.sourse: unknown key, did you mean 'source'?" in error_of(
+        recipe_file(SMALL + ANCHOR.replace("source", "sourse"))
+    )
+    twice = ANCHOR + ANCHOR.replace("\nanchors:\n", "")
+    assert "two of one base have the same benchmark" in error_of(
+        recipe_file(SMALL + twice), ["model.base=b"]
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, PretrainedConfig
+from transformers import AttentionInterface, AutoModel, PretrainedConfig
 
 from unmasked.checkpoint import adapters
 from unmasked.recipe.schema import AnyStage
@@ -99,9 +99,6 @@ def _attention(
     return _Kernel.apply(query, key, value), None  # type: ignore[no-untyped-call]
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
-
-
 AttentionInterface.register(KERNEL, _attention)
-AttentionMaskInterface.register(KERNEL, _no_mask)
+# It has no mask function on purpose: then transformers makes no mask, and does not look into the
+# positions for packed texts, which Gemma 3 would do here and cannot without numbers.
