@@ -20,12 +20,12 @@ ENDINGS = {"newline": "Find the answer:\n", "colon": "query:", "space": "query: 
 """Judged where a model has no prompts of its own."""
 
 SAMPLES = {
-    "English": "The library opens at nine on weekdays, and visitors may borrow up to five books for "
-    "two weeks. If a book has been reserved by somebody else, the loan cannot be extended. Please "
-    "return what you no longer need, so that others can read it.",
-    "Korean": "도서관은 평일 아침 아홉 시에 문을 열며, 방문객은 책을 다섯 권까지 두 주 동안 빌릴 수 "
-    "있습니다. 다른 사람이 예약한 책은 대출 기간을 연장할 수 없습니다. 더 이상 필요하지 않은 책은 "
-    "다른 사람이 읽을 수 있도록 반납해 주세요.",
+    "English": "The library opens at nine on weekdays, and visitors may borrow up to five books "
+    "for two weeks. If a book has been reserved by somebody else, the loan cannot be extended. "
+    "Please return what you no longer need, so that others can read it.",
+    "Korean": "도서관은 평일 아침 아홉 시에 문을 열며, 방문객은 책을 다섯 권까지 두 주 동안 "
+    "빌릴 수 있습니다. 다른 사람이 예약한 책은 대출 기간을 연장할 수 없습니다. 더 이상 "
+    "필요하지 않은 책은 다른 사람이 읽을 수 있도록 반납해 주세요.",
 }
 """Everyday prose, a few sentences that say the same."""
 POOR = 1.0

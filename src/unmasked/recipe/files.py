@@ -64,10 +64,11 @@ def recipe_text(recipe: Recipe) -> str:
 
 def as_published(recipe: Recipe) -> Recipe:
     """The recipe with the published texts in every stage that names no data."""
-    stages = {name: stage for name, stage in recipe.stages() if not stage.data}
-    texts: dict[str, list[str]] = {**recipe.published_data}
-    taken = {name: stages[name] for name in texts if name in stages}
-    filled = {name: s.model_copy(update={"data": texts[name]}) for name, s in taken.items()}
+    texts: dict[str, list[str]] = {
+        str(name): files for name, files in recipe.published_data.items()
+    }
+    empty = {name: stage for name, stage in recipe.stages() if name in texts and not stage.data}
+    filled = {name: s.model_copy(update={"data": texts[name]}) for name, s in empty.items()}
     return recipe.model_copy(update=filled)
 
 

@@ -108,7 +108,7 @@ class Run:
         self.recipe = recipe
         self.path = Path(path)
         self.scored = self.path / anchor.folder if anchor else self.path
-        self.only = anchor and anchor.of_stages([name for name, _ in recipe.stages()]).keys()
+        self.only = {*anchor.of_stages([name for name, _ in recipe.stages()])} if anchor else None
         self.score = score
         self.listener = listener if listener and devices.is_first() else Listener()
         self._loaded: tuple[tuple[object, ...], LLM2Vec] | None = None
