@@ -3,7 +3,8 @@
 The original tokenises the text alone, and takes as many tokens from the end of the whole input for
 its text. Where a token spans the border between instruction and text this pools one token too few
 or too many, and a long instruction pushes the text out of the input. Published vectors were made
-so; ``compat="llm2vec-0.2"`` repeats it. Cost: each text is tokenised twice.
+so; ``compat="llm2vec-0.2"`` repeats it. Cost: each text is tokenised twice, and whole, because
+the original cuts by the share of its words.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class CountingTokenizer(TextTokenizer):
     ) -> list[TokenRow]:
         limit = max_length or self.max_length
         prompts = [prompts] * len(texts) if isinstance(prompts, str) else prompts
-        texts = [self._cut_by_words(text, limit) for text in texts]
+        whole, texts = texts, [self._cut_by_words(text, limit) for text in texts]
         start, end = self.template.prefix, self.template.suffix
         joined = [
             MARK + start + prompt.removeprefix(MARK) + text + end
@@ -37,16 +38,18 @@ class CountingTokenizer(TextTokenizer):
         encode = self.tokenizer.backend_tokenizer.encode_batch_fast
         inputs = encode(joined, add_special_tokens=False)
         alone = encode([text + end for text in texts], add_special_tokens=False)
+        cut = [len(text) < len(given.rstrip()) for given, text in zip(whole, texts, strict=True)]
         return [
-            self._counted_row(whole.ids, len(text.ids), limit)
-            for whole, text in zip(inputs, alone, strict=True)
+            self._counted_row(both.ids, len(text.ids), limit, shorter)
+            for both, text, shorter in zip(inputs, alone, cut, strict=True)
         ]
 
-    def _counted_row(self, ids: list[int], count: int, limit: int) -> TokenRow:
+    def _counted_row(self, ids: list[int], count: int, limit: int, cut: bool) -> TokenRow:
         """A row cut at the right, of which as many tokens are pooled as the text has alone."""
         kept = [*self.prefix, *ids][: limit - len(self.suffix)] + self.suffix
+        cut |= len(kept) < len(self.prefix) + len(ids) + len(self.suffix)
         count = min(min(count, limit) + len(self.suffix), len(kept))
-        return self.marked(kept, len(kept) - count, len(kept))
+        return self.marked(kept, len(kept) - count, len(kept), cut)
 
     def _cut_by_words(self, text: str, limit: int) -> str:
         """The original's way to `doc_max_length`: whole words, white space collapsed.

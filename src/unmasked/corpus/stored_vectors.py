@@ -8,14 +8,17 @@ shared by all shards and machines.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from unmasked.corpus.late import check_pooling, late_vectors, positions
 from unmasked.errors import DataError, unknown
 from unmasked.files.writing import written_aside
+from unmasked.text.passages import Chunks, Passage, divide, windows_of
 
 if TYPE_CHECKING:
     from unmasked.model import TextEncoder
@@ -39,6 +42,7 @@ class Encoding:
             ranges of each dimension, as sentence-transformers computes it; ``binary``, one bit per
             number, set where v > 0, eight to a byte, the first one in the highest place
             (`numpy.unpackbits` reverses it).
+        chunks: how a document becomes passages, each of which has a vector; None encodes it whole.
     """
 
     prompt: str | None = None
@@ -47,6 +51,12 @@ class Encoding:
     normalize: bool = False
     truncate_dim: int | None = None
     precision: str = "float32"
+    chunks: Chunks | None = None
+
+    def check_sizes(self) -> None:
+        """Refuse sizes of passages that cannot be, before a model is there."""
+        if self.chunks is not None:
+            self.chunks.check_sizes()
 
     def check(self, model: TextEncoder) -> None:
         """Refuse what the model cannot do; the `DataError` says what it can do."""
@@ -59,6 +69,12 @@ class Encoding:
             raise DataError(f"truncate_dim {self.truncate_dim} should be from 1 to {width}.")
         if self.precision not in PRECISIONS:
             raise DataError(unknown("precision", self.precision, PRECISIONS))
+        if self.chunks is not None:
+            late = self.chunks.late
+            prompt, tokens = self.resolved_prompt(model) or "", model.backbone.tokens
+            self.chunks.check(tokens, prompt, positions(model) if late else None)
+            if late:
+                check_pooling(model)
 
     def width(self, model: TextEncoder) -> int:
         """D, the numbers of a vector before bits are packed."""
@@ -83,6 +99,30 @@ class Encoding:
             show_progress_bar=False,
         )
         return np.ascontiguousarray(vectors, dtype="<f4")
+
+    def passages(
+        self, model: TextEncoder, texts: list[str]
+    ) -> tuple[list[Passage], np.ndarray]:
+        """The passages of N texts, P in all, and their (P, D) float32 vectors.
+
+        Without `chunks` each text is one passage.
+        """
+        chunks, tokens = self.chunks, model.backbone.tokens
+        if chunks is None:
+            return [Passage(i, 0, len(text)) for i, text in enumerate(texts)], self(model, texts)
+        spans = [divide(tokens, text, chunks) for text in texts]
+        found = [Passage(i, *span) for i, parts in enumerate(spans) for span in parts]
+        if not chunks.late or not found:
+            return found, self(model, [texts[i][begin:end] for i, begin, end in found])
+        prompt, limit = self.resolved_prompt(model) or "", positions(model)
+        windows, order, first = [], [], 0
+        for text, parts in zip(texts, spans, strict=True):
+            own = list(windows_of(tokens, text, parts, prompt, limit))
+            order += [first + i for window in own for i in window.passages]
+            windows += own
+            first += len(parts)
+        vectors = late_vectors(model, windows, self.normalize, self.truncate_dim)
+        return found, np.ascontiguousarray(vectors[np.argsort(order)], dtype="<f4")
 
     def stored_type(self, width: int) -> tuple[np.dtype[Any], int]:
         """The type of the stored numbers, and how many of them a vector of `width` has."""
@@ -109,7 +149,8 @@ class Encoding:
             DataError: no text has a finite vector.
         """
         starts = range(0, len(texts) or 1, window)
-        vectors = np.concatenate([self(model, texts[i : i + window]) for i in starts])
+        parts = [self.passages(model, texts[i : i + window])[1] for i in starts]
+        vectors = np.concatenate(parts)
         vectors = vectors[np.isfinite(vectors).all(axis=1)]
         if not len(vectors):
             raise DataError(
@@ -117,6 +158,29 @@ class Encoding:
                 "on. Fix: --ranges FILE of another run, or put good rows first."
             )
         return np.stack([vectors.min(axis=0), vectors.max(axis=0)])
+
+
+def encode_passages(
+    model: TextEncoder, texts: Sequence[str], chunks: Chunks, **options: Any
+) -> tuple[list[Passage], np.ndarray]:
+    """Divide documents into passages, and encode each.
+
+    Args:
+        model: encodes.
+        texts: the documents.
+        chunks: the most tokens of a passage, their overlap, and whether a passage is pooled from
+            the forward of its document.
+        options: fields of `Encoding`: ``prompt``, ``normalize``, ``truncate_dim`` and so on.
+
+    Returns:
+        The passages, P in all, in order, and their (P, D) float32 vectors.
+
+    Raises:
+        DataError: sizes that cannot be, or a model that cannot place a passage in its document.
+    """
+    encoding = Encoding(chunks=chunks, **options)
+    encoding.check(model)
+    return encoding.passages(model, list(texts))
 
 
 def read_ranges(path: Path, width: int) -> np.ndarray:

@@ -105,7 +105,7 @@ def read_txt(path: str, column: str) -> Iterator[Cells]:
             try:
                 yield Cells(number, {column: line.decode().rstrip("\r\n")})
             except UnicodeDecodeError as error:
-                yield Cells(number, {}, _not_utf8(error))
+                yield Cells(number, {}, not_utf8(error))
 
 
 def read_tsv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -174,7 +174,8 @@ def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
         raise DataError(f"{path}: not a whole zstd file ({error}).") from error
 
 
-def _not_utf8(error: UnicodeDecodeError) -> Fault:
+def not_utf8(error: UnicodeDecodeError) -> Fault:
+    """The fault of bytes that are no UTF-8."""
     given = f"not UTF-8 (byte {error.object[error.start]:#04x} at position {error.start})"
     return given, "convert the file, as with iconv -f latin1 -t utf-8"
 
@@ -186,7 +187,7 @@ def _json(lines: Iterable[bytes]) -> Iterator[Cells]:
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError as error:
-            yield Cells(number, {}, _not_utf8(error))
+            yield Cells(number, {}, not_utf8(error))
         except (ValueError, RecursionError) as error:
             yield Cells(number, {}, (f"not JSON ({error})", "one object a line"))
         else:
@@ -214,7 +215,7 @@ def _csv(lines: Iterable[bytes], path: str, required: Mapping[str, str]) -> Iter
                         if not cell.isascii():
                             cell.encode("utf-8", "surrogateescape").decode()
                 except UnicodeDecodeError as error:
-                    fault = _not_utf8(error)
+                    fault = not_utf8(error)
             yield Cells(reader.line_num, {} if fault else values, fault)
     except csv.Error as error:
         given = f"not CSV ({error})"
@@ -244,7 +245,7 @@ def _batch_rows(batch: Any, columns: list[str]) -> Iterator[tuple[dict[str, Any]
             try:
                 yield {word: batch.column(word)[index].as_py() for word in columns}, None
             except UnicodeDecodeError as error:
-                yield {}, _not_utf8(error)
+                yield {}, not_utf8(error)
 
 
 def _hub(path: str, required: Mapping[str, str], wanted: Iterable[str]) -> Iterator[Cells]:

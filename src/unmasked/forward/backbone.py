@@ -9,6 +9,7 @@ Shapes: B rows of a batch, T tokens of its longest row, N real tokens of all row
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -22,6 +23,8 @@ from unmasked.errors import DataError, ModelError
 from unmasked.forward.packing import Packed, pack, run_packed
 from unmasked.text.templates import PLAIN
 from unmasked.text.tokens import TextTokenizer, TokenRow
+
+logger = logging.getLogger(__name__)
 
 
 def listed(inputs: Any) -> list[Any]:
@@ -124,6 +127,7 @@ class Backbone(InputModule):
 
     Attributes:
         tokens_encoded: real tokens that went through `encode` so far, for measuring speed.
+        texts_cut: texts of `encode` so far that were longer than an input.
     """
 
     forward_kwargs = {BY_TOKENS}  # noqa: RUF012 (sentence-transformers declares it like this)
@@ -136,6 +140,19 @@ class Backbone(InputModule):
         self.tokens = tokens
         self.unpackable = unpackable
         self.tokens_encoded = 0
+        self.texts_cut = 0
+
+    def count_cut(self, texts: int) -> None:
+        """Take note of texts that were longer than an input; the first ones are told of."""
+        if texts and not self.texts_cut:
+            logger.warning(
+                "%s longer than max_length (%d tokens): only the beginning counts. Fix: a larger "
+                "max_length, or passages (unmasked encode --chunk; corpus.encode_passages). "
+                "This is said once; texts_cut counts on.",
+                "A text is" if texts == 1 else f"{texts:,} texts are",
+                self.tokens.max_length,
+            )
+        self.texts_cut += texts
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]

@@ -66,10 +66,18 @@ class Request:
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """Inputs that share a forward: their places among all, their token counts, their features."""
+    """Inputs that share a forward.
+
+    Attributes:
+        places: their places among all.
+        lengths: their token counts.
+        cut: the places of those that are longer than an input.
+        features: what the model gets.
+    """
 
     places: np.ndarray
     lengths: list[int]
+    cut: list[int]
     features: dict[str, Any]
 
 
@@ -107,7 +115,8 @@ def prepare_batches(
             if pin:
                 features = {key: value.pin_memory() for key, value in features.items()}
             features["repad"] = request.output_value != SENTENCE
-            yield PreparedBatch(chosen + start, [lengths[i] for i in chosen], features)
+            cut = [start + int(i) for i in chosen if rows[i].cut]
+            yield PreparedBatch(chosen + start, [lengths[i] for i in chosen], cut, features)
 
 
 def sentence_vectors(
@@ -130,16 +139,19 @@ def sentence_vectors(
         waiting.clear()
         places.clear()
 
-    copies = np.bincount(inverse, minlength=len(unique))
+    copies, cut = np.bincount(inverse, minlength=len(unique)), 0
     with _bar(len(inputs), request.show_progress_bar) as bar:
         for batch, outputs in _forwards(model, backbone, unique, request):
-            waiting.append(_finished(outputs[SENTENCE].float(), request))
+            vectors = outputs[SENTENCE].float()
+            waiting.append(finished(vectors, request.truncate_dim, request.normalize_embeddings))
             places.append(batch.places)
+            cut += int(copies[batch.cut].sum()) if batch.cut else 0
             if sum(map(len, places)) >= ON_DEVICE:
                 deliver()
             bar.update(int(copies[batch.places].sum()))
         if waiting:
             deliver()
+    backbone.count_cut(cut)
     if results is None:
         return torch.empty(0, device="cpu" if request.save_to_cpu else request.device)
     if len(unique) == len(inputs):
@@ -152,6 +164,7 @@ def row_outputs(
 ) -> list[Any]:
     """Token states (T, D) of each input without padding, or every output of each input."""
     results: list[Any] = [None] * len(inputs)
+    cut = 0
     with _bar(len(inputs), request.show_progress_bar) as bar:
         for batch, outputs in _forwards(model, backbone, inputs, request):
             rows: list[Any]
@@ -164,7 +177,9 @@ def row_outputs(
                 rows = [{k: v[i] for k, v in tensors.items()} for i in range(len(batch.lengths))]
             for place, row in zip(batch.places, rows, strict=True):
                 results[place] = row
+            cut += len(batch.cut)
             bar.update(len(rows))
+    backbone.count_cut(cut)
     return results
 
 
@@ -196,7 +211,8 @@ def _forwards(
         yield batch, model(features)
 
 
-def _finished(vectors: Tensor, request: Request) -> Tensor:
-    if request.truncate_dim is not None:
-        vectors = truncate_embeddings(vectors, request.truncate_dim)
-    return nn.functional.normalize(vectors, dim=1) if request.normalize_embeddings else vectors
+def finished(vectors: Tensor, truncate_dim: int | None, normalize: bool) -> Tensor:
+    """(B, D) vectors cut to their first numbers, then scaled to length 1, as asked."""
+    if truncate_dim is not None:
+        vectors = truncate_embeddings(vectors, truncate_dim)
+    return nn.functional.normalize(vectors, dim=1) if normalize else vectors

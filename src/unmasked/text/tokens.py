@@ -13,20 +13,21 @@ removes. A prompt made of it alone is no text at all, yet it is a prompt: BOS is
 also no longer *named* (it keeps its id and is still added), because the stock loader does not count
 a named special token at a prompt's end.
 
-Cost: one tokenisation per text. Rows with an instruction or a template need character offsets,
-which halves the speed of the tokenizer.
+Cost: one tokenisation per text, of what an input can hold. Rows with an instruction or a template
+need character offsets, which halves the speed of the tokenizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from tokenizers import Regex, Tokenizer, normalizers, processors
+from tokenizers import Encoding, Regex, Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from unmasked.errors import DataError, ModelError
+from unmasked.text.beginnings import encode_beginnings, reaching, starting
 from unmasked.text.templates import PLAIN, Template
 
 MARK = "\ufdd0"
@@ -35,11 +36,30 @@ MARK = "\ufdd0"
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """The ids of one input; those in ``[start, stop)`` are pooled."""
+    """The ids of one input; those in ``[start, stop)`` are pooled.
+
+    `cut` says that the text is longer than the input: only its beginning is there.
+    """
 
     ids: list[int]
     start: int
     stop: int
+    cut: bool = field(default=False, compare=False)
+
+
+class Located(NamedTuple):
+    """The ids of instruction and text, and where the text is among them.
+
+    Attributes:
+        ids: without the special ids around.
+        first, last: the text's ids are ``ids[first:last]``.
+        offsets: the characters of the text that each of those ids stands for, (begin, end).
+    """
+
+    ids: list[int]
+    first: int
+    last: int
+    offsets: list[tuple[int, int]]
 
 
 def prepare_tokenizer(
@@ -199,21 +219,50 @@ class TextTokenizer:
             prompts = [prompts] * len(texts)
         start, end = self.template.prefix, self.template.suffix
         contexts = [start + prompt.removeprefix(MARK) for prompt in prompts]
-        joined = [MARK + c + t + end for c, t in zip(contexts, texts, strict=True)]
-        backend = self.tokenizer.backend_tokenizer
-        if not any(contexts) and not end:
-            encodings = backend.encode_batch_fast(joined, add_special_tokens=False)
-            return [self._row(e.ids, 0, len(e.ids), limit) for e in encodings]
-        encodings = backend.encode_batch(joined, add_special_tokens=False)
+        bare = not any(contexts) and not end
+        encodings = encode_beginnings(
+            self.tokenizer.backend_tokenizer,
+            texts,
+            [MARK + context for context in contexts],
+            end,
+            limit,
+            offsets=not bare,
+        )
         rows = []
-        for encoding, context, whole in zip(encodings, contexts, joined, strict=True):
-            first = _reaching(encoding.offsets, len(MARK) + len(context)) if context else 0
-            last = _starting(encoding.offsets, len(whole) - len(end)) if end else len(encoding.ids)
-            rows.append(self._row(encoding.ids, first, max(first, last), limit))
+        for (encoding, length), context in zip(encodings, contexts, strict=True):
+            found = (0, len(encoding.ids)) if bare else self._borders(encoding, context, length)
+            rows.append(self._row(encoding.ids, *found, limit))
         return rows
 
+    def _borders(self, encoding: Encoding, context: str, length: int) -> tuple[int, int]:
+        """Where the text begins and ends among the tokens of context, text and suffix."""
+        before, ids = len(MARK) + len(context), encoding.ids
+        first = reaching(encoding.offsets, before) if context else 0
+        last = starting(encoding.offsets, before + length) if self.template.suffix else len(ids)
+        return first, max(first, last)
+
+    def locate(self, text: str, prompt: str = "") -> Located:
+        """The tokens of a whole text behind its prompt, however long it is."""
+        context = self.template.prefix + prompt.removeprefix(MARK)
+        joined = MARK + context + text + self.template.suffix
+        encoding = self.tokenizer.backend_tokenizer.encode(joined, add_special_tokens=False)
+        first, last = self._borders(encoding, context, len(text))
+        before, size = len(MARK) + len(context), len(text)
+        offsets = [
+            (min(max(begin - before, 0), size), min(max(end - before, 0), size))
+            for begin, end in encoding.offsets[first:last]
+        ]
+        return Located(encoding.ids, first, last, offsets)
+
+    def room(self, prompt: str = "", max_length: int | None = None) -> int:
+        """The most tokens that a text behind a prompt may have; below 1 if there is no room."""
+        found = self.locate("a", prompt)
+        around = len(found.ids) - found.last + found.first
+        room = (max_length or self.max_length) - around - len(self.prefix) - len(self.suffix)
+        return room if self.doc_max_length is None else min(room, self.doc_max_length)
+
     def _row(self, ids: list[int], first: int, last: int, limit: int) -> TokenRow:
-        """Add the fixed tokens, cut the text (`ids[first:last]`), and mark what is pooled."""
+        """Cut the text (`ids[first:last]`) to what fits, and make it a row."""
         fixed = len(self.prefix) + first + len(ids) - last + len(self.suffix)
         room = limit - fixed
         if room < 1 and last > first:
@@ -223,21 +272,26 @@ class TextTokenizer:
             )
         if self.doc_max_length is not None:
             room = min(room, self.doc_max_length)
-        text = ids[first:last][: max(room, 0)]
-        kept = [*self.prefix, *ids[:first], *text, *ids[last:], *self.suffix]
-        start = len(self.prefix) + first
-        pooled_end = self.template.pool_suffix or bool(self.suffix)
-        stop = len(kept) if pooled_end else start + len(text)
-        return self.marked(kept, start, stop)
+        kept = ids[first:last][: max(room, 0)]
+        return self.around(kept, ids[:first], ids[last:], cut=len(kept) < last - first)
 
-    def marked(self, kept: list[int], start: int, stop: int) -> TokenRow:
+    def around(
+        self, text: list[int], context: list[int], ending: list[int], cut: bool = False
+    ) -> TokenRow:
+        """The row of a text's ids, with its context before, its ending behind, and the fixed ids."""
+        kept = [*self.prefix, *context, *text, *ending, *self.suffix]
+        start = len(self.prefix) + len(context)
+        pooled_end = self.template.pool_suffix or bool(self.suffix)
+        return self.marked(kept, start, len(kept) if pooled_end else start + len(text), cut)
+
+    def marked(self, kept: list[int], start: int, stop: int, cut: bool = False) -> TokenRow:
         """A row of which ``[start, stop)`` is pooled, or everything if that is empty."""
         if not kept:
             kept = [self.tokenizer.pad_token_id]  # "" without BOS: one token to look at
             stop = 1
         if start >= stop or not self.skip_instruction:
             start, stop = 0, len(kept)  # an empty text has the vector of its context
-        return TokenRow(kept, start, stop)
+        return TokenRow(kept, start, stop, cut)
 
     def for_stock(self) -> tuple[PreTrainedTokenizerFast, bool]:
         """The tokenizer to save, and whether the stock loader can reach the same vectors with it.
@@ -263,19 +317,3 @@ class TextTokenizer:
         encode = self.tokenizer.backend_tokenizer.encode
         lengths = [len(encode(part, add_special_tokens=False).ids) for part in around if part]
         return len(self.prefix) + len(self.suffix) + sum(lengths)
-
-
-def _reaching(offsets: Sequence[tuple[int, int]], character: int) -> int:
-    """Index of the first token that reaches beyond a character position."""
-    for index, (_, end) in enumerate(offsets):
-        if end > character:
-            return index
-    return len(offsets)
-
-
-def _starting(offsets: Sequence[tuple[int, int]], character: int) -> int:
-    """Index of the first token that starts at or behind a character position."""
-    for index in range(len(offsets) - 1, -1, -1):
-        if offsets[index][0] < character:
-            return index + 1
-    return 0
