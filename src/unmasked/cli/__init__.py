@@ -20,7 +20,7 @@ from typer import Option
 from unmasked import __version__
 from unmasked.cli.encode_verb import encode
 from unmasked.cli.failures import Verbs
-from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push
+from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push, search
 from unmasked.cli.training_verbs import demo, mine, plan, recipes, report, run, train
 
 app = typer.Typer(
@@ -32,7 +32,21 @@ app = typer.Typer(
     help="Turn any decoder-only language model into a text encoder.",
     epilog="Begin with: unmasked demo",
 )
-VERBS = (demo, convert, run, train, mine, plan, encode, evaluate, analyse, doctor, report, push)
+VERBS = (
+    demo,
+    convert,
+    run,
+    train,
+    mine,
+    plan,
+    encode,
+    search,
+    evaluate,
+    analyse,
+    doctor,
+    report,
+    push,
+)
 for verb in VERBS:
     app.command()(verb)
 app.add_typer(recipes, name="recipes")

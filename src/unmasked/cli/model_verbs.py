@@ -1,8 +1,10 @@
-"""Verbs for a whole model: convert, evaluate, analyse, doctor, push."""
+"""Verbs for a whole model: convert, evaluate, search, analyse, doctor, push."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +14,23 @@ from typer import Argument, Option
 
 from unmasked.cli import terminal
 from unmasked.cli.failures import MISUSED
-from unmasked.cli.options import DTYPE, JSON_FILE, MODEL, NEW_FOLDER, Pooling
+from unmasked.cli.options import (
+    CHUNK,
+    COLUMN,
+    DTYPE,
+    JSON_FILE,
+    LATE,
+    MODEL,
+    NEW_FOLDER,
+    OVERLAP,
+    PROMPT_NAME,
+    WHOLE,
+    Dtype,
+    Pooling,
+    divided,
+    documents,
+)
+from unmasked.errors import DataError
 from unmasked.files.writing import write_text
 
 
@@ -104,6 +122,92 @@ def evaluate(
     tables.score_table(rows, every)
     if json_file:
         write_text(json_file, json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+
+
+def search(
+    where: Annotated[
+        str,
+        Argument(
+            metavar="VECTORS|CORPUS",
+            help="Folder or file that unmasked encode wrote; or texts, encoded for this time.",
+        ),
+    ],
+    query: Annotated[
+        str | None, Argument(help="What to look for.", show_default="asked for, one after another")
+    ] = None,
+    model: Annotated[str, Option(help="The model that encoded, by name or folder.")] = ...,  # type: ignore[assignment]
+    top: Annotated[int, Option(min=1, help="How many texts to show.")] = 10,
+    texts: Annotated[
+        str | None,
+        Option(
+            help="The texts that were encoded, to show them; not needed where they were kept with "
+            "--keep text."
+        ),
+    ] = None,
+    text_column: COLUMN = "text",
+    whole_files: WHOLE = False,
+    chunk: CHUNK = None,
+    overlap: OVERLAP = 0,
+    late: LATE = False,
+    prompt: Annotated[
+        str | None, Option(help="Text put before a query.", show_default="the model's for queries")
+    ] = None,
+    prompt_name: PROMPT_NAME = None,
+    dtype: Annotated[
+        Dtype | None,
+        Option(help="Number type of the weights.", show_default="that of the vectors, or auto"),
+    ] = None,
+    json_file: JSON_FILE = None,
+) -> None:
+    """Show the nearest texts of an encoded corpus, with scores (cosine); exact, for looking.
+
+    Without a query it asks for one after another, until an empty line.
+    """
+    from unmasked.cli import tables
+    from unmasked.corpus import search as room
+    from unmasked.files.source import Source
+
+    stored = room.open_vectors(where) if room.are_vectors(Path(where)) else None
+    chunks = divided(chunk, overlap, late)
+    if stored is not None and chunks is not None:
+        raise DataError(f"--chunk divides texts, and {where} holds vectors. Fix: leave it out.")
+    made = stored.settings if stored is not None else {}
+    with terminal.loading(f"loading {model}"):
+        from unmasked.compat.llm2vec import LLM2Vec
+
+        encoder = LLM2Vec.from_pretrained(
+            model, dtype=dtype or made.get("dtype", "auto"), quantize=made.get("quantize")
+        )
+    prompts = {"prompt": prompt, "prompt_name": prompt_name}
+    if stored is None:
+        source = Source(documents(where, whole_files), text_column)
+        with terminal.Line() as line:
+            line.begin("encoding")
+            told = partial(line.advance, total=None)
+            found = room.search_texts(encoder, source, chunks, progress=told, **prompts)
+    else:
+        of = Source(documents(texts, whole_files), text_column) if texts else None
+        found = room.VectorSearch(encoder, stored, of, **prompts)
+    answers = []
+    for asked in [query] if query is not None else _queries():
+        (hits,) = found([asked], top)
+        tables.show_hits(hits)
+        answers.append({"query": asked, "hits": [hit._asdict() for hit in hits]})
+    if json_file:
+        write_text(json_file, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+
+
+def _queries() -> Iterator[str]:
+    """Queries that are typed, or lines of standard input, until an empty one."""
+    shown = "query: " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            asked = input(shown).strip()
+        except EOFError:
+            return
+        if not asked:
+            return
+        yield asked
 
 
 def analyse(

@@ -2,10 +2,10 @@
 
 ``_manifest.jsonl`` (``_manifest-2-of-4.jsonl`` for the second of four machines) begins with the
 settings and the inputs. One line per shard follows, appended and flushed to the disk once the shard
-is in its place: file, first row, rows, bytes, SHA-256, a digest of the texts that were read, how many
-texts were cut (if any), and every skipped row with its reason. The last line says that everything is done. No times are written,
-so the same work always gives the same bytes. Programs that read a folder of Parquet files pass over
-names that begin with ``_``.
+is in its place: file, first row, rows, bytes, SHA-256, a digest of the texts that were read, every
+skipped row with its reason, and, if there are any, how many texts were longer than an input. The
+last line says that everything is done. No times are written, so the same work always gives the same
+bytes. Programs that read a folder of Parquet files pass over names that begin with ``_``.
 
 Memory: a few numbers per shard; the skipped rows stay on the disk.
 """
@@ -123,9 +123,7 @@ class Manifest:
         skipped = len(entry["skipped"])
         rows, cut = entry["rows"], entry.get("cut", 0)
         documents = entry.get("documents", rows)
-        self.done[entry["shard"]] = WholeShard(
-            rows, skipped, entry["texts"], line, documents, cut
-        )
+        self.done[entry["shard"]] = WholeShard(rows, skipped, entry["texts"], line, documents, cut)
 
     def begin(self, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Write the first line, or compare it with the one that is there.

@@ -125,7 +125,7 @@ def _model_settings(
     """Settings that the model decides, rows encoded at a time, and what 8-bit weights cost."""
     encoding.check(model)
     quantization = model.quantization
-    settings = {
+    settings: dict[str, Any] = {
         "model": model.fingerprint(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantize": quantization.name if quantization else None,

@@ -100,9 +100,7 @@ class Encoding:
         )
         return np.ascontiguousarray(vectors, dtype="<f4")
 
-    def passages(
-        self, model: TextEncoder, texts: list[str]
-    ) -> tuple[list[Passage], np.ndarray]:
+    def passages(self, model: TextEncoder, texts: list[str]) -> tuple[list[Passage], np.ndarray]:
         """The passages of N texts, P in all, and their (P, D) float32 vectors.
 
         Without `chunks` each text is one passage.

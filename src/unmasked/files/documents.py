@@ -127,9 +127,9 @@ class _Page(HTMLParser):
     """The text of a page: what stands in blocks is apart, and scripts and styles are no text."""
 
     _HIDDEN = frozenset({"script", "style"})
-    _BLOCKS = frozenset(
-        "address article aside blockquote dd div dl dt figcaption figure footer form h1 h2 h3 h4 "
-        "h5 h6 header hr li main nav ol p pre section table title tr ul".split()
+    _BLOCKS = re.compile(
+        r"address|article|aside|blockquote|d[dlt]|div|fig(caption|ure)|footer|form|h[1-6r]|header|li|"
+        r"main|nav|[ou]l|p|pre|section|table|title|tr"
     )
 
     def __init__(self) -> None:
@@ -154,7 +154,7 @@ class _Page(HTMLParser):
             self._parts.append(data if self._kept else re.sub(r"\s+", " ", data))
 
     def _border(self, tag: str) -> None:
-        if tag in self._BLOCKS:
+        if self._BLOCKS.fullmatch(tag):
             self._parts.append("\n\n")
         elif tag == "br":
             self._parts.append("\n")

@@ -68,7 +68,7 @@ class Source:
         path: a .txt file (one text per line), .jsonl or .csv, each also as .gz or .zst, or
             .parquet; a folder of such files; ``hf:NAME``, a Hugging Face data set, which is
             streamed; ``-`` for standard input, one text per line; ``documents:PATH``, a folder (or
-            a file) of .txt, .md, .rst, .html, .pdf and .docx, each file one text with its path as id.
+            a file) of .txt, .md, .rst, .html, .pdf and .docx, each file one text, its path the id.
         column: the column or key that holds the text (ignored for .txt).
         skip_blank: pass over texts of white space instead of refusing them (for training, where
             no row of a result has to line up).
@@ -276,7 +276,10 @@ class Source:
             return "an empty text, which has no vector", f"remove the {self._unit}"
         if self.max_bytes is not None and (size := len(text.encode())) >= self.max_bytes:
             given = f"a text of {size:,} bytes, and the limit is {self.max_bytes:,}"
-            return given, f"make passages of it (--chunk 256), or allow it with --max-bytes {size + 1}"
+            return (
+                given,
+                f"make passages of it (--chunk 256), or allow it with --max-bytes {size + 1}",
+            )
         return None
 
 

@@ -147,7 +147,7 @@ class _Found(NamedTuple):
 
 
 def _next(tokens: TextTokenizer, text: str, begin: int, chunks: Chunks) -> _Found:
-    """The longest passage from a character on that ends well and has no more tokens than allowed."""
+    """The longest passage from a character on that ends well and has not too many tokens."""
     encode, limit = tokens.tokenizer.backend_tokenizer.encode, chunks.tokens
     size = (limit + _AHEAD) * CHARACTERS
     while True:

@@ -278,7 +278,7 @@ class TextTokenizer:
     def around(
         self, text: list[int], context: list[int], ending: list[int], cut: bool = False
     ) -> TokenRow:
-        """The row of a text's ids, with its context before, its ending behind, and the fixed ids."""
+        """The row of a text's ids, with context before, ending behind, and the fixed ids around."""
         kept = [*self.prefix, *context, *text, *ending, *self.suffix]
         start = len(self.prefix) + len(context)
         pooled_end = self.template.pool_suffix or bool(self.suffix)
