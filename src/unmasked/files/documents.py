@@ -143,6 +143,8 @@ class _Page(HTMLParser):
         self._hidden = tag in self._HIDDEN
         self._kept += tag == "pre"
         self._border(tag)
+        if tag in ("td", "th"):
+            self._parts.append(" ")
 
     def handle_endtag(self, tag: str) -> None:
         self._hidden = False
@@ -158,8 +160,6 @@ class _Page(HTMLParser):
             self._parts.append("\n\n")
         elif tag == "br":
             self._parts.append("\n")
-        elif tag in ("td", "th"):
-            self._parts.append(" ")
 
     def text(self) -> str:
         """What was read, without more than one empty line in a row."""
