@@ -35,8 +35,9 @@ def by(request, monkeypatch):
     """What takes the products."""
     if request.param == "faiss":
         pytest.importorskip("faiss", reason="FAISS is not installed")
+        monkeypatch.setattr(nearest, "MANY", 1)
     else:
-        monkeypatch.setattr(nearest, "_faiss", lambda: None)
+        monkeypatch.setattr(nearest, "_faiss", lambda queries: None)
     monkeypatch.setattr(nearest, "BLOCK", 100)
     return request.param
 

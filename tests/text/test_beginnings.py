@@ -87,7 +87,7 @@ def test_of_a_megabyte_a_few_thousand_characters_are_tokenised(tokenizer, senten
     assert len(text) > 1_000_000
     backend = tokens.tokenizer.backend_tokenizer
     found = beginnings.encode_beginnings(backend, [text, "short"], ["", ""], "", 128, False)
-    assert found[0].length < 10_000 and found[1].length == 5
+    assert found[0].length < 50_000 and found[1].length == 5
     whole = backend.encode(text, add_special_tokens=False).ids
     own = tokens([text])[0].ids[len(tokens.prefix) :]
     assert own == whole[: len(own)] and len(own) == 128 - len(tokens.prefix)

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from unmasked.corpus.local import Load
     from unmasked.files.source import Source
 
+_ONE_FILE = (
+    "{} is one file: its suffix says its format, and one process writes it. "
+    "Fix: name a folder, or leave out --format, --shard and --engine ray."
+)
 WHOLE_TEXT = 1_000_000
 """Bytes from which a text is refused that is not divided; one that is may be as long as a line."""
 
@@ -149,10 +153,7 @@ def encode(
     name = str(Path(model).resolve()) if Path(model).exists() else model
     load = partial(_load, name, dtype, quantize)
     if one_file and (format or part != (1, 1) or engine == "ray"):
-        raise OutputError(
-            f"{output} is one file: its suffix says its format, and one process writes it. "
-            "Fix: name a folder, or leave out --format, --shard and --engine ray."
-        )
+        raise OutputError(_ONE_FILE.format(output))
     given: dict[str, Any] = {"source": source, "encoding": encoding, "overwrite": overwrite}
     _say_left_out(source)
     if one_file:
@@ -165,6 +166,10 @@ def encode(
         write = partial(corpus.encode_folder, folder=path, shards=shards, **given)
         done = _to_folder(load, write, path, actors)
         listed = corpus.Manifest(path, part).path
+    _say_done(done, path, listed)
+
+
+def _say_done(done: Encoded, path: Path, listed: Path) -> None:
     left_out = f"; {done.skipped:,} rows skipped, listed in {listed}" if done.skipped else ""
     terminal.show(f"{done.rows:,} vectors of {done.width} numbers in {path}{left_out}")
     if done.cut:

@@ -124,39 +124,46 @@ def evaluate(
         write_text(json_file, json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
 
 
+VECTORS = Annotated[
+    str,
+    Argument(
+        metavar="VECTORS|CORPUS",
+        help="Folder or file that unmasked encode wrote; or texts, encoded for this time.",
+    ),
+]
+QUERY = Annotated[
+    str | None, Argument(help="What to look for.", show_default="asked for, one after another")
+]
+TEXTS = Annotated[
+    str | None,
+    Option(
+        help="The texts that were encoded, to show them; not needed where they were kept with "
+        "--keep text."
+    ),
+]
+QUERY_PROMPT = Annotated[
+    str | None, Option(help="Text put before a query.", show_default="the model's for queries")
+]
+STORED_DTYPE = Annotated[
+    Dtype | None,
+    Option(help="Number type of the weights.", show_default="that of the vectors, or auto"),
+]
+
+
 def search(
-    where: Annotated[
-        str,
-        Argument(
-            metavar="VECTORS|CORPUS",
-            help="Folder or file that unmasked encode wrote; or texts, encoded for this time.",
-        ),
-    ],
-    query: Annotated[
-        str | None, Argument(help="What to look for.", show_default="asked for, one after another")
-    ] = None,
-    model: Annotated[str, Option(help="The model that encoded, by name or folder.")] = ...,  # type: ignore[assignment]
+    where: VECTORS,
+    query: QUERY = None,
+    model: Annotated[str, Option(help="The model that encoded: its name or folder.")] = ...,  # type: ignore[assignment]
     top: Annotated[int, Option(min=1, help="How many texts to show.")] = 10,
-    texts: Annotated[
-        str | None,
-        Option(
-            help="The texts that were encoded, to show them; not needed where they were kept with "
-            "--keep text."
-        ),
-    ] = None,
+    texts: TEXTS = None,
     text_column: COLUMN = "text",
     whole_files: WHOLE = False,
     chunk: CHUNK = None,
     overlap: OVERLAP = 0,
     late: LATE = False,
-    prompt: Annotated[
-        str | None, Option(help="Text put before a query.", show_default="the model's for queries")
-    ] = None,
+    prompt: QUERY_PROMPT = None,
     prompt_name: PROMPT_NAME = None,
-    dtype: Annotated[
-        Dtype | None,
-        Option(help="Number type of the weights.", show_default="that of the vectors, or auto"),
-    ] = None,
+    dtype: STORED_DTYPE = None,
     json_file: JSON_FILE = None,
 ) -> None:
     """Show the nearest texts of an encoded corpus, with scores (cosine); exact, for looking.

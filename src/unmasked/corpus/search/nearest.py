@@ -2,8 +2,8 @@
 
 int8 numbers are put back to scale in the product, so that only what was lost in storing is lost.
 Bits are compared by the number of them that differ, which is fast and coarse, and the best
-`RESCORED` times as many are scored again with the query's own numbers. Where FAISS is installed it
-takes the products and the counts of bits, with the same result.
+`RESCORED` times as many are scored again with the query's own numbers. Where FAISS is installed and
+there are `MANY` queries or more, it takes the products and the counts of bits, to the same result.
 
 Cost: a pass over the stored bytes, the speed of memory: a million vectors of 256 float32 numbers in
 a fraction of a second. Memory: one block of `BLOCK` vectors as float32.
@@ -13,7 +13,6 @@ Shapes: Q queries, N vectors, D width, W stored numbers of a vector, K nearest o
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -26,6 +25,9 @@ BLOCK = 16384
 """Vectors of a block."""
 RESCORED = 32
 """How many times as many bit vectors as are asked for are scored again."""
+
+MANY = 20
+"""Queries from which FAISS is used: for one, the product alone is many times faster than FAISS."""
 
 
 class Nearest(NamedTuple):
@@ -57,7 +59,7 @@ def nearest_vectors(stored: StoredVectors, queries: np.ndarray, count: int) -> N
     scales = 1 / np.maximum(stored.norms, 1e-12)
     for place, part in stored.parts(BLOCK):
         block, scale = _numbers(stored, part), scales[place : place + len(part)]
-        if faiss := _faiss():
+        if faiss := _faiss(len(queries)):
             scores, found = faiss.knn(
                 queries,
                 np.ascontiguousarray(block * scale[:, None]),
@@ -70,10 +72,9 @@ def nearest_vectors(stored: StoredVectors, queries: np.ndarray, count: int) -> N
     return best.result()
 
 
-@cache
-def _faiss() -> Any:
-    """FAISS, or None where it is not installed."""
-    return import_module("faiss") if find_spec("faiss") else None
+def _faiss(queries: int) -> Any:
+    """FAISS, or None where it is not installed or the queries are few."""
+    return import_module("faiss") if queries >= MANY and find_spec("faiss") else None
 
 
 def _numbers(stored: StoredVectors, part: np.ndarray) -> np.ndarray:
@@ -92,7 +93,7 @@ def _by_bits(stored: StoredVectors, queries: np.ndarray, count: int) -> Nearest:
     asked = np.packbits(queries > 0, axis=1)  # (Q, W)
     rough = _Best(len(queries), max(RESCORED * count, 256))
     for place, part in stored.parts(BLOCK):
-        if faiss := _faiss():
+        if faiss := _faiss(len(asked)):
             differing, found = faiss.knn_hamming(
                 asked, np.ascontiguousarray(part), min(rough.count, len(part))
             )
