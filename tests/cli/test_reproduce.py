@@ -72,6 +72,7 @@ def test_ours_stand_beside_the_published_figures_cheapest_benchmark_first(publis
     assert shown.exit_code == 0, shown.output
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Beside the published figures: Both (v1)" in page and "a paper, table 5" in page
+    assert "<dt>scored on</dt><dd>One cheap task, Both (v1)</dd>" in page
     assert f"<td>{mean:.2f}<small>[" in page and "<td>49.42</td>" in page
 
 

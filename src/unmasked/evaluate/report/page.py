@@ -126,7 +126,8 @@ def _facts(run: Path, recipe: Recipe) -> list[tuple[str, str]]:
         seconds = sum(record.get("machine", {}).get(SECONDS, 0) for record in _records(run, name))
         took = f", {timedelta(seconds=round(seconds))} hours" if seconds else ""
         facts.append((name, f"{stage.steps:,} steps{took} on {', '.join(data)}"))
-    return [*facts, ("scored on", ", ".join(recipe.evaluate.tasks) or "nothing")]
+    begun = [one.benchmark for one in recipe.published() if (run / one.folder).is_dir()]
+    return [*facts, ("scored on", ", ".join([*recipe.evaluate.tasks, *begun]) or "nothing")]
 
 
 def _records(run: Path, stage: str) -> list[dict[str, Any]]:
