@@ -47,6 +47,11 @@ The licence is that of the base, as its page gives it. It is not ours to grant: 
 use or publish what you trained. For models that are not in the LLM2Vec paper (arXiv 2404.05961) the
 settings are the paper's for Llama 3, which is a start and no promise.
 
+For Korean look at the tokenizer first: `unmasked doctor MODEL` shows tokens per character of Korean
+and of English prose, and marks a tokenizer that cuts letters up. `evaluate.tasks='MTEB(kor, v2)'`
+in a recipe, or `unmasked evaluate MODEL --tasks 'MTEB(kor, v2)'`, scores on Korean; some of its
+tasks alone are `'MTEB(kor, v2):KLUE-STS+Ko-StrategyQA'`.
+
 """
 COSTS = """## What they cost
 
