@@ -103,7 +103,7 @@ def tables(recipes: dict[str, Recipe], plans: dict[str, Plan]) -> Iterator[str]:
             first = (f"`{name}`", f"{short(plan.parameters)}{fitted}") if not number else ("", "")
             cost = f"{short(stage.memory.total, 'B')} | {stage.flops:.1e}"
             yield f"| {first[0]} | {first[1]} | {stage.name} | {stage.steps:,} | {cost} |"
-    yield "\n\\* Counted from sizes that come to the published number; its config was not read."
+    yield "\n\\* Sizes of the family that come to the published number."
     yield f"\n{PUBLISHED}| recipe | base | benchmark | trained | published | where |"
     yield "|---|---|---|---|---|---|"
     for name, recipe in recipes.items():
