@@ -650,7 +650,7 @@ def test_b33_the_instruction_is_saved_as_the_prompt_of_queries(recipe, tmp_path)
 def test_qlora_needs_bitsandbytes_and_says_so(encoder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
-    with pytest.raises(MissingExtraError, match=r"unmasked\[qlora\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[qlora\]"):
         adapters.attach(encoder.backbone.auto_model.get_base_model(), method="qlora")
 
 

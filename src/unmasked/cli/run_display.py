@@ -103,7 +103,9 @@ def _is_finished(work: Run) -> bool:
 
 def keep_command(run: Path) -> None:
     """Write the command that first ended a run, and its machine, into its folder for the report."""
-    if not (run / COMMAND).exists():
+    from unmasked.train.devices import is_first
+
+    if is_first() and not (run / COMMAND).exists():
         from unmasked.doctor import environment, lines
 
         command = f"{shlex.join(['unmasked', *sys.argv[1:]])}\n"
