@@ -47,7 +47,6 @@ def parts(setting: Setting, devices: int | None) -> dict[str, Callable[[], Found
         found[f"encode:{shape}"] = partial(gpu_parts.encode, setting, shape)
     for stage in STAGES:
         found[f"step:{stage}"] = partial(gpu_runs.step, setting, stage, checkpointing=False)
-    found["eight bits:Llama-3-8B"] = partial(gpu_parts.eight_bits, setting, "Llama-3-8B")
     found["demo"] = partial(gpu_runs.demo, setting)
     for stage in STAGES:
         name = f"step:{stage}, stock checkpointed"

@@ -29,7 +29,6 @@ from benchmarks.encode import gemm_peak, useful_flops
 from benchmarks.texts import build_mixes, read_sentences
 from unmasked import LLM2Vec
 from unmasked.checkpoint.location import bundled_path
-from unmasked.forward.quantization import quantize
 
 SHAPES: dict[str, PretrainedConfig] = {
     "Qwen3-0.6B": Qwen3Config(
@@ -231,24 +230,6 @@ def busy(setting: Setting, model: LLM2Vec, texts: list[str]) -> Found:
         {f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchron" in str(w.message)}
     )
     return {"kernels_over_wall": kernels / took, "waits_at": waits}
-
-
-def eight_bits(setting: Setting, shape: str) -> Found:
-    """fp8 (int8 on a CPU) against the full weights, on the same texts."""
-    ours, stock = build(setting, shape)
-    del stock
-    texts = setting.texts("mixed", 40 if setting.tiny else 2048)
-    before = ours.encode(texts[:64])
-    ours.encode(texts)
-    full = seconds(lambda: ours.encode(texts), setting, 2)
-    name = "fp8" if setting.on_gpu else "int8"
-    ours.quantization = quantize(ours, ours.backbone.auto_model, name)
-    least = cosine(before, ours.encode(texts[:64]))
-    if not least > 0.5:
-        raise RuntimeError(f"{name} vectors have nothing to do with the full ones ({least:.3f})")
-    ours.encode(texts)
-    eight = seconds(lambda: ours.encode(texts), setting, 2)
-    return {"kind": name, "vs_full": full / eight, "least_cosine": least}
 
 
 def free(setting: Setting) -> None:

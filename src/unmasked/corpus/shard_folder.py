@@ -64,7 +64,8 @@ def encode_folder(
         DataError: see `Source.records`; or a vector is not finite.
         OutputError: the folder holds something else, or another process writes to it.
     """
-    encoding, shards, folder = encoding or Encoding(), shards or Shards(), Path(folder)
+    encoding, shards = (encoding or Encoding()).of(source), shards or Shards()
+    folder = Path(folder)
     shards.check(source.keep, encoding.precision)
     _check_folder(source, folder, overwrite and shards.part[1] > 1)
     with locked(folder, shards.part, overwrite) as manifest:
@@ -133,6 +134,8 @@ def _model_settings(
         "dimensions": encoding.width(model),
         "precision": encoding.precision,
     }
+    if encoding.compiled(model):  # named only then: folders of earlier versions can be continued
+        settings["compiled"] = True
     window = min(shards.rows, shards.window_on(model.device.type))
     return settings, window, str(quantization) if quantization else None
 

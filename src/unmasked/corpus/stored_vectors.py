@@ -9,7 +9,7 @@ shared by all shards and machines.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from unmasked.errors import DataError, unknown
 from unmasked.files.writing import written_aside
 
 if TYPE_CHECKING:
+    from unmasked.files.source import Source
     from unmasked.model import TextEncoder
 
 PRECISIONS = ("float32", "float16", "int8", "binary")
@@ -40,6 +41,7 @@ class Encoding:
             ranges of each dimension, as sentence-transformers computes it; ``binary``, one bit per
             number, set where v > 0, eight to a byte, the first one in the highest place
             (`numpy.unpackbits` reverses it).
+        expected_tokens: roughly, of the whole source; do they pay for compiling the decoder layers?
     """
 
     prompt: str | None = None
@@ -48,6 +50,23 @@ class Encoding:
     normalize: bool = False
     truncate_dim: int | None = None
     precision: str = "float32"
+    expected_tokens: int = 0
+
+    def of(self, source: Source) -> Encoding:
+        """The same, for all of a source: its size on the disk says how many tokens it has.
+
+        Where that is unknown (standard input, a data set on the hub) nothing is compiled unless the
+        model says ``always``. It is never the progress that decides: compiling moves the last bits
+        of a vector, and a shard has the same bytes wherever a run was interrupted.
+        """
+        from unmasked.forward.compiling import LETTERS
+
+        size = sum(Path(file).stat().st_size for file in source.files) if source.on_disk else 0
+        return replace(self, expected_tokens=size // LETTERS)
+
+    def compiled(self, model: TextEncoder) -> bool:
+        """Whether the decoder layers are compiled, which is decided now if it was not before."""
+        return model.backbone.compile_for(self.expected_tokens, model.compiles)
 
     def check(self, model: TextEncoder) -> None:
         """Refuse what the model cannot do; the `DataError` says what it can do."""
@@ -76,6 +95,7 @@ class Encoding:
         """(N, D) float32 vectors of each list of N texts; lists are read ahead, in a thread."""
         from unmasked.forward.loop.running import encode_windows
 
+        self.compiled(model)
         found = encode_windows(
             model,
             model.backbone,
