@@ -5,7 +5,7 @@ is used and weights are random. On one H100 it takes some eight minutes; a part 
 after `--minutes` is left out, and says so.
 
     python -m benchmarks.gpu --json gpu.json
-    python -m benchmarks.gpu --device cpu --tiny     # does the script itself work? in three minutes
+    python -m benchmarks.gpu --device cpu --tiny     # does the script itself work?
     python -m benchmarks.gpu --devices 2             # README's commands for many devices, alone
     python -m benchmarks.gpu --parts environment encode:Llama-3-8B
 """

@@ -120,8 +120,8 @@ def check(name: str, device: torch.device) -> None:
         raise ModelError(unknown("quantize", name, KINDS))
     if device.type != "cpu":
         raise ModelError(
-            f"quantize {name} runs on CPUs only, and the model goes to {device}. Fix: choose device "
-            "cpu, or leave out quantize."
+            f"quantize {name} runs on CPUs only, and the model goes to {device}. "
+            "Fix: choose device cpu, or leave out quantize."
         )
 
 

@@ -176,8 +176,9 @@ def prepare_sharding(trainer: Any, model: nn.Module, name: str) -> None:
         )
     if plugin.activation_checkpointing:  # accelerate gives it preserve_rng_state=False
         raise RecipeError(
-            f"{name}: FSDP's activation checkpointing computes a layer again with other dropout, so "
-            f"gradients would be wrong. Fix: leave it out, and {name}.gradient_checkpointing=true."
+            f"{name}: FSDP's activation checkpointing computes a layer again with other dropout, "
+            "so gradients would be wrong. Fix: leave it out, and "
+            f"{name}.gradient_checkpointing=true."
         )
     if not all(p.is_floating_point() for p in model.parameters()):
         raise RecipeError(

@@ -117,8 +117,11 @@ def callbacks(setup: StageSetup, stage: Training, data: Any) -> dict[str, Any]:
 
 
 def tokens_of(stage: AnyStage) -> int:
-    """About how many tokens a whole stage trains on; texts are taken to be a quarter as long as
-    they may be. It is read off the settings alone, so that a run that continues has it too."""
+    """About how many tokens a whole stage trains on.
+
+    Texts are taken to be a quarter as long as they may be. It is read off the settings alone, so
+    that a run that continues has the same.
+    """
     rows = stage.steps * stage.gradient_accumulation * stage.batch_size
     if isinstance(stage, MNTP):
         return rows * stage.block_length
@@ -133,6 +136,8 @@ def layers_compiled(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -
     What compiled them before, for encoding, did not compare gradients, so they begin as they are.
     """
     choice, model = setup.recipe.model.compile, decoder_of(setup.trunk)
+    if choice == "auto" and devices.world() > 1:  # not tried with several processes
+        choice = "never"
     compiling.put_back(model)
     if not trainer.is_fsdp_enabled:
         with trainer.accelerator.autocast():

@@ -10,8 +10,8 @@ thread on a GPU. So the layout is not state of a process; it goes with the call.
 it to the model as a keyword, which nearly every family passes on to its attention, and ties it to
 the mask, which all of them pass on. The mask of a packed batch never fits its N tokens, so that an
 attention call which has the mask and no layout is refused, where it would mix texts. A call without
-any mask is refused as well: the mask code here always gives one, if only to say that all is seen, so
-such a call is of a layer that is run by hand, perhaps on the states of many texts.
+any mask is refused as well: the mask code here always gives one, if only to say that all is seen,
+so such a call is of a layer that is run by hand, perhaps on the states of many texts.
 
 The family's own mask code draws a sliding window once, for the longest text of the batch. Where
 the kernel takes windows as numbers, and the check has read and confirmed how far this one reaches,
