@@ -42,7 +42,7 @@ from benchmarks.texts import build_mixes, read_sentences
 from unmasked import LLM2Vec, __version__
 from unmasked.checkpoint.location import bundled_path
 from unmasked.forward import precision
-from unmasked.forward.quantization import DTYPES
+from unmasked.forward.quantization import KINDS
 
 SMOLLM_135M = {
     "vocab_size": 49152,
@@ -59,7 +59,7 @@ FULL = {"short": 512, "passages": 128, "mixed": 640, "korean": 256}
 
 OURS, STOCK, DEFAULT = "unmasked", "sentence-transformers", "sentence-transformers, default"
 UPSTREAM = "llm2vec 0.2.3"
-LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99, "int8": 0.98, "fp8": 0.98}
+LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99, "int8": 0.98}
 
 Encode = Callable[[list[str]], np.ndarray]
 Timed = Callable[[list[str]], tuple[float, float]]
@@ -294,7 +294,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="folder with text/*wiki_sentences.txt.gz")
     parser.add_argument("--dtype", choices=["auto", *LEAST_COSINE], default="auto")
-    parser.add_argument("--quantize", choices=DTYPES, help="8-bit weights in ours")
+    parser.add_argument("--quantize", choices=KINDS, help="8-bit weights in ours")
     parser.add_argument("--upstream-python", metavar="PYTHON", help="one that has llm2vec 0.2.3")
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--mixes", nargs="+", choices=FULL, default=list(FULL))

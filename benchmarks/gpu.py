@@ -5,7 +5,7 @@ is used and weights are random. On one H100 it takes some eight minutes; a part 
 after `--minutes` is left out, and says so.
 
     python -m benchmarks.gpu --json gpu.json
-    python -m benchmarks.gpu --device cpu --tiny     # does the script itself work? in three minutes
+    python -m benchmarks.gpu --device cpu --tiny     # does the script itself work?
     python -m benchmarks.gpu --devices 2             # README's commands for many devices, alone
     python -m benchmarks.gpu --parts environment encode:Llama-3-8B
 """
@@ -47,7 +47,6 @@ def parts(setting: Setting, devices: int | None) -> dict[str, Callable[[], Found
         found[f"encode:{shape}"] = partial(gpu_parts.encode, setting, shape)
     for stage in STAGES:
         found[f"step:{stage}"] = partial(gpu_runs.step, setting, stage, checkpointing=False)
-    found["eight bits:Llama-3-8B"] = partial(gpu_parts.eight_bits, setting, "Llama-3-8B")
     found["demo"] = partial(gpu_runs.demo, setting)
     for stage in STAGES:
         name = f"step:{stage}, stock checkpointed"

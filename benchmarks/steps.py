@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters, loading
 from unmasked.files import docstrings
+from unmasked.files.docstrings import Docstring
 from unmasked.recipe.schema import Pairs
 from unmasked.text.tokens import TextTokenizer
 from unmasked.train.data.mixing import PairCollator
@@ -184,7 +186,7 @@ def supervised_stage(
     ours, stock = LLM2Vec.from_pretrained(decoder, dtype="float32"), _stock(decoder)
     ours.backbone.auto_model = attach(ours.backbone.auto_model)
     stock[0].model = attach(stock[0].model, checkpointing)
-    found = docstrings.pairs(docstrings.collect(limit=4000))
+    found = _pairs()
     chosen = random.Random(0).sample(found, 2 * rows)
     answers, negatives = chosen[:rows], [d.body for d in chosen[rows:]]
     collate = PairCollator(ours.preprocess, [Pairs(path="docstrings")], 1, LONGEST)
@@ -208,6 +210,11 @@ def supervised_stage(
         note=f"{rows} docstring triplets, one hard negative",
         lengths=features["attention_mask"].sum(dim=1).tolist(),
     )
+
+
+@cache
+def _pairs() -> list[Docstring]:
+    return docstrings.pairs(docstrings.collect(limit=4000))
 
 
 STAGES = {"mntp": mntp_stage, "simcse": simcse_stage, "supervised": supervised_stage}

@@ -11,6 +11,7 @@ import gzip
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -32,8 +33,12 @@ class Sentences:
     korean: list[str]
 
 
+@cache
 def read_sentences(folder: Path | None = None) -> Sentences:
-    """Sentences of a data folder with ``text/{en,ko}wiki_sentences.txt.gz``, else docstrings."""
+    """Sentences of a data folder with ``text/{en,ko}wiki_sentences.txt.gz``, else docstrings.
+
+    They are read once in a process: collecting docstrings takes half a minute.
+    """
     if folder is None and not DATA.is_dir():
         found = docstrings.collect(limit=SENTENCES)
         return Sentences("docstrings of the installed packages", [d.summary for d in found], [])

@@ -135,7 +135,7 @@ class TextEncoder(SentenceTransformer):
             enable_bidirectional, attention, allow_partial, allow_pickle: how, as in
                 `loading.load_transformer`.
             dtype: see `precision.pick`.
-            quantize: ``int8`` (CPU) or ``fp8`` (GPU); see `quantization.quantize`.
+            quantize: ``int8``, on a CPU; see `quantization.quantize`.
             compile: ``auto`` (a GPU and long work), ``always``, ``never``: see `compiling`.
             device, stock: as in the constructor; they go before what the folder says, and prompts
                 are added to those of the folder.

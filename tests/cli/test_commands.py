@@ -52,7 +52,7 @@ def test_the_choices_are_those_of_the_rooms():
     from unmasked.cli import encode_verb, options, training_verbs
     from unmasked.corpus import OUTPUTS, PRECISIONS, Shards
     from unmasked.forward.precision import NAMES
-    from unmasked.forward.quantization import DTYPES
+    from unmasked.forward.quantization import KINDS
     from unmasked.recipe.schema import Model, Recipe
 
     def choices(annotated):
@@ -63,7 +63,7 @@ def test_the_choices_are_those_of_the_rooms():
     assert get_args(options.Dtype) == NAMES
     assert choices(encode_verb.PRECISION) == PRECISIONS
     assert {f".{name}" for name in choices(encode_verb.FORMAT)} == set(OUTPUTS)
-    assert set(choices(encode_verb.QUANTIZE)) == set(DTYPES)
+    assert set(choices(encode_verb.QUANTIZE)) == set(KINDS)
     stage = inspect.get_annotations(training_verbs.train, eval_str=True)["stage"]
     left_out = [name for name, field in Recipe.model_fields.items() if field.default is None]
     assert list(choices(stage)) == left_out

@@ -386,6 +386,29 @@ def test_a_layer_without_its_keywords_is_refused_where_texts_would_mix(name):
         handle.remove()
 
 
+def test_a_layer_run_by_hand_after_its_forward_or_in_another_thread_is_refused():
+    """Its states may be those of many texts, and nothing says so but what came with the call."""
+    model = build(PACKED["llama"])
+    assert enable_packing(model) is None
+    ids, mask = batch()
+    kept = []
+    handle = model.layers[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: kept.append((args, kwargs)), with_kwargs=True
+    )
+    expected = run_packed(model, ids, pack(mask))
+    handle.remove()
+    ((states,), kwargs), layer = kept[0], model.layers[0]
+    bare = {"position_embeddings": kwargs["position_embeddings"]}
+    with ThreadPoolExecutor(1) as other:
+        for call in (layer, lambda *args, **given: other.submit(layer, *args, **given).result()):
+            with pytest.raises(ModelError, match="no mask, no keywords.*Fix: "):
+                call(states, **bare)
+            again = call(states, **kwargs)
+            assert torch.equal(again, layer(states, **kwargs))
+    alone = model(input_ids=ids[:1, mask[0].bool()], use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(alone, expected[pack(mask).rows == 0], atol=1e-4, rtol=1e-4)
+
+
 def test_an_encoder_with_checkpoints_has_its_gradient(tiny_decoder):
     """By every way that sentence-transformers and transformers offer."""
     texts = ["a cat", "한국어 문장", "a third one here", "a much longer text than the others are"]

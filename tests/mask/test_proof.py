@@ -10,6 +10,7 @@ from support import tiny
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from unmasked.errors import NotBidirectionalError
+from unmasked.mask import proof
 from unmasked.mask.opening import attention_name, clear_module_flags, open_config
 from unmasked.mask.proof import Proof, open_mask, prove, require, stock_loading
 
@@ -433,3 +434,31 @@ def test_report_as_json_and_as_a_line():
     kept = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert kept["causal_layers"] == ["3 (conv)"] and kept["padding_drift"] is None
     assert report.summary() == "bidirectional: partial (lfm2, sdpa): one layer"
+
+
+def deep(spread: float) -> PreTrainedModel:
+    """Sound, and so deep in bfloat16 that one text rounds otherwise beside a longer one."""
+    fields = {"num_hidden_layers": 24, "hidden_size": 32, "intermediate_size": 32}
+    return opened("llama", dtype=torch.bfloat16, initializer_range=spread, **fields)
+
+
+def test_the_limit_for_padding_follows_how_a_deep_model_rounds(monkeypatch):
+    report = prove(deep(0.35))
+    assert 0.1 < report.padding_drift < 0.25 and report.verdict == "full"
+    monkeypatch.setattr(proof, "_rounding", lambda decoder: 0.0)  # as if it rounded less
+    assert prove(deep(0.35)).verdict == "impossible"
+
+
+def test_beyond_the_largest_limit_no_rounding_is_an_excuse():
+    report = prove(deep(0.5))
+    assert report.padding_drift > 0.25 and "depend on padding" in report.reason
+
+
+def test_padding_that_is_seen_is_found_in_a_deep_model_too():
+    model = deep(0.2)
+    assert prove(model).verdict == "full"
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
+    )
+    report = prove(model)
+    assert report.verdict == "impossible" and "depend on padding" in report.reason

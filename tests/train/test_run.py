@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import RecipeError
+from unmasked.forward import backbone, compiling
 from unmasked.recipe.schema import BEFORE, Recipe
-from unmasked.train.run import Run
+from unmasked.train.fitting import tokens_of
+from unmasked.train.run import Listener, Run
 
 INSTRUCTION = "Find the answer"
 
@@ -57,6 +64,55 @@ def loaded(monkeypatch) -> list[tuple[int, bool]]:
 def test_a_model_is_loaded_once_before_training_and_once_after_each_stage(recipe, loaded, tmp_path):
     Run(Recipe.model_validate(recipe), tmp_path / "run").run()
     assert loaded == [(0, True), (1, True), (2, True), (3, True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_a_compiled_run_that_is_interrupted_ends_as_a_plain_one(
+    recipe, tmp_path, monkeypatch, checkpointing
+):
+    """Its layers are compiled anew when it continues, and plain again behind every stage."""
+    calls, plain = [], recipe["model"]
+    stage = {"steps": 4, "save_steps": 1, "log_steps": 1, "gradient_checkpointing": checkpointing}
+    recipe = {"name": "test", "model": plain, "mntp": {**recipe["mntp"], **stage}}
+
+    def backend(graph, _):
+        def run(*given):
+            calls.append(len(given))
+            return graph.forward(*given)
+
+        return run
+
+    torch.compiler.reset()
+    compiled_by = partial(compiling.compile_layers, backend=backend)
+    monkeypatch.setattr(backbone, "compile_layers", compiled_by)
+    Run(Recipe.model_validate(recipe), tmp_path / "plain").run()
+    assert not calls  # auto, and no GPU
+    recipe["model"] = {**plain, "compile": "always"}
+    seen = []
+
+    def interrupt(step, steps, measured):
+        seen.append(len(calls))
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole = Recipe.model_validate(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        Run(whole, tmp_path / "run", None, Listener(step=interrupt)).run()
+    assert seen[1] > seen[0] > 0  # steps run what was compiled, not the comparison alone
+    before = len(calls)
+    Run(whole, tmp_path / "run").run()
+    assert len(calls) > before
+    torch.compiler.reset()
+    ends = [load_file(tmp_path / n / "mntp/adapter_model.safetensors") for n in ("plain", "run")]
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_a_stage_pays_for_compiling_by_its_settings_alone(recipe):
+    given = Recipe.model_validate(recipe)
+    tokens = {name: tokens_of(stage) for name, stage in given.stages()}
+    assert tokens == {"mntp": 4 * 16, "simcse": 4 * 2 * 16 // 4, "supervised": 4 * 3 * 16 // 4}
 
 
 def test_scores_take_two_more_loads_for_the_closed_mask_of_all_baselines(recipe, loaded, tmp_path):

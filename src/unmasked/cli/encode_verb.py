@@ -95,9 +95,9 @@ WORKERS = Annotated[
     int | None, Option(min=1, help="Number of models on Ray.", show_default="number of GPUs")
 ]
 QUANTIZE = Annotated[
-    Literal["int8", "fp8"] | None,
+    Literal["int8"] | None,
     Option(
-        help="8-bit weights of the model (int8 on a CPU, fp8 on a GPU): faster and slightly less "
+        help="8-bit weights of the model, on a CPU: faster and slightly less "
         "exact; the loss is printed. The stored numbers are those of --precision."
     ),
 ]

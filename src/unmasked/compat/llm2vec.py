@@ -155,8 +155,8 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
                 of the original package is what its tokenizer says.
             dtype: ``auto`` (what is fast here: `precision.pick`), ``checkpoint`` (the same, but
                 never less than the checkpoint has), or a torch dtype or its name.
-            quantize: ``int8`` (CPU) or ``fp8`` (GPU): linear layers with 8-bit weights, faster and
-                slightly less exact; `quantization` says how much. Such a model only encodes.
+            quantize: ``int8``, on a CPU: linear layers with 8-bit weights, faster and slightly less
+                exact; `quantization` says how much. Such a model only encodes.
             compile: whether `encode` compiles the decoder layers: ``auto`` (on a GPU, for work long
                 enough to pay for some 20 s), ``always`` or ``never``.
             attn_implementation: as in transformers, which chooses by default.

@@ -69,7 +69,7 @@ def encode_corpus(
         DataError: see `Source.records`; or a vector is not finite.
         OutputError: see `check_output`; or another process writes to the same file.
     """
-    encoding, output = encoding or Encoding(), Path(output)
+    encoding, output = (encoding or Encoding()).of(source), Path(output)
     shards = Shards(output.suffix, window=window, skip=skip, ranges=ranges)
     check_output(output, overwrite)
     shards.check(source.keep, encoding.precision, encoding.chunks is not None)

@@ -64,7 +64,8 @@ def encode_folder(
         DataError: see `Source.records`; or a vector is not finite.
         OutputError: the folder holds something else, or another process writes to it.
     """
-    encoding, shards, folder = encoding or Encoding(), shards or Shards(), Path(folder)
+    encoding, shards = (encoding or Encoding()).of(source), shards or Shards()
+    folder = Path(folder)
     shards.check(source.keep, encoding.precision, encoding.chunks is not None)
     encoding.check_sizes()
     source = replace(source, distinct=encoding.chunks is not None)
@@ -138,6 +139,8 @@ def _model_settings(
     chunks = encoding.chunks
     if chunks is not None:
         settings |= {"chunk": asdict(chunks)}
+    if encoding.compiled(model):  # named only then: folders of earlier versions can be continued
+        settings["compiled"] = True
     window = min(shards.rows, shards.window_on(model.device.type, chunks is not None))
     return settings, window, str(quantization) if quantization else None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from unmasked.files.writing import written_aside
 from unmasked.text.passages import Chunks, Passage, divide, windows_of
 
 if TYPE_CHECKING:
+    from unmasked.files.source import Source
     from unmasked.model import TextEncoder
 
 PRECISIONS = ("float32", "float16", "int8", "binary")
@@ -45,6 +46,7 @@ class Encoding:
             number, set where v > 0, eight to a byte, the first one in the highest place
             (`numpy.unpackbits` reverses it).
         chunks: how a document becomes passages, each of which has a vector; None encodes it whole.
+        expected_tokens: roughly, of the whole source; do they pay for compiling the decoder layers?
     """
 
     prompt: str | None = None
@@ -54,6 +56,23 @@ class Encoding:
     truncate_dim: int | None = None
     precision: str = "float32"
     chunks: Chunks | None = None
+    expected_tokens: int = 0
+
+    def of(self, source: Source) -> Encoding:
+        """The same, for all of a source: its size on the disk says how many tokens it has.
+
+        Where that is unknown (standard input, a data set on the hub) nothing is compiled unless the
+        model says ``always``. It is never the progress that decides: compiling moves the last bits
+        of a vector, and a shard has the same bytes wherever a run was interrupted.
+        """
+        from unmasked.forward.compiling import LETTERS
+
+        size = sum(Path(file).stat().st_size for file in source.files) if source.on_disk else 0
+        return replace(self, expected_tokens=size // LETTERS)
+
+    def compiled(self, model: TextEncoder) -> bool:
+        """Whether the decoder layers are compiled, which is decided now if it was not before."""
+        return model.backbone.compile_for(self.expected_tokens, model.compiles)
 
     def check_sizes(self) -> None:
         """Refuse sizes of passages that cannot be, before a model is there."""
@@ -96,6 +115,7 @@ class Encoding:
         """
         from unmasked.forward.loop.running import encode_windows
 
+        self.compiled(model)
         if self.chunks is not None and self.chunks.late:
             yield from (self._late(model, texts) for texts in windows)
             return

@@ -45,15 +45,12 @@ def _extras() -> dict[str, list[str]]:
 def _devices() -> list[str]:
     import torch
 
-    from unmasked.forward.quantization import has_fp8
-
     found = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         bfloat16 = "with" if torch.cuda.is_bf16_supported() else "without"
-        fp8 = "with" if has_fp8(torch.device("cuda", index)) else "without"
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-        found.append(f"cuda:{index} {gpu.name} {memory} {bfloat16} bfloat16, {fp8} fp8")
+        found.append(f"cuda:{index} {gpu.name} {memory} {bfloat16} bfloat16")
     if torch.backends.mps.is_available():
         found.append("mps")
     capability = torch.backends.cpu.get_cpu_capability()

@@ -230,13 +230,28 @@ class Backbone(InputModule):
             inputs: of `encode`.
             choice: one of `compiling.CHOICES`.
         """
-        model: Any = decoder_of(self.auto_model)
-        if choice == "never" or is_compiled(model):
+        if choice == "never" or is_compiled(decoder_of(self.auto_model)):
             return
         listed = [inputs] if isinstance(inputs, str) else inputs
         letters = sum(len(i) if isinstance(i, str) else sum(map(len, i[:2])) for i in listed)
-        if pays(choice, model.device, self.tokens_encoded + letters // LETTERS):
-            compile_layers(model)
+        self.compile_for(self.tokens_encoded + letters // LETTERS, choice)
+
+    def compile_for(self, tokens: int, choice: str, training: bool = False) -> bool:
+        """Compile the decoder layers where a number of tokens pays for it.
+
+        Args:
+            tokens: that are to come, roughly.
+            choice: one of `compiling.CHOICES`.
+            training: whether gradients are wanted.
+
+        Returns:
+            Whether the layers are compiled now.
+        """
+        model: Any = decoder_of(self.auto_model)
+        if not is_compiled(model) and pays(choice, model.device, tokens):
+            self.packs_here()  # what is compared is what will run
+            compile_layers(model, training=training)
+        return bool(getattr(model, "layers_compiled", False))
 
     def packs_here(self) -> bool:
         """Whether batches are packed; on a new device or precision the check is made anew."""

@@ -6,9 +6,8 @@ positions and attention stay as they are. With one scale per token, a vector sti
 on the batch that it was computed in, and a token with huge states (the first one, in most decoders)
 costs the others no precision.
 
-int8 runs on a CPU with torch's own integer product; `docs/design.md` compares it with libraries.
-fp8 runs on a GPU of compute capability 8.9 or later with `torch.nn.functional.scaled_mm`; scaling,
-cast and product are separate kernels there, and no command of this repository has timed them yet.
+int8 runs on a CPU with torch's own integer product; `docs/design.md` compares it with libraries,
+and says why there is no fp8 for GPUs.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from unmasked.forward import precision
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-"""Kinds of 8-bit numbers by the name that asks for them."""
-FP8_CAPABILITY = (8, 9)
-"""The first compute capability (Ada; Hopper is 9.0) whose tensor cores multiply fp8."""
+KINDS = ("int8",)
+"""What may be asked for."""
+LARGEST = 127
+"""The largest 8-bit number that is used; -128 is not, so that numbers and their negatives agree."""
 ALIGNMENT = 16
-"""Both sides of a layer have to be multiples of this: the fp8 product asks for it."""
+"""Both sides of a layer have to be multiples of this; no others were measured."""
 
 _SHORT_TEXTS = (
     "How do I sort a list of numbers?",
@@ -48,31 +47,18 @@ TEXTS = [*_SHORT_TEXTS, " ".join(_SHORT_TEXTS)]
 """The texts on which the cosine to full precision is measured."""
 
 
-def to_8bit(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(N, K) numbers as 8-bit ones, and the (N, 1) float32 scales that undo it."""
+def to_8bit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) numbers as int8, and the (N, 1) float32 scales that undo it."""
     rows = rows.float()
-    largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
-    scales = rows.abs().amax(dim=1, keepdim=True).clamp_(min=1e-12) / largest  # also for zeros
-    scaled = rows * scales.reciprocal()
-    return (scaled if dtype.is_floating_point else scaled.round_()).to(dtype), scales
+    scales = rows.abs().amax(dim=1, keepdim=True).clamp_(min=1e-12) / LARGEST  # also for zeros
+    return (rows * scales.reciprocal()).round_().to(torch.int8), scales
 
 
 def product(states: Tensor, state_scales: Tensor, weights: Tensor, weight_scales: Tensor) -> Tensor:
-    """(N, M) product of 8-bit (N, K) states and (M, K) weights, with scales (N, 1) and (M, 1).
-
-    Returns:
-        float32 of int8 numbers, bfloat16 of fp8 ones.
-    """
-    if weights.dtype == torch.int8:
-        # The public products give int8, which overflows; only the private one gives int32.
-        sums = torch._int_mm(states, weights.t())
-        return sums.float().mul_(state_scales).mul_(weight_scales.t())
-    from torch.nn.functional import ScalingType, scaled_mm
-
-    rows = ScalingType.RowWise
-    return scaled_mm(
-        states, weights.t(), state_scales, rows, weight_scales.t(), rows, use_fast_accum=True
-    )
+    """(N, M) float32 product of int8 (N, K) states and (M, K) weights, scales (N, 1) and (M, 1)."""
+    # The public products give int8, which overflows; only the private one gives int32.
+    sums = torch._int_mm(states, weights.t())
+    return sums.float().mul_(state_scales).mul_(weight_scales.t())
 
 
 class Linear8bit(nn.Module):
@@ -85,16 +71,16 @@ class Linear8bit(nn.Module):
     values: Tensor  # (M, K)
     scales: Tensor  # (M, 1)
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        values, scales = to_8bit(layer.weight.detach(), dtype)
+        values, scales = to_8bit(layer.weight.detach())
         self.register_buffer("values", values)
         self.register_buffer("scales", scales)
         self.bias = layer.bias
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., K) states to (..., M), of the same dtype."""
-        rows, scales = to_8bit(states.reshape(-1, states.shape[-1]), self.values.dtype)
+        rows, scales = to_8bit(states.reshape(-1, states.shape[-1]))
         outputs = product(rows, scales, self.values, self.scales)
         if self.bias is not None:
             outputs += self.bias
@@ -106,7 +92,7 @@ class Quantization:
     """What was done to a model, and what that did to its vectors.
 
     Attributes:
-        name: ``int8`` or ``fp8``.
+        name: ``int8``.
         layers: number of linear layers of 8-bit weights.
         full: dtype of the model before.
         least_cosine: the lowest cosine between the vectors of `TEXTS` before and after.
@@ -124,30 +110,18 @@ class Quantization:
         )
 
 
-def has_fp8(device: torch.device) -> bool:
-    """Whether a device multiplies fp8 numbers."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
-
-
 def check(name: str, device: torch.device) -> None:
     """Refuse what a device cannot do, before anything is loaded.
 
     Raises:
-        ModelError: an unknown name, int8 elsewhere than on a CPU, fp8 on a device without it.
+        ModelError: an unknown name, or another device than a CPU.
     """
-    if name not in DTYPES:
-        raise ModelError(unknown("quantize", name, DTYPES))
-    least = ".".join(map(str, FP8_CAPABILITY))
-    if name == "int8" and device.type != "cpu":
+    if name not in KINDS:
+        raise ModelError(unknown("quantize", name, KINDS))
+    if device.type != "cpu":
         raise ModelError(
-            f"quantize int8 runs on CPUs only, and the model goes to {device}. Fix: choose device "
-            f"cpu, leave out quantize, or choose fp8 on a GPU that has it (compute capability "
-            f"{least} or later)."
-        )
-    if name == "fp8" and not has_fp8(device):
-        raise ModelError(
-            f"quantize fp8 needs a GPU of compute capability {least} or later, and the model goes "
-            f"to {device}. Fix: choose int8 on a CPU, or leave out quantize."
+            f"quantize {name} runs on CPUs only, and the model goes to {device}. "
+            "Fix: choose device cpu, or leave out quantize."
         )
 
 
@@ -161,13 +135,13 @@ def quantize(encoder: SentenceTransformer, trunk: nn.Module, name: str) -> Quant
     Args:
         encoder: made of the trunk, on the device where it will run; it cannot be trained any more.
         trunk: a bare transformer.
-        name: ``int8`` or ``fp8``.
+        name: ``int8``.
 
     Raises:
         ModelError: as `check` does; or the trunk has no such layers, or does not run with them.
     """
     check(name, encoder.device)
-    if name == "int8" and precision.int8_instructions() is None:
+    if precision.int8_instructions() is None:
         logger.warning("This CPU has no 8-bit products (VNNI, AMX): int8 is hardly faster here.")
     chosen = [
         path
@@ -183,7 +157,7 @@ def quantize(encoder: SentenceTransformer, trunk: nn.Module, name: str) -> Quant
     encoder.eval().requires_grad_(False)
     before = _encode(encoder)
     for path in chosen:
-        trunk.set_submodule(path, Linear8bit(trunk.get_submodule(path), DTYPES[name]))  # type: ignore[arg-type]
+        trunk.set_submodule(path, Linear8bit(trunk.get_submodule(path)))  # type: ignore[arg-type]
     try:
         after = _encode(encoder)
     except (AttributeError, RuntimeError) as error:

@@ -163,7 +163,7 @@ def prepare_sharding(trainer: Any, model: nn.Module, name: str) -> None:
         name: of the stage.
 
     Raises:
-        RecipeError: FSDP1, its activation checkpointing, or weights of 4 bits.
+        RecipeError: FSDP1, FSDP's own activation checkpointing, or weights of 4 bits.
     """
     if not trainer.is_fsdp_enabled:
         return
@@ -174,10 +174,11 @@ def prepare_sharding(trainer: Any, model: nn.Module, name: str) -> None:
             "Fix: accelerate launch --use_fsdp --fsdp_version 2, or "
             f"{name}.trainer.fsdp_config.version=2."
         )
-    if plugin.activation_checkpointing:  # not tried with packed texts
+    if plugin.activation_checkpointing:  # accelerate gives it preserve_rng_state=False
         raise RecipeError(
-            f"{name}: FSDP's activation checkpointing does not know where packed texts lie. "
-            f"Fix: leave it out, and {name}.gradient_checkpointing=true."
+            f"{name}: FSDP's activation checkpointing computes a layer again with other dropout, "
+            "so gradients would be wrong. Fix: leave it out, and "
+            f"{name}.gradient_checkpointing=true."
         )
     if not all(p.is_floating_point() for p in model.parameters()):
         raise RecipeError(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,11 +27,15 @@ from transformers.integrations.integration_utils import (
 
 from unmasked.checkpoint import adapters
 from unmasked.files.writing import folder_aside
+from unmasked.forward import compiling
+from unmasked.mask.opening import decoder_of
 from unmasked.model import TextEncoder
-from unmasked.recipe.schema import Recipe, Training
+from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Training
 from unmasked.train import checkpoints, devices
 from unmasked.train.callback import OnLog, StageCallback
 from unmasked.train.trainer import StageTrainer
+
+logger = logging.getLogger(__name__)
 
 TOKENS = "tokens"
 """Folder of the token file, in the run folder until MNTP is done."""
@@ -109,7 +116,41 @@ def callbacks(setup: StageSetup, stage: Training, data: Any) -> dict[str, Any]:
     return {"callback": callback, "others": [board, *(made() for made in trackers)]}
 
 
-def train(setup: StageSetup, trainer: StageTrainer) -> None:
+def tokens_of(stage: AnyStage) -> int:
+    """About how many tokens a whole stage trains on.
+
+    Texts are taken to be a quarter as long as they may be. It is read off the settings alone, so
+    that a run that continues has the same.
+    """
+    rows = stage.steps * stage.gradient_accumulation * stage.batch_size
+    if isinstance(stage, MNTP):
+        return rows * stage.block_length
+    texts = 2 if isinstance(stage, SimCSE) else 2 + stage.hard_negatives
+    return rows * texts * stage.max_length // 4
+
+
+@contextmanager
+def layers_compiled(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -> Iterator[None]:
+    """The decoder layers are compiled inside the block where `stage` pays for it.
+
+    What compiled them before, for encoding, did not compare gradients, so they begin as they are.
+    """
+    choice, model = setup.recipe.model.compile, decoder_of(setup.trunk)
+    if choice == "auto" and devices.world() > 1:  # not tried with several processes
+        choice = "never"
+    compiling.put_back(model)
+    if not trainer.is_fsdp_enabled:
+        with trainer.accelerator.autocast():
+            setup.encoder.backbone.compile_for(tokens_of(stage), choice, training=True)
+    elif choice == "always":  # not tried: hooks around each layer gather its weights
+        logger.warning("The layers run as they are, not compiled: their weights are shared (FSDP).")
+    try:
+        yield
+    finally:
+        compiling.put_back(model)
+
+
+def train(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -> None:
     """Train, or continue, until the stage's last step; then keep the result alone.
 
     Raises:
@@ -136,7 +177,11 @@ def train(setup: StageSetup, trainer: StageTrainer) -> None:
             if checkpoint is not None:
                 checkpoints.check_optimizer(trainer, checkpoint.path)
             try:
-                with callback.catching_interrupts(), checkpoints.told_if_unsaved(setup.folder):
+                with (
+                    callback.catching_interrupts(),
+                    checkpoints.told_if_unsaved(setup.folder),
+                    layers_compiled(setup, stage, trainer),
+                ):
                     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
             finally:  # so that the next stage begins a run of its own
                 if "wandb" in setup.recipe.trackers and devices.is_first():

@@ -273,6 +273,7 @@ class Run:
             self._loaded = None  # before the next one is loaded: two may not fit in memory
             model = self.recipe.model
             options |= {"max_length": model.max_length, "attn_implementation": model.attention}
+            options["compile"] = model.compile
             if model.include_instruction is not None:
                 options["skip_instruction"] = not model.include_instruction
             encoder = LLM2Vec.from_pretrained(base, list(merged), dtype=self.dtype, **options)

@@ -97,7 +97,7 @@ def _fit_mntp(setup: StageSetup, stage: MNTP) -> None:
         eval_dataset=held_out,
         compute_metrics=mntp.token_metrics,
     )
-    train(setup, trainer)
+    train(setup, stage, trainer)
 
 
 def _blocks(
@@ -210,4 +210,4 @@ def _fit_contrastive(
         train_dataset=data[0],
         eval_dataset=held_out and held_out[0],
     )
-    train(setup, trainer)
+    train(setup, stage, trainer)

@@ -46,8 +46,8 @@ BATCH = Annotated[
     Option(min=1, help="Maximum number of tokens per forward.", show_default="by device"),
 ]
 EIGHT_BITS = Annotated[
-    Literal["int8", "fp8"] | None,
-    Option(help="8-bit weights (int8 on a CPU, fp8 on a GPU): faster and less exact."),
+    Literal["int8"] | None,
+    Option(help="8-bit weights, on a CPU: faster and less exact."),
 ]
 
 

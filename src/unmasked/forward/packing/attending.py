@@ -9,7 +9,9 @@ A layer may run twice: gradient checkpointing computes it again in the backward 
 thread on a GPU. So the layout is not state of a process; it goes with the call. `run_packed` hands
 it to the model as a keyword, which nearly every family passes on to its attention, and ties it to
 the mask, which all of them pass on. The mask of a packed batch never fits its N tokens, so that an
-attention call which has the mask and no layout is refused, where it would mix texts.
+attention call which has the mask and no layout is refused, where it would mix texts. A call without
+any mask is refused as well: the mask code here always gives one, if only to say that all is seen,
+so such a call is of a layer that is run by hand, perhaps on the states of many texts.
 
 The family's own mask code draws a sliding window once, for the longest text of the batch. Where
 the kernel takes windows as numbers, and the check has read and confirmed how far this one reaches,
@@ -131,11 +133,12 @@ def attention(
     packed: Packed | None = others.get(LAYOUT) or getattr(attention_mask, LAYOUT, None)
     tokens = key.shape[2]
     if packed is None:
-        if attention_mask is not None and attention_mask.shape[-1] != tokens:
-            raise _lost(f"the mask has {attention_mask.shape[-1]} columns for {tokens} tokens")
-        entered = _ENTERED.get()
-        if attention_mask is None and entered and tokens == len(entered[0].rows):
+        if attention_mask is None:
             raise _lost("no mask, no keywords")
+        if attention_mask.shape[-1] != tokens:
+            raise _lost(f"the mask has {attention_mask.shape[-1]} columns for {tokens} tokens")
+        if attention_mask.numel() == 0:
+            attention_mask = None
         extras = Extras(scaling, dropout, softcap, s_aux)
         return attend(query, key, value, attention_mask, extras).transpose(1, 2), None
     if tokens != len(packed.rows):
@@ -169,16 +172,18 @@ def _as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
-def _mask(q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
+def _mask(q_length: int, kv_length: int, **kwargs: Any) -> Tensor:
     """The family's mask; while a batch is packed, that of one text as long as the longest.
 
-    A mask that lets everything through, or whose reach a kernel takes as numbers, is empty then:
-    its last two sizes are 0, or one more than the tokens that are seen to the left and right.
+    A mask that lets everything through is empty: its last two sizes are those of the mask that it
+    stands for. While a batch is packed they are 0; or, where a kernel takes the reach of a window
+    as numbers, one more than the tokens that are seen to the left and right.
     """
     entered = _ENTERED.get()
     if entered is None or (kwargs.get("batch_size"), q_length) != (1, len(entered[0].rows)):
         _read_reach(**kwargs)
-        return sdpa_mask(q_length=q_length, kv_length=kv_length, **kwargs)
+        plain = sdpa_mask(q_length=q_length, kv_length=kv_length, **kwargs)
+        return _empty(q_length, kv_length, kwargs["device"]) if plain is None else plain
     packed, reaches = entered
     reach = reaches.get(kwargs.get("local_size") or 0)
     if reach is not None:
