@@ -129,7 +129,7 @@ class TextEncoder(SentenceTransformer):
         """Load a decoder, open its mask, prove it, and merge adapters.
 
         Args:
-            name, peft, base, hub: what to load, as in `loading.find`.
+            name, peft, base, hub (with ``layers``): what to load, as in `loading.find`.
             given: fields of `Settings` by name that go before what the folder says.
             enable_bidirectional, attention, allow_partial, allow_pickle: how, as in
                 `loading.load_transformer`.

@@ -45,6 +45,9 @@ def convert(
     allow_partial: Annotated[
         bool, Option("--allow-partial", help="Accept layers that stay causal (hybrids).")
     ] = False,
+    layers: Annotated[
+        int | None, Option(help="Keep only the first LAYERS layers.", show_default="all")
+    ] = None,
 ) -> None:
     """Take the causal mask off, prove it, and save an encoder, without training.
 
@@ -62,6 +65,7 @@ def convert(
             dtype=dtype,
             attn_implementation=attention,
             allow_partial=allow_partial,
+            layers=layers,
         )
     terminal.show(encoder.report.summary())
     with terminal.waiting("saving"):

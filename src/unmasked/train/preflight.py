@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Supervised
 from unmasked.train import devices
 from unmasked.train.data.mixing import OneSourceBatches
 from unmasked.train.data.pairs import read_rows, split_rows
+from unmasked.train.data.taught import check_widths, compute_vectors
 from unmasked.train.data.texts import Blocks, read_texts, split_held_out, token_file
-from unmasked.train.fitting import TOKENS, is_done
+from unmasked.train.fitting import TEACHER, TOKENS, is_done
+from unmasked.train.losses.depth import depths
 from unmasked.train.losses.simcse import noise
 from unmasked.train.plan.shapes import trained_trunk
 from unmasked.train.trainer import stage_arguments
@@ -106,6 +109,8 @@ def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
         else:
             _check_pairs(stage, recipe.seed)
             width = encoder.backbone.get_embedding_dimension()
+            _check_teacher(stage, path, int(encoder.get_embedding_dimension()))  # type: ignore[arg-type]
+            _check_layers(stage, encoder)
             if max(stage.matryoshka, default=0) > width:
                 raise RecipeError(
                     f"{name}.matryoshka: {max(stage.matryoshka)} given, but vectors have {width} "
@@ -123,11 +128,42 @@ def _to_do(recipe: Recipe, path: Path) -> Iterator[tuple[str, AnyStage]]:
 
 def _check_pairs(stage: Supervised, seed: int) -> None:
     """Read every row, and deal batches of them, which refuses a data set that fills none."""
-    counts = [sum(1 for _ in read_rows(pairs, tell=logger.warning)) for pairs in stage.data]
+    read = partial(read_rows, tell=logger.warning, teacher=stage.teacher)
+    counts = [sum(1 for _ in read(pairs)) for pairs in stage.data]
     rows = Dataset.from_dict({"source": np.repeat(np.arange(len(counts)), counts)})
     train, _ = split_rows(rows, stage.held_out, seed)
     batch, weights = stage.batch_size // devices.world(), [pairs.weight for pairs in stage.data]
     OneSourceBatches(np.asarray(train["source"]), batch, weights, devices.world())
+
+
+def _check_teacher(stage: Supervised, path: Path, width: int) -> None:
+    """Refuse a teacher that cannot teach, and compute its vectors while no weight is trained."""
+    teacher = stage.teacher
+    if teacher is None:
+        return
+    if teacher.wants == "scores" and teacher.loss != "cosent" and not stage.hard_negatives:
+        raise RecipeError(
+            f"supervised.hard_negatives 0 leaves {teacher.loss} one document for each query, of "
+            "which it learns nothing. Fix: supervised.hard_negatives=1, or more."
+        )
+    if teacher.model is not None:
+        compute_vectors(stage, path / TEACHER, width, logger.info)
+    elif teacher.wants == "vectors":
+        rows = (row for pairs in stage.data for row in read_rows(pairs, teacher=teacher))
+        check_widths(stage, rows, width)
+
+
+def _check_layers(stage: Supervised, encoder: TextEncoder) -> None:
+    """Refuse numbers of layers that the model does not have."""
+    model: Any = encoder.backbone.auto_model
+    depth = int(model.config.get_text_config().num_hidden_layers)
+    if max(stage.matryoshka_layers, default=0) >= depth:
+        raise RecipeError(
+            f"supervised.matryoshka_layers: {max(stage.matryoshka_layers)} given, but the model "
+            f"has {depth} layers. Fix: fewer; all {depth} are always trained."
+        )
+    with depths(encoder, stage.matryoshka_layers):
+        pass
 
 
 def _check_length(name: str, stage: AnyStage, encoder: TextEncoder) -> None:

@@ -52,7 +52,7 @@ from unmasked.train import devices
 from unmasked.train.callback import OnLog
 from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.data.mixing import prompts_of
-from unmasked.train.fitting import TOKENS, StageSetup, clear, is_done
+from unmasked.train.fitting import TEACHER, TOKENS, StageSetup, clear, is_done
 from unmasked.train.preflight import check_inputs, check_settings
 from unmasked.train.stages import fit
 
@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
 """Held while a run is at work; it ends with the process."""
-MAY_BE_THERE = {"data", aside_of(Path(RECIPE)).name, TOKENS, LOCK}
+MAY_BE_THERE = {"data", aside_of(Path(RECIPE)).name, TEACHER, TOKENS, LOCK}
 """In a folder without a recipe: given, or left by a run that was killed early."""
 Chain = Sequence[str | Path]
 """A base, and the adapters to merge into it in this order."""
@@ -192,7 +192,8 @@ class Run:
             check_inputs(self.recipe, self.path, encoder)
         except BaseException:
             if not (self.path / RECIPE).is_file():
-                shutil.rmtree(self.path / TOKENS, ignore_errors=True)
+                for made in (TEACHER, TOKENS):
+                    shutil.rmtree(self.path / made, ignore_errors=True)
             raise
 
     @contextmanager
@@ -220,8 +221,8 @@ class Run:
 
     def _clear(self, name: str) -> None:
         clear(self.path / name)
-        if name == "mntp":
-            shutil.rmtree(self.path / TOKENS, ignore_errors=True)
+        if made := {"mntp": TOKENS, "supervised": TEACHER}.get(name):
+            shutil.rmtree(self.path / made, ignore_errors=True)
 
     def _write_recipe(self) -> None:
         ran = ", ".join(f"{name} {number}" for name, number in versions().items())
@@ -246,6 +247,7 @@ class Run:
             allow_partial=model.allow_partial,
             prompts=prompts_of(last.data) if isinstance(last, Supervised) else None,
             revision=model.revision if base == model.base else None,
+            layers=model.layers if base == model.base else None,
         )
 
     def _causal(self, decoder: Location, mode: str) -> LLM2Vec:
