@@ -210,7 +210,8 @@ class TextEncoder(SentenceTransformer):
 
     def fingerprint(self) -> str:
         """A digest of weights, tokenizer and settings; equal for models that encode alike."""
-        settings = [asdict(self.settings), self.settings.compat is not None]
+        cut = [] if self.truncate_dim is None else [self.truncate_dim]
+        settings = [asdict(self.settings), self.settings.compat is not None, *cut]
         return fingerprint(self.state_dict(), self.tokenizer, settings)
 
     def train(self, mode: bool = True) -> Self:

@@ -141,7 +141,15 @@ def load_transformer(
     attempts = [attention] if attention else [None, "eager"]
     for number, implementation in enumerate(attempts, start=1):
         config = open_config(found.config) if enable_bidirectional else found.config
-        model, missing = load_model(found.trunk, config, dtype, implementation, **weights)
+        try:
+            model, missing = load_model(found.trunk, config, dtype, implementation, **weights)
+        except ModelError as error:
+            if found.layers is None:
+                raise
+            raise ModelError(
+                f"layers {found.layers}: the weights of {found.trunk.name} cannot be read for its "
+                f"first layers alone ({first_line(error)}) Fix: keep all of them."
+            ) from error
         require_whole(found.trunk.name, missing)
         report = open_mask(model) if enable_bidirectional else None
         try:

@@ -22,6 +22,7 @@ from unmasked.cli.encode_verb import encode
 from unmasked.cli.failures import Verbs
 from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push, serve
 from unmasked.cli.shipping.export_verbs import export, prove, verify
+from unmasked.cli.shipping.merge_verb import merge
 from unmasked.cli.training_verbs import (
     StageCommand,
     demo,
@@ -42,7 +43,21 @@ app = typer.Typer(
     epilog="Begin with: unmasked demo",
 )
 VERBS = (
-    *(demo, convert, run, train, mine, plan, encode, serve, evaluate, analyse, doctor, report),
+    *(
+        demo,
+        convert,
+        run,
+        train,
+        mine,
+        merge,
+        plan,
+        encode,
+        serve,
+        evaluate,
+        analyse,
+        doctor,
+        report,
+    ),
     *(push, export, verify, prove),
 )
 for verb in VERBS:

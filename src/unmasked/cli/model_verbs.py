@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,6 +19,7 @@ from unmasked.files.writing import write_text
 
 if TYPE_CHECKING:
     from unmasked.compat.llm2vec import LLM2Vec
+    from unmasked.evaluate.scorer import Scorer
 
 
 def convert(
@@ -104,6 +106,12 @@ def evaluate(
     every: Annotated[
         bool, Option("--all", help="Show every metric, not only the main one of each task.")
     ] = False,
+    layers: Annotated[
+        list[int] | None, Option(help="Also score the first LAYERS layers alone; repeat for more.")
+    ] = None,
+    dimensions: Annotated[
+        list[int] | None, Option(help="Also score shorter vectors; repeat for more.")
+    ] = None,
     json_file: JSON_FILE = None,
     formats: Annotated[
         bool,
@@ -116,6 +124,9 @@ def evaluate(
     from unmasked.evaluate.scorer import make_scorer
 
     score = make_scorer(tasks, languages, results)
+    if layers or dimensions:
+        _trade_off(models, against, score, layers or [], dimensions or [], json_file)
+        return
     with terminal.loading("loading the libraries"):
         from unmasked.checkpoint.location import locate
         from unmasked.compat.llm2vec import LLM2Vec
@@ -131,6 +142,36 @@ def evaluate(
     tables.score_table(rows, every)
     if json_file:
         write_text(json_file, json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+
+
+def _trade_off(
+    models: list[str],
+    against: str | None,
+    score: Scorer,
+    layers: list[int],
+    dimensions: list[int],
+    json_file: Path | None,
+) -> None:
+    """Score every (layers, dimensions) of one encoder, and show quality beside cost."""
+    if len(models) > 1 or against:
+        raise typer.BadParameter(
+            "--layers and --dimensions take one model apart. Give one, without --against."
+        )
+    from unmasked.cli import tables
+    from unmasked.evaluate.compare import compare_encoders
+    from unmasked.evaluate.trade_off import cut_encoders
+
+    scored, cuts = {}, []
+    with terminal.loading(f"scoring {models[0]}"):
+        for cut, encoder in cut_encoders(models[0], layers, dimensions, allow_partial=True):
+            scored[cut.name] = score(encoder)
+            cuts.append(cut)
+    rows = compare_encoders(scored)
+    tables.trade_off_table(cuts, rows)
+    if json_file:
+        costs = {cut.name: asdict(cut) for cut in cuts}
+        found = [row.as_dict() | {"cost": costs[row.encoder]} for row in rows]
+        write_text(json_file, json.dumps(found, indent=2) + "\n")
 
 
 def analyse(

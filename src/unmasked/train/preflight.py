@@ -7,7 +7,7 @@ into the token file that it trains on; an adapter is attached and taken off; no 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,12 +74,15 @@ def check_settings(recipe: Recipe, path: Path) -> None:
             raise RecipeError(f"{name}.trainer cannot be used: {error}") from error
 
 
-def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
+def check_inputs(
+    recipe: Recipe, path: Path, encoder: TextEncoder, tell: Callable[[str], object]
+) -> None:
     """Refuse what does not fit the model, and texts that make no batch.
 
     Args:
         recipe, path: as above.
         encoder: of the base, to try on; its weights are frozen.
+        tell: given a line as the vectors of a teacher are computed.
 
     Raises:
         RecipeError: the model fails at the longest input of a stage, or vectors are too short.
@@ -108,8 +111,8 @@ def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
                 pass
         else:
             _check_pairs(stage, recipe.seed)
-            width = encoder.backbone.get_embedding_dimension()
-            _check_teacher(stage, path, int(encoder.get_embedding_dimension()))  # type: ignore[arg-type]
+            width = int(encoder.get_embedding_dimension())  # type: ignore[arg-type]
+            _check_teacher(stage, width)
             _check_layers(stage, encoder)
             if max(stage.matryoshka, default=0) > width:
                 raise RecipeError(
@@ -120,6 +123,10 @@ def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
             attached: Any = trained_trunk(trunk, stage)
             attached.unload()
         _check_length(name, stage, encoder)
+    taught = recipe.supervised and recipe.supervised.teacher
+    if taught and taught.model and not is_done(path / "supervised"):
+        assert recipe.supervised is not None
+        compute_vectors(recipe.supervised, path / TEACHER, width, tell)
 
 
 def _to_do(recipe: Recipe, path: Path) -> Iterator[tuple[str, AnyStage]]:
@@ -136,8 +143,8 @@ def _check_pairs(stage: Supervised, seed: int) -> None:
     OneSourceBatches(np.asarray(train["source"]), batch, weights, devices.world())
 
 
-def _check_teacher(stage: Supervised, path: Path, width: int) -> None:
-    """Refuse a teacher that cannot teach, and compute its vectors while no weight is trained."""
+def _check_teacher(stage: Supervised, width: int) -> None:
+    """Refuse rows that say nothing of use to the student."""
     teacher = stage.teacher
     if teacher is None:
         return
@@ -146,9 +153,7 @@ def _check_teacher(stage: Supervised, path: Path, width: int) -> None:
             f"supervised.hard_negatives 0 leaves {teacher.loss} one document for each query, of "
             "which it learns nothing. Fix: supervised.hard_negatives=1, or more."
         )
-    if teacher.model is not None:
-        compute_vectors(stage, path / TEACHER, width, logger.info)
-    elif teacher.wants == "vectors":
+    if teacher.wants == "vectors":
         rows = (row for pairs in stage.data for row in read_rows(pairs, teacher=teacher))
         check_widths(stage, rows, width)
 
