@@ -304,7 +304,7 @@ def test_a_missing_file_names_the_nearest_shipped_recipe(tmp_path):
     assert "no recipe 'mistral', did you mean 'mistral-7b'?" in error_of("mistral")
     message = error_of(tmp_path / "zzz.yaml")
     assert "no such file" in message
-    assert "Shipped recipes: e5-public, gemma-3-1b" in message
+    assert "Shipped recipes: distil, e5-public, gemma-3-1b" in message
     assert "Is a directory" in error_of(tmp_path)
 
 
