@@ -299,6 +299,60 @@ def test_vectors_are_computed_once_and_continue_behind_the_last_whole_part(
     np.testing.assert_allclose(found.numpy(), alone, rtol=1e-4, atol=1e-5)
 
 
+def test_vectors_of_a_teacher_that_changed_are_all_computed_anew(
+    tiny_decoder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(taught_vectors, "_CHUNK", 20)
+    encoder = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    teacher = Teacher(model=str(tmp_path / "better"))
+    stage, folder = stage_of(tmp_path, teacher), tmp_path / "teacher"
+    encoder.save(tmp_path / "better")
+    compute_vectors(stage, folder, WIDTH, lambda said: None)
+    before = np.load(folder / "vectors-000000.npy")
+    (folder / "vectors-000002.npy").unlink()
+    with torch.no_grad():
+        encoder.backbone.auto_model.norm.weight.mul_(2)
+    encoder.save(tmp_path / "better")
+    compute_vectors(stage, folder, WIDTH, lambda said: None)
+    assert len(list(folder.glob("vectors-*.npy"))) == 4
+    np.testing.assert_allclose(np.load(folder / "vectors-000000.npy"), 2 * before, rtol=1e-4)
+
+
+def test_a_column_that_nothing_reads_is_refused(tiny_decoder, tmp_path):
+    stage = stage_of(tmp_path, None)
+    stage = stage.model_copy(update={"data": [stage.data[0].model_copy(update={"teacher": "ce"})]})
+    with pytest.raises(RecipeError, match="names the column 'ce' of a teacher, and nothing reads"):
+        Run(recipe_of(tiny_decoder, stage), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "settings", "said"),
+    [
+        ({"scores": [2, 1]}, {"hard_negatives": 0}, "supervised.hard_negatives 0 leaves kl one"),
+        ({"scores": [2, 1, 0]}, {}, "'scores' has 3 numbers, and the row has 2 documents"),
+    ],
+)
+def test_scores_that_teach_nothing_leave_nothing_behind(
+    tiny_decoder, tmp_path, told, settings, said
+):
+    rows = [{**row, **told} for row in ROWS]
+    write_text(tmp_path / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_of(tiny_decoder, stage_of(tmp_path, Teacher(loss="kl"), **settings))
+    with pytest.raises((RecipeError, DataError), match=said):
+        Run(recipe, tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_learn_nothing_or_two_things_at_once_are_refused():
+    for given, said in (
+        ({"weight": 0, "contrastive": 0}, "both 0"),
+        ({"loss": "cosent"}, "Fix: contrastive: 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Teacher(**given)
+
+
 def test_a_projection_keeps_the_largest_directions_and_is_kept(tmp_path):
     wide = np.zeros((50, 6), dtype=np.float32)
     wide[:, [1, 4]] = np.random.default_rng(0).normal(size=(50, 2)) * (3, 1)

@@ -146,6 +146,13 @@ def _check_pairs(stage: Supervised, seed: int) -> None:
 def _check_teacher(stage: Supervised, width: int) -> None:
     """Refuse rows that say nothing of use to the student."""
     teacher = stage.teacher
+    for pairs in stage.data if teacher is None or teacher.wants is None else ():
+        if pairs.teacher is not None:
+            raise RecipeError(
+                f"supervised.data: {pairs.path} names the column '{pairs.teacher}' of a teacher, "
+                "and nothing reads it. Fix: supervised.teacher.loss=kl without a teacher.model for "
+                "scores, or cosine for vectors; or leave the column out."
+            )
     if teacher is None:
         return
     if teacher.wants == "scores" and teacher.loss != "cosent" and not stage.hard_negatives:

@@ -42,6 +42,7 @@ from unmasked.train.data.texts import text_key
 logger = logging.getLogger(__name__)
 
 FACTS = "teacher.json"
+PROJECTION = "projection.npy"
 _CHUNK = 4096  # texts of a part
 
 
@@ -77,7 +78,7 @@ class TeacherVectors:
         self.keys = every[self.order]
         self.projection = None
         if teacher.projection == "pca" and teacher.loss not in SCORES:
-            self.projection = projection(self.parts, width, folder / "projection.npy")
+            self.projection = projection(self.parts, width, folder / PROJECTION)
 
     def __call__(self, rows: Sequence[dict[str, Any]], inputs: Sequence[Input]) -> Tensor:
         """(R, W) vectors of the inputs of a batch."""
@@ -93,9 +94,8 @@ def projection(parts: Iterable[np.ndarray], width: int, kept: Path) -> np.ndarra
     Of all linear maps to so few numbers this one changes the inner products least (Eckart and
     Young, 1936). It is written to a file once, so that a run that continues elsewhere has the same.
     """
-    if kept.is_file():
-        found: np.ndarray = np.load(kept)
-        return found
+    if kept.is_file() and (found := np.load(kept)).shape[1] == width:
+        return np.asarray(found)
     moments: Any = 0.0
     for part in parts:
         wide = np.asarray(part, dtype=np.float64)
@@ -133,9 +133,11 @@ def compute_vectors(
         files = [folder / f"{kind}-{chunks:06d}.npy" for kind in ("keys", "vectors")]
         if model is None and not _is_there(files, keys, folder, name):
             model = _load_teacher(name, stage.teacher, width)
-            _begin(folder, name, model)
+            if _begins_anew(folder, name, model) and chunks:
+                return compute_vectors(stage, folder, width, tell)
         if _is_there(files, keys, folder, name):
             continue
+        (folder / PROJECTION).unlink(missing_ok=True)  # it is that of other vectors
         vectors = _encode(model, inputs)
         if not np.isfinite(vectors).all():
             raise DataError(
@@ -196,7 +198,7 @@ def taught(stage: Supervised, rows: Any, folder: Path, width: int) -> Taught | N
     if teacher.projection == "none":
         return vectors_of_rows
     batches = (np.concatenate(rows[i : i + 256]["vectors"]) for i in range(0, len(rows), 256))
-    chosen = projection(batches, width, folder / "projection.npy")
+    chosen = projection(batches, width, folder / PROJECTION)
     narrow = None if chosen is None else torch.from_numpy(chosen)
 
     def projected(batch: Sequence[dict[str, Any]], inputs: Sequence[Input]) -> Tensor:
@@ -235,12 +237,14 @@ def _is_there(files: Sequence[Path], keys: np.ndarray, folder: Path, name: str) 
     return there and np.array_equal(np.load(files[0]), keys)
 
 
-def _begin(folder: Path, name: str, model: Any) -> None:
-    """Note whose vectors these are; those of another teacher are removed."""
+def _begins_anew(folder: Path, name: str, model: Any) -> bool:
+    """Note whose vectors these are; tells whether those of another teacher were removed for it."""
     own = {"name": name, "model": fingerprint(model.state_dict(), model.tokenizer, [])}
-    if _facts(folder) != own:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_text(folder / FACTS, json.dumps(own) + "\n")
+    if _facts(folder) == own:
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    write_text(folder / FACTS, json.dumps(own) + "\n")
+    return True
 
 
 def _facts(folder: Path) -> dict[str, Any]:
