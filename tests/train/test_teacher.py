@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch.nn.functional import kl_div, normalize
 
 from unmasked import LLM2Vec
@@ -410,6 +412,32 @@ def test_a_teacher_of_another_width_needs_a_projection_and_nothing_is_written(
     with pytest.raises(RecipeError, match=r"48 numbers, and the student's 32.*projection=pca"):
         Run(recipe, tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
+
+
+def test_vectors_of_the_rows_are_projected(tiny_decoder, tmp_path):
+    rows = [{**row, "vectors": vectors_of(3, 48)} for row in ROWS]
+    write_text(tmp_path / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    stage = stage_of(tmp_path, Teacher(projection="pca", loss="mse"))
+    Run(recipe_of(tiny_decoder, stage), tmp_path / "run").run()
+    assert any("teacher_loss" in line for line in outcome(tmp_path / "run")[1])
+
+
+def test_any_encoder_of_sentence_transformers_is_a_teacher(tiny_decoder, tmp_path):
+    transformer = Transformer(str(tiny_decoder))
+    pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken")
+    stock = SentenceTransformer(
+        modules=[transformer, pooling], device="cpu", prompts={"query": "ask: ", "document": ""}
+    )
+    stock.tokenizer.pad_token = stock.tokenizer.eos_token
+    stock.save(str(tmp_path / "stock"))
+    teacher, folder = Teacher(model=str(tmp_path / "stock")), tmp_path / "teacher"
+    stage, rows = stage_of(tmp_path, teacher), as_rows(ROWS[:3])
+    compute_vectors(stage, folder, WIDTH, lambda said: None)
+    inputs = inputs_of(stage.data, rows, 1)
+    found = TeacherVectors(folder, WIDTH, teacher)(rows, inputs).numpy()
+    asked, answers = ([i.text for i in inputs if i.is_query is kind] for kind in (True, False))
+    wanted = [stock.encode(asked, prompt="ask: "), stock.encode(answers)]
+    np.testing.assert_allclose(found, np.concatenate(wanted), rtol=1e-3, atol=1e-4)
 
 
 def outcome(folder):
