@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from torch import multiprocessing
 from torch.nn.functional import kl_div, normalize
 
 from unmasked import LLM2Vec
@@ -22,6 +24,7 @@ from unmasked.train.data import taught as taught_vectors
 from unmasked.train.data.mixing import PairCollator, inputs_of
 from unmasked.train.data.pairs import read_rows
 from unmasked.train.data.taught import TeacherVectors, compute_vectors, projection
+from unmasked.train.losses.depth import depths
 from unmasked.train.losses.supervised import RankingLoss
 from unmasked.train.losses.teacher import TeacherLoss
 from unmasked.train.run import Run
@@ -260,6 +263,53 @@ def test_rows_with_fewer_negatives_show_their_positive_again():
     ]
     assert taught_vectors.scores_of_rows(rows, [None] * 6).tolist() == [[3, 2], [5, 5]]
     assert taught_vectors.vectors_of_rows(rows, [None] * 6).flatten().tolist() == [0, 6, 1, 7, 2, 7]
+
+
+# --- two devices ------------------------------------------------------------------------------
+
+
+def known_vectors(rows, inputs):
+    """Vectors of a teacher that has always the same one for a text."""
+    made = [np.random.default_rng(list(i.text.encode())).normal(size=8) for i in inputs]
+    return torch.tensor(np.array(made), dtype=torch.float32)
+
+
+def gradients_of(student, model, rows):
+    loss = TeacherLoss(student, Teacher(model="x", loss="kl", weight=2))
+    features, labels = batch_of(student, rows, known_vectors)
+    with depths(student, [1]):
+        RankingLoss(model, depths=2, teacher=loss)([features], labels).backward()
+    return {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+
+
+def rows_of_both():
+    return [r | {"negatives": r["negatives"] * (i > 3)} for i, r in enumerate(as_rows(ROWS[:8]))]
+
+
+def on_one_of_two(rank, base, folder, port):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    student = LLM2Vec.from_pretrained(base, device="cpu").eval()
+    ddp = torch.nn.parallel.DistributedDataParallel(student)
+    found = gradients_of(student, ddp, rows_of_both()[rank * 4 : rank * 4 + 4])
+    torch.save(found, f"{folder}/rank-{rank}.pt")
+    del ddp  # it would end the group while it holds the GIL, which gloo's threads wait for
+    torch.distributed.destroy_process_group()
+
+
+def test_two_devices_learn_from_a_teacher_what_one_with_all_rows_does(tiny_decoder, tmp_path):
+    """At two depths, and where the second device alone has negatives."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(on_one_of_two, (str(tiny_decoder), str(tmp_path), port), nprocs=2)
+    student = LLM2Vec.from_pretrained(tiny_decoder, device="cpu").eval()
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
+    for name, gradient in gradients_of(student, student, rows_of_both()).items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        torch.testing.assert_close(ranks[0][name], gradient, atol=1e-5, rtol=1e-3)
 
 
 # --- a model as the teacher -------------------------------------------------------------------
