@@ -41,7 +41,8 @@ from unmasked.forward.words import word_vectors
 from unmasked.mask.opening import learned_positions
 from unmasked.mask.proof import Proof, prove
 from unmasked.text.inputs import listed, split_pairs
-from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.text.special_tokens import prepare_tokenizer
+from unmasked.text.tokens import TextTokenizer
 
 
 class TextEncoder(SentenceTransformer):
@@ -210,9 +211,8 @@ class TextEncoder(SentenceTransformer):
 
     def fingerprint(self) -> str:
         """A digest of weights, tokenizer and settings; equal for models that encode alike."""
-        cut = [] if self.truncate_dim is None else [self.truncate_dim]
-        settings = [asdict(self.settings), self.settings.compat is not None, *cut]
-        return fingerprint(self.state_dict(), self.tokenizer, settings)
+        own = [asdict(s := self.settings), s.compat is not None, *filter(None, [self.truncate_dim])]
+        return fingerprint(self.state_dict(), self.tokenizer, own)
 
     def train(self, mode: bool = True) -> Self:
         """As in torch.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from unmasked.train.data.passages import FaultyCell
+from unmasked.train.data.cells import FaultyCell
 
 Texts = tuple[str, str, list[str], str, str, list[float], list[list[float]]]
 """Query, positive, negatives, the instructions of query and documents, and what a teacher says of

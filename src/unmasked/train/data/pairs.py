@@ -26,15 +26,15 @@ from unmasked.files.writing import written_aside
 from unmasked.recipe.schema import Pairs
 from unmasked.recipe.teaching import Teacher
 from unmasked.train.data import columns
-from unmasked.train.data.columns import Columns, check_found, find_columns
-from unmasked.train.data.judged import Groups, Texts, matches
-from unmasked.train.data.passages import (
+from unmasked.train.data.cells import (
     FaultyCell,
     numbers_of,
     passages_of,
     query_of,
     vectors_of,
 )
+from unmasked.train.data.columns import Columns, check_found, find_columns
+from unmasked.train.data.judged import Groups, Texts, matches
 from unmasked.train.data.record import digest_of, sizes_of
 
 KINDS = (".jsonl", ".csv", ".tsv", ".parquet")
