@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from unmasked.cli import terminal
+from unmasked.errors import DataError
 from unmasked.files.writing import write_text
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ def score_cuts(
 ) -> None:
     """Score every (layers, dimensions) of one encoder, and show quality beside cost."""
     if len(models) > 1 or against:
-        raise typer.BadParameter(
-            "--layers and --dimensions take one model apart. Give one, without --against."
+        raise DataError(
+            "--layers and --dimensions take one model apart, and "
+            f"{'--against' if against else f'{len(models)} models'} is given as well. "
+            f"Fix: unmasked evaluate {shlex.quote(models[0])} with these options alone."
         )
     from unmasked.cli import tables
     from unmasked.evaluate.compare import compare_encoders

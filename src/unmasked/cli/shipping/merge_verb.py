@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import typer
 from typer import Argument, Option
 
 from unmasked.cli import terminal
 from unmasked.cli.options import DTYPE, NEW_FOLDER
+from unmasked.errors import ModelError
 
 
 def _shares(text: str | None) -> list[float] | None:
@@ -17,7 +17,9 @@ def _shares(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"'{text}' should be numbers with commas: 0.7,0.3") from None
+        raise ModelError(
+            f"--weights '{text}' should be numbers with commas. Fix: --weights 0.7,0.3"
+        ) from None
 
 
 def merge(
