@@ -130,7 +130,7 @@ class TextEncoder(SentenceTransformer):
         """Load a decoder, open its mask, prove it, and merge adapters.
 
         Args:
-            name, peft, base, hub: what to load, as in `loading.find`.
+            name, peft, base, hub (with ``layers``): what to load, as in `loading.find`.
             given: fields of `Settings` by name that go before what the folder says.
             enable_bidirectional, attention, allow_partial, allow_pickle: how, as in
                 `loading.load_transformer`.
@@ -211,8 +211,8 @@ class TextEncoder(SentenceTransformer):
 
     def fingerprint(self) -> str:
         """A digest of weights, tokenizer and settings; equal for models that encode alike."""
-        settings = [asdict(self.settings), self.settings.compat is not None]
-        return fingerprint(self.state_dict(), self.tokenizer, settings)
+        own = [asdict(s := self.settings), s.compat is not None, *filter(None, [self.truncate_dim])]
+        return fingerprint(self.state_dict(), self.tokenizer, own)
 
     def train(self, mode: bool = True) -> Self:
         """As in torch.

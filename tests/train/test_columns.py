@@ -13,7 +13,7 @@ import pytest
 from unmasked.errors import DataError, RecipeError
 from unmasked.recipe.files import make_recipe
 from unmasked.recipe.schema import Pairs
-from unmasked.train.data.mixing import PairCollator
+from unmasked.train.data.mixing import inputs_of
 from unmasked.train.data.pairs import read_rows
 from unmasked.train.data.texts import read_texts
 
@@ -106,11 +106,8 @@ def test_the_instructions_of_rows_stand_before_their_texts(rows):
     flag = {"query": "q", "pos": ["p"], "prompt": "Find: "}
     grit = {"query": ["ask", "q"], "pos": [["about", "p"]], "neg": [["about", "n"]]}
     found, _ = rows([flag, grit, {"query": "q", "pos": ["p"]}])
-    collate = PairCollator(lambda given, **_: given, [Pairs(path="x", instruction="all")], 1, 9)
-    told = [
-        tuple(collate.instruction(row._asdict(), is_query) for is_query in (True, False))
-        for row in found
-    ]
+    data = [Pairs(path="x", instruction="all")]
+    told = [tuple(i.instruction for i in inputs_of(data, [row._asdict()], 0)) for row in found]
     assert told == [("Find: ", ""), ("ask", "about"), ("all", "")]
     # What the recipe says goes before a column of instructions, which is then told as not used.
     found, said = rows([flag, flag], instruction=["mine"])

@@ -26,7 +26,8 @@ from unmasked.checkpoint import adapters, loading
 from unmasked.errors import DataError, ModelError, OutputError, RecipeError, UnmaskedError
 from unmasked.mask.opening import open_config
 from unmasked.recipe.files import load_recipe
-from unmasked.recipe.schema import Lora, Model, Recipe, SimCSE
+from unmasked.recipe.lora import Lora
+from unmasked.recipe.schema import Model, Recipe, SimCSE
 from unmasked.text.special_tokens import prepare_tokenizer
 from unmasked.train.data.texts import read_texts, split_held_out
 from unmasked.train.losses import mntp

@@ -32,7 +32,7 @@ from unmasked.checkpoint.folder import (
     SETTINGS_NAME,
 )
 from unmasked.checkpoint.location import Location, locate, locate_adapter
-from unmasked.checkpoint.weights import load_model, require_whole
+from unmasked.checkpoint.weights import load_model, require_whole, with_first_layers
 from unmasked.errors import ModelError, NotBidirectionalError, first_line
 from unmasked.mask.opening import open_config
 from unmasked.mask.proof import Proof, open_mask, require
@@ -53,6 +53,7 @@ class Found:
             and `given`; empty if none has one.
         options: content of `config_sentence_transformers.json`; empty if there is none.
         encoder: where the modules behind the pooling are, if there are any.
+        layers: how many first layers were asked for; None for all.
     """
 
     given: Location
@@ -64,6 +65,7 @@ class Found:
     settings: dict[str, Any]
     options: dict[str, Any]
     encoder: Location
+    layers: int | None = None
 
     @property
     def lengths(self) -> tuple[int | None, int | None]:
@@ -77,6 +79,7 @@ def find(
     name: str | Path,
     peft: str | Path | list[str | Path] | None = None,
     base: str | Path | None = None,
+    layers: int | None = None,
     **hub: Any,
 ) -> Found:
     """Read all of a checkpoint but its weights.
@@ -85,23 +88,27 @@ def find(
         name: ``nano``, a folder or a hub name; one with an adapter stands for its base plus it.
         peft: adapter or adapters to merge, in this order; ``OWNER/NAME@REVISION`` is a revision.
         base: where the base of an adapter is, if not where the adapter says.
+        layers: keep only this many layers, the first ones; None keeps all.
         hub: ``revision`` (of `name`), ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
-        ModelError: not found, or there is no tokenizer.
+        ModelError: not found, or there is no tokenizer, or there are not so many layers.
     """
     given = locate(name, **hub).require()
     listed = peft if isinstance(peft, list) else [] if peft is None else [peft]
     added = [locate_adapter(item, **hub) for item in listed]
     trunk, chain = _resolve_chain(given, base)
     config = _load_config(trunk, given if chain else None)
+    if layers is not None:
+        config = with_first_layers(trunk.name, config, layers)
     tokenizer = _load_tokenizer(given if chain and given.has_tokenizer() else trunk)
     stated = (location.read_json(SETTINGS_NAME) for location in [*reversed(added), given, trunk])
     settings = next(filter(None, stated), {})
     # an adapter on an encoder says nothing of prompts and modules that the encoder has
     encoder = given if given.fetch(MODULES_NAME) else trunk
     options = given.read_json(PROMPTS_NAME) or trunk.read_json(PROMPTS_NAME)
-    return Found(given, trunk, chain, added, config, tokenizer, settings, options, encoder)
+    read = (given, trunk, chain, added, config, tokenizer, settings, options, encoder)
+    return Found(*read, layers)
 
 
 def load_transformer(
@@ -134,7 +141,15 @@ def load_transformer(
     attempts = [attention] if attention else [None, "eager"]
     for number, implementation in enumerate(attempts, start=1):
         config = open_config(found.config) if enable_bidirectional else found.config
-        model, missing = load_model(found.trunk, config, dtype, implementation, **weights)
+        try:
+            model, missing = load_model(found.trunk, config, dtype, implementation, **weights)
+        except ModelError as error:
+            if found.layers is None:
+                raise
+            raise ModelError(
+                f"layers {found.layers}: the weights of {found.trunk.name} cannot be read for its "
+                f"first layers alone ({first_line(error)}) Fix: keep all of them."
+            ) from error
         require_whole(found.trunk.name, missing)
         report = open_mask(model) if enable_bidirectional else None
         try:
@@ -144,17 +159,18 @@ def load_transformer(
         except NotBidirectionalError:
             if number == len(attempts) or report is None or report.attention == "eager":
                 raise
-    adapters.merge(model, [*found.chain, *found.added], allow_pickle)
+    adapters.merge(model, [*found.chain, *found.added], allow_pickle, found.layers)
     return model.eval(), report
 
 
-def load_config(name: str | Path, **hub: Any) -> PretrainedConfig:
-    """The config of a decoder, mask open; nothing else is fetched.
+def load_config(name: str | Path, layers: int | None = None, **hub: Any) -> PretrainedConfig:
+    """The config of a decoder, mask open, perhaps with its first layers only; nothing else is read.
 
     Raises:
-        ModelError: there is none here or on the hub.
+        ModelError: there is none here or on the hub, or it has not so many layers.
     """
-    return open_config(_load_config(locate(name, **hub).require()))
+    config = open_config(_load_config(locate(name, **hub).require()))
+    return config if layers is None else with_first_layers(str(name), config, layers)
 
 
 def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:

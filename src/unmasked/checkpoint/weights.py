@@ -9,6 +9,7 @@ Cost: that of `from_pretrained`.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,45 @@ def load_model(
             "config.json that was saved with these weights."
         )
     return model, sorted(info["missing_keys"])
+
+
+def with_first_layers(name: str, config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """A copy of a config that has only the first layers; the weights of the others are not read.
+
+    Args:
+        name: of the model, for errors.
+        config: of a decoder.
+        layers: how many to keep.
+
+    Raises:
+        ModelError: it has not so many, or its family ties their number to something else.
+    """
+    before: Any = config.get_text_config()
+    depth = int(getattr(before, "num_hidden_layers", 0) or 0)
+    if not 1 <= layers <= depth:
+        raise ModelError(
+            f"layers {layers}: {name} has {depth} layers, of which the first 1 to {depth} can be "
+            f"kept. Fix: layers={max(1, depth // 2)}, or another number from 1 to {depth}."
+        )
+    cut = copy.deepcopy(config)
+    text: Any = cut.get_text_config()
+    for key, value in vars(before).items():
+        if isinstance(value, list | tuple) and len(value) == depth:
+            setattr(text, key, value[:layers])  # such as layer_types: one entry of each layer
+    if shared := getattr(before, "num_kv_shared_layers", 0):  # the last ones, as Gemma 4 has them
+        text.num_kv_shared_layers = max(0, shared - (depth - layers))
+    try:
+        text.num_hidden_layers = layers
+        again = type(cut).from_dict(cut.to_dict())
+        same = int(again.get_text_config().num_hidden_layers) == layers
+    except Exception as error:  # each family checks its config in its own way
+        raise ModelError(
+            f"layers {layers}: the config of {name} cannot have fewer layers "
+            f"({first_line(error)}). Fix: keep all of them."
+        ) from error
+    if not same:
+        raise ModelError(f"layers {layers}: {name} sets their number itself. Fix: keep all.")
+    return cut
 
 
 def require_whole(name: str, missing: Sequence[str]) -> None:

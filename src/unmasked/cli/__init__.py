@@ -22,6 +22,7 @@ from unmasked.cli.encode_verb import encode
 from unmasked.cli.failures import Verbs
 from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push, search
 from unmasked.cli.shipping.export_verbs import export, prove, verify
+from unmasked.cli.shipping.merge_verb import merge
 from unmasked.cli.shipping.serve_verb import serve
 from unmasked.cli.training_verbs import (
     StageCommand,
@@ -44,7 +45,7 @@ app = typer.Typer(
     epilog="Begin with: unmasked demo",
 )
 VERBS = (
-    *(demo, convert, run, reproduce, train, mine, plan, encode, search, serve, evaluate),
+    *(demo, convert, run, reproduce, train, mine, merge, plan, encode, search, serve, evaluate),
     *(analyse, doctor, report, push, export, verify, prove),
 )
 for verb in VERBS:

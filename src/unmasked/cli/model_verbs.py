@@ -30,6 +30,7 @@ from unmasked.cli.options import (
     divided,
     documents,
 )
+from unmasked.cli.shipping.cut_scores import score_cuts
 from unmasked.errors import DataError
 from unmasked.files.writing import write_text
 
@@ -62,6 +63,9 @@ def convert(
     allow_partial: Annotated[
         bool, Option("--allow-partial", help="Accept layers that stay causal (hybrids).")
     ] = False,
+    layers: Annotated[
+        int | None, Option(help="Keep only the first LAYERS layers.", show_default="all")
+    ] = None,
 ) -> None:
     """Take the causal mask off, prove it, and save an encoder, without training.
 
@@ -79,6 +83,7 @@ def convert(
             dtype=dtype,
             attn_implementation=attention,
             allow_partial=allow_partial,
+            layers=layers,
         )
     terminal.show(encoder.report.summary())
     with terminal.waiting("saving"):
@@ -117,6 +122,12 @@ def evaluate(
     every: Annotated[
         bool, Option("--all", help="Show every metric, not only the main one of each task.")
     ] = False,
+    layers: Annotated[
+        list[int] | None, Option(help="Also score the first LAYERS layers alone; repeat for more.")
+    ] = None,
+    dimensions: Annotated[
+        list[int] | None, Option(help="Also score shorter vectors; repeat for more.")
+    ] = None,
     json_file: JSON_FILE = None,
     formats: Annotated[
         bool,
@@ -129,6 +140,9 @@ def evaluate(
     from unmasked.evaluate.scorer import make_scorer
 
     score = make_scorer(tasks, languages, results)
+    if layers or dimensions:
+        score_cuts(models, against, score, layers or [], dimensions or [], json_file)
+        return
     with terminal.loading("loading the libraries"):
         from unmasked.checkpoint.location import locate
         from unmasked.compat.llm2vec import LLM2Vec

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from unmasked.corpus.search import Hit
     from unmasked.demo import DemoSearch
     from unmasked.evaluate.analysis import Analysis
+    from unmasked.evaluate.trade_off import Cut
     from unmasked.recipe.anchors import Anchor
     from unmasked.recipe.schema import Recipe
     from unmasked.train.plan.cost import Plan, StagePlan
@@ -100,6 +101,25 @@ def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:
         "is it?",
     ]
     show_table(columns, cells, [i for i, row in enumerate(rows) if row.encoder == first])
+
+
+def trade_off_table(cuts: Sequence[Cut], rows: Sequence[EncoderScore]) -> None:
+    """One row per (layers, dimensions): its cost, and what it scores by each task's main metric.
+
+    Beside each score stands the share of the whole encoder's that it is.
+    """
+    names = headlines([f"{row.task}.{row.metric}" for row in rows])
+    scores = {(f"{r.task}.{r.metric}", r.encoder): r.score.difference for r in rows}
+    cells = []
+    for cut in cuts:
+        kept = []
+        for name in names:
+            own, whole = scores[name, cut.name], scores[name, cuts[0].name]
+            kept += [f"{100 * own:.2f}", f"{100 * own / whole:.1f} %" if whole else "-"]
+        cost = [f"{100 * cut.compute:.0f} %", f"{cut.bytes:,}"]
+        cells.append([str(cut.layers), str(cut.dimensions), *cost, *kept])
+    columns = [part for name in names for part in (name, "of the whole")]
+    show_table(["layers", "dimensions", "compute", "bytes a vector", *columns], cells, [0])
 
 
 def plan_table(recipe: Recipe, plan: Plan) -> None:

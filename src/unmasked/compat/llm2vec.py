@@ -164,8 +164,8 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
             device: where to run.
             base: where an adapter's base is, if not where the adapter says.
             allow_pickle: read weights that exist only as pickles (tensors only, no code).
-            options: ``revision`` (of the first name), ``token``, ``cache_dir``,
-                ``local_files_only``; ``torch_dtype`` and ``device_map`` as the original took them;
+            options: ``layers`` (how many first layers to keep), ``revision`` (of the first name),
+                ``token``, ``cache_dir``, ``local_files_only``; ``torch_dtype`` and ``device_map``;
                 ``prompts`` (added to those of the folder), ``default_prompt_name``,
                 ``similarity_fn_name``, ``truncate_dim`` and the other arguments of
                 `SentenceTransformer`.

@@ -18,7 +18,7 @@ from unmasked.errors import UnmaskedError
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Recipe
 
-RESULTS = {"model", "mntp", "simcse", "supervised"}
+RESULTS = {"merged", "model", "mntp", "simcse", "supervised"}
 """Folders of a run folder that hold a model or an adapter."""
 
 

@@ -23,6 +23,8 @@ from unmasked.text.templates import Template
 
 logger = logging.getLogger(__name__)
 
+LAYERS = "layers"
+"""The option of `from_pretrained` that goes to `loading.find` beside those of the hub."""
 COMPAT = "llm2vec-0.2"
 """The preprocessing of the original package, versions 0.2.x."""
 PUBLISHED = Template(joint=" ")
@@ -104,8 +106,8 @@ def loading_options(
     device = device or _one_device(rest.pop("device_map", None))
     if rest.pop("trust_remote_code", False):
         logger.info("trust_remote_code is not needed: code from a repository is never run.")
-    if strange := [key for key in rest if key not in HUB_OPTIONS]:
-        allowed = [*HUB_OPTIONS, "torch_dtype", "device_map", "trust_remote_code"]
+    if strange := [key for key in rest if key not in (*HUB_OPTIONS, LAYERS)]:
+        allowed = [*HUB_OPTIONS, LAYERS, "torch_dtype", "device_map", "trust_remote_code"]
         raise TypeError(f"from_pretrained: {unknown('option', strange[0], allowed)}")
     return dtype, device, rest
 

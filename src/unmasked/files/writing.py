@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock, Timeout
+
 from unmasked.errors import OutputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -134,3 +136,31 @@ def not_written(path: Path, error: OSError) -> OutputError:
     elif error.errno in _DENIED:
         fix = " Fix: name a place that you may write to."
     return OutputError(f"{path} cannot be written: {error.strerror or error}.{fix}")
+
+
+@contextmanager
+def folder_for_one(path: Path, lock: str) -> Iterator[None]:
+    """In the block, the folder is for this process alone; one that is made and left empty goes.
+
+    Args:
+        path: the folder, which is made if it is not there.
+        lock: name of the file in it that is held; the lock ends with the process.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    held = FileLock(path / lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"another run is at work in {path}. Fix: wait for it, or choose another output folder."
+        ) from None
+    try:
+        yield
+    finally:
+        if made and {item.name for item in path.iterdir()} == {lock}:
+            shutil.rmtree(path)
+        held.release()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from unmasked.errors import RecipeError, nearest
 from unmasked.recipe.schema import Recipe
 from unmasked.recipe.settings import section_of, takes_list
+from unmasked.recipe.teaching import named_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +200,8 @@ def _apply(override: str, data: dict[str, Any]) -> Place:
     section = data
     for depth, key in enumerate(sections, start=1):
         inner = section.get(key) or {}
+        if isinstance(inner, str) and place[:depth] == ("supervised", "teacher"):
+            inner = named_teacher(inner)  # the one section that a name may stand for
         if not isinstance(inner, dict):
             raise RecipeError(f"{'.'.join(place[:depth])} has no keys (override '{override}')")
         section[key] = section = dict(inner)  # a copy: an alias may stand in several places

@@ -11,21 +11,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from unmasked.recipe.anchors import Anchor
-from unmasked.recipe.values import data_sets, number, one_or_more
-
-Count = Annotated[int, Field(ge=1), BeforeValidator(number)]
-AtLeastTwo = Annotated[Count, Field(ge=2)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32), BeforeValidator(number)]
-Whole = Annotated[int, Field(ge=0), BeforeValidator(number)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(number)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(number)]
-Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(number)]
-Dropout = Annotated[float, Field(ge=0, lt=1), BeforeValidator(number)]
-Strings = Annotated[list[str], BeforeValidator(one_or_more)]
-
+from unmasked.recipe.lora import Lora
+from unmasked.recipe.teaching import Teacher, named_teacher
+from unmasked.recipe.values import (
+    STRICT,
+    AtLeastTwo,
+    Count,
+    Dropout,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    Strings,
+    Whole,
+    data_sets,
+    number,
+)
 
 CAUSAL, BIDIRECTIONAL, BEFORE = "causal_", "bidirectional", "before this stage"
 """Names, in the scores of a run, of what is scored before the first stage: the beginning of those
@@ -34,7 +38,7 @@ more than a decoder (its mask is open already, or it has adapters), as it is giv
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = STRICT
 
 
 class Model(_Section):
@@ -65,25 +69,8 @@ class Model(_Section):
     """Maximum number of tokens of an input to the saved encoder, with the instruction."""
     allow_partial: bool = False
     """Accept a model in which some layers provably stay causal, such as a hybrid."""
-
-
-class Lora(_Section):
-    """What is trained: low-rank adapters, unless ``method`` says otherwise."""
-
-    method: Literal["lora", "dora", "qlora", "full"] = "lora"
-    """``dora`` also trains the length of each row of a weight; ``qlora`` keeps the frozen weights
-    in 4 bits (needs bitsandbytes); ``full`` trains all weights and no adapter, best in float32."""
-    start: Literal["new", "continue"] = "new"
-    """``continue`` goes on training the adapter of the stage before, as the paper does from SimCSE
-    to supervised training; ``new`` merges that one first and begins another."""
-    rank: Count = 16
-    """Rank of the two matrices of an adapter."""
-    alpha: Count = 32
-    """The update is scaled by alpha / rank. The paper uses twice the rank."""
-    dropout: Dropout = 0.05
-    """Probability of dropout on the input of the adapter."""
-    targets: Strings | None = None
-    """Names of the linear layers with an adapter; None takes all of attention and MLP (paper)."""
+    layers: Count | None = None
+    """Keep only this many layers of the base, the first ones; None keeps all."""
 
 
 class Training(_Section):
@@ -235,6 +222,9 @@ class Pairs(_Section):
     """Put before every positive and negative. Retrieval usually has none."""
     symmetric: bool = False
     """Both sides are texts of the same kind, so documents take the instruction of their query."""
+    teacher: str | None = None
+    """Column of what a teacher says of the rows, where ``supervised.teacher`` reads it; None finds
+    it by its name (``scores``, ``score``, or ``pos_scores`` and ``neg_scores``; ``vectors``)."""
     weight: Positive = 1.0
     """How often its rows are used per epoch; 0.5 uses a different half in each."""
     max_rows: Count | None = None
@@ -278,6 +268,15 @@ class Supervised(Training):
     than this margin. None leaves out only the query itself and what answers it in the batch."""
     matryoshka: list[Count] = []
     """Numbers of leading dimensions that are trained as vectors of their own (arXiv 2205.13147)."""
+    matryoshka_layers: list[Count] = []
+    """Numbers of first layers that are trained as encoders of their own (arXiv 2402.14776), each
+    with all of ``matryoshka``. Each costs a forward of its layers more."""
+    teacher: Annotated[Teacher | None, BeforeValidator(named_teacher)] = None
+    """What is learned from a better model; the name of an encoder may stand for
+    ``{model: NAME}``. None learns from the pairs alone."""
+    merge_with_base: Annotated[float, Field(ge=0, lt=1), BeforeValidator(number)] = 0.0
+    """Share of the weights from before this stage in those after it, against forgetting: 0.3 makes
+    0.7 of the trained encoder and 0.3 of the one it began with. 0 keeps the trained one."""
 
 
 class Evaluate(_Section):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, Field
 
 
 def number(value: object) -> object:
@@ -53,3 +55,18 @@ def _data_set(text: str) -> dict[str, Any]:
             raise ValueError(f"'{text}' gives '{key}' twice")
         given[key] = [*given.get(key, []), name] if key == "negative" else name
     return given
+
+
+Count = Annotated[int, Field(ge=1), BeforeValidator(number)]
+AtLeastTwo = Annotated[Count, Field(ge=2)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32), BeforeValidator(number)]
+Whole = Annotated[int, Field(ge=0), BeforeValidator(number)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(number)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(number)]
+Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(number)]
+Dropout = Annotated[float, Field(ge=0, lt=1), BeforeValidator(number)]
+Strings = Annotated[list[str], BeforeValidator(one_or_more)]
+
+
+STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+"""Of every section of a recipe: a key that it does not know is an error."""

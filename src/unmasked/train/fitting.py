@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 TOKENS = "tokens"
 """Folder of the token file, in the run folder until MNTP is done."""
+TEACHER = "teacher"
+"""Folder of the vectors of a teacher, in the run folder until the supervised stage is done."""
 ROWS = "rows.arrow"
 """The checked rows of a supervised stage, while it trains."""
 DONE = (adapters.CONFIG_NAME, "config.json")

@@ -7,7 +7,8 @@ into the token file that it trains on; an adapter is attached and taken off; no 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Supervised
 from unmasked.train import devices
 from unmasked.train.data.mixing import OneSourceBatches
 from unmasked.train.data.pairs import read_rows, split_rows
+from unmasked.train.data.taught import check_widths, compute_vectors
 from unmasked.train.data.texts import Blocks, read_texts, split_held_out, token_file
-from unmasked.train.fitting import TOKENS, is_done
+from unmasked.train.fitting import TEACHER, TOKENS, is_done
+from unmasked.train.losses.depth import depths
 from unmasked.train.losses.simcse import noise
 from unmasked.train.plan.shapes import trained_trunk
 from unmasked.train.trainer import stage_arguments
@@ -71,12 +74,15 @@ def check_settings(recipe: Recipe, path: Path) -> None:
             raise RecipeError(f"{name}.trainer cannot be used: {error}") from error
 
 
-def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
+def check_inputs(
+    recipe: Recipe, path: Path, encoder: TextEncoder, tell: Callable[[str], object]
+) -> None:
     """Refuse what does not fit the model, and texts that make no batch.
 
     Args:
         recipe, path: as above.
         encoder: of the base, to try on; its weights are frozen.
+        tell: given a line as the vectors of a teacher are computed.
 
     Raises:
         RecipeError: the model fails at the longest input of a stage, or vectors are too short.
@@ -105,7 +111,9 @@ def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
                 pass
         else:
             _check_pairs(stage, recipe.seed)
-            width = encoder.backbone.get_embedding_dimension()
+            width = int(encoder.get_embedding_dimension())  # type: ignore[arg-type]
+            _check_teacher(stage, width)
+            _check_layers(stage, encoder)
             if max(stage.matryoshka, default=0) > width:
                 raise RecipeError(
                     f"{name}.matryoshka: {max(stage.matryoshka)} given, but vectors have {width} "
@@ -115,6 +123,10 @@ def check_inputs(recipe: Recipe, path: Path, encoder: TextEncoder) -> None:
             attached: Any = trained_trunk(trunk, stage)
             attached.unload()
         _check_length(name, stage, encoder)
+    taught = recipe.supervised and recipe.supervised.teacher
+    if taught and taught.model and not is_done(path / "supervised"):
+        assert recipe.supervised is not None
+        compute_vectors(recipe.supervised, path / TEACHER, width, tell)
 
 
 def _to_do(recipe: Recipe, path: Path) -> Iterator[tuple[str, AnyStage]]:
@@ -123,11 +135,47 @@ def _to_do(recipe: Recipe, path: Path) -> Iterator[tuple[str, AnyStage]]:
 
 def _check_pairs(stage: Supervised, seed: int) -> None:
     """Read every row, and deal batches of them, which refuses a data set that fills none."""
-    counts = [sum(1 for _ in read_rows(pairs, tell=logger.warning)) for pairs in stage.data]
+    read = partial(read_rows, tell=logger.warning, teacher=stage.teacher)
+    counts = [sum(1 for _ in read(pairs)) for pairs in stage.data]
     rows = Dataset.from_dict({"source": np.repeat(np.arange(len(counts)), counts)})
     train, _ = split_rows(rows, stage.held_out, seed)
     batch, weights = stage.batch_size // devices.world(), [pairs.weight for pairs in stage.data]
     OneSourceBatches(np.asarray(train["source"]), batch, weights, devices.world())
+
+
+def _check_teacher(stage: Supervised, width: int) -> None:
+    """Refuse rows that say nothing of use to the student."""
+    teacher = stage.teacher
+    for pairs in stage.data if teacher is None or teacher.wants is None else ():
+        if pairs.teacher is not None:
+            raise RecipeError(
+                f"supervised.data: {pairs.path} names the column '{pairs.teacher}' of a teacher, "
+                "and nothing reads it. Fix: supervised.teacher.loss=kl without a teacher.model for "
+                "scores, or cosine for vectors; or leave the column out."
+            )
+    if teacher is None:
+        return
+    if teacher.wants == "scores" and teacher.loss != "cosent" and not stage.hard_negatives:
+        raise RecipeError(
+            f"supervised.hard_negatives 0 leaves {teacher.loss} one document for each query, of "
+            "which it learns nothing. Fix: supervised.hard_negatives=1, or more."
+        )
+    if teacher.wants == "vectors":
+        rows = (row for pairs in stage.data for row in read_rows(pairs, teacher=teacher))
+        check_widths(stage, rows, width)
+
+
+def _check_layers(stage: Supervised, encoder: TextEncoder) -> None:
+    """Refuse numbers of layers that the model does not have."""
+    model: Any = encoder.backbone.auto_model
+    depth = int(model.config.get_text_config().num_hidden_layers)
+    if max(stage.matryoshka_layers, default=0) >= depth:
+        raise RecipeError(
+            f"supervised.matryoshka_layers: {max(stage.matryoshka_layers)} given, but the model "
+            f"has {depth} layers. Fix: fewer; all {depth} are always trained."
+        )
+    with depths(encoder, stage.matryoshka_layers):
+        pass
 
 
 def _check_length(name: str, stage: AnyStage, encoder: TextEncoder) -> None:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from sentence_transformers.util import get_device_name
 from transformers import set_seed
 
@@ -36,7 +35,7 @@ from unmasked.checkpoint.location import Location, locate
 from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.compat.origin import find_base
 from unmasked.errors import MissingExtraError, OutputError, UnmaskedError, first_line
-from unmasked.files.writing import aside_of, write_text
+from unmasked.files.writing import aside_of, folder_for_one, write_text
 from unmasked.forward import precision
 from unmasked.forward.pooling import CAUSAL_BASELINES
 from unmasked.recipe.anchors import BENCHMARKS, Anchor
@@ -51,19 +50,21 @@ from unmasked.recipe.schema import (
     Training,
 )
 from unmasked.train import devices
+from unmasked.train.blending import blend
 from unmasked.train.callback import OnLog
 from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.data.mixing import prompts_of
-from unmasked.train.fitting import TOKENS, StageSetup, clear, is_done
+from unmasked.train.fitting import TEACHER, TOKENS, StageSetup, clear, is_done
 from unmasked.train.preflight import check_inputs, check_settings
 from unmasked.train.stages import fit
 
 logger = logging.getLogger(__name__)
 
 RECIPE, RESULTS = "recipe.yaml", "results.json"
+MERGED = "merged"  # the encoder of a stage with merge_with_base, and its name among the scores
 LOCK = ".lock"
 """Held while a run is at work; it ends with the process."""
-MAY_BE_THERE = {"data", aside_of(Path(RECIPE)).name, TOKENS, LOCK}
+MAY_BE_THERE = {"data", aside_of(Path(RECIPE)).name, TEACHER, TOKENS, LOCK}
 """In a folder without a recipe: given, or left by a run that was killed early."""
 Chain = Sequence[str | Path]
 """A base, and the adapters to merge into it in this order."""
@@ -128,7 +129,8 @@ class Run:
             UnmaskedError: what `preflight` refuses, or a stage could not use.
             KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
         """
-        with self._locked():
+        alone = folder_for_one(self.path, LOCK) if devices.is_first() else nullcontext()
+        with alone:
             return self._run()
 
     def _run(self) -> LLM2Vec:
@@ -142,6 +144,7 @@ class Run:
         self._score_start(chain)
         stage: Training | None = None
         for name, stage in self.recipe.stages():
+            began = list(chain)
             start = chain.pop() if stage.lora.start == "continue" else None
             if not is_done(self.path / name):
                 self.listener.stage(name)
@@ -150,6 +153,10 @@ class Run:
                 self._clear(name)
             chain = [*([] if stage.lora.method == "full" else chain), self.path / name]
             self._score(name, partial(self._encoder, chain, stage))
+            if isinstance(stage, Supervised) and stage.merge_with_base:
+                self._merge(began, chain, stage)
+                chain = [self.path / MERGED]
+                self._score(MERGED, partial(self._encoder, chain, stage))
         encoder = self._encoder(chain, stage)
         if devices.is_first() and not (self.path / "model" / "config.json").is_file():
             self.listener.stage("saving")
@@ -197,39 +204,19 @@ class Run:
         if not devices.is_first():
             return
         try:
-            check_inputs(self.recipe, self.path, encoder)
-        except BaseException:
+            check_inputs(self.recipe, self.path, encoder, self.listener.stage)
+        except BaseException as error:
             if not (self.path / RECIPE).is_file():
-                shutil.rmtree(self.path / TOKENS, ignore_errors=True)
+                # vectors of a teacher stay behind Ctrl-C: they may be hours of work
+                kept = isinstance(error, KeyboardInterrupt)
+                for made in (TOKENS, *([] if kept else [TEACHER])):
+                    shutil.rmtree(self.path / made, ignore_errors=True)
             raise
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """The folder for this run alone; one that is made and left empty is removed again."""
-        if not devices.is_first():
-            yield
-            return
-        made = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise OutputError(
-                f"another run is at work in {self.path}. "
-                "Fix: wait for it, or choose another output folder."
-            ) from None
-        try:
-            yield
-        finally:
-            if made and {item.name for item in self.path.iterdir()} == {LOCK}:
-                shutil.rmtree(self.path)
-            lock.release()
 
     def _clear(self, name: str) -> None:
         clear(self.path / name)
-        if name == "mntp":
-            shutil.rmtree(self.path / TOKENS, ignore_errors=True)
+        if made := {"mntp": TOKENS, "supervised": TEACHER}.get(name):
+            shutil.rmtree(self.path / made, ignore_errors=True)
 
     def _write_recipe(self) -> None:
         ran = ", ".join(f"{name} {number}" for name, number in versions().items())
@@ -254,7 +241,20 @@ class Run:
             allow_partial=model.allow_partial,
             prompts=prompts_of(last.data) if isinstance(last, Supervised) else None,
             revision=model.revision if base == model.base else None,
+            layers=model.layers if base == model.base else None,
         )
+
+    def _merge(self, began: Chain, chain: Chain, stage: Supervised) -> None:
+        """Mix what a stage began with into what it made, unless that is done."""
+        if devices.is_first() and not (self.path / MERGED / "config.json").is_file():
+            self.listener.stage("merging with the base")
+            share, after = stage.merge_with_base, self._encoder(chain, stage)
+            others = [("what supervised began with", partial(self._encoder, began))]
+            partly = self.recipe.model.allow_partial or not self.recipe.model.bidirectional
+            blend(after, others, [1 - share, share], allow_partial=partly)
+            self._loaded = None  # it was changed
+            after.save(self.path / MERGED, card=self._card(after))
+        devices.wait()
 
     def _causal(self, decoder: Location, mode: str) -> LLM2Vec:
         """A decoder as it is, with a pooling: all that the causal baselines differ in."""

@@ -22,11 +22,22 @@ from unmasked.train import devices
 from unmasked.train.data.mixing import OneSourceBatches, PairCollator, measuring_batches
 from unmasked.train.data.pairs import split_rows, store_rows
 from unmasked.train.data.record import write_facts
+from unmasked.train.data.taught import compute_vectors, taught
 from unmasked.train.data.texts import Blocks, facts_of, read_texts, split_held_out, token_file
-from unmasked.train.fitting import ROWS, TOKENS, StageSetup, callbacks, make_trainable, train
+from unmasked.train.fitting import (
+    ROWS,
+    TEACHER,
+    TOKENS,
+    StageSetup,
+    callbacks,
+    make_trainable,
+    train,
+)
 from unmasked.train.losses import mntp
+from unmasked.train.losses.depth import depths
 from unmasked.train.losses.simcse import TwoViewsLoss, noise
 from unmasked.train.losses.supervised import RankingLoss
+from unmasked.train.losses.teacher import TeacherLoss
 from unmasked.train.trainer import ContrastiveTrainer, StageTrainer, stage_arguments
 
 logger = logging.getLogger(__name__)
@@ -158,8 +169,12 @@ def _fit_simcse(setup: StageSetup, stage: SimCSE) -> None:
 
 def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
     make_trainable(setup, stage)
+    encoder, folder = setup.encoder, setup.folder.parent / TEACHER
+    width = int(encoder.get_embedding_dimension())  # type: ignore[arg-type]
     if devices.is_first():
-        write_facts(setup.folder, store_rows(stage.data, setup.folder / ROWS))
+        write_facts(setup.folder, store_rows(stage.data, setup.folder / ROWS, stage.teacher))
+        if stage.teacher is not None and stage.teacher.model is not None:
+            compute_vectors(stage, folder, width, logger.info)  # those that are not there
     devices.wait()
     rows = Dataset.from_file(str(setup.folder / ROWS))
     kept, held_out = split_rows(rows, stage.held_out, setup.recipe.seed)
@@ -168,16 +183,20 @@ def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
     batches = OneSourceBatches(np.asarray(kept["source"]), size, weights, world, seed)
     measuring = measuring_batches(np.asarray(held_out["source"]), size, world)
     loss = RankingLoss(
-        setup.encoder,
+        encoder,
         stage.temperature,
         stage.mini_batch_tokens,
         stage.false_negative_margin,
         stage.matryoshka,
+        1 + len(stage.matryoshka_layers),
+        TeacherLoss(encoder, stage.teacher) if stage.teacher else None,
     )
-    preprocess = setup.encoder.preprocess
-    collate = PairCollator(preprocess, stage.data, stage.hard_negatives, stage.max_length)
+    said = taught(stage, rows, folder, width)
+    limits = stage.hard_negatives, stage.max_length
+    collate = PairCollator(encoder.preprocess, stage.data, *limits, said)
     measured = (held_out, measuring) if measuring else None
-    _fit_contrastive(setup, stage, loss, collate, (kept, batches), measured)
+    with depths(encoder, stage.matryoshka_layers):
+        _fit_contrastive(setup, stage, loss, collate, (kept, batches), measured)
 
 
 def _fit_contrastive(

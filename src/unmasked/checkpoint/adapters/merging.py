@@ -9,6 +9,7 @@ for. Cost of merging: one float32 copy of each adapted layer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,19 +25,27 @@ from torch import nn
 from unmasked.checkpoint.adapters.attaching import CONFIG_NAME, WEIGHTS_NAME, adapter_state
 from unmasked.checkpoint.location import Location
 from unmasked.errors import ModelError, first_line
+from unmasked.mask.opening import layers_of
 
 PICKLED_NAME = "adapter_model.bin"
 _TAKES_ITSELF_OFF = "unload_and_optionally_merge_module"
 """The method of those wrappers of PEFT that are no layers (of an embedding, a saved module)."""
 
 
-def merge(model: nn.Module, adapters: Sequence[Location], allow_pickle: bool = False) -> nn.Module:
+def merge(
+    model: nn.Module,
+    adapters: Sequence[Location],
+    allow_pickle: bool = False,
+    layers: int | None = None,
+) -> nn.Module:
     """Add saved adapters to the weights of a trunk, one after the other, in float32.
 
     Args:
         model: a bare transformer; changed and returned.
         adapters: where they are, in the order they were trained.
         allow_pickle: read an adapter that is there as a pickle only.
+        layers: how many first layers were kept of the trunk; None for all. What an adapter has for
+            the others is left out with them.
 
     Raises:
         ModelError: no adapter there, not safetensors, or made for another base.
@@ -46,6 +55,8 @@ def merge(model: nn.Module, adapters: Sequence[Location], allow_pickle: bool = F
             config = read_adapter_config(adapter)
             config.inference_mode = True
             state = _of_trunk(_read_weights(adapter, allow_pickle), model, adapter.name)
+            if layers is not None:
+                state = _of_layers(state, model, layers)
             peft_model = _wrapped(model, config, adapter.name)
             load_adapter_state(peft_model, state, adapter.name)
             try:
@@ -174,6 +185,19 @@ def _of_trunk(
             "language model (merge_and_unload), save that, and give its folder."
         )
     return {own + key.removeprefix(longer): value for key, value in state.items()}
+
+
+def _of_layers(
+    state: dict[str, torch.Tensor], model: nn.Module, layers: int
+) -> dict[str, torch.Tensor]:
+    """The weights of an adapter without those of layers that the trunk does not have."""
+    stack = layers_of(model, layers)
+    name = next((name for name, module in model.named_modules() if module is stack), None)
+    if name is None:
+        return state
+    behind = re.compile(rf"(?:^|\.){re.escape(name)}\.(\d+)\.")
+    found = {key: behind.search(key) for key in state}
+    return {key: state[key] for key, match in found.items() if not match or int(match[1]) < layers}
 
 
 @contextmanager

@@ -71,6 +71,57 @@ def query_of(column: str, value: object) -> GivenText:
     return _passage(column, value, "remove the row")
 
 
+def numbers_of(column: str, value: object, count: int) -> list[float]:
+    """The scores of a cell: as many finite numbers as asked for.
+
+    Raises:
+        FaultyCell: it holds something else, or another number of them.
+    """
+    found = _written_numbers(column, value)
+    items = found if isinstance(found, list | tuple) else [] if found is None else [found]
+    numbers = [_number(column, item) for item in items]
+    if len(numbers) != count:
+        given = f"'{column}' has {len(numbers)} numbers, and the row has {count} documents"
+        raise FaultyCell(given, "give one of each positive, then one of each negative")
+    return numbers
+
+
+def vectors_of(column: str, value: object, count: int) -> list[list[float]]:
+    """The vectors of a cell: one of each text of the row, all of one width.
+
+    Raises:
+        FaultyCell: it holds something else, or another number of them.
+    """
+    found = _written_numbers(column, value)
+    if not isinstance(found, list | tuple) or not all(isinstance(v, list | tuple) for v in found):
+        given = f"'{column}' is a {type(found).__name__}"
+        raise FaultyCell(given, "give a list of vectors, which are lists of numbers")
+    vectors = [[_number(column, item) for item in vector] for vector in found]
+    if len(vectors) != count or len({*map(len, vectors)}) != 1 or not vectors[0]:
+        widths = ", ".join(map(str, sorted({*map(len, vectors)})))
+        given = f"'{column}' has {len(vectors)} vectors of {widths or 'no'} numbers, and the row "
+        fix = "give one of the query, of each positive, then of each negative, of one width"
+        raise FaultyCell(given + f"has {count} texts", fix)
+    return vectors
+
+
+def _written_numbers(column: str, value: object) -> object:
+    """Numbers that are written as text, as in .csv; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        given = f"'{column}' is {value!r:.40}"
+        raise FaultyCell(given, "give numbers, a list of them as JSON: [0.9, 0.1]") from None
+
+
+def _number(column: str, item: object) -> float:
+    if isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
+        raise FaultyCell(f"'{column}' holds {item!r:.40}", "give finite numbers")
+    return float(item)
+
+
 def _passage(column: str, item: object, fix: str) -> GivenText:
     instruction = ""
     if isinstance(item, list | tuple):

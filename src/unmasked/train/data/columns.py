@@ -31,6 +31,11 @@ _NUMBERED = re.compile(r"(?:hard_?)?neg(?:ative)?s?[_-]?(\d+)")
 """``negative_1`` to ``negative_n``, as sentence-transformers mines them."""
 _JUDGED = ("sentence2", "hypothesis", "answer", "document", "passage", "response")
 _SCORES = ("score", "similarity_score")
+TAUGHT = {
+    "scores": (("scores",), ("score",), ("similarity_score",), ("pos_scores", "neg_scores")),
+    "vectors": (("vectors",),),
+}
+"""What the columns of a teacher may be called; of FlagEmbedding's two, both are needed."""
 _LABELS = ("label", "labels", "gold_label")
 
 
@@ -43,6 +48,7 @@ class Columns:
         negatives: any number, in the order in which they are used.
         instruction: of what stands before the query, if a column has it.
         label: of what says whether the pair matches, if a column does.
+        taught: of what a teacher says, where that is read.
         unused: all others.
     """
 
@@ -52,21 +58,25 @@ class Columns:
     instruction: str | None
     label: str | None
     unused: tuple[str, ...]
+    taught: tuple[str, ...] = ()
 
     @property
     def used(self) -> list[str]:
         """Every column that is read."""
         others = filter(None, (self.instruction, self.label))
-        return [self.query, self.positive, *self.negatives, *others]
+        return [self.query, self.positive, *self.negatives, *others, *self.taught]
 
 
-def find_columns(pairs: Pairs, there: Sequence[str], where: str) -> Columns:
+def find_columns(
+    pairs: Pairs, there: Sequence[str], where: str, wants: str | None = None
+) -> Columns:
     """What the columns of a file are: as the data set says, else by their names.
 
     Args:
         pairs: the data set; a column that it names has to exist.
         there: the columns of the file, or the keys of a row.
         where: the file and line, for errors.
+        wants: ``scores`` or ``vectors`` if a teacher's are read from the rows.
 
     Raises:
         DataError: a column is missing, or two could be the same thing.
@@ -96,11 +106,31 @@ def find_columns(pairs: Pairs, there: Sequence[str], where: str) -> Columns:
     if query == positive:
         raise _error(where, f"'{query}' is named as query and as positive", "name two columns")
     instruction = roles.get("instruction")
-    label = _label(pairs, query, positive, there, where)
+    taught = _taught(pairs, wants, there, where) if wants else ()
+    label = _label(pairs, query, positive, there, where, taught)
     negatives = tuple(n for n in pairs.negative or _negatives(there) if n in there)
-    used = {query, positive, *negatives, instruction, label}
+    used = {query, positive, *negatives, instruction, label, *taught}
     unused = tuple(name for name in there if name not in used)
-    return Columns(query, positive, negatives, instruction, label, unused)
+    return Columns(query, positive, negatives, instruction, label, unused, taught)
+
+
+def _taught(pairs: Pairs, wants: str, there: Sequence[str], where: str) -> tuple[str, ...]:
+    """The columns of what a teacher says."""
+    if pairs.teacher is not None:
+        if pairs.teacher not in there:
+            near = _near(pairs.teacher, there)
+            said = _missing("teacher", pairs.teacher, there)
+            raise _error(where, said, _command(pairs, "teacher", near))
+        return (pairs.teacher,)
+    found = [names for names in TAUGHT[wants] if all(name in there for name in names)]
+    if not found:
+        said = f"no column '{wants}', which supervised.teacher reads, among {', '.join(there)}"
+        fix = f"{_command(pairs, 'teacher')}, or supervised.teacher=MODEL to compute them"
+        raise _error(where, said, fix)
+    if len(found) > 1:
+        said = f"'{found[0][0]}' and '{found[1][0]}' could both be the teacher's {wants}"
+        raise _error(where, said, _command(pairs, "teacher", found[0][0]))
+    return found[0]
 
 
 def _negatives(there: Iterable[str]) -> list[str]:
@@ -111,17 +141,32 @@ def _negatives(there: Iterable[str]) -> list[str]:
     return [*plain, *(name for _, name in sorted(numbered))]
 
 
-def _label(pairs: Pairs, query: str, positive: str, there: Sequence[str], where: str) -> str | None:
+def _label(
+    pairs: Pairs,
+    query: str,
+    positive: str,
+    there: Sequence[str],
+    where: str,
+    taught: tuple[str, ...],
+) -> str | None:
     """The column that says which pairs match, unless someone named the columns of both texts.
 
-    A score is refused: from which one on a pair matches is not for this stage to say.
+    A score is refused, unless a teacher is asked for that reads it: from which one on a pair
+    matches is not for this stage to say.
     """
     if positive not in _JUDGED or (pairs.query and pairs.positive):
+        return None
+    if taught:
+        if label := next((name for name in _LABELS if name in there and name not in taught), None):
+            word = shlex.quote(f"{pairs.path}:query={query},positive={positive}")
+            said = f"'{label}' says which pairs match, and '{taught[0]}' how much"
+            raise _error(where, said, f"give {word}, which takes no notice of '{label}'")
         return None
     if score := next((name for name in _SCORES if name in there), None):
         word = shlex.quote(f"{pairs.path}:query={query},positive={positive}")
         given = f"'{score}' says how much '{query}' and '{positive}' match, and this stage takes "
-        fix = f"keep the rows that match, and name their columns: {word}"
+        fix = "learn the scores (supervised.teacher.loss=cosent supervised.teacher.contrastive=0), "
+        fix += f"or keep the rows that match, and name their columns: {word}"
         raise _error(where, given + "every row as a match", fix)
     return next((name for name in _LABELS if name in there), None)
 
@@ -147,6 +192,7 @@ def told(pairs: Pairs, found: Iterable[Columns]) -> str:
             ("negatives", columns.negatives),
             ("instruction", [columns.instruction] if columns.instruction else []),
             ("label", [columns.label] if columns.label else []),
+            ("teacher", columns.taught),
             ("not used", columns.unused),
         ):
             parts.setdefault(role, {}).update(dict.fromkeys(names))
@@ -154,7 +200,7 @@ def told(pairs: Pairs, found: Iterable[Columns]) -> str:
     for name in used:
         parts["not used"].pop(name, None)
     said = [f"{role}: {', '.join(names) or 'none'}" for role, names in parts.items()]
-    optional = ("instruction: none", "label: none", "not used: none")
+    optional = ("instruction: none", "label: none", "teacher: none", "not used: none")
     said = [text for text in said if text not in optional]
     return f"{pairs.path}: {'; '.join(said)}"
 

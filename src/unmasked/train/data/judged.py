@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 from unmasked.train.data.cells import FaultyCell
 
-Texts = tuple[str, str, list[str], str, str]
-"""Query, positive, negatives, and the instructions of query and documents."""
+Texts = tuple[str, str, list[str], str, str, list[float], list[list[float]]]
+"""Query, positive, negatives, the instructions of query and documents, and what a teacher says of
+them: scores, or vectors."""
 WORDS: dict[object, bool | None] = {
     "entailment": True,
     "contradiction": False,

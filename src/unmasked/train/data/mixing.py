@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -97,6 +97,46 @@ def measuring_batches(
     return OneSourceBatches(sources, size, weights, processes) if size >= 2 else None
 
 
+class Input(NamedTuple):
+    """A text of a batch, whether it asks or answers, and what stands before it."""
+
+    is_query: bool
+    instruction: str
+    text: str
+
+
+Taught = Callable[[Sequence[dict[str, Any]], Sequence[Input]], torch.Tensor]
+"""What a teacher says of rows and of their inputs, in the order of `inputs_of`: (R, W) vectors, or
+(B, 1 + K) scores."""
+
+
+def inputs_of(
+    data: Sequence[Pairs], rows: Sequence[dict[str, Any]], hard_negatives: int
+) -> list[Input]:
+    """The texts of a batch: queries, then positives, then each rank of negatives.
+
+    Rows that have fewer negatives than others show their positive again.
+    """
+    count = min(hard_negatives, max(len(row["negatives"]) for row in rows))
+    inputs = [Input(True, _instruction(data, row, True), row["query"]) for row in rows]
+    for rank in range(1 + count):
+        for row in rows:
+            documents = [row["positive"], *row["negatives"]]
+            text = documents[rank] if rank < len(documents) else row["positive"]
+            inputs.append(Input(False, _instruction(data, row, False), text))
+    return inputs
+
+
+def _instruction(data: Sequence[Pairs], row: dict[str, Any], is_query: bool) -> str:
+    """What stands before a text of a row."""
+    pairs = data[row["source"]]
+    on_query = is_query or pairs.symmetric
+    if own := row.get("query_instruction" if on_query else "document_instruction"):
+        return str(own)
+    chosen = pairs.instruction if on_query else pairs.document_instruction
+    return chosen[row["number"] % len(chosen)] if chosen else ""
+
+
 @dataclass
 class PairCollator:
     """Rows to the features of one forward: queries, then positives, then each rank of negatives.
@@ -109,12 +149,14 @@ class PairCollator:
         data: the data sets, for their instructions.
         hard_negatives: maximum number of a row's own negatives.
         max_length: longest input in tokens, instruction included.
+        taught: what a teacher says of a batch; None without one.
     """
 
     preprocess: Callable[..., dict[str, torch.Tensor]]
     data: Sequence[Pairs]
     hard_negatives: int
     max_length: int
+    taught: Taught | None = None
     valid_label_columns: ClassVar[Sequence[str]] = ()
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -124,34 +166,22 @@ class PairCollator:
             ``text_`` before each of: the features of `preprocess`, longest text first;
             ``place`` (R,), where each stands among queries, positives and negatives; ``key`` (R,),
             a number of each text, in that order. ``label`` (B,), whose length says how many rows
-            there are.
+            there are. With a teacher, ``taught``, in the order of `inputs_of`.
         """
-        count = min(self.hard_negatives, max(len(row["negatives"]) for row in rows))
-        inputs = [[self.instruction(row, True), row["query"]] for row in rows]
-        for rank in range(1 + count):
-            for row in rows:
-                documents = [row["positive"], *row["negatives"]]
-                text = documents[rank] if rank < len(documents) else row["positive"]
-                inputs.append([self.instruction(row, False), text])
-        features = self.preprocess(inputs, max_length=self.max_length)
+        inputs = inputs_of(self.data, rows, self.hard_negatives)
+        features = self.preprocess(
+            [[i.instruction, i.text] for i in inputs], max_length=self.max_length
+        )
         features.pop("prompt_length", None)  # one number, where all else is of each text
         order = features["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
-        keys = [int.from_bytes(text_key(text), "big", signed=True) for _, text in inputs]
+        keys = [int.from_bytes(text_key(text), "big", signed=True) for _, _, text in inputs]
         return {
             **{f"text_{name}": value[order] for name, value in features.items()},
             "text_place": order,
             "text_key": torch.tensor(keys),
             "label": torch.zeros(len(rows), dtype=torch.int64),
+            **({"text_taught": self.taught(rows, inputs)} if self.taught else {}),
         }
-
-    def instruction(self, row: dict[str, Any], is_query: bool) -> str:
-        """What stands before a text of a row."""
-        pairs = self.data[row["source"]]
-        on_query = is_query or pairs.symmetric
-        if own := row.get("query_instruction" if on_query else "document_instruction"):
-            return str(own)
-        chosen = pairs.instruction if on_query else pairs.document_instruction
-        return chosen[row["number"] % len(chosen)] if chosen else ""
 
 
 ROLES = ("query", "document", "default")

@@ -9,6 +9,7 @@ each reading (one to check, one to keep) passes over the network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,15 @@ from unmasked.files.hub import HUB, hub_parts
 from unmasked.files.source import find_files
 from unmasked.files.writing import written_aside
 from unmasked.recipe.schema import Pairs
+from unmasked.recipe.teaching import Teacher
 from unmasked.train.data import columns
-from unmasked.train.data.cells import FaultyCell, passages_of, query_of
+from unmasked.train.data.cells import (
+    FaultyCell,
+    numbers_of,
+    passages_of,
+    query_of,
+    vectors_of,
+)
 from unmasked.train.data.columns import Columns, check_found, find_columns
 from unmasked.train.data.judged import Groups, Texts, matches
 from unmasked.train.data.record import digest_of, sizes_of
@@ -34,7 +42,10 @@ TRIPLE = ("query", "positive", "negative")
 """The columns of a .tsv file without a header, as MS MARCO's triples have them."""
 _CHUNK = 8192  # rows written at a time
 _STRING = pa.string()
-_TYPES = (_STRING, _STRING, pa.list_(_STRING), pa.int32(), pa.int64(), _STRING, _STRING)
+_TYPES = (
+    *(_STRING, _STRING, pa.list_(_STRING), pa.int32(), pa.int64(), _STRING, _STRING),
+    *(pa.list_(pa.float64()), pa.list_(pa.list_(pa.float32()))),
+)
 
 
 class PairRow(NamedTuple):
@@ -47,6 +58,8 @@ class PairRow(NamedTuple):
         number: which row of it, from 0.
         query_instruction, document_instruction: of this row, in place of the data set's; empty
             where the file has none.
+        scores: a teacher's, of the positive and each negative; empty unless they are read.
+        vectors: a teacher's, of the query, the positive and each negative; likewise.
     """
 
     query: str
@@ -56,10 +69,15 @@ class PairRow(NamedTuple):
     number: int
     query_instruction: str = ""
     document_instruction: str = ""
+    scores: Sequence[float] = ()
+    vectors: Sequence[Sequence[float]] = ()
 
 
 def read_rows(
-    pairs: Pairs, source: int = 0, tell: Callable[[str], object] = lambda said: None
+    pairs: Pairs,
+    source: int = 0,
+    tell: Callable[[str], object] = lambda said: None,
+    teacher: Teacher | None = None,
 ) -> Iterator[PairRow]:
     """The rows of a data set, checked; a row with several positives becomes one row for each.
 
@@ -67,16 +85,20 @@ def read_rows(
         pairs: the data set.
         source: its number.
         tell: given one line, at the end, that says which columns were used and which were not.
+        teacher: what is learned from a teacher; its scores or vectors are read if the rows have
+            to have them.
 
     Raises:
         DataError: no such file, an unknown kind, no such column or one that could be two things, a
-            text that is missing or empty, fewer than two rows; names file, line and fix.
+            text that is missing or empty, fewer than two rows, scores or vectors that are not one
+            for each text; names file, line and fix.
     """
     found: dict[tuple[str, ...], Columns] = {}
     number, judged = -1, Groups()
-    for number, texts in enumerate(_every_texts(pairs, found, judged)):
-        query, positive, negatives, asked, answered = texts
-        yield PairRow(query, positive, negatives, source, number, asked, answered)
+    for number, texts in enumerate(_every_texts(pairs, found, judged, teacher)):
+        query, positive, negatives, asked, answered, scores, vectors = texts
+        known = (query, positive, negatives, source, number, asked, answered)
+        yield PairRow(*known, scores, vectors)
     if number < 1:
         given = f"there is {'only one row' if number == 0 else 'no row'}, but a query learns to "
         given += "find its document among those of other rows"
@@ -87,20 +109,21 @@ def read_rows(
 
 
 def _every_texts(
-    pairs: Pairs, found: dict[tuple[str, ...], Columns], judged: Groups
+    pairs: Pairs, found: dict[tuple[str, ...], Columns], judged: Groups, teacher: Teacher | None
 ) -> Iterator[Texts]:
     """The texts of all rows; `found` and `judged` then say what was used."""
-    cells = ((path, row) for path in _files(pairs) for row in _cells(pairs, path, found))
+    wants = teacher.wants if teacher is not None else None
+    cells = ((path, row) for path in _files(pairs) for row in _cells(pairs, path, found, wants))
     for path, row in islice(cells, pairs.max_rows):
         where = readers.where(path, row.number)
         if row.fault is not None:
             raise readers.fault_error(where, row.fault)
         there = tuple(row.values)
         if there not in found:
-            found[there] = find_columns(pairs, there, where)
+            found[there] = find_columns(pairs, there, where, wants)
         known = found[there]
         try:
-            for texts in _texts(known, row.values):
+            for texts in _texts(known, row.values, teacher):
                 if known.label is None:
                     yield from judged.rest()
                     yield texts
@@ -112,8 +135,8 @@ def _every_texts(
     yield from judged.rest()
 
 
-def _texts(known: Columns, values: Mapping[str, Any]) -> list[Texts]:
-    """Query, positive, negatives and the instructions of both, for each positive of a row."""
+def _texts(known: Columns, values: Mapping[str, Any], teacher: Teacher | None) -> list[Texts]:
+    """Query, positive, negatives and what is said of them, for each positive of a row."""
     query = query_of(known.query, values[known.query])
     positives = passages_of(known.positive, values[known.positive], "remove the row")
     if not positives:
@@ -129,16 +152,56 @@ def _texts(known: Columns, values: Mapping[str, Any]) -> list[Texts]:
     if not isinstance(asked, str | None):
         raise FaultyCell(f"'{known.instruction}' is a {type(asked).__name__}", "give a string")
     others, before = [text.text for text in negatives], query.instruction or asked or ""
-    return [(query.text, positive.text, others, before, told[0]) for positive in positives]
+    taught = _taught(known, values, teacher, len(positives), len(negatives))
+    return [
+        (query.text, positive.text, others, before, told[0], *of_it)
+        for positive, of_it in zip(positives, taught, strict=True)
+    ]
+
+
+def _taught(
+    known: Columns,
+    values: Mapping[str, Any],
+    teacher: Teacher | None,
+    positives: int,
+    negatives: int,
+) -> list[tuple[list[float], list[list[float]]]]:
+    """A teacher's scores or vectors of each positive of a row, with those of the negatives.
+
+    One score is that of a pair. Of a triplet it is the margin between its documents, as data for
+    margin-MSE have it, and says as much as two scores would.
+    """
+    if not known.taught or teacher is None:
+        return [([], [])] * positives
+    name, count = known.taught[0], positives + negatives
+    if teacher.wants == "vectors":
+        query, *all_ = vectors_of(name, values[name], 1 + count)
+        return [([], [query, own, *all_[positives:]]) for own in all_[:positives]]
+    if len(known.taught) == 2:
+        of_each = zip(known.taught, (positives, negatives), strict=True)
+        scores = [score for key, n in of_each for score in numbers_of(key, values[key], n)]
+    elif (positives, negatives) == (1, 1) and _is_margin(values[name]) and teacher.loss != "cosent":
+        scores = [*numbers_of(name, values[name], 1), 0.0]
+    else:
+        scores = numbers_of(name, values[name], count)
+    if teacher.loss != "cosent" and not negatives:
+        given = f"a row without negatives, of which {teacher.loss} learns nothing"
+        raise FaultyCell(given, "give negatives, or loss=cosent contrastive=0")
+    return [([own, *scores[positives:]], []) for own in scores[:positives]]
+
+
+def _is_margin(value: object) -> bool:
+    """Whether a cell is one number, written or read."""
+    return not isinstance(value, list | tuple) and not str(value).lstrip().startswith("[")
 
 
 def _cells(
-    pairs: Pairs, path: str, found: dict[tuple[str, ...], Columns]
+    pairs: Pairs, path: str, found: dict[tuple[str, ...], Columns], wants: str | None
 ) -> Iterator[readers.Cells]:
     """The rows of a file with the columns that are used; `found` has those that are not, too."""
 
     def choose(there: Sequence[str]) -> list[str]:
-        known = find_columns(pairs, there, readers.where(path, 1))
+        known = find_columns(pairs, there, readers.where(path, 1), wants)
         found.setdefault(tuple(there), known)
         found.setdefault(tuple(known.used), known)
         return known.used
@@ -179,8 +242,13 @@ def _files(pairs: Pairs) -> list[str]:
     return [f"{HUB}{name}:{subset or pairs.subset or ''}:{split or pairs.split}"]
 
 
-def store_rows(data: Sequence[Pairs], file: Path) -> dict[str, Any]:
+def store_rows(data: Sequence[Pairs], file: Path, teacher: Teacher | None = None) -> dict[str, Any]:
     """Write the rows of all data sets to an Arrow file, which `Dataset.from_file` maps.
+
+    Args:
+        data: the data sets.
+        file: where to.
+        teacher: as in `read_rows`.
 
     Returns:
         What was read, for `record.write_facts`.
@@ -190,7 +258,8 @@ def store_rows(data: Sequence[Pairs], file: Path) -> dict[str, Any]:
     """
     count, digests = 0, list[str]()
     schema = pa.schema(list(zip(PairRow._fields, _TYPES, strict=True)))
-    rows = (row for index, pairs in enumerate(data) for row in read_rows(pairs, index))
+    read = partial(read_rows, teacher=teacher)
+    rows = (row for index, pairs in enumerate(data) for row in read(pairs, index))
     with written_aside(file) as out, pa.ipc.new_stream(out, schema) as writer:
         while chunk := list(islice(rows, _CHUNK)):
             columns = zip(zip(*chunk, strict=True), _TYPES, strict=True)

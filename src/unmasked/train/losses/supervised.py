@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from unmasked.forward.geometry import alignment_and_uniformity
 from unmasked.train import devices
+from unmasked.train.losses.teacher import TeacherLoss
 
 
 class BatchLayout(NamedTuple):
@@ -33,11 +34,14 @@ class BatchLayout(NamedTuple):
         rows: B.
         place: (R,) where each vector belongs among queries, positives and negatives.
         key: (R,) equal for equal texts, in that order.
+        taught: what a teacher says of them, if there is one: (R, W) vectors in that order, or
+            (B, 1 + K) scores.
     """
 
     rows: int
     place: Tensor
     key: Tensor
+    taught: Tensor | None = None
 
 
 class RankingLoss(CachedLossMixin, nn.Module):
@@ -55,9 +59,12 @@ class RankingLoss(CachedLossMixin, nn.Module):
             are not negatives; None leaves out only equal texts.
         dimensions: lengths of the beginning of the vector that are trained as well (Matryoshka,
             arXiv 2205.13147).
+        depths: vectors of the model that are trained, one behind the other, where `depth.depths`
+            gives those of several numbers of layers.
+        teacher: the loss of what a teacher says, if there is one, learned by the whole vector.
 
     Attributes:
-        measured: alignment and uniformity of the last forward.
+        measured: alignment and uniformity of the last forward, and both losses beside a teacher.
     """
 
     views = 1
@@ -70,6 +77,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
         mini_batch_tokens: int | None = None,
         margin: float | None = None,
         dimensions: Sequence[int] = (),
+        depths: int = 1,
+        teacher: TeacherLoss | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -77,13 +86,16 @@ class RankingLoss(CachedLossMixin, nn.Module):
         self.mini_batch_num_tokens = mini_batch_tokens
         self.margin = margin
         self.dimensions = dimensions
+        self.depths = depths
+        self.teacher = teacher
         self.measured: dict[str, Tensor] = {}
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Scalar loss of the features that `PairCollator` makes."""
         features: dict[str, Any] = dict(next(iter(sentence_features)))
         features["repad"] = False
-        layout = BatchLayout(len(labels), features.pop("place"), features.pop("key"))
+        told = (features.pop("place"), features.pop("key"), features.pop("taught", None))
+        layout = BatchLayout(len(labels), *told)
         limit, attention = self.mini_batch_num_tokens, features["attention_mask"]
         if limit is None or devices.most(int(attention.sum()), attention.device) <= limit:
             return self.score(self.model(features)["sentence_embedding"], layout)
@@ -118,21 +130,36 @@ class RankingLoss(CachedLossMixin, nn.Module):
         return loss
 
     def score(self, vectors: Tensor, layout: BatchLayout) -> Tensor:
-        """Scalar loss of (R, D) vectors, the mean over all trained lengths of the vector."""
+        """Scalar loss of (R, D) vectors, the mean over all trained lengths and depths."""
         vectors = torch.empty_like(vectors).index_copy(0, layout.place, vectors).float()
-        queries, documents = vectors.split([layout.rows, len(vectors) - layout.rows])
-        self.measured = alignment_and_uniformity(queries, documents[: layout.rows])
-        query_keys, keys = layout.key.split([len(queries), len(documents)])
+        each, rows = vectors.chunk(self.depths, dim=1), layout.rows
+        self.measured = alignment_and_uniformity(each[0][:rows], each[0][rows : 2 * rows])
+        query_keys, keys = layout.key.split([rows, len(vectors) - rows])
         # Rows of another device may have more negatives: these show their positive again, too.
-        again = (devices.most(len(keys), keys.device) - len(keys)) // layout.rows
-        keys = torch.cat([keys, *[keys[: layout.rows]] * again])
-        documents = torch.cat([documents, *[documents[: layout.rows]] * again])
-        documents = _gathered(documents, with_grad=True)  # (W (1 + K) B, D)
-        own = get_rank() * len(keys) + torch.arange(layout.rows, device=vectors.device)
-        same = _same(query_keys, keys, own)
-        widths = {*self.dimensions, vectors.shape[1]}
-        losses = [self._infonce(queries[:, :w], documents[:, :w], own, same) for w in widths]
-        return torch.stack(losses).mean()
+        again = (devices.most(len(keys), keys.device) - len(keys)) // rows
+        keys = torch.cat([keys, *[keys[:rows]] * again])
+        own = get_rank() * len(keys) + torch.arange(rows, device=vectors.device)
+
+        def everyone(documents: Tensor) -> Tensor:  # (W (1 + K) B, D)
+            return _gathered(torch.cat([documents, *[documents[:rows]] * again]), with_grad=True)
+
+        loss = vectors.new_zeros(())
+        if self.teacher is None or self.teacher.settings.contrastive:
+            same = _same(query_keys, keys, own)
+            losses = []
+            for deep in each:
+                queries, documents = deep[:rows], everyone(deep[rows:])
+                widths = {*self.dimensions, deep.shape[1]}
+                losses += [
+                    self._infonce(queries[:, :w], documents[:, :w], own, same) for w in widths
+                ]
+            loss = torch.stack(losses).mean()
+        if self.teacher is None or layout.taught is None:
+            return loss
+        taught: Tensor = self.teacher(each[0], layout.taught, rows, own, everyone)
+        self.measured |= {"contrastive_loss": loss.detach(), "teacher_loss": taught.detach()}
+        settings = self.teacher.settings
+        return settings.contrastive * loss + settings.weight * taught
 
     def _infonce(self, queries: Tensor, documents: Tensor, own: Tensor, same: Tensor) -> Tensor:
         cosines = normalize(queries, dim=1) @ normalize(documents, dim=1).T

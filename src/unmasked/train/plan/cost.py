@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -205,7 +205,8 @@ def make_plan(recipe: Recipe, probe: bool = False) -> Plan:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = precision.pick(recipe.model.dtype, device).dtype
     name, revision = recipe.model.base, recipe.model.revision
-    sizes = DecoderSizes(loading.load_config(name, revision=revision), dtype)
+    config = loading.load_config(name, recipe.model.layers, revision=revision)
+    sizes = DecoderSizes(config, dtype)
     tokenizer = prepare_tokenizer(loading.load_tokenizer(name, revision=revision))
     tokens = TextTokenizer(tokenizer, recipe.model.max_length)
     stages = [_plan_stage(*named, sizes, tokens, device) for named in recipe.stages()]
@@ -241,8 +242,9 @@ def _sample(stage: SimCSE | Supervised) -> tuple[list[str], int]:
     try:
         if isinstance(stage, SimCSE):
             return list(iterate_texts(stage.data[:1], SAMPLE)), 2
+        taught = partial(read_rows, teacher=stage.teacher)
         of_each = SAMPLE // max(1, len(stage.data))
-        rows = [row for pairs in stage.data for row in islice(read_rows(pairs), of_each)]
+        rows = [row for pairs in stage.data for row in islice(taught(pairs), of_each)]
     except UnmaskedError:
         return [], 2 if isinstance(stage, SimCSE) else 2 + stage.hard_negatives
     texts = [[r.query, r.positive, *r.negatives[: stage.hard_negatives]] for r in rows]

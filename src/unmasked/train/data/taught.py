@@ -1,0 +1,291 @@
+"""What a teacher says of the texts of a batch: scores or vectors of the rows, or those of a model.
+
+A model's vectors are computed once, before training, for each text that training will see: in the
+run folder, in parts that are whole or not there, so that a run that was cut off continues behind
+the last of them and a stage that resumes has the very same numbers.
+
+Cost of a model: one forward of it per text, 4 bytes per number on the disk while the stage trains,
+and about 150 bytes per text of memory.
+
+Shapes: B rows, K negatives of each, R = (2 + K) B texts, N different texts, W numbers of a vector.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import get_device_name
+from torch import Tensor
+
+from unmasked.checkpoint.fingerprint import fingerprint
+from unmasked.checkpoint.folder import MODULES_NAME, SETTINGS_NAME
+from unmasked.checkpoint.location import locate
+from unmasked.compat.llm2vec import LLM2Vec
+from unmasked.errors import DataError, ModelError, RecipeError, first_line
+from unmasked.files.writing import write_text, written_aside
+from unmasked.recipe.schema import Supervised
+from unmasked.recipe.teaching import SCORES, Teacher
+from unmasked.text.templates import PLAIN
+from unmasked.train.data.mixing import Input, Taught, inputs_of
+from unmasked.train.data.pairs import read_rows
+from unmasked.train.data.texts import text_key
+
+logger = logging.getLogger(__name__)
+
+FACTS = "teacher.json"
+PROJECTION = "projection.npy"
+_CHUNK = 4096  # texts of a part
+
+
+def scores_of_rows(rows: Sequence[dict[str, Any]], inputs: Sequence[Input]) -> Tensor:
+    """(B, 1 + K) scores, where a row that has fewer negatives shows its positive again."""
+    count = len(inputs) // len(rows) - 1
+    padded = [[*row["scores"], *row["scores"][:1] * count][:count] for row in rows]
+    return torch.tensor(padded, dtype=torch.float32)
+
+
+def vectors_of_rows(rows: Sequence[dict[str, Any]], inputs: Sequence[Input]) -> Tensor:
+    """(R, W) vectors of queries, positives and each rank of negatives, in that order."""
+    count = len(inputs) // len(rows)
+    padded = [[*row["vectors"], *row["vectors"][1:2] * count][:count] for row in rows]
+    return torch.tensor(padded, dtype=torch.float32).transpose(0, 1).flatten(0, 1)
+
+
+class TeacherVectors:
+    """The vectors of a teacher by text.
+
+    Args:
+        folder: what `compute_vectors` wrote.
+        width: numbers of the student's vectors.
+        teacher: the settings.
+    """
+
+    def __init__(self, folder: Path, width: int, teacher: Teacher) -> None:
+        names = sorted(folder.glob("vectors-*.npy"))
+        self.parts = [np.load(name, mmap_mode="r") for name in names]
+        keys = [np.load(folder / f"keys-{name.stem[8:]}.npy") for name in names]
+        every = np.concatenate(keys)
+        self.order = np.argsort(every)  # (N,)
+        self.keys = every[self.order]
+        self.projection = None
+        if teacher.projection == "pca" and teacher.loss not in SCORES:
+            self.projection = projection(self.parts, width, folder / PROJECTION)
+
+    def __call__(self, rows: Sequence[dict[str, Any]], inputs: Sequence[Input]) -> Tensor:
+        """(R, W) vectors of the inputs of a batch."""
+        wanted = np.array([_key(item) for item in inputs])
+        places = self.order[np.searchsorted(self.keys, wanted)]
+        vectors = np.stack([self.parts[p // _CHUNK][p % _CHUNK] for p in places.tolist()])
+        return torch.from_numpy(vectors if self.projection is None else vectors @ self.projection)
+
+
+def projection(parts: Iterable[np.ndarray], width: int, kept: Path) -> np.ndarray | None:
+    """(W, width) orthonormal directions in which vectors are largest; None if W is not larger.
+
+    Of all linear maps to so few numbers this one changes the inner products least (Eckart and
+    Young, 1936). It is written to a file once, so that a run that continues elsewhere has the same.
+    """
+    if kept.is_file() and (found := np.load(kept)).shape[1] == width:
+        return np.asarray(found)
+    moments: Any = 0.0
+    for part in parts:
+        wide = np.asarray(part, dtype=np.float64)
+        moments = moments + wide.T @ wide
+    if len(moments) <= width:
+        return None
+    _, directions = np.linalg.eigh(moments)
+    chosen = np.ascontiguousarray(directions[:, ::-1][:, :width], dtype=np.float32)
+    with written_aside(kept) as file:
+        np.save(file, chosen)
+    return chosen
+
+
+def compute_vectors(
+    stage: Supervised, folder: Path, width: int, tell: Callable[[str], object]
+) -> None:
+    """Compute the vectors of the stage's teacher, or go on where that was cut off.
+
+    Args:
+        stage: its ``teacher.model`` is the teacher.
+        folder: where they are kept.
+        width: numbers of the student's vectors.
+        tell: given a line now and then.
+
+    Raises:
+        ModelError: the teacher cannot be loaded.
+        RecipeError: its vectors have another width, and no projection is asked for.
+        DataError: the teacher gave a vector that is not finite.
+    """
+    assert stage.teacher is not None
+    name, chunks = str(stage.teacher.model), -1
+    model: Any = None
+    for chunks, inputs in enumerate(_chunks(_different_inputs(stage))):
+        keys = np.array([_key(item) for item in inputs])
+        files = [folder / f"{kind}-{chunks:06d}.npy" for kind in ("keys", "vectors")]
+        if model is None and not _is_there(files, keys, folder, name):
+            model = _load_teacher(name, stage.teacher, width)
+            if _begins_anew(folder, name, model) and chunks:
+                return compute_vectors(stage, folder, width, tell)
+        if _is_there(files, keys, folder, name):
+            continue
+        (folder / PROJECTION).unlink(missing_ok=True)  # it is that of other vectors
+        vectors = _encode(model, inputs)
+        if not np.isfinite(vectors).all():
+            raise DataError(
+                f"the teacher {name} gives vectors that hold NaN or infinity. Fix: another teacher."
+            )
+        for file, array in zip(files, (keys, vectors), strict=True):
+            with written_aside(file) as out:
+                np.save(out, array)
+        tell(f"teacher: {chunks * _CHUNK + len(inputs):,} texts")
+    for file in folder.glob("*-*.npy"):  # of texts that are there no more
+        if int(file.stem.split("-")[1]) > chunks:
+            file.unlink()
+
+
+def check_widths(stage: Supervised, rows: Iterable[Any], width: int) -> None:
+    """Refuse vectors of the rows that the student's cannot be compared with.
+
+    Raises:
+        RecipeError: they have another width than the student's, and no projection is asked for.
+        DataError: not all of them have one width.
+    """
+    widths = {len(row.vectors[0]) for row in rows if row.vectors}
+    if len(widths) > 1:
+        said = ", ".join(map(str, sorted(widths)))
+        raise DataError(f"supervised.data has vectors of {said} numbers. Fix: those of one model.")
+    for found in widths:
+        _require_width("the vectors of the rows", found, width, stage.teacher)
+
+
+def _require_width(whose: str, found: int, width: int, teacher: Teacher | None) -> None:
+    if found != width and teacher and teacher.projection == "none" and teacher.loss not in SCORES:
+        raise RecipeError(
+            f"supervised.teacher: {whose} have {found} numbers, and the student's {width}. "
+            "Fix: supervised.teacher.projection=pca, or supervised.teacher.loss=kl, which compares "
+            "cosines."
+            if teacher.model
+            else f"supervised.teacher: {whose} have {found} numbers, and the student's {width}. "
+            "Fix: supervised.teacher.projection=pca."
+        )
+
+
+def taught(stage: Supervised, rows: Any, folder: Path, width: int) -> Taught | None:
+    """How a batch gets what the teacher says of it; None without a teacher.
+
+    Args:
+        stage: of it.
+        rows: the stored rows.
+        folder: of the vectors of a model, or of a projection.
+        width: numbers of the student's vectors.
+    """
+    teacher = stage.teacher
+    if teacher is None:
+        return None
+    if teacher.model is not None:
+        return TeacherVectors(folder, width, teacher)
+    if teacher.wants == "scores":
+        return scores_of_rows
+    if teacher.projection == "none":
+        return vectors_of_rows
+    batches = (np.concatenate(rows[i : i + 256]["vectors"]) for i in range(0, len(rows), 256))
+    chosen = projection(batches, width, folder / PROJECTION)
+    narrow = None if chosen is None else torch.from_numpy(chosen)
+
+    def projected(batch: Sequence[dict[str, Any]], inputs: Sequence[Input]) -> Tensor:
+        vectors = vectors_of_rows(batch, inputs)
+        return vectors if narrow is None else vectors @ narrow
+
+    return projected
+
+
+def _different_inputs(stage: Supervised) -> Iterator[Input]:
+    """Every text that training may see, once, with what it is and what stands before it."""
+    seen: set[int] = set()
+    for number, pairs in enumerate(stage.data):
+        for row in read_rows(pairs, number, teacher=stage.teacher):
+            for item in inputs_of(stage.data, [row._asdict()], stage.hard_negatives):
+                if (key := _key(item)) not in seen:
+                    seen.add(key)
+                    yield item
+
+
+def _chunks(inputs: Iterator[Input]) -> Iterator[list[Input]]:
+    while chunk := list(islice(inputs, _CHUNK)):
+        yield chunk
+
+
+def _key(item: Input) -> int:
+    role = "query" if item.is_query else "document"
+    written = "\x00".join((role, item.instruction, item.text))
+    return int.from_bytes(text_key(written), "big", signed=True)
+
+
+def _is_there(files: Sequence[Path], keys: np.ndarray, folder: Path, name: str) -> bool:
+    """Whether a part was written by this teacher, of these very texts."""
+    facts = _facts(folder)
+    there = facts.get("name") == name and all(file.is_file() for file in files)
+    return there and np.array_equal(np.load(files[0]), keys)
+
+
+def _begins_anew(folder: Path, name: str, model: Any) -> bool:
+    """Note whose vectors these are; tells whether those of another teacher were removed for it."""
+    own = {"name": name, "model": fingerprint(model.state_dict(), model.tokenizer, [])}
+    if _facts(folder) == own:
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    write_text(folder / FACTS, json.dumps(own) + "\n")
+    return True
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    file = folder / FACTS
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _load_teacher(name: str, teacher: Teacher, width: int) -> SentenceTransformer:
+    """An encoder of this package, or any that sentence-transformers loads without code of others.
+
+    Raises:
+        ModelError: it is neither.
+        RecipeError: as `compute_vectors`.
+    """
+    place, device = locate(name).require(), get_device_name()
+    model: Any
+    if place.fetch(MODULES_NAME) and not place.read_json(SETTINGS_NAME):
+        try:
+            model = SentenceTransformer(
+                place.name, device=device, model_kwargs={"use_safetensors": True}
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(
+                f"the teacher {name} cannot be loaded: {first_line(error)} "
+                "Fix: a folder or hub name of an encoder with safetensors weights."
+            ) from error
+    else:
+        model = LLM2Vec.from_pretrained(name, device=device)
+    _require_width(f"vectors of {name}", int(model.get_embedding_dimension()), width, teacher)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _encode(model: Any, inputs: Sequence[Input]) -> np.ndarray:
+    """(n, W) float32: behind the instruction of the data, or else the teacher's own prompts."""
+    groups: dict[tuple[bool, str], list[int]] = {}
+    for place, item in enumerate(inputs):
+        groups.setdefault((item.is_query, item.instruction), []).append(place)
+    vectors = np.empty((len(inputs), int(model.get_embedding_dimension())), dtype=np.float32)
+    for (is_query, instruction), places in groups.items():
+        own = {"prompt": PLAIN.join(instruction)} if instruction else {}
+        run = model.encode_query if is_query else model.encode_document
+        texts = [inputs[place].text for place in places]
+        vectors[places] = run(texts, show_progress_bar=False, **own)
+    return vectors
