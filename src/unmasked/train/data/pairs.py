@@ -179,8 +179,15 @@ def _files(pairs: Pairs) -> list[str]:
     return [f"{HUB}{name}:{subset or pairs.subset or ''}:{split or pairs.split}"]
 
 
-def store_rows(data: Sequence[Pairs], file: Path) -> dict[str, Any]:
+def store_rows(
+    data: Sequence[Pairs], file: Path, tell: Callable[[str], object] = lambda said: None
+) -> dict[str, Any]:
     """Write the rows of all data sets to an Arrow file, which `Dataset.from_file` maps.
+
+    Args:
+        data: the data sets.
+        file: the file.
+        tell: as in `read_rows`.
 
     Returns:
         What was read, for `record.write_facts`.
@@ -190,7 +197,7 @@ def store_rows(data: Sequence[Pairs], file: Path) -> dict[str, Any]:
     """
     count, digests = 0, list[str]()
     schema = pa.schema(list(zip(PairRow._fields, _TYPES, strict=True)))
-    rows = (row for index, pairs in enumerate(data) for row in read_rows(pairs, index))
+    rows = (row for index, pairs in enumerate(data) for row in read_rows(pairs, index, tell))
     with written_aside(file) as out, pa.ipc.new_stream(out, schema) as writer:
         while chunk := list(islice(rows, _CHUNK)):
             columns = zip(zip(*chunk, strict=True), _TYPES, strict=True)
