@@ -18,6 +18,7 @@ from unmasked.cli import tables, terminal
 from unmasked.cli.failures import INTERRUPTED
 from unmasked.evaluate.compare import COMMAND, MACHINE, headlines
 from unmasked.evaluate.scorer import RESULTS, make_scorer
+from unmasked.evaluate.tasks.tested import is_local, texts_of_task
 from unmasked.files.writing import write_text
 from unmasked.recipe.schema import BEFORE, BIDIRECTIONAL, CAUSAL, Recipe
 
@@ -34,9 +35,12 @@ def run_recipe(recipe: Recipe, path: Path) -> None:
     tasks = recipe.evaluate.tasks
     score = make_scorer(tasks, results=path / RESULTS) if tasks else None
     with terminal.loading("loading the libraries"):
+        from unmasked.train.checking.leaks import Leaks
         from unmasked.train.run import Run
+    leaks = Leaks({task: texts_of_task(task) for task in tasks if is_local(task)})
     with terminal.Line() as line:
-        work = Run(recipe, path, score and _with_proof(score, line), listener(line))
+        scoring = score and _with_proof(score, line)
+        work = Run(recipe, path, scoring, listener(line), leaks)
         terminal.facts(_header(work), stderr=True)
         finished = _is_finished(work)
         with telling_what_is_kept(lambda: work):

@@ -15,6 +15,7 @@ Others may use:
     devices       several processes: who writes, who waits, how work is shared
     losses/       a new loss goes here
     data/         texts and rows, read, kept and dealt into batches
+    checking/     is the data safe to train on?
     mining/       hard negatives, found by an encoder
     plan/         what a recipe will cost
 """

@@ -50,6 +50,7 @@ from unmasked.recipe.schema import (
 )
 from unmasked.train import devices
 from unmasked.train.callback import OnLog
+from unmasked.train.checking.leaks import Leaks
 from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.data.mixing import prompts_of
 from unmasked.train.fitting import TOKENS, StageSetup, clear, is_done
@@ -87,6 +88,7 @@ class Run:
             another that was neither trained nor scored. Only a folder ``data`` may be there before.
         score: how an encoder is scored; None scores nothing.
         listener: told what happens.
+        leaks: the texts of the tests; a stage that trains on some of them is told in a warning.
 
     Raises:
         OutputError: the folder belongs to another recipe, or holds something else.
@@ -99,10 +101,11 @@ class Run:
         path: str | Path,
         score: Scoring | None = None,
         listener: Listener | None = None,
+        leaks: Leaks | None = None,
     ) -> None:
         self.recipe = recipe
         self.path = Path(path)
-        self.score = score
+        self.score, self.leaks = score, leaks
         self.listener = listener if listener and devices.is_first() else Listener()
         self._loaded: tuple[tuple[object, ...], LLM2Vec] | None = None
         devices.join()
@@ -189,7 +192,7 @@ class Run:
         if not devices.is_first():
             return
         try:
-            check_inputs(self.recipe, self.path, encoder)
+            check_inputs(self.recipe, self.path, encoder, self.leaks)
         except BaseException:
             if not (self.path / RECIPE).is_file():
                 shutil.rmtree(self.path / TOKENS, ignore_errors=True)

@@ -208,6 +208,21 @@ def store_rows(
     return {"source": digest_of(digests), "texts": count, "files": sizes_of(files)}
 
 
+def line_of(row: PairRow, negatives: Sequence[str]) -> dict[str, Any]:
+    """A row as `read_rows` reads it, with the instructions that its file gave it."""
+
+    def told(text: str) -> str | list[str]:
+        return [row.document_instruction, text] if row.document_instruction else text
+
+    line: dict[str, Any] = {"query": row.query, "positive": told(row.positive)}
+    if row.document_instruction:
+        line["positive"] = [line["positive"]]
+    line["negatives"] = [told(text) for text in negatives]
+    if row.query_instruction:
+        line["instruction"] = row.query_instruction
+    return line
+
+
 def split_rows(rows: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
     """Rows to train on, and some (at most a tenth) that never are, both in the order of the file.
 

@@ -9,7 +9,7 @@ vectors and scores in memory, and anew after every interruption; tests compare t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from unmasked.files.writing import written_aside
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import Pairs
 from unmasked.text.templates import PLAIN
-from unmasked.train.data.pairs import PairRow, store_rows
+from unmasked.train.data.pairs import PairRow, line_of, store_rows
+from unmasked.train.data.texts import folded, key_of
 from unmasked.train.mining import work_folder
 from unmasked.train.mining.band import Answers, search_bands
 from unmasked.train.mining.work_folder import (
@@ -30,8 +31,6 @@ from unmasked.train.mining.work_folder import (
     NumberedArrays,
     Progress,
     distinct_keys,
-    folded,
-    key_of,
     keys_of,
 )
 
@@ -224,7 +223,7 @@ def _write(
                 every = list(dict.fromkeys([*given, *(texts[place] for place in places)]))
                 answered, mined = answered + len(row.negatives) - len(given), mined + len(places)
                 count, without = count + len(every), without + (not every)
-                line = json.dumps(_line(row, every), ensure_ascii=False)
+                line = json.dumps(line_of(row, every), ensure_ascii=False)
                 file.write(line.encode() + b"\n")
         if not mined:
             raise nothing
@@ -240,18 +239,3 @@ def _nothing_left(pairs: Pairs, work: _Work, skip: int, margin: float) -> DataEr
         f"{', '.join([*nearer, 'a larger --depth'])} or --corpus FILE; the vectors are kept for it "
         f"in {work.folder}."
     )
-
-
-def _line(row: PairRow, negatives: Sequence[str]) -> dict[str, Any]:
-    """A row as `read_rows` reads it, with the instructions that its file gave it."""
-
-    def told(text: str) -> str | list[str]:
-        return [row.document_instruction, text] if row.document_instruction else text
-
-    line: dict[str, Any] = {"query": row.query, "positive": told(row.positive)}
-    if row.document_instruction:
-        line["positive"] = [line["positive"]]
-    line["negatives"] = [told(text) for text in negatives]
-    if row.query_instruction:
-        line["instruction"] = row.query_instruction
-    return line

@@ -25,7 +25,7 @@ from datasets import Dataset
 
 from unmasked.files.writing import write_text, written_aside
 from unmasked.train.data.record import digest_of
-from unmasked.train.data.texts import text_key
+from unmasked.train.data.texts import key_of
 
 SHARD = 4096
 """Vectors of a file, and of a block of the search."""
@@ -50,22 +50,12 @@ def distinct_keys(keys: np.ndarray) -> Distinct:
     return Distinct(first[order], rank[inverse])
 
 
-def key_of(text: str) -> int:
-    """A number that is equal for equal texts."""
-    return int.from_bytes(text_key(text), "little")
-
-
 def keys_of(texts: Dataset, change: Callable[[str], str] = lambda text: text) -> np.ndarray:
     """The numbers (R,) of texts; equal for texts that are equal after a change."""
     keys = array("Q")
     for part in texts.iter(SHARD):
         keys.extend(key_of(change(text)) for text in part["text"])
     return np.frombuffer(keys, dtype=np.uint64)
-
-
-def folded(text: str) -> str:
-    """A text without what tells two copies of it apart: case and white space."""
-    return " ".join(text.split()).casefold()
 
 
 def store_texts(texts: Iterable[str], file: Path) -> str:
