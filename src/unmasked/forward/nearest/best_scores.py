@@ -92,7 +92,12 @@ class BestScores:
 
 
 def add_products(
-    best: BestScores, queries: np.ndarray, block: np.ndarray, place: int, device: Any = "cpu"
+    best: BestScores,
+    queries: np.ndarray,
+    block: np.ndarray,
+    place: int,
+    scale: np.ndarray | None = None,
+    device: Any = "cpu",
 ) -> None:
     """Multiply all queries (Q, D) with a block (n, D) of vectors, and keep the best products.
 
@@ -100,9 +105,13 @@ def add_products(
         best: of as many queries.
         queries, block: float32, of length 1 where cosines are wanted.
         place: of the first vector of the block.
+        scale: (n,) factors of the vectors of the block.
         device: where the product is computed.
     """
     count = min(best.count, len(block))
+    compiled = torch.device(device).type != "cpu" or faiss_for(len(queries)) is not None
+    if scale is not None and compiled:
+        block = block * scale[:, None]
     if torch.device(device).type != "cpu":
         parts = (torch.as_tensor(part, device=device) for part in (queries, block))
         scores, found = torch.topk(torch.matmul(next(parts), next(parts).T), count)
@@ -112,7 +121,8 @@ def add_products(
         scores, found = faiss.knn(queries, block, count, metric=faiss.METRIC_INNER_PRODUCT)
         best.add(scores, found + place)
     else:
-        best.add_all(queries @ block.T, place)
+        products = queries @ block.T
+        best.add_all(products if scale is None else products * scale, place)
 
 
 def faiss_for(queries: int) -> Any:

@@ -24,7 +24,8 @@ import numpy as np
 
 from unmasked.errors import MissingExtraError
 from unmasked.files import readers
-from unmasked.files.source import find_files, training_source
+from unmasked.files.source import find_files
+from unmasked.files.training_source import training_source
 from unmasked.files.writing import written_aside
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import Pairs

@@ -80,17 +80,15 @@ def search_bands(
         device: where the product is computed.
     """
     first, last = ranks
-    blocks = len(documents)
+    blocks, shard = len(documents), work_folder.SHARD
 
     def find(begin: int, end: int) -> np.ndarray:
         most = last + max(answers.number(query) for query in range(begin, end))
         best = BestScores(end - begin, min(most, documents.count))
-        asked = np.ascontiguousarray(queries.load(begin // work_folder.SHARD))
+        asked = np.ascontiguousarray(queries.load(begin // shard))
         for number in range(blocks):
-            add_products(best, asked, documents.load(number), number * work_folder.SHARD, device)
-            progress(
-                "searching", begin // work_folder.SHARD * blocks + number + 1, len(queries) * blocks
-            )
+            add_products(best, asked, documents.load(number), number * shard, device=device)
+            progress("searching", begin // shard * blocks + number + 1, len(queries) * blocks)
         found = np.zeros((end - begin, last - first), FOUND)
         found["place"] = -1
         for row, (scores, places) in enumerate(zip(*best.result(), strict=True)):
