@@ -159,3 +159,16 @@ def test_dry_run(saved, cli):
     assert "(public)" in cli("push", saved, "org/x", "--dry-run", "--public")[1]
     code, _, err = cli("push", saved.parent, "org/x", "--dry-run")
     assert code == 2 and "does not hold a model" in err
+
+
+def test_training_data_is_named_in_the_card_and_for_mteb(tiny_decoder, tmp_path):
+    public = pytest.importorskip("unmasked.evaluate.tasks.public", reason="mteb is not installed")
+    encoder = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    encoder.save(tmp_path / "model", train_datasets=["org/pairs", "/home/me/mine.jsonl"])
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.to_dict()["training_datasets"] == ["org/pairs", "mine.jsonl"]
+    assert card.data.datasets == ["org/pairs"] and "/home/me" not in card.content
+    again = LLM2Vec.from_pretrained(tmp_path / "model", device="cpu")
+    meta = public.Instructed(again).mteb_model_meta
+    assert meta.training_datasets == {"org/pairs", "mine.jsonl"}
+    assert not public.Instructed(encoder).mteb_model_meta.training_datasets

@@ -33,7 +33,7 @@ from transformers import set_seed
 from unmasked.checkpoint.card import Card, versions
 from unmasked.checkpoint.location import Location, locate
 from unmasked.compat.llm2vec import LLM2Vec
-from unmasked.compat.origin import find_base
+from unmasked.compat.origin import find_base, training_data
 from unmasked.errors import MissingExtraError, OutputError, UnmaskedError, first_line
 from unmasked.files.writing import aside_of, write_text
 from unmasked.forward import precision
@@ -283,7 +283,9 @@ class Run:
         recipe = (self.path / RECIPE).read_text(encoding="utf-8")
         sections = {"Recipe": f"```yaml\n{recipe}```"}
         given = (item for _, stage in self.recipe.stages() for item in stage.data)
-        data = dict.fromkeys(item.path if isinstance(item, Pairs) else item for item in given)
+        before = training_data(self.recipe.model.base, self.recipe.model.revision)
+        own = (item.path if isinstance(item, Pairs) else item for item in given)
+        data = dict.fromkeys([*before, *own])
         base, proof = str(self.recipe.model.base), encoder.report.summary()
         return Card(base, proof, sections, list(data), self.results())
 
