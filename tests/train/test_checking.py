@@ -158,3 +158,16 @@ def test_a_stage_that_trains_on_a_text_of_a_test_says_so(tiny_decoder, tmp_path,
     told = [record.getMessage() for record in caplog.records if "texts of" in record.getMessage()]
     assert len(told) == 1
     assert f"{stage}.data has 2 of the 3 texts of sts.tsv" in told[0]
+
+
+def test_places_name_the_file_of_a_folder_and_the_text_that_was_found(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("one\ntwo\n")
+    written(tmp_path / "data" / "b.jsonl", [{"text": "three"}, {"text": "TWO"}])
+    found = check_data([Pairs(path=str(tmp_path / "data"))], {})
+    (example,) = found.examples["exact copy of another row"]
+    assert "b.jsonl, line 2" in example and "a.txt, line 2" in example
+    rows = [{"query": "q", "positive": "p", "negative": "the test"}]
+    rows += [{"query": "q2", "positive": "p2"}]
+    found = check_data([written(tmp_path / "c.jsonl", rows)], {"t": ["the test"]})
+    assert found.examples["a text of t"][0].endswith(": the test")

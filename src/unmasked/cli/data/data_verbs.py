@@ -77,7 +77,7 @@ def check_files(
     _show(found)
     if write is not None:
         terminal.show(f"removed  {removed_of(write)}")
-        terminal.closing(write)
+        terminal.show(f"saved    {write}")
 
 
 def _show(found: Findings) -> None:

@@ -15,7 +15,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -136,8 +136,10 @@ def items_of(given: Pairs | str, tell: Callable[[str], object]) -> Iterator[Item
             yield Item(f"{given.path}, row {row.number + 1:,}", texts, row)
     else:
         source = training_source(given if isinstance(given, str) else given.path)
-        for line, text, _ in source.records():
-            yield Item(f"{source.name}, line {line:,}", [text], None)
+        for file in source.files:
+            part = replace(source, path=file)
+            for line, text, _ in part.records():
+                yield Item(f"{part.name}, line {line:,}", [text], None)
 
 
 def _has_pairs(given: Pairs) -> bool:
@@ -155,10 +157,12 @@ def _has_pairs(given: Pairs) -> bool:
 def _is_good(item: Item, known: Copies, seen: Copies, found: Findings, drop: Write) -> bool:
     """Whether a row is neither a copy nor in a test; else it is noted."""
     why = None
-    copies = map(known.find, item.texts)
-    if copy := next(filter(None, copies), None):
+    shown = item.texts[0]
+    for text in item.texts:
+        if why is not None or (copy := known.find(text)) is None:
+            continue
+        shown, name = text, copy.of.partition(OF)[2]
         kind = "a text" if copy.share == 1 else "nearly a text"
-        name = copy.of.partition(OF)[2]
         why = f"{kind} of {name}", f"{copy.of} ({copy.share:.0%} alike)"
     if why is None:
         whole = "\n".join(item.texts[:2])  # query and positive; negatives may differ
@@ -167,7 +171,7 @@ def _is_good(item: Item, known: Copies, seen: Copies, found: Findings, drop: Wri
             why = f"{kind} copy of another row", f"{copy.of} ({copy.share:.0%} alike)"
     if why is None:
         return True
-    found.add(why[0], f"{item.place}: {why[1]}: {item.texts[0][:60]}")
+    found.add(why[0], f"{item.place}: {why[1]}: {shown[:60]}")
     drop({"place": item.place, "why": why[0], "of": why[1], "row": _line(item)})
     return False
 

@@ -234,8 +234,8 @@ def _nothing_left(pairs: Pairs, work: _Work, skip: int, margin: float) -> DataEr
     nearer = [f"--margin 0 (now {margin:g})"] if margin else []
     nearer += [f"--skip 0 (now {skip})"] if skip else []
     return DataError(
-        f"{pairs.path}: no query has a negative: every document in the band of ranks scores within "
-        "the margin of the query's positive, or above it. Fix: the same command with "
+        f"{pairs.path}: no query has a negative: every document in the band of ranks answers its "
+        "query, scores within the margin of its positive, or above it. Fix: the same command with "
         f"{', '.join([*nearer, 'a larger --depth'])} or --corpus FILE; the vectors are kept for it "
         f"in {work.folder}."
     )
