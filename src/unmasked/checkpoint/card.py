@@ -107,7 +107,7 @@ def render(
     told = "\n".join(f"\n## {title}\n\n{text}" for title, text in sections.items())
     name = _public_name(card.base)
     base = f"[{name}](https://huggingface.co/{name})" if name else Path(card.base).name or card.base
-    data = "".join(f"\n    - {name}" for name in shown(card.datasets))
+    data = "".join(f"\n    - {name}" for name in names_shown(card.datasets))
     libraries = "\n".join(f"- {name}: {number}" for name, number in versions().items())
     tasks = "".join(_task_limit(*item) for item in task_limits.items())
     origin = origin_of_package().removeprefix("git+")
@@ -188,7 +188,7 @@ def _front_matter(card: Card) -> str:
         for (task, _, metric), value in ((key.rpartition("."), v) for key, v in scores.items())
     ]
     named = Path(card.base).name or card.base
-    trained: dict[str, Any] = {TRAINED_ON: shown(card.datasets)} if card.datasets else {}
+    trained: dict[str, Any] = {TRAINED_ON: names_shown(card.datasets)} if card.datasets else {}
     data = ModelCardData(
         base_model=_public_name(card.base),
         datasets=[given for given in card.datasets if _public_name(given)] or None,
@@ -213,7 +213,7 @@ def _public_name(given: str) -> str | None:
     return given if _HUB_NAME.fullmatch(given) and not local else None
 
 
-def shown(datasets: Sequence[str]) -> list[str]:
+def names_shown(datasets: Sequence[str]) -> list[str]:
     """Data sets as others may see them: hub names, and files without their folders."""
     names = (_public_name(given) or Path(given).name for given in datasets)
     return list(dict.fromkeys(names))
