@@ -20,7 +20,8 @@ from unmasked import demo
 from unmasked.evaluate.compare import headlines
 from unmasked.evaluate.scorer import make_scorer
 from unmasked.recipe.files import load_recipe
-from unmasked.train.run import Listener, Run
+from unmasked.train.callback import Listener
+from unmasked.train.run import Run
 
 STUDENTS = {
     "pairs alone": ("teacher=null",),

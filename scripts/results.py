@@ -27,7 +27,8 @@ from unmasked.files.writing import write_text
 from unmasked.forward.pooling import CAUSAL_BASELINES
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Recipe
-from unmasked.train.run import Listener, Run
+from unmasked.train.callback import Listener
+from unmasked.train.run import Run
 
 TEXTS = {"enwiki_sentences.txt.gz": 4, "kowiki_sentences.txt.gz": 6}  # file: every n-th line
 SETTINGS = ("mntp.steps=200", "simcse.steps=80", "supervised.steps=100")

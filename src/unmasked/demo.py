@@ -22,7 +22,8 @@ from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from unmasked.train.run import Listener, Run
+    from unmasked.train.callback import Listener
+    from unmasked.train.run import Run
 
 TASK = "docstrings"
 METRICS = (f"{TASK}.ndcg@10", f"{TASK}.recall@1", f"{TASK}.recall@10")

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint.card import Card, render
@@ -71,6 +72,25 @@ def test_what_would_be_sent(saved):
     assert {"model.safetensors", "config.json", "README.md", "1_Pooling/config.json"} <= set(names)
     assert {"modules.json", "tokenizer.json", "llm2vec_config.json"} <= set(names)
     assert not {name for name in names if "checkpoint" in name or name.endswith(".pt")}
+
+
+def test_modules_behind_the_pooling_are_sent_and_other_peoples_files_are_not(
+    tiny_decoder, tmp_path
+):
+    encoder = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    width = encoder.get_embedding_dimension()
+    encoder.append(Dense(width, 4))
+    encoder.append(Normalize())
+    encoder.save(tmp_path / "model")
+    written = {
+        path.relative_to(tmp_path / "model").as_posix()
+        for path in (tmp_path / "model").rglob("*")
+        if path.is_file()
+    }
+    for name in ("notes.txt", "results.json", "training_args.json", "other.safetensors"):
+        (tmp_path / "model" / name).write_text("mine")
+    assert {"2_Dense/model.safetensors", "2_Dense/config.json"} <= written
+    assert {name for name, _ in list_files(tmp_path / "model")} == written
 
 
 def test_what_cannot_be_pushed(saved, tmp_path, monkeypatch):
@@ -139,3 +159,16 @@ def test_dry_run(saved, cli):
     assert "(public)" in cli("push", saved, "org/x", "--dry-run", "--public")[1]
     code, _, err = cli("push", saved.parent, "org/x", "--dry-run")
     assert code == 2 and "does not hold a model" in err
+
+
+def test_training_data_is_named_in_the_card_and_for_mteb(tiny_decoder, tmp_path):
+    public = pytest.importorskip("unmasked.evaluate.tasks.public", reason="mteb is not installed")
+    encoder = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    encoder.save(tmp_path / "model", train_datasets=["org/pairs", "/home/me/mine.jsonl"])
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.to_dict()["training_datasets"] == ["org/pairs", "mine.jsonl"]
+    assert card.data.datasets == ["org/pairs"] and "/home/me" not in card.content
+    again = LLM2Vec.from_pretrained(tmp_path / "model", device="cpu")
+    meta = public.Instructed(again).mteb_model_meta
+    assert meta.training_datasets == {"org/pairs", "mine.jsonl"}
+    assert not public.Instructed(encoder).mteb_model_meta.training_datasets

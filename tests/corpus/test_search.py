@@ -13,6 +13,7 @@ from unmasked.corpus.search import nearest, nearest_vectors, open_vectors, searc
 from unmasked.corpus.search.stored_files import StoredVectors
 from unmasked.errors import DataError
 from unmasked.files.source import Source
+from unmasked.forward.nearest import best_scores
 
 
 def stored(vectors: np.ndarray, precision: str = "float32", blocks: int = 3) -> StoredVectors:
@@ -35,9 +36,9 @@ def by(request, monkeypatch):
     """What takes the products."""
     if request.param == "faiss":
         pytest.importorskip("faiss", reason="FAISS is not installed")
-        monkeypatch.setattr(nearest, "MANY", 1)
+        monkeypatch.setattr(best_scores, "MANY", 1)
     else:
-        monkeypatch.setattr(nearest, "_faiss", lambda queries: None)
+        monkeypatch.setattr(best_scores, "faiss_for", lambda queries: None)
     monkeypatch.setattr(nearest, "BLOCK", 100)
     return request.param
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmasked import LLM2Vec
+from unmasked.errors import DataError
 from unmasked.forward import batches
 from unmasked.forward.batches import filling, plan_batches, tier, token_budget, windows
 from unmasked.forward.loop import running
@@ -250,3 +251,17 @@ def test_on_a_gpu_the_time_is_read_from_events_after_the_work_is_done(monkeypatc
     done()
     assert told[-1] == "wait"
     assert spent.waited == 0.75
+
+
+@pytest.mark.parametrize("width", [0, -1])
+def test_a_vector_of_no_numbers_is_refused(model, width):
+    with pytest.raises(DataError, match=f"truncate_dim {width}.*Fix: truncate_dim=1"):
+        model.encode(["a"], truncate_dim=width)
+
+
+def test_a_tokenizer_that_lost_its_padding_gives_the_same_vectors(tiny_decoder):
+    model = LLM2Vec.from_pretrained(tiny_decoder, dtype="float32", device="cpu")
+    texts = ["one", "another one that is longer"]
+    before = model.encode(texts)
+    model.tokenizer.pad_token = None
+    np.testing.assert_allclose(model.encode(texts), before, atol=1e-6)

@@ -28,12 +28,12 @@ from unmasked.checkpoint import adapters, loading
 from unmasked.errors import RecipeError
 from unmasked.recipe.schema import MNTP, Pairs, Recipe, SimCSE, Supervised
 from unmasked.train import checkpoints, devices
-from unmasked.train.callback import StageCallback
+from unmasked.train.callback import Listener, StageCallback
 from unmasked.train.data.mixing import PairCollator
 from unmasked.train.losses.mntp import BlockData, MaskedNextTokenModel, Masking
 from unmasked.train.losses.simcse import TwoViewsLoss
 from unmasked.train.losses.supervised import RankingLoss
-from unmasked.train.run import Listener, Run
+from unmasked.train.run import Run
 from unmasked.train.trainer import ContrastiveTrainer, StageTrainer, stage_arguments
 
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -119,7 +119,8 @@ def use(folder, recipe):
     What Python's own libraries take is no part of the plan, so the allocator is asked.
     """
     torch.set_num_threads(1)
-    from unmasked.train.run import Listener, Run
+    from unmasked.train.callback import Listener
+    from unmasked.train.run import Run
 
     times = []
     listener = Listener(step=lambda *_: times.append(time.perf_counter()))

@@ -10,9 +10,10 @@ import pytest
 
 from unmasked.errors import DataError
 from unmasked.recipe.schema import Recipe
+from unmasked.train.callback import Listener
 from unmasked.train.checkpoints import COMPLETE
 from unmasked.train.data.record import digest_of, write_facts
-from unmasked.train.run import Listener, Run
+from unmasked.train.run import Run
 
 LINES = {
     "texts.txt": [f"the cat sat on mat {i}" for i in range(100)],

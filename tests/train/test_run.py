@@ -17,8 +17,9 @@ from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import RecipeError
 from unmasked.forward import backbone, compiling
 from unmasked.recipe.schema import BEFORE, Recipe
+from unmasked.train.callback import Listener
 from unmasked.train.fitting import tokens_of
-from unmasked.train.run import Listener, Run
+from unmasked.train.run import Run
 
 INSTRUCTION = "Find the answer"
 

@@ -23,12 +23,13 @@ from unmasked.checkpoint import adapters
 from unmasked.errors import DataError, MissingExtraError
 from unmasked.recipe.schema import Pairs, Recipe
 from unmasked.text.templates import PLAIN
-from unmasked.train.data.mining import mine
+from unmasked.train.callback import Listener
 from unmasked.train.data.mixing import OneSourceBatches, PairCollator
 from unmasked.train.data.pairs import read_rows, split_rows, store_rows
 from unmasked.train.losses import supervised
 from unmasked.train.losses.supervised import RankingLoss
-from unmasked.train.run import Listener, Run
+from unmasked.train.mining.mining import mine
+from unmasked.train.run import Run
 
 ROWS = [
     {"query": f"question {i}", "positive": f"answer {i} " * (1 + i % 5), "negative": f"other {i}"}

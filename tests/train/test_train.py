@@ -29,11 +29,12 @@ from unmasked.recipe.files import load_recipe
 from unmasked.recipe.lora import Lora
 from unmasked.recipe.schema import Model, Recipe, SimCSE
 from unmasked.text.special_tokens import prepare_tokenizer
+from unmasked.train.callback import Listener
 from unmasked.train.data.texts import read_texts, split_held_out
 from unmasked.train.losses import mntp
 from unmasked.train.losses import simcse as contrastive
 from unmasked.train.losses.simcse import TwoViewsLoss, noise
-from unmasked.train.run import Listener, Run
+from unmasked.train.run import Run
 
 HEADS = {
     "llama": LlamaConfig(**SMALL),

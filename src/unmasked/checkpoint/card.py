@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from unmasked import __version__
 from unmasked.errors import origin_of_package
@@ -48,6 +49,8 @@ Where this loader differs from `unmasked`, which made the model:
 PLACEHOLDER = "sentence_transformers_model_id"
 """What stands for the name of a model without one; `SentenceTransformer` puts a later one there."""
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "llm2vec", "unmasked")
+TRAINED_ON = "training_datasets"
+"""The key of the front matter that names all data, also what is not on the hub."""
 LIBRARIES = ("sentence-transformers", "transformers", "torch", "peft")
 _DATA = {".csv", ".gz", ".jsonl", ".parquet", ".tsv", ".txt", ".zst"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -104,7 +107,7 @@ def render(
     told = "\n".join(f"\n## {title}\n\n{text}" for title, text in sections.items())
     name = _public_name(card.base)
     base = f"[{name}](https://huggingface.co/{name})" if name else Path(card.base).name or card.base
-    data = "".join(f"\n    - {_public_name(given) or Path(given).name}" for given in card.datasets)
+    data = "".join(f"\n    - {name}" for name in names_shown(card.datasets))
     libraries = "\n".join(f"- {name}: {number}" for name, number in versions().items())
     tasks = "".join(_task_limit(*item) for item in task_limits.items())
     origin = origin_of_package().removeprefix("git+")
@@ -185,6 +188,7 @@ def _front_matter(card: Card) -> str:
         for (task, _, metric), value in ((key.rpartition("."), v) for key, v in scores.items())
     ]
     named = Path(card.base).name or card.base
+    trained: dict[str, Any] = {TRAINED_ON: names_shown(card.datasets)} if card.datasets else {}
     data = ModelCardData(
         base_model=_public_name(card.base),
         datasets=[given for given in card.datasets if _public_name(given)] or None,
@@ -193,6 +197,7 @@ def _front_matter(card: Card) -> str:
         model_name=(card.name or f"Text encoder based on {named}") if results else None,
         pipeline_tag="sentence-similarity",
         tags=list(TAGS),
+        **trained,
     )
     return str(data.to_yaml()).strip()
 
@@ -206,6 +211,12 @@ def _public_name(given: str) -> str | None:
     """The name if it can be one of the hub; None for a file or folder of this machine."""
     local = Path(given).exists() or Path(given).suffix in _DATA
     return given if _HUB_NAME.fullmatch(given) and not local else None
+
+
+def names_shown(datasets: Sequence[str]) -> list[str]:
+    """Data sets as others may see them: hub names, and files without their folders."""
+    names = (_public_name(given) or Path(given).name for given in datasets)
+    return list(dict.fromkeys(names))
 
 
 def _scores(card: Card) -> str:

@@ -6,14 +6,24 @@ it. Cost: the upload.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from unmasked.errors import ModelError, OutputError, first_line
 
 PARTS = (
-    "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*",
-    "1_Pooling/config.json",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json",
+    "generation_config.json", "adapter_model.safetensors", "adapter_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "*.tiktoken",
+    "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "config_sentence_transformers.json", "sentence_bert_config.json", "llm2vec_config.json",
+    "README.md", "LICENSE*",
 )  # fmt: skip
+"""What a model is made of, beside the modules that `modules.json` names."""
+OF_A_MODULE = (*PARTS, "sentence_*_config.json")
+"""What is in the folder of one of them."""
+MODULES = "modules.json"
 
 
 def list_files(folder: Path) -> list[tuple[str, int]]:
@@ -26,8 +36,17 @@ def list_files(folder: Path) -> list[tuple[str, int]]:
         inner = folder / "model"
         hint = f"did you mean {inner}?" if (inner / "config.json").is_file() else "save one there."
         raise ModelError(f"{folder} does not hold a model (no config.json). Fix: {hint}")
-    found = {file for part in PARTS for file in folder.glob(part) if file.is_file()}
-    return [(str(file.relative_to(folder)), file.stat().st_size) for file in sorted(found)]
+    folder = folder.resolve()
+    found = {file for part in PARTS for file in folder.glob(part)}
+    modules = folder / MODULES
+    if modules.is_file():
+        found.add(modules)
+        for module in json.loads(modules.read_text(encoding="utf-8")):
+            inside = (folder / str(module.get("path", ""))).resolve()
+            if inside.parent == folder:
+                found |= {file for part in OF_A_MODULE for file in inside.glob(part)}
+    found = {file for file in found if file.is_file()}
+    return [(file.relative_to(folder).as_posix(), file.stat().st_size) for file in sorted(found)]
 
 
 def push(folder: Path, repository: str, private: bool = True, message: str = "Add model") -> str:

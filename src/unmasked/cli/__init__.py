@@ -18,6 +18,7 @@ import typer
 from typer import Option
 
 from unmasked import __version__
+from unmasked.cli.data.data_verbs import data
 from unmasked.cli.encode_verb import encode
 from unmasked.cli.failures import Verbs
 from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push, search
@@ -51,6 +52,7 @@ VERBS = (
 for verb in VERBS:
     app.command(cls=StageCommand if verb is train else None)(verb)
 app.add_typer(recipes, name="recipes")
+app.add_typer(data, name="data")
 
 
 def _version(wanted: bool) -> None:

@@ -18,6 +18,7 @@ MISUSED, INTERRUPTED = 2, 130
 FULL = os.strerror(errno.ENOSPC)
 KEPT = {
     "evaluate": "finished public tasks are kept in the folder of --results, nothing else",
+    "mine": "every finished shard is kept; run the same command to continue",
     "report": "figures that were drawn are kept",
 }
 """What is on the disk after an interrupted verb; those that continue say it themselves."""

@@ -18,12 +18,14 @@ from unmasked.cli import tables, terminal
 from unmasked.cli.failures import INTERRUPTED
 from unmasked.evaluate.compare import COMMAND, MACHINE, headlines
 from unmasked.evaluate.scorer import RESULTS, make_scorer
+from unmasked.evaluate.tasks.tested import is_local, texts_of_task
 from unmasked.files.writing import write_text
 from unmasked.recipe.schema import BEFORE, BIDIRECTIONAL, CAUSAL, Recipe
 
 if TYPE_CHECKING:
     from unmasked.recipe.anchors import Anchor
-    from unmasked.train.run import Listener, Run
+    from unmasked.train.callback import Listener
+    from unmasked.train.run import Run
 
 
 def run_recipe(recipe: Recipe, path: Path, anchor: Anchor | None = None) -> None:
@@ -39,9 +41,12 @@ def run_recipe(recipe: Recipe, path: Path, anchor: Anchor | None = None) -> None
     tasks = anchor.tasks if anchor else recipe.evaluate.tasks
     score = make_scorer(tasks, results=path / RESULTS) if tasks else None
     with terminal.loading("loading the libraries"):
+        from unmasked.train.checking.leaks import Leaks
         from unmasked.train.run import Run
+    leaks = Leaks({task: texts_of_task(task) for task in tasks if is_local(task)})
     with terminal.Line() as line:
-        work = Run(recipe, path, score and _with_proof(score, line), listener(line), anchor)
+        scoring = score and _with_proof(score, line)
+        work = Run(recipe, path, scoring, listener(line), anchor, leaks)
         terminal.facts(_header(work, tasks), stderr=True)
         finished = _is_finished(work)
         with telling_what_is_kept(lambda: work):
@@ -116,7 +121,7 @@ def keep_command(run: Path) -> None:
 
 def listener(line: terminal.Line) -> Listener:
     """A listener for `train.run.Run` that shows everything on a progress line."""
-    from unmasked.train.run import Listener
+    from unmasked.train.callback import Listener
 
     known: dict[str, float] = {}  # the newest value of each measure of the stage
 

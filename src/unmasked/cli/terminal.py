@@ -192,6 +192,12 @@ class Line:
         if self._plain:
             self.note(name)
 
+    def counted(self, name: str, done: int, total: int) -> None:
+        """Show how much of something is done; another name begins another piece of work."""
+        if name != self._name:
+            self.begin(name)
+        self.advance(done, total)
+
     def note(self, text: str) -> None:
         """A line that stays, above the progress line."""
         self._console.print(Text(text, style="dim"), soft_wrap=True)

@@ -161,7 +161,10 @@ def mine(
     corpus: Annotated[Path | None, Option(help="More documents: .txt, .jsonl or .csv.")] = None,
     instruction: Annotated[str, Option(help="Text put before every query.")] = "",
 ) -> None:
-    """Find hard negatives for supervised training: wrong answers that the encoder ranks highly."""
+    """Find hard negatives for supervised training: wrong answers that the encoder ranks highly.
+
+    The same command continues what was interrupted.
+    """
     from unmasked.files.source import Source
     from unmasked.recipe.files import make_recipe
 
@@ -169,7 +172,7 @@ def mine(
     check_parent(output)
     if output.suffix != ".jsonl":
         raise OutputError(f"{output} should end in .jsonl, which training reads.")
-    more = [text for _, text, _ in Source(str(corpus)).records()] if corpus else []
+    more = (text for _, text, _ in Source(str(corpus)).records()) if corpus else ()
     given: dict[str, Any] = {"name": "mine", "model": {"base": model}}
     stage = make_recipe(given | {"supervised": {"data": data}}).supervised
     assert stage is not None
@@ -178,14 +181,13 @@ def mine(
         pairs = pairs.model_copy(update={"instruction": [instruction]})
     with terminal.loading(f"loading {model}"):
         from unmasked.compat.llm2vec import LLM2Vec
-        from unmasked.train.data.mining import mine
+        from unmasked.train.mining.mining import mine
 
         encoder = LLM2Vec.from_pretrained(model)
-    with terminal.waiting("searching for negatives"):
-        settings = {"negatives": negatives, "skip": skip, "depth": depth}
-        found = mine(
-            encoder, pairs, output, margin=margin, corpus=more, tell=terminal.say, **settings
-        )
+    settings: dict[str, Any] = {"negatives": negatives, "skip": skip, "depth": depth}
+    with terminal.Line() as line:
+        settings |= {"tell": terminal.say, "progress": line.counted}
+        found = mine(encoder, pairs, output, margin=margin, corpus=more, **settings)
     terminal.show(
         f"{found.rows:,} rows, {found.negatives:,} negatives, {found.without:,} rows without any"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import metadata_load
 
 from unmasked.checkpoint import adapters
+from unmasked.checkpoint.card import TRAINED_ON
 from unmasked.checkpoint.folder import SETTINGS_NAME
 from unmasked.checkpoint.location import Location, locate
 from unmasked.errors import UnmaskedError
@@ -41,6 +42,14 @@ def find_base(model: str | Path, revision: str | None = None) -> Location:
         passed.add(place.name)
         place = _step(place) or place
     return place
+
+
+def training_data(model: str | Path, revision: str | None = None) -> list[str]:
+    """The data that a model was trained on by this package, as its card names it; perhaps none."""
+    place = _place(model, revision)
+    card = place.fetch("README.md") if place.read_json(SETTINGS_NAME) else None
+    named = (metadata_load(card) or {}).get(TRAINED_ON) if card else None
+    return [str(name) for name in named] if isinstance(named, list) else []
 
 
 def _step(place: Location) -> Location | None:

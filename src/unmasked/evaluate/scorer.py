@@ -7,7 +7,6 @@ only for a name that is not a path.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from unmasked.errors import DataError
 from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.tasks.task_files import load_task
 from unmasked.evaluate.tasks.task_vectors import Encode, encode_once
+from unmasked.evaluate.tasks.tested import WORDS, is_path
 
-WORDS = "words:"
 RESULTS = "mteb"
 """The folder inside a run folder that holds results of public tasks."""
-_FILE = re.compile(r"[/\\]|\.[a-z]+$")  # what looks like a path is one, even if it is not there
 
 Scorer = Callable[[Any], list[TaskResult]]
 _Score = Callable[[Any, Encode], TaskResult]
@@ -81,7 +79,7 @@ def _read(given: str, languages: Sequence[str] | None, results: Path) -> list[tu
 
         probe = load_probe(given.removeprefix(WORDS))
         return [(probe.name, lambda model, _: probe.score(model))]
-    if Path(given).exists() or _FILE.search(given):
+    if is_path(given):
         local = load_task(given)
         return [(local.name, lambda _, encode: local.score(encode))]
     from unmasked.evaluate.tasks.public import find_tasks, score_public

@@ -127,7 +127,9 @@ class Backbone(InputModule):
         Raises:
             ModelError: the tokenizer yields an id for which the model has no embedding.
         """
-        features = collate(rows, int(self.tokenizer.pad_token_id))
+        features = collate(
+            rows, int(self.tokenizer.pad_token_id or 0)
+        )  # padding is never looked at
         most = int(features["input_ids"].max())
         config: Any = self.auto_model.config
         known = int(config.get_text_config().vocab_size)

@@ -14,6 +14,8 @@ Others may use:
     checkpoints   what is trained, on disk and back
     devices       several processes: who writes, who waits, how work is shared
     losses/       a new loss goes here
-    data/         texts and rows, read, kept and dealt into batches; mining
+    data/         texts and rows, read, kept and dealt into batches
+    checking/     is the data safe to train on?
+    mining/       hard negatives, found by an encoder
     plan/         what a recipe will cost
 """

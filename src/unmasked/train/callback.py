@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,12 @@ def _keep_lines(metrics: Path, step: int) -> None:
 
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     write_text(metrics, "".join(line + "\n" for line in lines if step and step_of(line) <= step))
+
+
+@dataclass
+class Listener:
+    """What the caller wants to be told; every part may be left out."""
+
+    stage: Callable[[str], None] = lambda name: None
+    step: OnLog = lambda step, steps, measured: None
+    scored: Callable[[str, dict[str, float]], None] = lambda stage, scores: None

@@ -7,7 +7,8 @@ into the token file that it trains on; an adapter is attached and taken off; no 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,10 +24,11 @@ from unmasked.files.training_source import training_source
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Supervised
 from unmasked.train import devices
+from unmasked.train.checking.leaks import Leaks, keys_in
 from unmasked.train.data.mixing import OneSourceBatches
 from unmasked.train.data.pairs import read_rows, split_rows
 from unmasked.train.data.taught import check_widths, compute_vectors
-from unmasked.train.data.texts import Blocks, read_texts, split_held_out, token_file
+from unmasked.train.data.texts import Blocks, key_of, read_texts, split_held_out, token_file
 from unmasked.train.fitting import TEACHER, TOKENS, is_done
 from unmasked.train.losses.depth import depths
 from unmasked.train.losses.simcse import noise
@@ -75,7 +77,11 @@ def check_settings(recipe: Recipe, path: Path) -> None:
 
 
 def check_inputs(
-    recipe: Recipe, path: Path, encoder: TextEncoder, tell: Callable[[str], object]
+    recipe: Recipe,
+    path: Path,
+    encoder: TextEncoder,
+    tell: Callable[[str], object],
+    leaks: Leaks | None = None,
 ) -> None:
     """Refuse what does not fit the model, and texts that make no batch.
 
@@ -83,6 +89,7 @@ def check_inputs(
         recipe, path: as above.
         encoder: of the base, to try on; its weights are frozen.
         tell: given a line as the vectors of a teacher are computed.
+        leaks: the texts of the tests; those that a stage trains on are told in a warning.
 
     Raises:
         RecipeError: the model fails at the longest input of a stage, or vectors are too short.
@@ -90,16 +97,19 @@ def check_inputs(
         DataError: a faulty row, or too few of them.
     """
     trunk: Any = encoder.backbone.auto_model
+    leaks = leaks or Leaks({})
     for name, stage in _to_do(recipe, path):
         if isinstance(stage, MNTP):
             tokens = encoder.backbone.tokens
             file = token_file(stage.data, stage.max_texts, tokens, path / TOKENS)
+            _warn(leaks.told(f"{name}.data", stage.data, file.keys))
             train, held_out = file.split(stage.held_out, recipe.seed)
             Blocks(file, train, stage.block_length)
             if len(held_out):
                 Blocks(file, held_out, stage.block_length, held_out=True)
         elif isinstance(stage, SimCSE):
             texts = read_texts(stage.data, stage.max_texts)
+            _warn(leaks.told(f"{name}.data", stage.data, keys_in(texts)))
             count = len(split_held_out(texts, stage.held_out, recipe.seed)[0])
             if count < stage.batch_size:
                 raise DataError(
@@ -110,7 +120,7 @@ def check_inputs(
             with noise(trunk, stage.attention_dropout, stage.embedding_dropout):
                 pass
         else:
-            _check_pairs(stage, recipe.seed)
+            _check_pairs(stage, recipe.seed, leaks)
             width = int(encoder.get_embedding_dimension())  # type: ignore[arg-type]
             _check_teacher(stage, width)
             _check_layers(stage, encoder)
@@ -133,10 +143,22 @@ def _to_do(recipe: Recipe, path: Path) -> Iterator[tuple[str, AnyStage]]:
     return ((name, stage) for name, stage in recipe.stages() if not is_done(path / name))
 
 
-def _check_pairs(stage: Supervised, seed: int) -> None:
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        logger.warning("%s", line)
+
+
+def _check_pairs(stage: Supervised, seed: int, leaks: Leaks) -> None:
     """Read every row, and deal batches of them, which refuses a data set that fills none."""
     read = partial(read_rows, tell=logger.warning, teacher=stage.teacher)
-    counts = [sum(1 for _ in read(pairs)) for pairs in stage.data]
+    counts = []
+    for pairs in stage.data:
+        keys = array("Q")
+        counts.append(0)
+        for row in read(pairs):
+            counts[-1] += 1
+            keys.extend(map(key_of, (row.query, row.positive, *row.negatives)))
+        _warn(leaks.told("supervised.data", [pairs.path], np.frombuffer(keys, np.uint64)))
     rows = Dataset.from_dict({"source": np.repeat(np.arange(len(counts)), counts)})
     train, _ = split_rows(rows, stage.held_out, seed)
     batch, weights = stage.batch_size // devices.world(), [pairs.weight for pairs in stage.data]

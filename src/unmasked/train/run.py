@@ -19,7 +19,6 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +32,7 @@ from transformers import set_seed
 from unmasked.checkpoint.card import Card, versions
 from unmasked.checkpoint.location import Location, locate
 from unmasked.compat.llm2vec import LLM2Vec
-from unmasked.compat.origin import find_base
+from unmasked.compat.origin import find_base, training_data
 from unmasked.errors import MissingExtraError, OutputError, UnmaskedError, first_line
 from unmasked.files.writing import aside_of, folder_for_one, write_text
 from unmasked.forward import precision
@@ -51,7 +50,8 @@ from unmasked.recipe.schema import (
 )
 from unmasked.train import devices
 from unmasked.train.blending import blend
-from unmasked.train.callback import OnLog
+from unmasked.train.callback import Listener
+from unmasked.train.checking.leaks import Leaks
 from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.data.mixing import prompts_of
 from unmasked.train.fitting import TEACHER, TOKENS, StageSetup, clear, is_done
@@ -72,15 +72,6 @@ Scoring = Callable[[LLM2Vec], Sequence[Any]]
 """Scores an encoder on tasks; each result is an `evaluate.bootstrap.TaskResult`."""
 
 
-@dataclass
-class Listener:
-    """What the caller wants to be told; every part may be left out."""
-
-    stage: Callable[[str], None] = lambda name: None
-    step: OnLog = lambda step, steps, measured: None
-    scored: Callable[[str, dict[str, float]], None] = lambda stage, scores: None
-
-
 class Run:
     """A recipe and the folder it runs in.
 
@@ -92,6 +83,7 @@ class Run:
         listener: told what happens.
         anchor: a published benchmark: scores go into its folder, and only what it has figures for
             is scored.
+        leaks: the texts of the tests; a stage that trains on some of them is told in a warning.
 
     Raises:
         OutputError: the folder belongs to another recipe, or holds something else.
@@ -105,12 +97,13 @@ class Run:
         score: Scoring | None = None,
         listener: Listener | None = None,
         anchor: Anchor | None = None,
+        leaks: Leaks | None = None,
     ) -> None:
         self.recipe = recipe
         self.path = Path(path)
         self.scored = self.path / anchor.folder if anchor else self.path
         self.only = {*anchor.of_stages([name for name, _ in recipe.stages()])} if anchor else None
-        self.score = score
+        self.score, self.leaks = score, leaks
         self.listener = listener if listener and devices.is_first() else Listener()
         self._loaded: tuple[tuple[object, ...], LLM2Vec] | None = None
         devices.join()
@@ -204,7 +197,7 @@ class Run:
         if not devices.is_first():
             return
         try:
-            check_inputs(self.recipe, self.path, encoder, self.listener.stage)
+            check_inputs(self.recipe, self.path, encoder, self.listener.stage, self.leaks)
         except BaseException as error:
             if not (self.path / RECIPE).is_file():
                 # vectors of a teacher stay behind Ctrl-C: they may be hours of work
@@ -289,7 +282,9 @@ class Run:
         recipe = (self.path / RECIPE).read_text(encoding="utf-8")
         sections = {"Recipe": f"```yaml\n{recipe}```"}
         given = (item for _, stage in self.recipe.stages() for item in stage.data)
-        data = dict.fromkeys(item.path if isinstance(item, Pairs) else item for item in given)
+        before = training_data(self.recipe.model.base, self.recipe.model.revision)
+        own = (item.path if isinstance(item, Pairs) else item for item in given)
+        data = dict.fromkeys([*before, *own])
         base, proof = str(self.recipe.model.base), encoder.report.summary()
         return Card(base, proof, sections, list(data), self.results())
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from unmasked.compat.origin import training_data
 from unmasked.errors import DataError, MissingExtraError, first_line, nearest, unknown
 from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.tasks.task_vectors import finite
@@ -139,9 +140,10 @@ class Instructed(AbsEncoder):  # type: ignore[misc]
         self.model = model
         base = str(getattr(model, "base", "") or "model").rstrip("/").split("/")[-1]
         name = re.sub(r"[^\w.-]", "-", base)
-        self.mteb_model_meta = ModelMeta.create_empty(
-            overwrites={"name": f"unmasked/{name}", "revision": model.fingerprint()[:12]}
-        )
+        facts: dict[str, Any] = {"name": f"unmasked/{name}", "revision": model.fingerprint()[:12]}
+        if data := training_data(str(getattr(model, "base_name", "") or "nano")):
+            facts["training_datasets"] = set(data)
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites=facts)
 
     def encode(
         self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any

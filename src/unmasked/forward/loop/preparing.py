@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unmasked.errors import DataError
 from unmasked.forward.backbone import Backbone
 from unmasked.forward.batches import ahead, filling, plan_batches, token_budget, windows
 from unmasked.forward.packing import Packed, pack
@@ -57,6 +58,11 @@ class Request:
     @classmethod
     def of(cls, device: torch.device, options: Mapping[str, Any]) -> Request:
         """The request of a call of `encode`, which may have options for other modules as well."""
+        if (width := options.get("truncate_dim")) is not None and width < 1:
+            raise DataError(
+                f"truncate_dim {width}: that many numbers of a vector are to be kept. "
+                "Fix: truncate_dim=1 or more, None for all."
+            )
         names = {field.name for field in fields(cls)}
         return cls(device, **{name: value for name, value in options.items() if name in names})
 

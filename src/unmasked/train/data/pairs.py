@@ -242,13 +242,18 @@ def _files(pairs: Pairs) -> list[str]:
     return [f"{HUB}{name}:{subset or pairs.subset or ''}:{split or pairs.split}"]
 
 
-def store_rows(data: Sequence[Pairs], file: Path, teacher: Teacher | None = None) -> dict[str, Any]:
+def store_rows(
+    data: Sequence[Pairs],
+    file: Path,
+    tell: Callable[[str], object] = lambda said: None,
+    teacher: Teacher | None = None,
+) -> dict[str, Any]:
     """Write the rows of all data sets to an Arrow file, which `Dataset.from_file` maps.
 
     Args:
         data: the data sets.
         file: where to.
-        teacher: as in `read_rows`.
+        tell, teacher: as in `read_rows`.
 
     Returns:
         What was read, for `record.write_facts`.
@@ -258,7 +263,7 @@ def store_rows(data: Sequence[Pairs], file: Path, teacher: Teacher | None = None
     """
     count, digests = 0, list[str]()
     schema = pa.schema(list(zip(PairRow._fields, _TYPES, strict=True)))
-    read = partial(read_rows, teacher=teacher)
+    read = partial(read_rows, tell=tell, teacher=teacher)
     rows = (row for index, pairs in enumerate(data) for row in read(pairs, index))
     with written_aside(file) as out, pa.ipc.new_stream(out, schema) as writer:
         while chunk := list(islice(rows, _CHUNK)):
@@ -268,6 +273,21 @@ def store_rows(data: Sequence[Pairs], file: Path, teacher: Teacher | None = None
             count, digests = count + len(chunk), [*digests, digest_of(chunk)]
     files = [path for pairs in data for path in _files(pairs)]
     return {"source": digest_of(digests), "texts": count, "files": sizes_of(files)}
+
+
+def line_of(row: PairRow, negatives: Sequence[str]) -> dict[str, Any]:
+    """A row as `read_rows` reads it, with the instructions that its file gave it."""
+
+    def told(text: str) -> str | list[str]:
+        return [row.document_instruction, text] if row.document_instruction else text
+
+    line: dict[str, Any] = {"query": row.query, "positive": told(row.positive)}
+    if row.document_instruction:
+        line["positive"] = [line["positive"]]
+    line["negatives"] = [told(text) for text in negatives]
+    if row.query_instruction:
+        line["instruction"] = row.query_instruction
+    return line
 
 
 def split_rows(rows: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:

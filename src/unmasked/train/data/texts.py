@@ -70,6 +70,16 @@ def text_key(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
+def key_of(text: str) -> int:
+    """`text_key` as a number."""
+    return int.from_bytes(text_key(text), "big")
+
+
+def folded(text: str) -> str:
+    """A text without what tells two copies of it apart: case and white space."""
+    return " ".join(text.split()).casefold()
+
+
 @dataclass(frozen=True)
 class TokenFile:
     """N tokens of D texts, each text behind its own BOS, in the order they were read.
@@ -136,7 +146,7 @@ def _write_ids(
         file.write(np.concatenate(rows).data)  # tofile does not say that the disk is full
         for text, row in zip(chunk, rows, strict=True):
             ends.append(ends[-1] + len(row))
-            keys.append(int.from_bytes(text_key(text), "big"))
+            keys.append(key_of(text))
     return ends, keys
 
 

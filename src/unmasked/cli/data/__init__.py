@@ -1,0 +1,1 @@
+"""Verbs for training data, which need no model."""

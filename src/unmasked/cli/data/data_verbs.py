@@ -1,0 +1,97 @@
+"""`unmasked data check`: is training data safe to train on?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from unmasked.cli import terminal
+from unmasked.cli.options import check_new, check_parent
+from unmasked.errors import OutputError
+
+if TYPE_CHECKING:
+    from unmasked.train.checking.checking import Findings
+
+data = typer.Typer(no_args_is_help=True, help="Training data, looked at before it is used.")
+
+
+@data.callback()
+def of_training_data() -> None:
+    """Look at training data before it is used."""
+
+
+@data.command("check")
+def check_files(
+    files: Annotated[list[str], Argument(help="Files of texts or of pairs; see train --data.")],
+    against: Annotated[
+        list[str] | None,
+        Option(help="Task whose texts must not be trained on; as in evaluate; repeat for more."),
+    ] = None,
+    similarity: Annotated[
+        float,
+        Option(min=0.1, max=1, help="Share of runs of characters that makes a near copy; 1: none."),
+    ] = 0.8,
+    model: Annotated[
+        str | None, Option(help="Encoder that looks for false negatives.", show_default="none")
+    ] = None,
+    margin: Annotated[
+        float,
+        Option(min=0, max=1, help="Share of the answer's score within which a negative is false."),
+    ] = 0.05,
+    write: Annotated[
+        Path | None, Option(help="New .jsonl file of what is left; why is said beside it.")
+    ] = None,
+) -> None:
+    """Look for copies, for texts of tests, and for false negatives in training data.
+
+    Nothing is changed; --write makes a new file without them.
+    """
+    from unmasked.evaluate.tasks.tested import texts_of_task
+    from unmasked.recipe.files import make_recipe
+
+    if write is not None:
+        check_new(check_parent(write) or write)
+        if write.suffix != ".jsonl":
+            raise OutputError(f"{write} should end in .jsonl. Fix: --write {write.stem}.jsonl")
+    texts = [file for file in files if ":text=" in file]
+    pairs = [file for file in files if file not in texts]
+    settings = {"name": "check", "model": {"base": "none"}, "supervised": {"data": pairs}}
+    stage = make_recipe(settings).supervised
+    assert stage is not None
+    with terminal.loading("loading the libraries"):
+        from unmasked.compat.llm2vec import LLM2Vec
+        from unmasked.train.checking.checking import check_data, removed_of
+    tests = {task: texts_of_task(task) for task in against or []}
+    encoder = None
+    if model is not None:
+        with terminal.loading(f"loading {model}"):
+            encoder = LLM2Vec.from_pretrained(model)
+    options: dict[str, Any] = {"similarity": similarity, "margin": margin, "write": write}
+    with terminal.Line() as line:
+        line.begin("rows")
+        options |= {"tell": terminal.say, "progress": lambda rows: line.advance(rows, None)}
+        found = check_data([*stage.data, *texts], tests, encoder=encoder, **options)
+    _show(found)
+    if write is not None:
+        terminal.show(f"removed  {removed_of(write)}")
+        terminal.show(f"saved    {write}")
+
+
+def _show(found: Findings) -> None:
+    least, median, many, most = found.lengths
+    rows = [
+        ("rows", f"{found.rows:,}"),
+        ("characters", f"{least:,} to {most:,}; half up to {median:,}, 95 % up to {many:,}"),
+    ]
+    if found.languages:
+        told = [f"{name} {share:.0%}" for name, share in list(found.languages.items())[:5]]
+        rows.append(("languages", ", ".join(told)))
+    for reason, count in found.reasons.most_common():
+        rows.append((reason, f"{count:,}"))
+    rows.append(("left", f"{found.kept:,}"))
+    terminal.facts(rows)
+    for reason, examples in found.examples.items():
+        terminal.show("\n".join([f"{reason}:", *(f"  {example}" for example in examples)]))

@@ -1,0 +1,82 @@
+"""The texts that a task is scored on, so that training data can be compared with them.
+
+Cost: reading the files; for a public task, the download of its data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unmasked.errors import DataError, first_line
+from unmasked.evaluate.tasks import kinds
+from unmasked.evaluate.tasks.task_files import load_task
+
+WORDS = "words:"
+"""What stands before a task on words."""
+_FILE = re.compile(r"[/\\]|\.[a-z]+$")  # what looks like a path is one, even if it is not there
+LEFT_OUT = {"id", "_id", "query-id", "corpus-id", "label", "labels", "lang", "language"}
+"""Columns of public tasks that are no texts."""
+
+
+def texts_of_task(task: str, languages: Sequence[str] | None = None) -> list[str]:
+    """The different texts of a task, without those that its classifiers are trained on.
+
+    Args:
+        task: a path, ``words:PATH``, or the name of a public task or benchmark.
+        languages: of public tasks.
+
+    Raises:
+        DataError: as for scoring; also where the data of a public task cannot be loaded.
+    """
+    if task.startswith(WORDS):
+        from unmasked.evaluate.tasks.probe import load_probe
+
+        probe = load_probe(task.removeprefix(WORDS))
+        return list(dict.fromkeys(" ".join(words) for words, _ in probe.test))
+    if is_path(task):
+        local = load_task(task)
+        if isinstance(local, kinds.ClassificationTask):
+            return list(dict.fromkeys(local.test_texts))
+        return list(dict.fromkeys(text for texts in local.texts.values() for text in texts))
+    from unmasked.evaluate.tasks.public import find_tasks
+
+    found = dict[str, None]()
+    for public in find_tasks(task, languages):
+        try:
+            public.load_data()
+        except OSError as error:
+            raise DataError(
+                f"mteb task {public.metadata.name}: its data cannot be loaded "
+                f"({first_line(error)[:200]}). Fix: connect to the network, or use a machine whose "
+                "Hugging Face cache has the data."
+            ) from error
+        splits = set(public.metadata.eval_splits)
+        found.update(dict.fromkeys(_strings(public.dataset, splits)))
+    return list(found)
+
+
+def is_path(task: str) -> bool:
+    """Whether a task is named by a path, not by a public name."""
+    return Path(task).exists() or _FILE.search(task) is not None
+
+
+def is_local(task: str) -> bool:
+    """Whether its texts are in files; those of public tasks are loaded when they are scored."""
+    return task.startswith(WORDS) or is_path(task)
+
+
+def _strings(data: Any, splits: Iterable[str]) -> Iterator[str]:
+    """Every text in the test splits of the nested dictionaries and tables of a public task."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, Mapping):
+        kept = set(data) & set(splits) or set(data) - LEFT_OUT - {"train", "validation"}
+        for name in data:
+            if name in kept and name != "relevant_docs":
+                yield from _strings(data[name], splits)
+    elif isinstance(data, Iterable):
+        for item in data:
+            yield from _strings(item, splits)

@@ -1,0 +1,100 @@
+"""The documents in a band of ranks for each query, without those that answer it.
+
+An answer is every positive of the query, in whatever row, and what equals one, or the query, apart
+from case and white space. The search is exact: all queries against all documents, one shard of
+each at a time.
+
+Shapes: Q distinct queries, N distinct documents, R rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from unmasked.forward.nearest.best_scores import BestScores, add_products
+from unmasked.train.mining import work_folder
+from unmasked.train.mining.work_folder import NumberedArrays, Progress
+
+FOUND = np.dtype([("place", np.int64), ("score", np.float32)])
+"""A document and its cosine to the query; place -1 where there was none."""
+
+
+class Answers:
+    """Which documents answer which query.
+
+    Args:
+        queries: (R,) the query of each row, by number.
+        documents: (R,) its positive, by number.
+        query_keys: (Q,) equal for queries that are equal when folded.
+        document_keys: (N,) the same of the documents.
+    """
+
+    def __init__(
+        self,
+        queries: np.ndarray,
+        documents: np.ndarray,
+        query_keys: np.ndarray,
+        document_keys: np.ndarray,
+    ) -> None:
+        order = np.argsort(queries, kind="stable")
+        self._answers = document_keys[documents[order]]
+        self._ends = np.searchsorted(queries[order], np.arange(len(query_keys) + 1))
+        self._query_keys, self._document_keys = query_keys, document_keys
+        self._known, self._times = np.unique(document_keys, return_counts=True)
+
+    def keys(self, query: int) -> np.ndarray:
+        """The keys of everything that answers a query, each once."""
+        own = self._answers[self._ends[query] : self._ends[query + 1]]
+        return np.unique(np.append(own, self._query_keys[query]))
+
+    def number(self, query: int) -> int:
+        """How many documents answer a query."""
+        keys = self.keys(query)
+        there = np.minimum(np.searchsorted(self._known, keys), len(self._known) - 1)
+        return int(self._times[there][self._known[there] == keys].sum())
+
+    def among(self, query: int, documents: np.ndarray) -> np.ndarray:
+        """Which of some documents answer a query."""
+        return np.isin(self._document_keys[documents], self.keys(query))
+
+
+def search_bands(
+    bands: NumberedArrays,
+    queries: NumberedArrays,
+    documents: NumberedArrays,
+    answers: Answers,
+    ranks: tuple[int, int],
+    progress: Progress,
+    device: Any = "cpu",
+) -> None:
+    """Make the shards of what was found: (Q, W) of `FOUND`, the nearest first.
+
+    Args:
+        bands: to be made; those that are there stay.
+        queries, documents: vectors of length 1.
+        answers: to be left out.
+        ranks: the first rank of the band and the one behind its last, from 0; W lie between.
+        progress: told of every block.
+        device: where the product is computed.
+    """
+    first, last = ranks
+    blocks, shard = len(documents), work_folder.SHARD
+
+    def find(begin: int, end: int) -> np.ndarray:
+        most = last + max(answers.number(query) for query in range(begin, end))
+        best = BestScores(end - begin, min(most, documents.count))
+        asked = np.ascontiguousarray(queries.load(begin // shard))
+        for number in range(blocks):
+            add_products(best, asked, documents.load(number), number * shard, device=device)
+            progress("searching", begin // shard * blocks + number + 1, len(queries) * blocks)
+        found = np.zeros((end - begin, last - first), FOUND)
+        found["place"] = -1
+        for row, (scores, places) in enumerate(zip(*best.result(), strict=True)):
+            kept = np.flatnonzero(~answers.among(begin + row, places))[first:last]
+            found["place"][row, : len(kept)] = places[kept]
+            found["score"][row, : len(kept)] = scores[kept]
+        return found
+
+    bands.make(find, lambda rows: None)
