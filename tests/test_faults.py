@@ -18,8 +18,9 @@ from unmasked import LLM2Vec
 from unmasked.errors import ModelError, NotBidirectionalError
 from unmasked.mask.opening import open_config
 from unmasked.recipe.schema import Recipe
+from unmasked.text.special_tokens import prepare_tokenizer
 from unmasked.text.templates import named
-from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.text.tokens import TextTokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["one text", "another, longer one", "한국어 문장", ""]

@@ -41,7 +41,8 @@ from unmasked.forward.words import word_vectors
 from unmasked.mask.opening import learned_positions
 from unmasked.mask.proof import Proof, prove
 from unmasked.text.inputs import listed, split_pairs
-from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.text.special_tokens import prepare_tokenizer
+from unmasked.text.tokens import TextTokenizer
 
 
 class TextEncoder(SentenceTransformer):

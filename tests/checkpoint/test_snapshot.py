@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoTokenizer
 from unmasked import LLM2Vec
 from unmasked.checkpoint.snapshot import read_options
 from unmasked.errors import ModelError, OutputError
+from unmasked.text.special_tokens import MARK, surrounding_ids
 from unmasked.text.templates import PLAIN
-from unmasked.text.tokens import MARK, surrounding_ids
 
 TEXTS = ["a cat on a mat", "한국어 문장", "one two three four five six seven eight nine ten"]
 

@@ -19,8 +19,8 @@ from unmasked import LLM2Vec
 from unmasked.compat.counting import CountingTokenizer
 from unmasked.compat.original import PUBLISHED
 from unmasked.errors import ModelError
+from unmasked.text.special_tokens import prepare_tokenizer
 from unmasked.text.templates import named
-from unmasked.text.tokens import prepare_tokenizer
 
 MNTP, SUPERVISED = f"{OWNER}/LLM2Vec-Tiny-mntp", f"{OWNER}/LLM2Vec-Tiny-mntp-supervised"
 BASE = "llamas/Tiny-Instruct"

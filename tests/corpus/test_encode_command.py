@@ -47,10 +47,10 @@ def test_a_folder_of_shards(cli, tiny_decoder, corpus, sentences):
         0,
         "8 vectors of 16 numbers in out; 1 rows skipped, listed in out/_manifest.jsonl\n",
     )
-    assert "ignored files of another kind: corpus/notes.md" in err
+    assert "left out, files of another kind: 1 .md (corpus/notes.md)" in err
     assert "encoding 9/9" in err and "texts/s" in err
     table = pq.read_table("out")
-    assert table.column_names == ["row", "id", "year", "vector"]
+    assert table.column_names == ["row", "id", "file", "year", "vector"]
     expected = LLM2Vec.from_pretrained(tiny_decoder, device="cpu").encode(
         sentences, truncate_dim=16, normalize_embeddings=True
     )

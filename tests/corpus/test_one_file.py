@@ -30,7 +30,7 @@ def test_vectors_are_those_of_encode_whatever_the_window(model, given, tmp_path,
         done = encode_corpus(
             model, Source(path), output, window=window, progress=lambda rows, _: seen.append(rows)
         )
-        assert done == (*expected.shape, 0)
+        assert done == (*expected.shape, 0, 0)
         vectors = np.load(output)
         assert vectors.dtype == np.float32
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
@@ -66,7 +66,7 @@ def test_parquet_has_rows_ids_and_fixed_size_vectors(model, given, tmp_path, sen
 def test_options_reach_the_model(model, given, tmp_path):
     path = given("a.txt", "one text\nanother text\n")
     options = Encoding(prompt="Find it:\n", normalize=True, truncate_dim=8, batch_size=1)
-    assert encode_corpus(model, Source(path), tmp_path / "v.npy", options) == (2, 8, 0)
+    assert encode_corpus(model, Source(path), tmp_path / "v.npy", options) == (2, 8, 0, 0)
     vectors = np.load(tmp_path / "v.npy")
     expected = model.encode(
         [["Find it:\n", "one text"], ["Find it:\n", "another text"]], show_progress_bar=False
@@ -122,7 +122,7 @@ def test_vectors_that_are_not_finite_are_refused(tiny_decoder, given, tmp_path):
 
 def test_standard_input(model, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("한국어\nword\n".encode())))
-    assert encode_corpus(model, Source("-"), tmp_path / "v.npy") == (2, 32, 0)
+    assert encode_corpus(model, Source("-"), tmp_path / "v.npy") == (2, 32, 0, 0)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff\n")))
     with pytest.raises(DataError, match="standard input, line 2: not UTF-8"):
         encode_corpus(model, Source("-"), tmp_path / "w.npy")
@@ -140,7 +140,7 @@ def test_skipped_rows_of_one_file_are_listed(model, given, tmp_path):
     path = given("a.txt", b"one\n\ncaf\xe9\nfour\n")
     for kind in (".npy", ".safetensors", ".parquet"):
         output = tmp_path / f"v{kind}"
-        assert encode_corpus(model, Source(path), output, skip=True, window=2) == (2, 32, 2)
+        assert encode_corpus(model, Source(path), output, skip=True, window=2) == (2, 32, 2, 0)
         listed = (tmp_path / "v.skipped.jsonl").read_text().splitlines()
         assert [json.loads(line)["row"] for line in listed] == [1, 2]
     import pyarrow.parquet as pq

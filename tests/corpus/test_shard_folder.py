@@ -58,7 +58,7 @@ def test_parts_together_hold_every_row_once(model, corpus, tmp_path):
     source = Source(str(corpus), **{**SKIPPING, "keep": ()})
     folder = tmp_path / "v"
     done = make(model, source, folder, Shards(rows=7, window=3, skip=True))
-    assert done == (16, 32, 4)
+    assert done == (16, 32, 4, 0)
     lines = said(folder)
     assert [line["file"] for line in lines[1:-1]] == [f"part-00000{i}.parquet" for i in range(3)]
     assert [line["first_row"] for line in lines[1:-1]] == [0, 7, 14]
@@ -359,12 +359,12 @@ def test_standard_input_continues_only_with_the_same_texts(model, tmp_path, monk
         return encode_folder(engine, Source("-"), tmp_path / folder, encoding, Shards(rows=2))
 
     text = "one\ntwo\nthree\nfour\nfive\n"
-    assert run(text) == (5, 32, 0)
+    assert run(text) == (5, 32, 0, 0)
     whole = {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()}
     manifest = tmp_path / "v" / "_manifest.jsonl"
     manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:2]))
     (tmp_path / "v" / "part-000001.parquet").unlink()
-    assert run(text) == (5, 32, 0)
+    assert run(text) == (5, 32, 0, 0)
     assert {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()} == whole
     with pytest.raises(DataError, match="rows 2 to 3 are not those"):
         run(text.replace("three", "tree"))

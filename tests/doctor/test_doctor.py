@@ -13,7 +13,8 @@ from unmasked.doctor.requirements import requirements
 from unmasked.errors import ModelError
 from unmasked.mask.opening import open_config
 from unmasked.mask.proof import Proof
-from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.text.special_tokens import prepare_tokenizer
+from unmasked.text.tokens import TextTokenizer
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ def encode(begun: Any, model: str, source: dict, folder: str, limits: dict, **op
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from unmasked import LLM2Vec
-    from unmasked.corpus import Encoding, Local, Shards, encode_folder
+    from unmasked.corpus import Chunks, Encoding, Local, Shards, encode_folder
     from unmasked.files.source import Source
 
     encoder = LLM2Vec.from_pretrained(model, max_length=32, device="cpu")
@@ -27,6 +27,8 @@ def encode(begun: Any, model: str, source: dict, folder: str, limits: dict, **op
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits["bytes"], limits["bytes"]))
     begun.set()
     encoding, shards = options.pop("encoding", {}), options.pop("shards", {})
+    if "chunks" in options:
+        encoding = {**encoding, "chunks": Chunks(**options.pop("chunks"))}
     encode_folder(
         Local(lambda: encoder), Source(**source), folder, Encoding(**encoding), Shards(**shards)
     )
@@ -54,7 +56,7 @@ class Runner:
         """To the end; how many seconds it took without loading."""
         process = self.start(*arguments, **options)
         begun = time.monotonic()
-        process.join(240)
+        process.join(3000)
         assert process.exitcode == 0
         return time.monotonic() - begun
 

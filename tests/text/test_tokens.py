@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from unmasked.errors import DataError, ModelError
+from unmasked.text.special_tokens import MARK, prepare_tokenizer, surrounding_ids
 from unmasked.text.templates import Template
-from unmasked.text.tokens import MARK, TextTokenizer, prepare_tokenizer, surrounding_ids
+from unmasked.text.tokens import TextTokenizer
 
 TEXTS = [
     "hello world",

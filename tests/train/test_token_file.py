@@ -15,7 +15,8 @@ from unmasked.errors import DataError
 from unmasked.forward.packing import enable_packing, pack_documents
 from unmasked.mask.opening import open_config
 from unmasked.mask.proof import open_mask
-from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.text.special_tokens import prepare_tokenizer
+from unmasked.text.tokens import TextTokenizer
 from unmasked.train.data.texts import Blocks, token_file
 from unmasked.train.losses import mntp
 

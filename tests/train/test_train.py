@@ -27,7 +27,7 @@ from unmasked.errors import DataError, ModelError, OutputError, RecipeError, Unm
 from unmasked.mask.opening import open_config
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Lora, Model, Recipe, SimCSE
-from unmasked.text.tokens import prepare_tokenizer
+from unmasked.text.special_tokens import prepare_tokenizer
 from unmasked.train.data.texts import read_texts, split_held_out
 from unmasked.train.losses import mntp
 from unmasked.train.losses import simcse as contrastive

@@ -7,7 +7,7 @@ makes some servers silently pool the wrong token, so the files here follow the o
     config.json, model.safetensors       the transformer, `is_causal: false`
     tokenizer.json, tokenizer_config.json
     modules.json, 1_Pooling/config.json, sentence_bert_config.json, 2_Normalize/, 2_Dense/ ...
-    config_sentence_transformers.json    prompts; an empty one is `tokens.MARK`, see there
+    config_sentence_transformers.json    prompts; an empty one is `special_tokens.MARK`, see there
     llm2vec_config.json                  what only this package and the original read
     README.md                            model card
 
@@ -40,8 +40,8 @@ from unmasked.checkpoint.weights import without_bars
 from unmasked.errors import ModelError
 from unmasked.files.writing import folder_aside
 from unmasked.mask.opening import NATIVE_KEY
+from unmasked.text.special_tokens import MARK, probe_text, surrounding_ids
 from unmasked.text.templates import PLAIN, Template, read_template
-from unmasked.text.tokens import MARK, probe_text, surrounding_ids
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def write_folder(
     Args:
         path: folder to write.
         model: bare transformer, adapters merged.
-        tokenizer: as made by `tokens.prepare_tokenizer`.
+        tokenizer: as made by `special_tokens.prepare_tokenizer`.
         settings: pooling and lengths.
         stock_pooling: ``pooling_mode`` and ``include_prompt`` of the stock `Pooling` module.
         options: ``prompts`` (name → prompt; an empty prompt leaves BOS out of pooling all the

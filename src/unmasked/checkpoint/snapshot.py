@@ -26,8 +26,8 @@ from unmasked.checkpoint.card import Card
 from unmasked.checkpoint.location import Location
 from unmasked.errors import ModelError, first_line
 from unmasked.mask.proof import stock_loading
+from unmasked.text.special_tokens import MARK
 from unmasked.text.templates import Template
-from unmasked.text.tokens import MARK
 
 logger = logging.getLogger(__name__)
 

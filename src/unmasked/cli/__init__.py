@@ -20,8 +20,9 @@ from typer import Option
 from unmasked import __version__
 from unmasked.cli.encode_verb import encode
 from unmasked.cli.failures import Verbs
-from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push, serve
+from unmasked.cli.model_verbs import analyse, convert, doctor, evaluate, push, search
 from unmasked.cli.shipping.export_verbs import export, prove, verify
+from unmasked.cli.shipping.serve_verb import serve
 from unmasked.cli.training_verbs import (
     StageCommand,
     demo,
@@ -42,8 +43,8 @@ app = typer.Typer(
     epilog="Begin with: unmasked demo",
 )
 VERBS = (
-    *(demo, convert, run, train, mine, plan, encode, serve, evaluate, analyse, doctor, report),
-    *(push, export, verify, prove),
+    *(demo, convert, run, train, mine, plan, encode, search, serve, evaluate, analyse, doctor),
+    *(report, push, export, verify, prove),
 )
 for verb in VERBS:
     app.command(cls=StageCommand if verb is train else None)(verb)

@@ -17,7 +17,18 @@ from typer import Argument, Option
 
 from unmasked.cli import terminal
 from unmasked.cli.failures import INTERRUPTED
-from unmasked.cli.options import DTYPE, MODEL
+from unmasked.cli.options import (
+    CHUNK,
+    COLUMN,
+    DTYPE,
+    LATE,
+    MODEL,
+    OVERLAP,
+    PROMPT_NAME,
+    WHOLE,
+    divided,
+    documents,
+)
 from unmasked.errors import OutputError
 
 if TYPE_CHECKING:
@@ -25,6 +36,13 @@ if TYPE_CHECKING:
     from unmasked.corpus import Encoded, OnRay, Progress
     from unmasked.corpus.local import Load
     from unmasked.files.source import Source
+
+_ONE_FILE = (
+    "{} is one file: its suffix says its format, and one process writes it. "
+    "Fix: name a folder, or leave out --format, --shard and --engine ray."
+)
+WHOLE_TEXT = 1_000_000
+"""Bytes from which a text is refused that is not divided; one that is may be as long as a line."""
 
 INPUT = Annotated[
     str,
@@ -38,10 +56,8 @@ OUTPUT = Annotated[
     str,
     Option("-o", "--output", help="Folder of shards; or one .npy, .parquet or .safetensors file."),
 ]
-COLUMN = Annotated[str, Option(help="Column that holds the text (ignored for .txt).")]
 KEEP = Annotated[str | None, Option(help="Columns to put beside the vectors: a,b,c.")]
 PROMPT = Annotated[str | None, Option(help="Text put before every input.")]
-PROMPT_NAME = Annotated[str | None, Option(help="Name of a prompt of the model.")]
 BATCH_SIZE = Annotated[
     int | None, Option(min=1, help="Maximum number of texts per forward.", show_default="by tokens")
 ]
@@ -64,7 +80,14 @@ ON_ERROR = Annotated[
     Literal["fail", "skip"],
     Option(help="At a row without usable text: stop, or list it and go on."),
 ]
-BYTES = Annotated[int, Option(min=1, help="Texts of this many bytes or more are refused.")]
+BYTES = Annotated[
+    int | None,
+    Option(
+        min=1,
+        help="Texts of this many bytes or more are refused.",
+        show_default="1000000; 64 MiB with --chunk",
+    ),
+]
 ENGINE = Annotated[
     Literal["local", "ray"], Option(help="Run one model in this process, or several on Ray.")
 ]
@@ -94,6 +117,10 @@ def encode(
     output: OUTPUT,
     text_column: COLUMN = "text",
     keep: KEEP = None,
+    whole_files: WHOLE = False,
+    chunk: CHUNK = None,
+    overlap: OVERLAP = 0,
+    late: LATE = False,
     prompt: PROMPT = None,
     prompt_name: PROMPT_NAME = None,
     batch_size: BATCH_SIZE = None,
@@ -105,7 +132,7 @@ def encode(
     shard_rows: SHARD_ROWS = 32768,
     shard: SHARD = None,
     on_error: ON_ERROR = "fail",
-    max_bytes: BYTES = 1_000_000,
+    max_bytes: BYTES = None,
     engine: ENGINE = "local",
     workers: WORKERS = None,
     dtype: DTYPE = "auto",
@@ -118,25 +145,25 @@ def encode(
     The same command continues a folder: shards that are whole are kept.
     """
     from unmasked import corpus
+    from unmasked.files.readers import LONGEST_LINE
     from unmasked.files.source import Source
 
+    chunks = divided(chunk, overlap, late)
     path = Path(output)
     one_file = bool(path.suffix) and not output.endswith("/")
     columns = tuple(word.strip() for word in (keep or "").split(",") if word.strip())
-    source = Source(texts, text_column, keep=columns, max_bytes=max_bytes)
-    encoding = corpus.Encoding(prompt, prompt_name, batch_size, normalize, truncate_dim, precision)
+    most = max_bytes or (WHOLE_TEXT if chunks is None else LONGEST_LINE)
+    source = Source(documents(texts, whole_files), text_column, keep=columns, max_bytes=most)
+    numbers = (normalize, truncate_dim, precision, chunks)
+    encoding = corpus.Encoding(prompt, prompt_name, batch_size, *numbers)
     part, skip = corpus.parse_part(shard) if shard else (1, 1), on_error == "skip"
     # Another machine's working directory is another one; 'nano' is the bundled decoder everywhere.
     name = str(Path(model).resolve()) if model != "nano" and Path(model).exists() else model
     load = partial(_load, name, dtype, quantize, compile)
     if one_file and (format or part != (1, 1) or engine == "ray"):
-        raise OutputError(
-            f"{output} is one file: its suffix says its format, and one process writes it. "
-            "Fix: name a folder, or leave out --format, --shard and --engine ray."
-        )
+        raise OutputError(_ONE_FILE.format(output))
     given: dict[str, Any] = {"source": source, "encoding": encoding, "overwrite": overwrite}
-    if source.ignored:
-        terminal.say(f"ignored files of another kind: {', '.join(source.ignored[:5])}")
+    _say_left_out(source)
     if one_file:
         corpus.check_output(path, overwrite)
         write = partial(corpus.encode_corpus, output=path, skip=skip, ranges=ranges, **given)
@@ -148,10 +175,26 @@ def encode(
         write = partial(corpus.encode_folder, folder=path, shards=shards, **given)
         done, waited = _to_folder(load, write, path, actors)
         listed = corpus.Manifest(path, part).path
+    _say_done(done, waited, path, listed)
+
+
+def _say_done(done: Encoded, waited: float | None, path: Path, listed: Path) -> None:
     left_out = f"; {done.skipped:,} rows skipped, listed in {listed}" if done.skipped else ""
     terminal.show(f"{done.rows:,} vectors of {done.width} numbers in {path}{left_out}")
     if waited is not None:
         terminal.say(f"while encoding, the device waited for texts {waited:.0%} of the time")
+    if done.cut:
+        terminal.show(
+            f"{done.cut:,} texts are longer than the model's max_length, and only the beginning of "
+            "each counts. Fix: --chunk 256 makes passages of them."
+        )
+
+
+def _say_left_out(source: Source) -> None:
+    if left_out := source.left_out:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
+        first, more = source.ignored[:3], ", ..." if len(source.ignored) > 3 else ""
+        terminal.say(f"left out, files of another kind: {counts} ({', '.join(first)}{more})")
 
 
 def _load(name: str, dtype: str, quantize: str | None, compile: str) -> LLM2Vec:

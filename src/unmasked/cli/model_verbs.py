@@ -1,8 +1,10 @@
-"""Verbs for a whole model: convert, evaluate, analyse, doctor, serve, push."""
+"""Verbs for a whole model: convert, evaluate, search, analyse, doctor, push."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,12 +14,27 @@ from typer import Argument, Option
 
 from unmasked.cli import terminal
 from unmasked.cli.failures import MISUSED
-from unmasked.cli.options import DTYPE, JSON_FILE, MODEL, NEW_FOLDER, Pooling
-from unmasked.errors import MissingExtraError
+from unmasked.cli.options import (
+    CHUNK,
+    COLUMN,
+    DTYPE,
+    JSON_FILE,
+    LATE,
+    MODEL,
+    NEW_FOLDER,
+    OVERLAP,
+    PROMPT_NAME,
+    WHOLE,
+    Dtype,
+    Pooling,
+    divided,
+    documents,
+)
+from unmasked.errors import DataError
 from unmasked.files.writing import write_text
 
 if TYPE_CHECKING:
-    from unmasked.compat.llm2vec import LLM2Vec
+    pass
 
 
 def convert(
@@ -129,6 +146,99 @@ def evaluate(
         write_text(json_file, json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
 
 
+VECTORS = Annotated[
+    str,
+    Argument(
+        metavar="VECTORS|CORPUS",
+        help="Folder or file that unmasked encode wrote; or texts, encoded for this time.",
+    ),
+]
+QUERY = Annotated[
+    str | None, Argument(help="What to look for.", show_default="asked for, one after another")
+]
+TEXTS = Annotated[
+    str | None,
+    Option(
+        help="The texts that were encoded, to show them; not needed where they were kept with "
+        "--keep text."
+    ),
+]
+QUERY_PROMPT = Annotated[
+    str | None, Option(help="Text put before a query.", show_default="the model's for queries")
+]
+STORED_DTYPE = Annotated[
+    Dtype | None,
+    Option(help="Number type of the weights.", show_default="that of the vectors, or auto"),
+]
+
+
+def search(
+    where: VECTORS,
+    query: QUERY = None,
+    model: Annotated[str, Option(help="The model that encoded: its name or folder.")] = ...,  # type: ignore[assignment]
+    top: Annotated[int, Option(min=1, help="How many texts to show.")] = 10,
+    texts: TEXTS = None,
+    text_column: COLUMN = "text",
+    whole_files: WHOLE = False,
+    chunk: CHUNK = None,
+    overlap: OVERLAP = 0,
+    late: LATE = False,
+    prompt: QUERY_PROMPT = None,
+    prompt_name: PROMPT_NAME = None,
+    dtype: STORED_DTYPE = None,
+    json_file: JSON_FILE = None,
+) -> None:
+    """Show the nearest texts of an encoded corpus, with scores (cosine); exact, for looking.
+
+    Without a query it asks for one after another, until an empty line.
+    """
+    from unmasked.cli import tables
+    from unmasked.corpus import search as room
+    from unmasked.files.source import Source
+
+    stored = room.open_vectors(where) if room.are_vectors(Path(where)) else None
+    chunks = divided(chunk, overlap, late)
+    if stored is not None and chunks is not None:
+        raise DataError(f"--chunk divides texts, and {where} holds vectors. Fix: leave it out.")
+    made = stored.settings if stored is not None else {}
+    with terminal.loading(f"loading {model}"):
+        from unmasked.compat.llm2vec import LLM2Vec
+
+        encoder = LLM2Vec.from_pretrained(
+            model, dtype=dtype or made.get("dtype", "auto"), quantize=made.get("quantize")
+        )
+    prompts = {"prompt": prompt, "prompt_name": prompt_name}
+    if stored is None:
+        source = Source(documents(where, whole_files), text_column)
+        with terminal.Line() as line:
+            line.begin("encoding")
+            told = partial(line.advance, total=None)
+            found = room.search_texts(encoder, source, chunks, progress=told, **prompts)
+    else:
+        of = Source(documents(texts, whole_files), text_column) if texts else None
+        found = room.VectorSearch(encoder, stored, of, **prompts)
+    answers = []
+    for asked in [query] if query is not None else _queries():
+        (hits,) = found([asked], top)
+        tables.show_hits(hits)
+        answers.append({"query": asked, "hits": [hit._asdict() for hit in hits]})
+    if json_file:
+        write_text(json_file, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+
+
+def _queries() -> Iterator[str]:
+    """Queries that are typed, or lines of standard input, until an empty one."""
+    shown = "query: " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            asked = input(shown).strip()
+        except EOFError:
+            return
+        if not asked:
+            return
+        yield asked
+
+
 def analyse(
     model: MODEL,
     task: Annotated[
@@ -197,94 +307,3 @@ def push(
     with terminal.waiting("uploading"):
         address = hub.push(folder, repository, private=not public)
     terminal.show(f"pushed  {address}")
-
-
-EXTRA_OF_SERVE = ("fastapi", "prometheus_client", "starlette", "uvicorn")
-SERVED = Annotated[
-    list[str],
-    Argument(
-        metavar="MODEL",
-        help="Hub name, folder, or 'nano'; NAME=MODEL says what clients call it.",
-    ),
-]
-HOST = Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")]
-PORT = Annotated[int, Option(min=0, max=65535, help="Port; 0 for any that is free.")]
-KEYS = Annotated[
-    Path | None,
-    Option(help="API keys, one a line; or set UNMASKED_API_KEYS.", show_default="no keys"),
-]
-INPUTS = Annotated[int, Option(min=1, help="Maximum number of texts per request.")]
-BODY = Annotated[int, Option(min=1, help="Maximum size of a request in MiB.")]
-TOKENS = Annotated[
-    int | None, Option(min=2, help="Maximum number of tokens per text.", show_default="the model's")
-]
-CUT = Annotated[
-    bool, Option("--truncate", help="Cut texts that are too long where a request does not say.")
-]
-QUEUE = Annotated[
-    int, Option(min=1, help="Texts that may wait; beyond, requests are refused (429).")
-]
-TIMEOUT = Annotated[float, Option(min=0.1, help="Seconds until a request is given up.")]
-WAIT = Annotated[float, Option(min=0, help="Milliseconds that a text may wait for others.")]
-BATCH = Annotated[
-    int | None,
-    Option(min=1, help="Maximum number of tokens per forward.", show_default="by device"),
-]
-EIGHT_BITS = Annotated[
-    Literal["int8", "fp8"] | None,
-    Option(help="8-bit weights (int8 on a CPU, fp8 on a GPU): faster and less exact."),
-]
-
-
-def serve(
-    models: SERVED,
-    host: HOST = "127.0.0.1",
-    port: PORT = 8000,
-    api_key_file: KEYS = None,
-    max_inputs: INPUTS = 2048,
-    max_body: BODY = 8,
-    max_tokens: TOKENS = None,
-    truncate: CUT = False,
-    max_queue: QUEUE = 4096,
-    timeout: TIMEOUT = 60.0,
-    wait_ms: WAIT = 2.0,
-    batch_tokens: BATCH = None,
-    dtype: DTYPE = "auto",
-    quantize: EIGHT_BITS = None,
-) -> None:
-    """Answer OpenAI's /v1/embeddings and TEI's /embed over HTTP, until SIGTERM or Ctrl-C."""
-    with terminal.waiting("starting"):
-        try:
-            from unmasked import serve as server
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] not in EXTRA_OF_SERVE:
-                raise
-            raise MissingExtraError(str(error.name), "serve") from error
-    names, keys = server.model_names(models), server.read_keys(api_key_file)
-    limits = server.Limits(
-        max_body << 20,
-        max_inputs,
-        max_tokens,
-        truncate,
-        max_queue,
-        timeout,
-        wait_ms / 1000,
-        batch_tokens,
-    )
-    with server.bind(host, port) as taken:
-        encoders = {name: _load(model, dtype, quantize) for name, model in names.items()}
-        if host not in ("127.0.0.1", "::1", "localhost") and not keys:
-            terminal.say(f"anyone who reaches {host} can use this server: it has no API keys")
-        with server.Service(encoders, limits) as service:
-            said = ", ".join(names)
-            server.run_server(
-                service, keys, taken, lambda url: terminal.show(f"{said} at {url}/v1 (page: /docs)")
-            )
-    terminal.say("stopped; every request that was accepted has its answer")
-
-
-def _load(name: str, dtype: str, quantize: str | None) -> LLM2Vec:
-    with terminal.loading(f"loading {name}"):
-        from unmasked.compat.llm2vec import LLM2Vec
-
-        return LLM2Vec.from_pretrained(name, dtype=dtype, quantize=quantize)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
-from unmasked.errors import OutputError
+from unmasked.errors import DataError, OutputError
+
+if TYPE_CHECKING:
+    from unmasked.text.passages import Chunks
 
 Pooling = Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"]
 Dtype = Literal["auto", "checkpoint", "float32", "bfloat16", "float16"]
@@ -76,6 +79,51 @@ def check_parent(path: Path | None) -> Path | None:
         reason = f"{path} cannot be written: {error.strerror}"
         raise OutputError(f"{reason}. Fix: give a place where files can be made.") from error
     return path
+
+
+COLUMN = Annotated[str, Option(help="Column that holds the text (ignored for .txt).")]
+PROMPT_NAME = Annotated[str | None, Option(help="Name of a prompt of the model.")]
+WHOLE = Annotated[
+    bool,
+    Option(
+        "--whole-files",
+        help="Each file of the folder is one text, with its path as id: .txt, .md, .rst, .html, "
+        ".pdf, .docx.",
+    ),
+]
+CHUNK = Annotated[
+    int | None,
+    Option(
+        min=1,
+        metavar="TOKENS",
+        help="Divide texts into passages of at most so many tokens, along sentences.",
+        show_default="a text is cut at the model's max_length, and counted",
+    ),
+]
+OVERLAP = Annotated[
+    int, Option(min=0, metavar="TOKENS", help="Tokens that a passage shares with the one before.")
+]
+LATE = Annotated[
+    bool,
+    Option("--late", help="Pool each passage from one forward over its whole document."),
+]
+
+
+def divided(chunk: int | None, overlap: int, late: bool) -> Chunks | None:
+    """How texts become passages; None if they stay whole."""
+    from unmasked.corpus import Chunks
+
+    if chunk is None and (overlap or late):
+        given = "--late" if late else f"--overlap {overlap}"
+        raise DataError(f"{given} is about passages. Fix: --chunk 256 {given}.")
+    return None if chunk is None else Chunks(chunk, overlap, late)
+
+
+def documents(texts: str, whole_files: bool) -> str:
+    """The name of texts, or of a folder of which each file is one."""
+    from unmasked.files.documents import PREFIX
+
+    return f"{PREFIX}{texts}" if whole_files and not texts.startswith(PREFIX) else texts
 
 
 NEW_FOLDER = Annotated[Path, Option("-o", "--output", callback=check_new, help="New folder.")]

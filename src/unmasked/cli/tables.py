@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from unmasked.cli.terminal import duration, facts, short, show, show_table
@@ -16,6 +17,7 @@ from unmasked.evaluate.bootstrap import Interval
 from unmasked.evaluate.compare import EncoderScore, compare_stages, headline_metrics, headlines
 
 if TYPE_CHECKING:
+    from unmasked.corpus.search import Hit
     from unmasked.demo import DemoSearch
     from unmasked.evaluate.analysis import Analysis
     from unmasked.recipe.schema import Recipe
@@ -170,3 +172,16 @@ def _limits(value: Interval) -> str:
     if value.low == value.high:
         return "-"  # mteb's results keep no items to draw from
     return f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
+
+
+def show_hits(hits: Sequence[Hit]) -> None:
+    """For each text that was found, a line of score and place, and the beginning of the text."""
+    for hit in hits:
+        place = [hit.id if hit.id is not None else f"row {hit.row}"]
+        if hit.file is not None and hit.file != hit.id:
+            place.append(hit.file)
+        if hit.begin is not None:
+            place.append(f"characters {hit.begin:,} to {hit.end:,}")
+        show(f"{hit.score:.4f}  {', '.join(place)}")
+        if hit.text is not None:
+            show(f"        {shorten(hit.text, 200, placeholder=' ...')}")

@@ -3,7 +3,8 @@
 The original tokenises the text alone, and takes as many tokens from the end of the whole input for
 its text. Where a token spans the border between instruction and text this pools one token too few
 or too many, and a long instruction pushes the text out of the input. Published vectors were made
-so; ``compat="llm2vec-0.2"`` repeats it. Cost: each text is tokenised twice.
+so; ``compat="llm2vec-0.2"`` repeats it. Cost: each text is tokenised twice, and whole, because
+the original cuts by the share of its words.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 from torch import Tensor, where
 
 from unmasked.forward.pooling import TextPooling
-from unmasked.text.tokens import MARK, TextTokenizer, TokenRow
+from unmasked.text.special_tokens import MARK
+from unmasked.text.tokens import TextTokenizer, TokenRow
 
 
 class CountingTokenizer(TextTokenizer):

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from unmasked.errors import DataError, RecipeError, nearest
-from unmasked.files.source import training_source
+from unmasked.files.training_source import training_source
 from unmasked.recipe.files import make_recipe
 from unmasked.recipe.schema import Recipe
 
@@ -235,7 +235,8 @@ def count_tokens(model: str, data: Sequence[str]) -> tuple[int, int]:
         DataError: a file does not exist or cannot be read.
     """
     from unmasked.checkpoint.loading import load_tokenizer
-    from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
+    from unmasked.text.special_tokens import prepare_tokenizer
+    from unmasked.text.tokens import TextTokenizer
 
     for path in data:
         if not Path(path).exists():

@@ -22,22 +22,26 @@ from unmasked.corpus.one_file import check_output, encode_corpus
 from unmasked.corpus.ray import OnRay
 from unmasked.corpus.shard_folder import encode_folder
 from unmasked.corpus.shards import Encoded, Shards
-from unmasked.corpus.stored_vectors import PRECISIONS, Encoding
+from unmasked.corpus.stored_vectors import PRECISIONS, Encoding, encode_passages
 from unmasked.corpus.writers import OUTPUTS
+from unmasked.text.passages import Chunks, Passage
 
 __all__ = [
     "OUTPUTS",
     "PRECISIONS",
+    "Chunks",
     "Encoded",
     "Encoding",
     "Load",
     "Local",
     "Manifest",
     "OnRay",
+    "Passage",
     "Progress",
     "Shards",
     "check_output",
     "encode_corpus",
     "encode_folder",
+    "encode_passages",
     "parse_part",
 ]

@@ -46,5 +46,5 @@ class Local:
         told(0)
         for shard in todo:
             entry = write_shard(job, model, shard, stream, told)
-            done += entry["rows"] + len(entry["skipped"])
+            done += entry.get("documents", entry["rows"]) + len(entry["skipped"])
             yield entry

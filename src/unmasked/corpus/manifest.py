@@ -2,10 +2,10 @@
 
 ``_manifest.jsonl`` (``_manifest-2-of-4.jsonl`` for the second of four machines) begins with the
 settings and the inputs. One line per shard follows, appended and flushed to the disk once the shard
-is in its place: file, first row, rows, bytes, SHA-256, a digest of the texts that were read, and
-every skipped row with its reason. The last line says that everything is done. No times are written,
-so the same work always gives the same bytes. Programs that read a folder of Parquet files pass over
-names that begin with ``_``.
+is in its place: file, first row, rows, bytes, SHA-256, a digest of the texts that were read, every
+skipped row with its reason, and, if there are any, how many texts were longer than an input. The
+last line says that everything is done. No times are written, so the same work always gives the same
+bytes. Programs that read a folder of Parquet files pass over names that begin with ``_``.
 
 Memory: a few numbers per shard; the skipped rows stay on the disk.
 """
@@ -48,12 +48,16 @@ class WholeShard(NamedTuple):
     """A shard that is in its place: its vectors and skipped rows, and the digest of what was read.
 
     `line` is where its line stands in the manifest: the first byte, and the length in bytes.
+    `documents` have the vectors (one each, unless they were divided), and `cut` of them were longer
+    than an input.
     """
 
     rows: int
     skipped: int
     texts: str
     line: tuple[int, int]
+    documents: int
+    cut: int
 
 
 @dataclass
@@ -117,7 +121,9 @@ class Manifest:
 
     def _keep(self, entry: dict[str, Any], line: tuple[int, int]) -> None:
         skipped = len(entry["skipped"])
-        self.done[entry["shard"]] = WholeShard(entry["rows"], skipped, entry["texts"], line)
+        rows, cut = entry["rows"], entry.get("cut", 0)
+        documents = entry.get("documents", rows)
+        self.done[entry["shard"]] = WholeShard(rows, skipped, entry["texts"], line, documents, cut)
 
     def begin(self, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Write the first line, or compare it with the one that is there.
@@ -164,13 +170,24 @@ class Manifest:
                 start, length = done.line
                 old.seek(start)
                 file.write(old.read(length))
-            file.write(_line({"finished": True, "rows": self.rows, "skipped": self.skipped}))
+            said = {"finished": True, "rows": self.rows, "skipped": self.skipped}
+            file.write(_line(said | ({"cut": self.cut} if self.cut else {})))
         self.finished = True
 
     @property
     def rows(self) -> int:
         """Vectors in whole shards."""
         return sum(done.rows for done in self.done.values())
+
+    @property
+    def documents(self) -> int:
+        """Texts that whole shards were made of, and that have a vector or several."""
+        return sum(done.documents for done in self.done.values())
+
+    @property
+    def cut(self) -> int:
+        """Texts of whole shards that were longer than an input."""
+        return sum(done.cut for done in self.done.values())
 
     @property
     def skipped(self) -> int:

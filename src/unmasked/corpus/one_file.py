@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,9 @@ def encode_corpus(
     encoding, output = encoding or Encoding(), Path(output)
     shards = Shards(output.suffix, window=window, skip=skip, ranges=ranges)
     check_output(output, overwrite)
-    shards.check(source.keep, encoding.precision)
+    shards.check(source.keep, encoding.precision, encoding.chunks is not None)
+    encoding.check_sizes()
+    source = replace(source, distinct=encoding.chunks is not None)
     output.parent.mkdir(parents=True, exist_ok=True)
     held = output.with_name(f".{output.name}.lock")
     with ExitStack() as stack:
@@ -80,7 +83,8 @@ def encode_corpus(
         check_output(output, overwrite)  # nobody else can make it from here on
         encoding.check(model)
         stream, width = Stream(source), encoding.width(model)
-        window, found = shards.window_on(model.device.type), None
+        window = shards.window_on(model.device.type, encoding.chunks is not None)
+        found = None
         if encoding.precision == "int8":
             found = None if ranges is None else read_ranges(ranges, width)
             if found is None:
@@ -102,11 +106,11 @@ def _write(
         raise DataError(f"{job.source.name}: there is no text in it.")
     told(0)
     every = stream.take(0, 1 << 62)
-    rows, _, skipped = write_vectors(job, model, output, every, 0, told)
+    done = write_vectors(job, model, output, every, 0, told)
     listed = output.with_suffix(".skipped.jsonl")
     listed.unlink(missing_ok=True)  # it belonged to the file that was replaced
-    if skipped:
+    if done.skipped:
         with written_aside(listed) as file:
-            for fault in skipped:
+            for fault in done.skipped:
                 file.write(json.dumps(fault, ensure_ascii=False).encode() + b"\n")
-    return Encoded(rows, job.width, len(skipped))
+    return Encoded(done.vectors, job.width, len(done.skipped), done.cut)

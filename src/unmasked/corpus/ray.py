@@ -18,7 +18,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from unmasked import errors
@@ -96,10 +95,8 @@ class OnRay:
         numbers = [{"shard": shard} for shard in todo]
         if not numbers:
             return
-        source, folder = job.source, job.folder.resolve()  # actors have other working directories
-        if source.on_disk:
-            source = replace(source, path=str(Path(source.path).resolve()))
-        job = replace(job, source=source, folder=folder)
+        # Actors have other working directories.
+        job = replace(job, source=job.source.absolute(), folder=job.folder.resolve())
         context = self._ray.data.DataContext.get_current()
         bars, context.enable_progress_bars = context.enable_progress_bars, False
         try:
@@ -114,7 +111,8 @@ class OnRay:
             rows = tokens = 0
             for said in answers.iter_rows():
                 entry, more = _answer(json.loads(said["json"]))
-                rows, tokens = rows + entry["rows"] + len(entry["skipped"]), tokens + more
+                rows += entry.get("documents", entry["rows"]) + len(entry["skipped"])
+                tokens += more
                 progress(rows, tokens or None)
                 yield entry
         finally:

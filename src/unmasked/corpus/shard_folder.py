@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -65,7 +65,9 @@ def encode_folder(
         OutputError: the folder holds something else, or another process writes to it.
     """
     encoding, shards, folder = encoding or Encoding(), shards or Shards(), Path(folder)
-    shards.check(source.keep, encoding.precision)
+    shards.check(source.keep, encoding.precision, encoding.chunks is not None)
+    encoding.check_sizes()
+    source = replace(source, distinct=encoding.chunks is not None)
     _check_folder(source, folder, overwrite and shards.part[1] > 1)
     with locked(folder, shards.part, overwrite) as manifest:
         with announce(f"checking {source.name}"):
@@ -82,11 +84,11 @@ def encode_folder(
                 job = replace(job, ranges=_shared_ranges(engine, job, stream))
         manifest.begin(settings | _folder_settings(job), inputs)
         _fill(engine, job, manifest, stream, begin)
-        return Encoded(manifest.rows, width, manifest.skipped)
+        return Encoded(manifest.rows, width, manifest.skipped, manifest.cut)
 
 
 def _check_folder(source: Source, folder: Path, deletes_others: bool) -> None:
-    root = Path(source.path).resolve()
+    root = source.root.resolve()
     if source.on_disk and root.is_dir() and folder.resolve().is_relative_to(root):
         raise OutputError(f"{folder} is in the folder that is read. Fix: a folder outside it.")
     if deletes_others:
@@ -123,7 +125,7 @@ def _model_settings(
     """Settings that the model decides, rows encoded at a time, and what 8-bit weights cost."""
     encoding.check(model)
     quantization = model.quantization
-    settings = {
+    settings: dict[str, Any] = {
         "model": model.fingerprint(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantize": quantization.name if quantization else None,
@@ -133,13 +135,17 @@ def _model_settings(
         "dimensions": encoding.width(model),
         "precision": encoding.precision,
     }
-    window = min(shards.rows, shards.window_on(model.device.type))
+    chunks = encoding.chunks
+    if chunks is not None:
+        settings |= {"chunk": asdict(chunks)}
+    window = min(shards.rows, shards.window_on(model.device.type, chunks is not None))
     return settings, window, str(quantization) if quantization else None
 
 
 def _folder_settings(job: CorpusJob) -> dict[str, Any]:
     """The other settings that a folder is compared by when a run continues."""
-    return {
+    asked = {"file_column": job.with_files, "whole_files": job.source.whole}
+    return {name: True for name, there in asked.items() if there} | {
         "ranges": None if job.ranges is None else checksum(job.folder / RANGES),
         "format": job.shards.kind.removeprefix("."),
         "shard_rows": job.shards.rows,
@@ -185,7 +191,7 @@ def _fill(
         rows = sum(stream.counts)
         wanted = range(place - 1, -(-rows // size), step)
         total = sum(min(size, rows - shard * size) for shard in wanted)
-    before, added = manifest.rows + manifest.skipped, False
+    before, added = manifest.documents + manifest.skipped, False
     progress = begin(before, total)
     todo = _unwritten(job, manifest, stream, wanted, here=not engine.needs_counts)
     for entry in engine.shards(job, stream, todo, lambda n, tokens: progress(before + n, tokens)):

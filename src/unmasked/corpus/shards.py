@@ -28,6 +28,7 @@ from unmasked.errors import OutputError
 from unmasked.files.content import Fault
 from unmasked.files.source import Row, Source
 from unmasked.files.writing import written_aside
+from unmasked.text.passages import Passage
 
 if TYPE_CHECKING:
     from unmasked.model import TextEncoder
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 Skipped = list[dict[str, Any]]
 """Rows without a vector: their number, file, line and reason, as the manifest lists them."""
 new_digest = partial(hashlib.blake2b, digest_size=16)
+_PLACE = ("begin", "end")
+"""Columns of passages: the characters of the document that each is."""
 _NOT_FINITE: Fault = (
     "the vector is NaN or infinite",
     "--dtype float32 or bfloat16 (float16 overflows), --precision float32, or correct the text",
@@ -61,11 +64,14 @@ class Shards:
     skip: bool = False
     ranges: Path | None = None
 
-    def check(self, keep: Sequence[str], precision: str) -> None:
+    def check(self, keep: Sequence[str], precision: str, chunks: bool = False) -> None:
         """Refuse columns that the output cannot hold, and ranges that nothing would use."""
+        if chunks and self.kind != ".parquet":
+            given = f"{self.kind} holds vectors only, and a passage needs its document and place"
+            raise OutputError(f"{given}. Fix: .parquet, or no --chunk.")
         if keep and self.kind != ".parquet":
             raise OutputError(f"{self.kind} holds vectors only. Fix: .parquet, or no --keep.")
-        own = {"row", "id", "vector"} & set(keep)
+        own = {"row", "id", "vector", *(_PLACE if chunks else ())} & set(keep)
         if own or len(set(keep)) < len(keep):
             why = f"'{own.pop()}' is a column of the output already" if own else "one is repeated"
             raise OutputError(f"--keep {','.join(keep)}: {why}. Fix: leave it out.")
@@ -73,9 +79,12 @@ class Shards:
             given = f"--ranges {self.ranges}: {precision} has no ranges"
             raise OutputError(f"{given}. Fix: --precision int8, or no --ranges.")
 
-    def window_on(self, device: str) -> int:
-        """Rows encoded at a time: enough to sort by length, few enough to see progress."""
-        return self.window or (2048 if device == "cpu" else 16384)
+    def window_on(self, device: str, chunks: bool = False) -> int:
+        """Rows encoded at a time: enough to sort by length, few enough to see progress.
+
+        Fewer documents, as each of them is many passages.
+        """
+        return self.window or (2048 if device == "cpu" else 16384) // (16 if chunks else 1)
 
 
 @dataclass(frozen=True)
@@ -100,17 +109,27 @@ class CorpusJob:
     width: int
     ranges: np.ndarray | None = None
 
+    @property
+    def with_files(self) -> bool:
+        """Whether a row says which file of a folder it is from; the id of a whole file says it."""
+        folder = self.source.on_disk and self.source.root.is_dir() and not self.source.whole
+        return folder and self.shards.kind == ".parquet" and "file" not in self.source.keep
+
     def path(self, shard: int) -> Path:
         """The file of a shard."""
         return self.folder / f"part-{shard:06}{self.shards.kind}"
 
 
 class Encoded(NamedTuple):
-    """What was written: the number of vectors, their width D, and the rows that have no vector."""
+    """What was written: the number of vectors, their width D, and the rows that have no vector.
+
+    `cut` is the number of texts that were longer than an input, of which only the beginning counts.
+    """
 
     rows: int
     width: int
     skipped: int
+    cut: int = 0
 
 
 class Stream:
@@ -168,17 +187,32 @@ def write_shard(
     """
     path, first = job.path(shard), shard * job.shards.rows
     rows = stream.take(first, job.shards.rows)
-    vectors, texts, skipped = write_vectors(job, model, path, rows, first, progress)
+    done = write_vectors(job, model, path, rows, first, progress)
     return {
         "shard": shard,
         "file": path.name,
         "first_row": first,
-        "rows": vectors,
+        "rows": done.vectors,
+        **({} if job.encoding.chunks is None else {"documents": done.texts}),
         "bytes": path.stat().st_size,
         "sha256": checksum(path),
-        "texts": texts,
-        "skipped": skipped,
+        "texts": done.digest,
+        "skipped": done.skipped,
+        **({"cut": done.cut} if done.cut else {}),
     }
+
+
+class Written(NamedTuple):
+    """What a file holds: vectors, of how many texts, the digest of the rows read, and the rest.
+
+    `skipped` are the rows that have no vector, `cut` the texts that were longer than an input.
+    """
+
+    vectors: int
+    texts: int
+    digest: str
+    skipped: Skipped
+    cut: int
 
 
 def write_vectors(
@@ -188,17 +222,11 @@ def write_vectors(
     rows: Iterator[Row],
     first: int,
     progress: Callable[[int], None],
-) -> tuple[int, str, Skipped]:
-    """Encode rows, the first of which is number `first`, into one file, whole or not at all.
-
-    Returns:
-        The number of vectors, the digest of the rows read, and the rows that have no vector.
-    """
+) -> Written:
+    """Encode rows, the first of which is number `first`, into one file, whole or not at all."""
     digest, written, seen = new_digest(), 0, 0
     skipped: Skipped = []
-    key, types = job.source.layout
-    ids = [] if key is None else [("id", "string")]
-    columns = [("row", "int64"), *ids, *zip(job.source.keep, types, strict=True)]
+    columns = _columns(job)
     dtype, width = job.encoding.stored_type(job.width)
     read: deque[RowWindow] = deque()
 
@@ -211,24 +239,41 @@ def write_vectors(
             start += len(window)
             yield [row.text for _, row in read[-1].good]
 
+    before = model.backbone.texts_cut
     with (
         written_aside(path) as file,
         # Closed before its file is, also when something fails: pyarrow's would complain later.
         closing(make_writer(job.shards.kind, file, dtype, width, columns)) as writer,
         closing(job.encoding(model, texts())) as every,  # ends its threads
     ):
-        for found in every:
+        for passages, found in every:
             window = read.popleft()
-            good, vectors = window.stored(found)
+            good, vectors = window.stored(passages, found)
             if good:
-                numbers, named = zip(*good, strict=True)
-                own = [numbers, [row.id for row in named]] if ids else [numbers]
-                writer.write([*own, *zip(*(row.kept for row in named), strict=True)], vectors)
+                writer.write(list(zip(*(_cells(job, *one) for one in good), strict=True)), vectors)
             written += len(good)
             skipped += window.skipped
             seen += window.rows
             progress(seen)
-    return written, digest.hexdigest(), skipped
+    cut = model.backbone.texts_cut - before
+    return Written(written, seen - len(skipped), digest.hexdigest(), skipped, cut)
+
+
+def _columns(job: CorpusJob) -> list[tuple[str, str]]:
+    """Names and types of the columns beside the vector."""
+    key, types = job.source.layout
+    ids = [] if key is None else [("id", "string")]
+    place = [] if job.encoding.chunks is None else [(name, "int64") for name in _PLACE]
+    files = [("file", "string")] if job.with_files else []
+    return [("row", "int64"), *ids, *place, *files, *zip(job.source.keep, types, strict=True)]
+
+
+def _cells(job: CorpusJob, number: int, row: Row, passage: Passage) -> list[object]:
+    """The values of `_columns` for one vector."""
+    ids = [] if job.source.layout[0] is None else [row.id]
+    place = [] if job.encoding.chunks is None else [passage.begin, passage.end]
+    files = [job.source.names[row.file]] if job.with_files else []
+    return [number, *ids, *place, *files, *row.kept]
 
 
 class RowWindow:
@@ -258,15 +303,29 @@ class RowWindow:
             else:
                 self._skip(number, row)
 
-    def stored(self, vectors: np.ndarray) -> tuple[list[tuple[int, Row]], np.ndarray]:
-        """The rows whose vectors, (N, D) of `good`, are numbers; and these as they are stored."""
+    def stored(
+        self, passages: Sequence[Passage], vectors: np.ndarray
+    ) -> tuple[list[tuple[int, Row, Passage]], np.ndarray]:
+        """Number, row and passage of each of N vectors, and these as they are stored.
+
+        A document of which one passage has no vector is left out whole.
+
+        Args:
+            passages: P, of the texts of `good`.
+            vectors: (P, D) float32.
+        """
         finite = np.isfinite(vectors).all(axis=1)
         stored = self.job.encoding.store(np.where(finite[:, None], vectors, 0), self.job.ranges)
         finite &= np.isfinite(stored).all(axis=1)  # float16 overflows
-        for i in np.flatnonzero(~finite):
+        owners = np.array([passage.document for passage in passages], dtype=np.int64)
+        bad = np.unique(owners[~finite])
+        for i in bad:
             self._skip(self.good[i][0], self.good[i][1]._replace(fault=_NOT_FINITE))
         self.skipped.sort(key=itemgetter("row"))
-        return [self.good[i] for i in np.flatnonzero(finite)], np.ascontiguousarray(stored[finite])
+        kept = ~np.isin(owners, bad)
+        chosen = (passages[int(i)] for i in np.flatnonzero(kept))
+        found = [(*self.good[passage.document], passage) for passage in chosen]
+        return found, np.ascontiguousarray(stored[kept])
 
     def _skip(self, number: int, row: Row) -> None:
         source = self.job.source

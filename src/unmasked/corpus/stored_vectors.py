@@ -8,15 +8,19 @@ shared by all shards and machines.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from unmasked.corpus.late import check_pooling, late_vectors, positions
 from unmasked.errors import DataError, unknown
 from unmasked.files.writing import written_aside
+from unmasked.text.passages import Chunks, Passage, divide, windows_of
 
 if TYPE_CHECKING:
     from unmasked.model import TextEncoder
@@ -40,6 +44,7 @@ class Encoding:
             ranges of each dimension, as sentence-transformers computes it; ``binary``, one bit per
             number, set where v > 0, eight to a byte, the first one in the highest place
             (`numpy.unpackbits` reverses it).
+        chunks: how a document becomes passages, each of which has a vector; None encodes it whole.
     """
 
     prompt: str | None = None
@@ -48,6 +53,12 @@ class Encoding:
     normalize: bool = False
     truncate_dim: int | None = None
     precision: str = "float32"
+    chunks: Chunks | None = None
+
+    def check_sizes(self) -> None:
+        """Refuse sizes of passages that cannot be, before a model is there."""
+        if self.chunks is not None:
+            self.chunks.check_sizes()
 
     def check(self, model: TextEncoder) -> None:
         """Refuse what the model cannot do; the `DataError` says what it can do."""
@@ -60,6 +71,12 @@ class Encoding:
             raise DataError(f"truncate_dim {self.truncate_dim} should be from 1 to {width}.")
         if self.precision not in PRECISIONS:
             raise DataError(unknown("precision", self.precision, PRECISIONS))
+        if self.chunks is not None:
+            late = self.chunks.late
+            prompt, tokens = self.resolved_prompt(model) or "", model.backbone.tokens
+            self.chunks.check(tokens, prompt, positions(model) if late else None)
+            if late:
+                check_pooling(model)
 
     def width(self, model: TextEncoder) -> int:
         """D, the numbers of a vector before bits are packed."""
@@ -72,21 +89,63 @@ class Encoding:
 
     def __call__(
         self, model: TextEncoder, windows: Iterable[list[str]]
-    ) -> Generator[np.ndarray, None, None]:
-        """(N, D) float32 vectors of each list of N texts; lists are read ahead, in a thread."""
+    ) -> Generator[tuple[list[Passage], np.ndarray], None, None]:
+        """The passages of each list of N texts, P in all, and their (P, D) float32 vectors.
+
+        Without `chunks` each text is one passage. Lists are read ahead, in a thread.
+        """
         from unmasked.forward.loop.running import encode_windows
+
+        if self.chunks is not None and self.chunks.late:
+            yield from (self._late(model, texts) for texts in windows)
+            return
+        divided: deque[list[Passage]] = deque()
+
+        def parts() -> Iterator[list[str]]:
+            for texts in windows:
+                divided.append(self._divided(model, texts))
+                yield [texts[i][begin:end] for i, begin, end in divided[-1]]
 
         found = encode_windows(
             model,
             model.backbone,
-            windows,
+            parts(),
             prompt=self.resolved_prompt(model),
             batch_size=self.batch_size,
             normalize_embeddings=self.normalize,
             truncate_dim=self.truncate_dim or model.truncate_dim,
         )
-        for vectors in found:
-            yield np.ascontiguousarray(vectors, dtype="<f4")
+        with closing(found):  # ends its threads
+            for vectors in found:
+                yield divided.popleft(), np.ascontiguousarray(vectors, dtype="<f4")
+
+    def passages(self, model: TextEncoder, texts: list[str]) -> tuple[list[Passage], np.ndarray]:
+        """The passages of N texts, P in all, and their (P, D) float32 vectors."""
+        (found,) = self(model, [texts])
+        return found
+
+    def _divided(self, model: TextEncoder, texts: list[str]) -> list[Passage]:
+        if self.chunks is None:
+            return [Passage(i, 0, len(text)) for i, text in enumerate(texts)]
+        tokens = model.backbone.tokens
+        spans = (divide(tokens, text, self.chunks) for text in texts)
+        return [Passage(i, *span) for i, parts in enumerate(spans) for span in parts]
+
+    def _late(self, model: TextEncoder, texts: list[str]) -> tuple[list[Passage], np.ndarray]:
+        """The same, each pooled from one forward over its document."""
+        found, tokens = self._divided(model, texts), model.backbone.tokens
+        if not found:
+            return found, np.empty((0, self.width(model)), dtype="<f4")
+        prompt, limit = self.resolved_prompt(model) or "", positions(model)
+        windows, order, first = [], [], 0
+        for i, text in enumerate(texts):
+            spans = [(begin, end) for document, begin, end in found if document == i]
+            own = list(windows_of(tokens, text, spans, prompt, limit))
+            order += [first + place for window in own for place in window.passages]
+            windows += own
+            first += len(spans)
+        vectors = late_vectors(model, windows, self.normalize, self.truncate_dim)
+        return found, np.ascontiguousarray(vectors[np.argsort(order)], dtype="<f4")
 
     def stored_type(self, width: int) -> tuple[np.dtype[Any], int]:
         """The type of the stored numbers, and how many of them a vector of `width` has."""
@@ -113,7 +172,8 @@ class Encoding:
             DataError: no text has a finite vector.
         """
         starts = range(0, len(texts) or 1, window)
-        vectors = np.concatenate(list(self(model, (texts[i : i + window] for i in starts))))
+        every = self(model, (texts[i : i + window] for i in starts))
+        vectors = np.concatenate([vectors for _, vectors in every])
         vectors = vectors[np.isfinite(vectors).all(axis=1)]
         if not len(vectors):
             raise DataError(
@@ -121,6 +181,29 @@ class Encoding:
                 "on. Fix: --ranges FILE of another run, or put good rows first."
             )
         return np.stack([vectors.min(axis=0), vectors.max(axis=0)])
+
+
+def encode_passages(
+    model: TextEncoder, texts: Sequence[str], chunks: Chunks, **options: Any
+) -> tuple[list[Passage], np.ndarray]:
+    """Divide documents into passages, and encode each.
+
+    Args:
+        model: encodes.
+        texts: the documents.
+        chunks: the most tokens of a passage, their overlap, and whether a passage is pooled from
+            the forward of its document.
+        options: fields of `Encoding`: ``prompt``, ``normalize``, ``truncate_dim`` and so on.
+
+    Returns:
+        The passages, P in all, in order, and their (P, D) float32 vectors.
+
+    Raises:
+        DataError: sizes that cannot be, or a model that cannot place a passage in its document.
+    """
+    encoding = Encoding(chunks=chunks, **options)
+    encoding.check(model)
+    return encoding.passages(model, list(texts))
 
 
 def read_ranges(path: Path, width: int) -> np.ndarray:

@@ -20,7 +20,8 @@ from unmasked.forward import precision
 from unmasked.forward.packing import enable_packing
 from unmasked.mask.opening import learned_positions, open_config
 from unmasked.mask.proof import Proof, open_mask, stock_loading
-from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.text.special_tokens import prepare_tokenizer
+from unmasked.text.tokens import TextTokenizer
 
 
 def examine_weights(name: str) -> Facts:

@@ -27,7 +27,8 @@ from unmasked.checkpoint.location import locate
 from unmasked.errors import MissingExtraError, ModelError, unknown
 from unmasked.export.gguf_file import FILE
 from unmasked.export.graph import FILES, GraphRunner
-from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.text.special_tokens import prepare_tokenizer
+from unmasked.text.tokens import TextTokenizer
 
 MANIFEST = "unmasked_export.json"
 Pairs = Sequence[tuple[str, str]]

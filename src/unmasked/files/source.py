@@ -4,15 +4,17 @@ Every row is checked as it is read, and a fault is told with its file and line. 
 (not UTF-8, not a string, empty, too long) is handed on as a row with a fault, so that the caller
 may refuse it or pass over it; what makes the rows uncertain is always an error (see `readers`).
 Blank lines are not rows in .jsonl and .csv. In .txt every line is a row, so a blank one is a fault
-in a corpus to encode, and never shifts the rows after it.
+in a corpus to encode, and never shifts the rows after it. Behind ``documents:`` every file is a row
+of its own (see `documents`).
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unmasked.errors import DataError, nearest
 from unmasked.files.column_types import column_types
 from unmasked.files.content import Fault, by_line
+from unmasked.files.documents import PREFIX, find_documents, read_whole, visible
 from unmasked.files.hub import HUB
 from unmasked.files.readers import (
     KINDS,
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _IDS = ("id", "_id")
-_WITH_COLUMN = re.compile(r"(.+):(\w+)=(.+)")
 _ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]*){0,2}")
 
 
@@ -68,12 +70,14 @@ class Source:
     Attributes:
         path: a .txt file (one text per line), .jsonl, .csv or .tsv, each also as .gz or .zst, or
             .parquet; a folder of such files; ``hf:NAME``, a Hugging Face data set, which is
-            streamed; ``-`` for standard input, one text per line.
+            streamed; ``-`` for standard input, one text per line; ``documents:PATH``, a folder (or
+            a file) of .txt, .md, .rst, .html, .pdf and .docx, each file one text, its path the id.
         column: the column or key that holds the text (ignored for .txt).
         skip_blank: pass over texts of white space instead of refusing them (for training, where
             no row of a result has to line up).
         keep: columns to hand on beside the text.
         max_bytes: texts of this many bytes or more are a fault; None sets no limit.
+        distinct: refuse an id that an earlier row has; costs some 100 bytes per row.
     """
 
     path: str
@@ -81,6 +85,7 @@ class Source:
     skip_blank: bool = False
     keep: tuple[str, ...] = ()
     max_bytes: int | None = None
+    distinct: bool = False
 
     @property
     def name(self) -> str:
@@ -91,6 +96,22 @@ class Source:
     def again(self) -> bool:
         """Whether it can be read twice."""
         return self.path != "-"
+
+    @property
+    def whole(self) -> bool:
+        """Whether every file is one text."""
+        return self.path.startswith(PREFIX)
+
+    @property
+    def root(self) -> Path:
+        """The file or folder that its files are in."""
+        return Path(self.path.removeprefix(PREFIX))
+
+    def absolute(self) -> Source:
+        """The same files, for a process with another working directory."""
+        if not self.on_disk:
+            return self
+        return replace(self, path=f"{PREFIX if self.whole else ''}{self.root.resolve()}")
 
     @property
     def on_disk(self) -> bool:
@@ -109,29 +130,54 @@ class Source:
     @property
     def ignored(self) -> list[str]:
         """Files of other kinds in the folder."""
-        path = Path(self.path)
-        return [str(f) for f in _visible(path) if not kind_of(str(f))] if path.is_dir() else []
+        if not self.again or not self.root.is_dir():
+            return []
+        read = set(self.files)
+        return [str(file) for file in visible(self.root) if str(file) not in read]
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many files of each other kind are in the folder, the most frequent first."""
+        kinds = Counter(Path(file).suffix or "without a suffix" for file in self.ignored)
+        return dict(kinds.most_common())
 
     @cached_property
     def names(self) -> list[str]:
         """The names of the files, the same on every machine: paths inside the folder."""
-        root = Path(self.path)
-        if root.is_dir():
-            return [Path(file).relative_to(root).as_posix() for file in self.files]
+        if self.again and self.root.is_dir():
+            return [Path(file).relative_to(self.root).as_posix() for file in self.files]
         return [Path(file).name if self.on_disk else file for file in self.files]
 
     def rows(self, first_file: int = 0) -> Iterator[Row]:
         """Every row of the files from `first_file` on, good or with a fault.
 
         Raises:
-            DataError: as `files`, or a file cannot be divided into rows.
+            DataError: as `files`, a file cannot be divided into rows, or an id is there twice.
         """
         wanted = self.keep if self.skip_blank else (*_IDS, *self.keep)
+        ids: set[str] = set()
         for index in range(first_file, len(self.files)):
-            for cells in read(self.files[index], self._required, wanted):
+            for cells in self._cells(index, wanted):
                 row = self._row(index, cells)
+                if self.distinct and row.id is not None:
+                    if row.id in ids:
+                        raise self._twice(row)
+                    ids.add(row.id)
                 if not (self.skip_blank and row.fault is None and not row.text.strip()):
                     yield row
+
+    def _cells(self, index: int, wanted: Sequence[str]) -> Iterator[Cells]:
+        if self.whole:
+            return iter([read_whole(self.files[index], self.column, self.names[index])])
+        return read(self.files[index], self._required, wanted)
+
+    def _place(self, row: Row) -> str:
+        file = self.files[row.file]
+        return file if self.whole else where(file, row.number)
+
+    def _twice(self, row: Row) -> DataError:
+        given = f"the id {row.id!r:.80} is that of an earlier row too"
+        return fault_error(self._place(row), (given, "give every row an id of its own, or none"))
 
     def records(self) -> Iterator[tuple[int, str, str | None]]:
         """Line, text and id of every row, or an error for the first that has a fault.
@@ -159,7 +205,7 @@ class Source:
         given, fix = row.fault
         if self.max_bytes is not None:
             fix += "; or pass over such rows with --on-error skip, which lists them"
-        return fault_error(where(self.files[row.file], row.number), (given, fix))
+        return fault_error(self._place(row), (given, fix))
 
     @cached_property
     def layout(self) -> tuple[str | None, list[pa.DataType]]:
@@ -168,6 +214,10 @@ class Source:
         The first good row decides whether rows have ids; every other one has to do as it does.
         Training asks for none.
         """
+        if self.whole:
+            if self.keep:
+                raise DataError(f"{self.name}: whole files have no columns to keep.")
+            return "id", []
         if self.keep:
             for path in self.files:
                 if path == "-" or kind_of(path) == ".txt":
@@ -189,6 +239,10 @@ class Source:
         # Training has no such option.
         training = f"give {shlex.quote(f'{self.path}:text=NAME')} in place of {self.path}"
         return {self.column: training if self.skip_blank else "name it with --text-column"}
+
+    @property
+    def _unit(self) -> str:
+        return "file" if self.whole else "row"
 
     def _checked(self, skip: bool = False) -> Iterator[Row]:
         """Every row; an error for a fault unless `skip`, and where there is no row."""
@@ -237,29 +291,14 @@ class Source:
         if (fault := string_fault(self.column, text)) is not None:
             return fault
         if not text.strip() and not self.skip_blank:
-            return "an empty text, which has no vector", "remove the row"
+            return "an empty text, which has no vector", f"remove the {self._unit}"
         if self.max_bytes is not None and (size := len(text.encode())) >= self.max_bytes:
-            given = f"a text of {size:,} bytes, of which only the beginning would count"
-            return given, f"cut it into passages, or allow it with --max-bytes {size + 1}"
+            given = f"a text of {size:,} bytes, and the limit is {self.max_bytes:,}"
+            return (
+                given,
+                f"make passages of it (--chunk 256), or allow it with --max-bytes {size + 1}",
+            )
         return None
-
-
-def training_source(given: str | Path) -> Source:
-    """Texts to train on: what `Source` reads, with the column behind it where it is another one.
-
-    Args:
-        given: a path, or ``PATH:text=COLUMN``.
-
-    Raises:
-        DataError: something else than ``text`` is named there.
-    """
-    match = _WITH_COLUMN.fullmatch(str(given))
-    if match is None:
-        return Source(str(given), skip_blank=True)
-    if match[2] != "text":
-        fix = f"{match[1]}:text={match[3]}"
-        raise DataError(f"{given}: a stage on texts has one column, 'text'. Fix: {fix}.")
-    return Source(match[1], match[3], skip_blank=True)
 
 
 def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
@@ -272,11 +311,13 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
     Raises:
         DataError: no such file, another kind of file, or a folder with none in it.
     """
+    if path.startswith(PREFIX):
+        return find_documents(Path(path.removeprefix(PREFIX)))
     place = Path(path)
     if path.startswith(HUB):
         return [path]
     if place.is_dir():
-        found = [str(file) for file in _visible(place) if kind_of(str(file)) in kinds]
+        found = [str(file) for file in visible(place) if kind_of(str(file)) in kinds]
         if not found:
             raise DataError(f"{path}: there is no {', '.join(kinds)} file in this folder.")
         return found
@@ -295,16 +336,6 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
         siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
         raise DataError(f"{path} is not a file{nearest(place.name, siblings)}")
     return [path]
-
-
-def _visible(folder: Path) -> list[Path]:
-    """Files at any depth, sorted, without hidden ones and markers such as ``_SUCCESS``."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file()
-        and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
-    )
 
 
 def _id_of(key: str, values: Mapping[str, Any]) -> tuple[str | None, Fault | None]:

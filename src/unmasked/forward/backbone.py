@@ -63,6 +63,7 @@ class Backbone(InputModule):
             None for the limit of all.
         tokens_encoded: real tokens that went through `encode` so far, for measuring speed.
         device_time: how long `encode` took so far, and what of it the device waited.
+        texts_cut: texts of `encode` so far that were longer than an input.
     """
 
     forward_kwargs = {BY_TOKENS}  # noqa: RUF012 (sentence-transformers declares it like this)
@@ -78,6 +79,19 @@ class Backbone(InputModule):
         self.document_length: int | None = None
         self.tokens_encoded = 0
         self.device_time = DeviceTime()
+        self.texts_cut = 0
+
+    def count_cut(self, texts: int) -> None:
+        """Take note of texts that were longer than an input; the first ones are told of."""
+        if texts and not self.texts_cut:
+            logger.warning(
+                "%s longer than max_length (%d tokens): only the beginning counts. Fix: a larger "
+                "max_length, or passages (unmasked encode --chunk; corpus.encode_passages). "
+                "This is said once; texts_cut counts on.",
+                "A text is" if texts == 1 else f"{texts:,} texts are",
+                self.tokens.max_length,
+            )
+        self.texts_cut += texts
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unmasked.errors import DataError, ModelError
-from unmasked.text.tokens import MARK, TextTokenizer
+from unmasked.text.special_tokens import MARK
+from unmasked.text.tokens import TextTokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

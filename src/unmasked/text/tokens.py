@@ -5,151 +5,51 @@ for the border with a separator string or by counting tokens of the text alone, 
 whenever a token spans the border. Here instruction and text are tokenised together and the border
 is read from the character offsets. Truncation shortens the text only.
 
-The same tokenizer is used in the process and written into the saved folder, where stock
-sentence-transformers has to reach the same result. It excludes "the prompt" from pooling and
-measures it by tokenising it alone, so with a prompt BOS is left out, and without one it is pooled.
-`prepare_tokenizer` closes that gap with `MARK`: one leading noncharacter that the normalizer
-removes. A prompt made of it alone is no text at all, yet it is a prompt: BOS is left out. BOS is
-also no longer *named* (it keeps its id and is still added), because the stock loader does not count
-a named special token at a prompt's end.
-
-Cost: one tokenisation per text. Rows with an instruction or a template need character offsets,
-which halves the speed of the tokenizer.
+Cost: one tokenisation per text, of what an input can hold. Rows with an instruction or a template
+need character offsets, which halves the speed of the tokenizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from tokenizers import Regex, Tokenizer, normalizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Encoding, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from unmasked.errors import DataError, ModelError
+from unmasked.text.beginnings import encode_beginnings, reaching, starting
+from unmasked.text.special_tokens import MARK, surrounding_ids
 from unmasked.text.templates import PLAIN, Template
-
-MARK = "\ufdd0"
-"""A Unicode noncharacter, never part of a text; only a leading one is removed."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """The ids of one input; those in ``[start, stop)`` are pooled, `cut` of the text left out."""
+    """The ids of one input; those in ``[start, stop)`` are pooled.
+
+    `cut` tokens of the text do not fit and are left out; of a very long text, at least so many.
+    """
 
     ids: list[int]
     start: int
     stop: int
-    cut: int = 0
+    cut: int = field(default=0, compare=False)
 
 
-def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, append_eos: bool = False, ending: Sequence[int] = ()
-) -> PreTrainedTokenizerFast:
-    """A copy of a tokenizer that yields the same ids in ours and in the stock loader.
+class Located(NamedTuple):
+    """The ids of instruction and text, and where the text is among them.
 
-    For every text it gives exactly the ids of the original: the tokens the original puts before a
-    text, then the text. What it would put behind is left out, but for the separator that base
-    encoders (BERT) never saw a text without; EOS is appended once if asked.
-
-    Args:
-        tokenizer: any fast tokenizer; it is not changed.
-        append_eos: end every input with EOS (for ``eos_token`` pooling).
-        ending: ids that end every input, before EOS (a template's suffix); named special, so that
-            the stock loader does not count the last of them to a prompt.
-
-    Raises:
-        ModelError: the tokenizer is slow, or EOS is wanted and there is none.
+    Attributes:
+        ids: without the special ids around.
+        first, last: the text's ids are ``ids[first:last]``.
+        offsets: the characters of the text that each of those ids stands for, (begin, end).
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ModelError(
-            f"{type(tokenizer).__name__} has no fast implementation (tokenizer.json). "
-            "Fix: load it with AutoTokenizer from a folder that has a tokenizer.json."
-        )
-    prefix, behind = surrounding_ids(tokenizer)
-    suffix = [*ending, *(i for i in behind if i == tokenizer.sep_token_id)]
-    if append_eos and (eos := _eos_id(tokenizer)) not in suffix[len(ending) :]:
-        suffix.append(eos)
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    strip_mark = normalizers.Replace(Regex("^" + MARK), "")
-    if not _strips_mark(copy):
-        rest = [copy.normalizer] if copy.normalizer else []
-        copy.normalizer = normalizers.Sequence([strip_mark, *rest])
-    copy.post_processor = _template(copy, prefix, suffix)
-    names: dict[str, Any] = _token_names(tokenizer, hidden=prefix[-1] if prefix else None)
-    if ending:
-        names["extra_special_tokens"] = [str(tokenizer.convert_ids_to_tokens(ending[-1]))]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=copy,
-        padding_side="right",
-        truncation_side="right",
-        chat_template=getattr(tokenizer, "chat_template", None),
-        **names,
-    )
 
-
-def surrounding_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special ids a tokenizer puts before every text (BOS, mostly) and behind it."""
-    probe = probe_text(tokenizer)
-    bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
-    full = tokenizer(probe)["input_ids"]
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return list(full[:start]), list(full[start + len(bare) :])
-    return [], []
-
-
-def probe_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text of which this tokenizer keeps something: "a", or else a word of its vocabulary."""
-    if tokenizer("a", add_special_tokens=False)["input_ids"]:
-        return "a"
-    plain = sorted(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys())
-    words = (str(tokenizer.decode([i])) for i in plain)
-    keeps = (w for w in words if w and tokenizer(w, add_special_tokens=False)["input_ids"])
-    return next(keeps, "a")
-
-
-def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            "pooling 'eos_token' needs an EOS token and this tokenizer names none. "
-            "Fix: use pooling 'last_token', or set tokenizer.eos_token."
-        )
-    return int(tokenizer.eos_token_id)
-
-
-def _strips_mark(backend: Tokenizer) -> bool:
-    return backend.normalizer is not None and MARK not in backend.normalizer.normalize_str(MARK)
-
-
-def _template(
-    backend: Tokenizer, prefix: list[int], suffix: list[int]
-) -> processors.TemplateProcessing:
-    tokens = {backend.id_to_token(i): i for i in [*prefix, *suffix]}
-    before = [backend.id_to_token(i) for i in prefix]
-    after = [backend.id_to_token(i) for i in suffix]
-    return processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        pair=[*before, "$A", "$B", *after],
-        special_tokens=list(tokens.items()),
-    )
-
-
-def _token_names(tokenizer: PreTrainedTokenizerBase, hidden: int | None) -> dict[str, str]:
-    """Names of special tokens to keep; padding needs one, and `hidden` must have none."""
-    names: dict[str, str] = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "mask_token"):
-        token = getattr(tokenizer, name, None)
-        if token is not None and tokenizer.convert_tokens_to_ids(token) != hidden:
-            names[name] = str(token)
-    if "pad_token" not in names:
-        # Any token does: padding is masked everywhere. Prefer EOS, as the original package does.
-        fallback = names.get("eos_token") or names.get("unk_token")
-        names["pad_token"] = fallback or str(tokenizer.convert_ids_to_tokens(int(hidden == 0)))
-    return names
+    ids: list[int]
+    first: int
+    last: int
+    offsets: list[tuple[int, int]]
 
 
 class TextTokenizer:
@@ -220,21 +120,50 @@ class TextTokenizer:
             prompts = [prompts] * len(texts)
         start, end = self.template.prefix, self.template.suffix
         contexts = [start + prompt.removeprefix(MARK) for prompt in prompts]
-        joined = [MARK + c + t + end for c, t in zip(contexts, texts, strict=True)]
-        backend = self.backend
-        if not any(contexts) and not end:
-            encodings = backend.encode_batch_fast(joined, add_special_tokens=False)
-            return [self._row(e.ids, 0, len(e.ids), limit) for e in encodings]
-        encodings = backend.encode_batch(joined, add_special_tokens=False)
+        bare = not any(contexts) and not end
+        encodings = encode_beginnings(
+            self.backend,
+            texts,
+            [MARK + context for context in contexts],
+            end,
+            limit,
+            offsets=not bare,
+        )
         rows = []
-        for encoding, context, whole in zip(encodings, contexts, joined, strict=True):
-            first = _reaching(encoding.offsets, len(MARK) + len(context)) if context else 0
-            last = _starting(encoding.offsets, len(whole) - len(end)) if end else len(encoding.ids)
-            rows.append(self._row(encoding.ids, first, max(first, last), limit))
+        for (encoding, length), context in zip(encodings, contexts, strict=True):
+            found = (0, len(encoding.ids)) if bare else self._borders(encoding, context, length)
+            rows.append(self._row(encoding.ids, *found, limit))
         return rows
 
+    def _borders(self, encoding: Encoding, context: str, length: int) -> tuple[int, int]:
+        """Where the text begins and ends among the tokens of context, text and suffix."""
+        before, ids = len(MARK) + len(context), encoding.ids
+        first = reaching(encoding.offsets, before) if context else 0
+        last = starting(encoding.offsets, before + length) if self.template.suffix else len(ids)
+        return first, max(first, last)
+
+    def locate(self, text: str, prompt: str = "") -> Located:
+        """The tokens of a whole text behind its prompt, however long it is."""
+        context = self.template.prefix + prompt.removeprefix(MARK)
+        joined = MARK + context + text + self.template.suffix
+        encoding = self.tokenizer.backend_tokenizer.encode(joined, add_special_tokens=False)
+        first, last = self._borders(encoding, context, len(text))
+        before, size = len(MARK) + len(context), len(text)
+        offsets = [
+            (min(max(begin - before, 0), size), min(max(end - before, 0), size))
+            for begin, end in encoding.offsets[first:last]
+        ]
+        return Located(encoding.ids, first, last, offsets)
+
+    def room(self, prompt: str = "", max_length: int | None = None) -> int:
+        """The most tokens that a text behind a prompt may have; below 1 if there is no room."""
+        found = self.locate("a", prompt)
+        around = len(found.ids) - found.last + found.first
+        room = (max_length or self.max_length) - around - len(self.prefix) - len(self.suffix)
+        return room if self.doc_max_length is None else min(room, self.doc_max_length)
+
     def _row(self, ids: list[int], first: int, last: int, limit: int) -> TokenRow:
-        """Add the fixed tokens, cut the text (`ids[first:last]`), and mark what is pooled."""
+        """Cut the text (`ids[first:last]`) to what fits, and make it a row."""
         fixed = len(self.prefix) + first + len(ids) - last + len(self.suffix)
         room = limit - fixed
         if room < 1 and last > first:
@@ -244,12 +173,8 @@ class TextTokenizer:
             )
         if self.doc_max_length is not None:
             room = min(room, self.doc_max_length)
-        text = ids[first:last][: max(room, 0)]
-        kept = [*self.prefix, *ids[:first], *text, *ids[last:], *self.suffix]
-        start = len(self.prefix) + first
-        pooled_end = self.template.pool_suffix or bool(self.suffix)
-        stop = len(kept) if pooled_end else start + len(text)
-        return self.marked(kept, start, stop, last - first - len(text))
+        kept = ids[first:last][: max(room, 0)]
+        return self.around(kept, ids[:first], ids[last:], last - first - len(kept))
 
     def of_ids(
         self, ids: Sequence[int], prompt: str = "", max_length: int | None = None
@@ -278,6 +203,15 @@ class TextTokenizer:
         last = len(before) + len(text)
         whole = [*before, *text, *after]
         return self._row(whole, len(before), last, max_length or self.max_length)
+
+    def around(
+        self, text: list[int], context: list[int], ending: list[int], cut: int = 0
+    ) -> TokenRow:
+        """The row of a text's ids, with context before, ending behind, and the fixed ids around."""
+        kept = [*self.prefix, *context, *text, *ending, *self.suffix]
+        start = len(self.prefix) + len(context)
+        pooled_end = self.template.pool_suffix or bool(self.suffix)
+        return self.marked(kept, start, len(kept) if pooled_end else start + len(text), cut)
 
     def marked(self, kept: list[int], start: int, stop: int, cut: int = 0) -> TokenRow:
         """A row of which ``[start, stop)`` is pooled, or everything if that is empty."""
@@ -312,19 +246,3 @@ class TextTokenizer:
         encode = self.backend.encode
         lengths = [len(encode(part, add_special_tokens=False).ids) for part in around if part]
         return len(self.prefix) + len(self.suffix) + sum(lengths)
-
-
-def _reaching(offsets: Sequence[tuple[int, int]], character: int) -> int:
-    """Index of the first token that reaches beyond a character position."""
-    for index, (_, end) in enumerate(offsets):
-        if end > character:
-            return index
-    return len(offsets)
-
-
-def _starting(offsets: Sequence[tuple[int, int]], character: int) -> int:
-    """Index of the first token that starts at or behind a character position."""
-    for index in range(len(offsets) - 1, -1, -1):
-        if offsets[index][0] < character:
-            return index + 1
-    return 0

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from unmasked.errors import DataError, MissingExtraError, RecipeError
-from unmasked.files.source import training_source
+from unmasked.files.training_source import training_source
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Supervised
 from unmasked.train import devices

@@ -124,13 +124,15 @@ class TokenisedRows:
 class PreparedBatch:
     """Inputs that share a forward: their places in their window, token counts and features.
 
-    An empty window is one batch without inputs, so that its turn is known.
+    `cut` has the places of those that are longer than an input. An empty window is one batch
+    without inputs, so that its turn is known.
     """
 
     window: TextWindow
     places: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     lengths: Sequence[int] = ()
     features: dict[str, Any] = field(default_factory=dict)
+    cut: Sequence[int] = ()
 
 
 def tokenised(
@@ -173,7 +175,8 @@ def prepare_batches(
                     for key, value in features.items()
                 }
             features["repad"] = request.stock_features or request.output_value != SENTENCE
-            yield PreparedBatch(piece.window, chosen + piece.first, own, features)
+            cut = [piece.first + int(i) for i in chosen if rows[i].cut]
+            yield PreparedBatch(piece.window, chosen + piece.first, own, features, cut)
 
 
 def prepared_ahead(

@@ -72,7 +72,7 @@ def sentence_vectors(
     """
     flying: deque[tuple[PreparedBatch, Tensor, Callable[[], None]]] = deque()
     waiting: deque[TextWindow] = deque()
-    behind = BEHIND.get(request.device.type, 0)
+    behind, cut = BEHIND.get(request.device.type, 0), 0
 
     def result(batch: PreparedBatch, outputs: dict[str, Any]) -> Tensor:
         vectors = outputs[SENTENCE][: len(batch.places)].float()
@@ -92,12 +92,14 @@ def sentence_vectors(
                 waiting.append(batch.window)
             if vectors is not None:
                 flying.append((batch, vectors, done))
+                cut += int(batch.window.copies[list(batch.cut)].sum()) if batch.cut else 0
             while len(flying) > behind:
                 land()
             while waiting and not waiting[0].left:
                 yield waiting.popleft().finished(request)
         while flying:
             land()
+    backbone.count_cut(cut)
     while waiting:
         yield waiting.popleft().finished(request)
 
@@ -105,7 +107,7 @@ def sentence_vectors(
 @torch.inference_mode()
 def encode_windows(
     model: nn.Module, backbone: Backbone, wanted: Iterable[list[Any]], **options: Any
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """(N, D) float32 vectors of one list of N texts after another, as `encode` gives for each.
 
     Lists are tokenised while those before them are run, so the device need not wait between two.
@@ -154,6 +156,7 @@ def row_outputs(
 ) -> list[Any]:
     """Token states (T, D) of each input without padding, or every output of each input."""
     results: list[Any] = [None] * len(inputs)
+    cut = 0
 
     def result(batch: PreparedBatch, outputs: dict[str, Any]) -> list[Any]:
         if request.output_value == TOKENS:
@@ -171,7 +174,9 @@ def row_outputs(
             done()
             for place, row in zip(batch.places, rows or (), strict=True):
                 results[place] = row
+            cut += len(batch.cut)
             bar.update(len(batch.places))
+    backbone.count_cut(cut)
     return results
 
 

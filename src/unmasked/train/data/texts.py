@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from unmasked.errors import DataError
-from unmasked.files.source import training_source
+from unmasked.files.training_source import training_source
 from unmasked.files.writing import written_aside
 from unmasked.text.tokens import TextTokenizer
 from unmasked.train.data.record import digest_of, sizes_of

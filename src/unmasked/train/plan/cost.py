@@ -22,7 +22,8 @@ from unmasked.checkpoint import loading
 from unmasked.errors import UnmaskedError
 from unmasked.forward import precision
 from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Supervised
-from unmasked.text.tokens import TextTokenizer, prepare_tokenizer
+from unmasked.text.special_tokens import prepare_tokenizer
+from unmasked.text.tokens import TextTokenizer
 from unmasked.train import devices
 from unmasked.train.data.pairs import read_rows
 from unmasked.train.data.texts import iterate_texts

@@ -1,0 +1,105 @@
+"""serve: the server's options, and what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from typer import Argument, Option
+
+from unmasked.cli import terminal
+from unmasked.cli.options import DTYPE
+from unmasked.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from unmasked.compat.llm2vec import LLM2Vec
+
+EXTRA_OF_SERVE = ("fastapi", "prometheus_client", "starlette", "uvicorn")
+SERVED = Annotated[
+    list[str],
+    Argument(
+        metavar="MODEL",
+        help="Hub name, folder, or 'nano'; NAME=MODEL says what clients call it.",
+    ),
+]
+HOST = Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")]
+PORT = Annotated[int, Option(min=0, max=65535, help="Port; 0 for any that is free.")]
+KEYS = Annotated[
+    Path | None,
+    Option(help="API keys, one a line; or set UNMASKED_API_KEYS.", show_default="no keys"),
+]
+INPUTS = Annotated[int, Option(min=1, help="Maximum number of texts per request.")]
+BODY = Annotated[int, Option(min=1, help="Maximum size of a request in MiB.")]
+TOKENS = Annotated[
+    int | None, Option(min=2, help="Maximum number of tokens per text.", show_default="the model's")
+]
+CUT = Annotated[
+    bool, Option("--truncate", help="Cut texts that are too long where a request does not say.")
+]
+QUEUE = Annotated[
+    int, Option(min=1, help="Texts that may wait; beyond, requests are refused (429).")
+]
+TIMEOUT = Annotated[float, Option(min=0.1, help="Seconds until a request is given up.")]
+WAIT = Annotated[float, Option(min=0, help="Milliseconds that a text may wait for others.")]
+BATCH = Annotated[
+    int | None,
+    Option(min=1, help="Maximum number of tokens per forward.", show_default="by device"),
+]
+EIGHT_BITS = Annotated[
+    Literal["int8", "fp8"] | None,
+    Option(help="8-bit weights (int8 on a CPU, fp8 on a GPU): faster and less exact."),
+]
+
+
+def serve(
+    models: SERVED,
+    host: HOST = "127.0.0.1",
+    port: PORT = 8000,
+    api_key_file: KEYS = None,
+    max_inputs: INPUTS = 2048,
+    max_body: BODY = 8,
+    max_tokens: TOKENS = None,
+    truncate: CUT = False,
+    max_queue: QUEUE = 4096,
+    timeout: TIMEOUT = 60.0,
+    wait_ms: WAIT = 2.0,
+    batch_tokens: BATCH = None,
+    dtype: DTYPE = "auto",
+    quantize: EIGHT_BITS = None,
+) -> None:
+    """Answer OpenAI's /v1/embeddings and TEI's /embed over HTTP, until SIGTERM or Ctrl-C."""
+    with terminal.waiting("starting"):
+        try:
+            from unmasked import serve as server
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] not in EXTRA_OF_SERVE:
+                raise
+            raise MissingExtraError(str(error.name), "serve") from error
+    names, keys = server.model_names(models), server.read_keys(api_key_file)
+    limits = server.Limits(
+        max_body << 20,
+        max_inputs,
+        max_tokens,
+        truncate,
+        max_queue,
+        timeout,
+        wait_ms / 1000,
+        batch_tokens,
+    )
+    with server.bind(host, port) as taken:
+        encoders = {name: _load(model, dtype, quantize) for name, model in names.items()}
+        if host not in ("127.0.0.1", "::1", "localhost") and not keys:
+            terminal.say(f"anyone who reaches {host} can use this server: it has no API keys")
+        with server.Service(encoders, limits) as service:
+            said = ", ".join(names)
+            server.run_server(
+                service, keys, taken, lambda url: terminal.show(f"{said} at {url}/v1 (page: /docs)")
+            )
+    terminal.say("stopped; every request that was accepted has its answer")
+
+
+def _load(name: str, dtype: str, quantize: str | None) -> LLM2Vec:
+    with terminal.loading(f"loading {name}"):
+        from unmasked.compat.llm2vec import LLM2Vec
+
+        return LLM2Vec.from_pretrained(name, dtype=dtype, quantize=quantize)

@@ -1,0 +1,175 @@
+"""A query goes in, the nearest texts come out: a model, its vectors, and perhaps their texts.
+
+The texts are those that stand beside the vectors (``--keep text``), those of a corpus that is
+encoded for the occasion, or those of the source, which is then read once and kept in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from unmasked.corpus.search.nearest import nearest_vectors
+from unmasked.corpus.search.stored_files import StoredVectors, open_vectors
+from unmasked.corpus.stored_vectors import Encoding
+from unmasked.errors import DataError
+from unmasked.files.source import Source
+from unmasked.text.passages import Chunks
+
+if TYPE_CHECKING:
+    from unmasked.model import TextEncoder
+
+_WINDOW = 2048
+
+
+class Hit(NamedTuple):
+    """A text that was found.
+
+    Attributes:
+        score: its cosine to the query.
+        row: its number in the corpus, from 0.
+        id: its name, if it has one.
+        file: the file that it is from, if that is known.
+        begin, end: the characters of the document that a passage is.
+        text: the text, or the passage, if it is known.
+    """
+
+    score: float
+    row: int
+    id: str | None = None
+    file: str | None = None
+    begin: int | None = None
+    end: int | None = None
+    text: str | None = None
+
+
+class VectorSearch:
+    """Finds the nearest texts.
+
+    Args:
+        model: encodes queries; the one that made the vectors.
+        stored: the vectors.
+        texts: where they are from, to show the texts as well.
+        prompt, prompt_name: put before a query; by default the model's prompt for queries.
+
+    Raises:
+        DataError: the vectors are of another model, or the texts are others.
+    """
+
+    def __init__(
+        self,
+        model: TextEncoder,
+        stored: StoredVectors,
+        texts: Source | None = None,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+    ) -> None:
+        self.model, self.stored, self.source = model, stored, texts
+        self.prompt, self.prompt_name = prompt, prompt_name
+        width = model.get_embedding_dimension() or 0
+        made_by = stored.settings.get("model")
+        if stored.width > width or made_by not in (None, model.fingerprint()):
+            dtype = stored.settings.get("dtype", "float32")
+            raise DataError(
+                f"{stored.name} was made by another model, or in another number type ({dtype}), "
+                "so a score would mean nothing. Fix: --model with the one that made it, "
+                f"--dtype {dtype}."
+            )
+        if texts is not None and stored.inputs and texts.on_disk:
+            there = [
+                (name, Path(f).stat().st_size)
+                for name, f in zip(texts.names, texts.files, strict=True)
+            ]
+            if there != [(entry["file"], entry.get("bytes")) for entry in stored.inputs]:
+                raise DataError(
+                    f"{texts.name} is not what {stored.name} was made of. Fix: --texts with the "
+                    "same files, or leave it out."
+                )
+
+    def __call__(self, queries: Sequence[str], count: int = 10) -> list[list[Hit]]:
+        """The nearest texts of each query, best first; fewer than `count` if there are no more."""
+        vectors: Any = self.model.encode_query(
+            list(queries),
+            prompt=self.prompt,
+            prompt_name=self.prompt_name,
+            truncate_dim=self.stored.width,
+            show_progress_bar=False,
+        )
+        found = nearest_vectors(self.stored, np.asarray(vectors, dtype=np.float32), count)
+        return [
+            [self._hit(float(score), int(place)) for score, place in zip(*row, strict=True)]
+            for row in zip(found.scores, found.places, strict=True)
+        ]
+
+    def _hit(self, score: float, place: int) -> Hit:
+        cells = self.stored.cells(place)
+        named = {name: cells[name] for name in Hit._fields if name in cells}
+        if self.source is not None:
+            named["text"] = self._texts[named["row"]].as_py()
+        hit = Hit(score, **named)
+        if hit.text is not None and hit.begin is not None:
+            hit = hit._replace(text=hit.text[hit.begin : hit.end])
+        return hit
+
+    @cached_property
+    def _texts(self) -> Any:
+        """The texts of the source by row; Arrow holds them as bytes, without an object each."""
+        import pyarrow as pa
+
+        assert self.source is not None
+        rows = (row.text for row in self.source.rows())
+        parts = iter(lambda: list(islice(rows, _WINDOW)), [])
+        return pa.chunked_array([pa.array(part, "large_string") for part in parts], "large_string")
+
+
+def search_in(model: TextEncoder, vectors: str | Path, **options: Any) -> VectorSearch:
+    """A search in a folder or file of vectors; options as those of `VectorSearch`."""
+    return VectorSearch(model, open_vectors(vectors), **options)
+
+
+def search_texts(
+    model: TextEncoder,
+    source: Source,
+    chunks: Chunks | None = None,
+    *,
+    progress: Callable[[int], None] = lambda rows: None,
+    **options: Any,
+) -> VectorSearch:
+    """A search in texts that are encoded now, into memory; for a corpus that is small.
+
+    Args:
+        model: encodes texts and queries.
+        source: the texts; a row with a fault is an error.
+        chunks: how they become passages; None encodes them whole.
+        progress: is told of the rows done so far.
+        options: those of `VectorSearch`.
+    """
+    import pyarrow as pa
+
+    encoding, rows = Encoding(chunks=chunks), source.rows()
+    encoding.check(model)
+    parts, cells = [], []
+    done = 0
+    while window := list(islice(rows, _WINDOW)):
+        for row in window:
+            if row.fault is not None:
+                raise source.error(row)
+        found, vectors = encoding.passages(model, [row.text for row in window])
+        parts.append(vectors)
+        for document, begin, end in found:
+            row = window[document]
+            own = {"row": done + document, "id": row.id, "file": source.names[row.file]}
+            cells.append(own | {"begin": begin if chunks else None, "end": end, "text": row.text})
+        done += len(window)
+        progress(done)
+    if not done:
+        raise DataError(f"{source.name}: there is no text in it.")
+    columns = pa.Table.from_pylist(cells)
+    stored = StoredVectors(source.name, parts, "float32", encoding.width(model), columns)
+    return VectorSearch(model, stored, **options)

@@ -1,0 +1,169 @@
+"""Whole files as texts, each with its path as id: a folder of documents as it is.
+
+.txt, .md and .rst are taken as they stand; of .html the text that a reader sees; .pdf and .docx are
+read by pypdf and python-docx, which the extra ``documents`` installs. Nothing in a file is run or
+fetched. A file that cannot be read is a row with a fault, so that the caller may pass over it;
+headers, footers and notes of .docx, and pictures of any kind, have no text here.
+
+Cost: one file in memory. Some ten .pdf pages per second, thousands of the other files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+
+from unmasked.errors import DataError, MissingExtraError
+from unmasked.files.content import LOOKED_AT, Fault, file_fault, row_fault
+from unmasked.files.readers import Cells
+
+PREFIX = "documents:"
+"""Before the name of a folder, or of a file, each file of which is one text."""
+DOCUMENT_KINDS = (".txt", ".md", ".markdown", ".rst", ".html", ".htm", ".pdf", ".docx")
+_LIBRARIES = {".pdf": "pypdf", ".docx": "docx"}
+_NAMES = {"docx": "python-docx"}
+
+
+def visible(folder: Path) -> list[Path]:
+    """Files at any depth, sorted, without hidden ones and markers such as ``_SUCCESS``."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+    )
+
+
+def find_documents(place: Path) -> list[str]:
+    """The documents of a folder, or a single one.
+
+    Raises:
+        DataError: there is none.
+        MissingExtraError: names the library that a kind of file needs, and its extra.
+    """
+    if not place.exists():
+        raise DataError(f"{place} is not a file or folder. Fix: check its name.")
+    files = visible(place) if place.is_dir() else [place]
+    found = [str(file) for file in files if file.suffix.lower() in DOCUMENT_KINDS]
+    if not found:
+        allowed = ", ".join(DOCUMENT_KINDS)
+        raise DataError(f"{place}: no document in it. Allowed: a folder or file of {allowed}.")
+    for kind in {Path(file).suffix.lower() for file in found} & _LIBRARIES.keys():
+        if find_spec(_LIBRARIES[kind]) is None:
+            raise MissingExtraError(_NAMES.get(_LIBRARIES[kind], _LIBRARIES[kind]), "documents")
+    return found
+
+
+def read_whole(path: str, column: str, name: str) -> Cells:
+    """A file as one row of a text and an id, or with the fault that it has.
+
+    Args:
+        path: the file.
+        column: what its text is called.
+        name: its id.
+    """
+    text, fault = _read(Path(path))
+    return Cells(1, {} if fault else {column: text, "id": name}, fault)
+
+
+def _read(path: Path) -> tuple[str, Fault | None]:
+    kind = path.suffix.lower()
+    if kind in _LIBRARIES:
+        extract = _pdf if kind == ".pdf" else _docx
+        return _extracted(path, extract)
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return "", file_fault(str(path), raw[:LOOKED_AT]) or row_fault(str(path), error)
+    if kind in (".html", ".htm"):
+        page = _Page()
+        page.feed(text)
+        page.close()
+        return page.text(), None
+    return text.replace("\r\n", "\n"), None
+
+
+def _extracted(path: Path, extract: Callable[[Path], str]) -> tuple[str, Fault | None]:
+    try:
+        text = extract(path)
+        return text.encode(errors="replace").decode(), None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        return "", _unreadable(path, error)
+    except Exception as error:  # the libraries raise almost anything on a damaged file
+        return "", _unreadable(path, error)
+
+
+def _unreadable(path: Path, error: Exception) -> Fault:
+    given = f"not readable as {path.suffix} ({type(error).__name__}: {str(error)[:80]})"
+    return given, "save it anew, without a password, or take it out of the folder"
+
+
+def _pdf(path: Path) -> str:
+    import pypdf
+
+    with pypdf.PdfReader(path) as reader:
+        return "\n\n".join(page.extract_text() for page in reader.pages)
+
+
+def _docx(path: Path) -> str:
+    import docx
+    from docx.table import Table
+
+    parts = []
+    for block in docx.Document(str(path)).iter_inner_content():
+        if isinstance(block, Table):
+            rows = ("\t".join(cell.text for cell in row.cells) for row in block.rows)
+            parts.append("\n".join(rows))
+        else:
+            parts.append(block.text)
+    return "\n\n".join(part for part in parts if part.strip())
+
+
+class _Page(HTMLParser):
+    """The text of a page: what stands in blocks is apart, and scripts and styles are no text."""
+
+    _HIDDEN = frozenset({"script", "style"})
+    _BLOCKS = re.compile(
+        r"address|article|aside|blockquote|d[dlt]|div|fig(caption|ure)|footer|form|h[1-6r]|header|li|"
+        r"main|nav|[ou]l|p|pre|section|table|title|tr"
+    )
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self._parts: list[str] = []
+        self._hidden = False
+        self._kept = 0  # how many <pre> are open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        del attrs
+        self._hidden = tag in self._HIDDEN
+        self._kept += tag == "pre"
+        self._border(tag)
+        if tag in ("td", "th"):
+            self._parts.append(" ")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden = False
+        self._kept = max(self._kept - (tag == "pre"), 0)
+        self._border(tag)
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self._parts.append(data if self._kept else re.sub(r"\s+", " ", data))
+
+    def _border(self, tag: str) -> None:
+        if self._BLOCKS.fullmatch(tag):
+            self._parts.append("\n\n")
+        elif tag == "br":
+            self._parts.append("\n")
+
+    def text(self) -> str:
+        """What was read, without more than one empty line in a row."""
+        joined = re.sub(r"[ \t]*\n( (?! ))?", "\n", "".join(self._parts))
+        return re.sub(r"\n{3,}", "\n\n", joined).strip()

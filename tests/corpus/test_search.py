@@ -1,0 +1,159 @@
+"""The nearest texts of what was encoded: exact in every precision and kind of file."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from unmasked.corpus import Chunks, Encoding, Local, Shards, encode_corpus, encode_folder
+from unmasked.corpus.search import nearest, nearest_vectors, open_vectors, search_in, search_texts
+from unmasked.corpus.search.stored_files import StoredVectors
+from unmasked.errors import DataError
+from unmasked.files.source import Source
+
+
+def stored(vectors: np.ndarray, precision: str = "float32", blocks: int = 3) -> StoredVectors:
+    encoding = Encoding(precision=precision)
+    ranges = np.stack([vectors.min(axis=0), vectors.max(axis=0)]) if precision == "int8" else None
+    parts = np.array_split(encoding.store(vectors, ranges), blocks)
+    rows = np.arange(len(vectors))
+    return StoredVectors("v", parts, precision, vectors.shape[1], rows, ranges)
+
+
+def exact(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    vectors, queries = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (vectors, queries))
+    scores = queries @ vectors.T
+    places = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(scores, places, axis=1), places
+
+
+@pytest.fixture(params=["numpy", "faiss"])
+def by(request, monkeypatch):
+    """What takes the products."""
+    if request.param == "faiss":
+        pytest.importorskip("faiss", reason="FAISS is not installed")
+        monkeypatch.setattr(nearest, "MANY", 1)
+    else:
+        monkeypatch.setattr(nearest, "_faiss", lambda queries: None)
+    monkeypatch.setattr(nearest, "BLOCK", 100)
+    return request.param
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "binary"])
+def test_the_nearest_are_the_nearest(by, precision):
+    draw = np.random.default_rng(0)
+    vectors = draw.standard_normal((1000, 64)).astype(np.float32)
+    picked = np.array([5, 500, 999])
+    queries = vectors[picked] + 0.3 * draw.standard_normal((3, 64)).astype(np.float32)
+    found = nearest_vectors(stored(vectors, precision), queries, 7)
+    scores, places = exact(vectors, queries, 7)
+    assert found.places[:, 0].tolist() == picked.tolist()
+    if precision == "float32":
+        assert np.array_equal(found.places, places)
+    if precision != "binary":
+        np.testing.assert_allclose(found.scores, scores, atol=2e-2 if precision == "int8" else 1e-3)
+    assert (np.diff(found.scores) <= 0).all()
+
+
+def test_of_equal_vectors_the_first_comes_first(by):
+    vectors = np.tile(np.eye(4, dtype=np.float32), (60, 1))
+    found = nearest_vectors(stored(vectors), np.eye(4, dtype=np.float32)[:1], 5)
+    assert found.scores.tolist() == [[1.0] * 5]
+    if by == "numpy":
+        assert found.places.tolist() == [[0, 4, 8, 12, 16]]
+    few = nearest_vectors(stored(vectors[:3], blocks=1), vectors[:2], 10)
+    assert few.places.shape == (2, 3)
+
+
+@pytest.fixture
+def texts(tmp_path, sentences):
+    path = tmp_path / "t.jsonl"
+    rows = [{"id": f"t{i}", "text": text} for i, text in enumerate(sentences)]
+    rows.insert(2, {"id": "none", "text": ""})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
+@pytest.mark.parametrize("kind", [".parquet", ".npy", ".safetensors"])
+def test_a_folder_and_a_file_are_searched(model, texts, tmp_path, sentences, kind, precision):
+    source, encoding = Source(str(texts)), Encoding(precision=precision)
+    folder = tmp_path / "v"
+    encode_folder(Local(lambda: model), source, folder, encoding, Shards(kind, 4, skip=True))
+    encode_corpus(model, source, tmp_path / f"v{kind}", encoding, skip=True)
+    for path in (folder, tmp_path / f"v{kind}"):
+        found = search_in(model, path, texts=source)
+        for asked in ([sentences[1], sentences[5]],):
+            answers = found(asked, 3)
+            assert [hits[0].row for hits in answers] == [1, 6]  # row 2 has no vector
+            assert [hits[0].text for hits in answers] == asked
+            assert [len(hits) for hits in answers] == [3, 3]
+            if kind == ".parquet":
+                assert [hits[0].id for hits in answers] == ["t1", "t5"]
+
+
+def test_texts_are_searched_as_they_are(model, tmp_path, sentences):
+    path = tmp_path / "t.txt"
+    path.write_text("\n".join([*sentences[:4], " ".join(sentences)]) + "\n")
+    (hits,) = search_texts(model, Source(str(path)))([sentences[3]], 1)
+    assert hits[0].text == sentences[3] and hits[0].row == 3
+    assert hits[0].score == pytest.approx(1, abs=1e-5) and hits[0].begin is None
+    found = search_texts(model, Source(str(path)), Chunks(24))
+    (hits,) = found([sentences[5]], 1)
+    assert hits[0].row == 4 and " ".join(sentences)[hits[0].begin : hits[0].end] == hits[0].text
+
+
+def test_what_cannot_be_searched_is_refused(model, texts, tmp_path, tiny_decoder, sentences):
+    from unmasked import LLM2Vec
+
+    folder = tmp_path / "v"
+    source = Source(str(texts))
+    encode_folder(Local(lambda: model), source, folder, shards=Shards(rows=4, skip=True))
+    other = LLM2Vec.from_pretrained(tiny_decoder, max_length=33, device="cpu")
+    with pytest.raises(DataError, match="another model.*Fix: --model"):
+        search_in(other, folder)
+    (tmp_path / "o.txt").write_text("other\n")
+    with pytest.raises(DataError, match="is not what .* was made of. Fix: --texts"):
+        search_in(model, folder, texts=Source(str(tmp_path / "o.txt")))
+    manifest = folder / "_manifest.jsonl"
+    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(DataError, match="is not finished, 3 shards are there. Fix: the unmasked"):
+        open_vectors(folder)
+    with pytest.raises(DataError, match="does not exist. Fix: unmasked encode"):
+        open_vectors(tmp_path / "none")
+    np.save(tmp_path / "c.npy", np.zeros((2, 3), complex))
+    with pytest.raises(DataError, match="Allowed: .N, D. float32"):
+        open_vectors(tmp_path / "c.npy")
+    (tmp_path / "d.npy").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="cannot be opened as vectors"):
+        open_vectors(tmp_path / "d.npy")
+
+
+def test_the_verb(cli, tiny_decoder, tmp_path, sentences, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    for i, text in enumerate(sentences):
+        (tmp_path / "docs" / f"{i}.md").write_text(text)
+    (tmp_path / "docs" / "x.py").touch()
+    code, out, err = cli("encode", tiny_decoder, "docs", "--whole-files", "-o", "v", "--chunk", 64)
+    assert code == 0 and "left out, files of another kind: 1 .py (docs/x.py)" in err
+    model = ("--model", tiny_decoder)
+    command = ["search", "v", sentences[2], *model, "--top", "2", "--json", "found.json"]
+    code, out, _ = cli(*command, "--texts", "docs", "--whole-files")
+    lines = out.splitlines()
+    assert code == 0 and lines[0].startswith("1.0000  2.md, characters 0 to")
+    assert lines[1].strip() == sentences[2] and len(lines) == 4
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found[0]["query"] == sentences[2] and found[0]["hits"][0]["id"] == "2.md"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{sentences[0]}\n{sentences[1]}\n\nunread\n"))
+    code, out, _ = cli("search", "docs", "--whole-files", *model, "--top", "1")
+    assert code == 0 and [line[:12] for line in out.splitlines()[::2]] == [
+        "1.0000  0.md",
+        "1.0000  1.md",
+    ]
+    code, _, err = cli("search", "v", "a", *model, "--chunk", "8")
+    assert code == 2 and "--chunk divides texts, and v holds vectors. Fix" in err
+    code, _, err = cli("encode", tiny_decoder, "docs", "-o", "w", "--late")
+    assert code == 2 and "Fix: --chunk 256 --late" in err
