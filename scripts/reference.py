@@ -11,8 +11,11 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from typer.models import ArgumentInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "reference"
@@ -29,66 +32,65 @@ def cell(text: str) -> str:
 
 def commands_page() -> str:
     """Every verb with its arguments and options."""
-    import typer
-
     from unmasked.cli import app
 
     parts = ["# Commands\n", WRITTEN]
     parts.append(
         "`unmasked VERB --help` says the same. Exit codes: 0 when it is done, 2 for what you can "
-        "mend, 130 when it was interrupted. `unmasked --debug VERB` shows the traceback of an error."
-        "\n"
+        "mend, 130 when it was interrupted. `unmasked --debug VERB` shows the traceback of an "
+        "error.\n"
     )
-    for name, command in verbs(typer.main.get_command(app), ""):
-        parts.append(f"## {name}\n")
-        parts.append("\n\n".join(" ".join(p.split()) for p in (command.help or "").split("\n\n")))
-        rows = [option_row(given) for given in command.params if given.name != "help"]
+    for name, verb in verbs(app, ""):
+        said = (inspect.getdoc(verb) or "").split("\n\n")[0]
+        parts.append(f"## {name}\n\n{' '.join(said.split())}\n")
+        hints = get_type_hints(verb, include_extras=True)
+        given = inspect.signature(verb).parameters.values()
+        rows = [option_row(one.name, hints[one.name], one.default) for one in given]
         if rows:
-            parts.append("\n| | | |\n|---|---|---|\n" + "\n".join(rows) + "\n")
-        else:
-            parts.append("")
+            parts.append("| | | |\n|---|---|---|\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
-def verbs(group, above: str) -> Iterator[tuple[str, object]]:
-    """Every command below a group, with its whole name."""
-    for name, command in group.commands.items():
-        whole = f"{above} {name}".strip()
-        if hasattr(command, "commands"):
-            yield from verbs(command, whole)
-        else:
-            yield whole, command
+def verbs(group: Any, above: str) -> Iterator[tuple[str, Callable]]:
+    """Every command of a group, with its whole name and the function behind it."""
+    for command in group.registered_commands:
+        yield f"{above}{command.name or command.callback.__name__}", command.callback
+    for inner in group.registered_groups:
+        yield from verbs(inner.typer_instance, f"{above}{inner.name} ")
 
 
-def option_row(given) -> str:
+def option_row(name: str, hint: Any, default: Any) -> str:
     """A row of a table: what is written, which values, what it does."""
-    if given.param_type_name == "argument":
-        written = f"`{(given.metavar or given.name).strip('{}[]')}`"
+    kind, info = get_args(hint)[:2]
+    if isinstance(info, ArgumentInfo):
+        written = f"`{(info.metavar or name).strip('{}[]')}`"
     else:
-        written = ", ".join(f"`{name}`" for name in (*given.opts, *given.secondary_opts))
-    kind = "" if getattr(given, "is_flag", False) else kind_of(given)
-    default = given.default if given.default not in (None, False, ()) else None
-    shown = getattr(given, "show_default", None)
-    if isinstance(shown, str):
-        default = f"({shown})"
-    said = [cell(getattr(given, "help", None) or "")]
-    if given.required:
+        # In Annotated, typer takes the first name for a default until it reads the function.
+        first = [info.default] if str(info.default).startswith("-") else []
+        named = [*first, *info.param_decls] or [f"--{name.replace('_', '-')}"]
+        written = ", ".join(f"`{one}`" for one in sorted(named, key=len))
+    said = [cell(info.help or "")]
+    if default is inspect.Parameter.empty:
         said.append("Must be given.")
-    elif default is not None and not callable(default):
-        said.append(f"Default: {cell(str(default))}.")
-    return f"| {written} | {kind} | {' '.join(said)} |"
+    elif isinstance(info.show_default, str):
+        said.append(f"Default: {cell(info.show_default)}.")
+    elif default not in (None, False):
+        said.append(f"Default: `{cell(str(default))}`.")
+    return f"| {written} | {values_of(kind, info)} | {' '.join(said)} |"
 
 
-def kind_of(given) -> str:
-    """Which values an option takes."""
-    choices = getattr(given.type, "choices", None)
-    if choices:
-        return " ".join(f"`{choice}`" for choice in choices)
-    names = {"integer": "whole number", "integer range": "whole number", "float": "number",
-             "float range": "number", "text": "text", "path": "path", "str": "text", "int": "whole number"}  # fmt: skip
-    kind = names.get(given.type.name, given.type.name)
-    many = getattr(given, "multiple", False) or getattr(given, "nargs", 1) == -1
-    return cell(f"{kind}, repeatable" if many else kind)
+def values_of(kind: Any, info: Any) -> str:
+    """Which values an option takes, in words; nothing for a flag."""
+    inner = [one for one in get_args(kind) if one is not type(None)]
+    if get_origin(kind) is Literal:
+        return " ".join(f"`{choice}`" for choice in inner)
+    if get_origin(kind) is list:
+        return f"{values_of(inner[0], info)}, more than one"
+    if inner:
+        return values_of(inner[0], info)
+    words = {bool: "", int: "whole number", float: "number", Path: "path", str: "text"}[kind]
+    bounds = [("from", info.min), ("to", info.max)]
+    return " ".join([words, *(f"{word} {at}" for word, at in bounds if at is not None)])
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -142,7 +144,9 @@ def python_page() -> str:
         parts.append(markdown(inspect.getdoc(thing)) + "\n")
         if inspect.isclass(thing):
             parts += members(thing, (thing, TextEncoder))
-    parts.append("## The rooms\n\nWhat each part of the package answers, for those who go deeper.\n")
+    parts.append(
+        "## The rooms\n\nWhat each part of the package answers, for those who go deeper.\n"
+    )
     for file in sorted((ROOT / "src" / "unmasked").glob("*/__init__.py")):
         said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         parts.append(f"### unmasked.{file.parent.name}\n\n{markdown(said)}\n")
@@ -174,7 +178,8 @@ def signature(function) -> str:
         if parameter.name not in {"self", "cls"}
     ]
     shown = [re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", str(one)) for one in given]
-    line = f"({', '.join(shown)})".replace("=Ellipsis", "=...")
+    shown = [one.replace("=Ellipsis", "=...") for one in shown]
+    line = f"({', '.join(shown)})"
     return line if len(line) < 80 else "(\n    " + ",\n    ".join(shown) + ",\n)"
 
 
