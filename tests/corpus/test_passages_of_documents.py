@@ -171,10 +171,10 @@ def test_bad_input_is_refused_and_nothing_is_written(model, documents, tmp_path,
 
 def test_a_document_with_a_passage_without_vector_is_left_out_whole(model, documents, tmp_path):
     class Broken(Encoding):
-        def passages(self, *given):
-            found, vectors = super().passages(*given)
-            vectors[[i for i, p in enumerate(found) if p.document == 1 and p.begin]] = np.nan
-            return found, vectors
+        def __call__(self, *given):
+            for found, vectors in super().__call__(*given):
+                vectors[[i for i, p in enumerate(found) if p.document == 1 and p.begin]] = np.nan
+                yield found, vectors
 
     encoding, shards = Broken(chunks=PLAIN), Shards(rows=9, window=9, skip=True)
     source = Source(str(documents))

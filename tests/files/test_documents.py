@@ -105,7 +105,7 @@ def test_what_cannot_be_read_names_the_file(folder):
 def test_a_library_that_is_not_there_is_named_before_anything_is_read(folder, monkeypatch):
     (folder / "e.docx").touch()
     monkeypatch.setattr(documents, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"python-docx.*pip install 'unmasked.documents.'"):
+    with pytest.raises(MissingExtraError, match=r"python-docx.*\[documents\]"):
         _ = Source(f"documents:{folder}").files
 
 

@@ -86,6 +86,6 @@ def test_the_last_file_says_that_all_are_there(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "new", Path("/proc/nowhere/new")):
-        told = pytest.raises(OutputError, match=r"new cannot be written: .*\. Fix: give a place")
+        told = pytest.raises(OutputError, match=r"new cannot be written: .*\. Fix: name a place")
         with told, folder_aside(place):
             pass

@@ -149,17 +149,15 @@ def encode(
     from unmasked.files.source import Source
 
     chunks = divided(chunk, overlap, late)
-    path = Path(output)
-    one_file = bool(path.suffix) and not output.endswith("/")
+    path, one_file = Path(output), bool(Path(output).suffix) and not output.endswith("/")
     columns = tuple(word.strip() for word in (keep or "").split(",") if word.strip())
     most = max_bytes or (WHOLE_TEXT if chunks is None else LONGEST_LINE)
     source = Source(documents(texts, whole_files), text_column, keep=columns, max_bytes=most)
-    numbers = (normalize, truncate_dim, precision, chunks)
-    encoding = corpus.Encoding(prompt, prompt_name, batch_size, *numbers)
+    encoding = corpus.Encoding(
+        prompt, prompt_name, batch_size, normalize, truncate_dim, precision, chunks
+    )
     part, skip = corpus.parse_part(shard) if shard else (1, 1), on_error == "skip"
-    # Another machine's working directory is another one; 'nano' is the bundled decoder everywhere.
-    name = str(Path(model).resolve()) if model != "nano" and Path(model).exists() else model
-    load = partial(_load, name, dtype, quantize, compile)
+    load = partial(_load, _everywhere(model), dtype, quantize, compile)
     if one_file and (format or part != (1, 1) or engine == "ray"):
         raise OutputError(_ONE_FILE.format(output))
     given: dict[str, Any] = {"source": source, "encoding": encoding, "overwrite": overwrite}
@@ -188,6 +186,12 @@ def _say_done(done: Encoded, waited: float | None, path: Path, listed: Path) -> 
             f"{done.cut:,} texts are longer than the model's max_length, and only the beginning of "
             "each counts. Fix: --chunk 256 makes passages of them."
         )
+
+
+def _everywhere(model: str) -> str:
+    """The name of a model on another machine, whose working directory is another one."""
+    bundled = model == "nano"  # everywhere, also where a folder is called so
+    return str(Path(model).resolve()) if not bundled and Path(model).exists() else model
 
 
 def _say_left_out(source: Source) -> None:

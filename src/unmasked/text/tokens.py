@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from unmasked.errors import DataError, ModelError
 from unmasked.text.beginnings import encode_beginnings, reaching, starting
-from unmasked.text.special_tokens import MARK, surrounding_ids
+from unmasked.text.special_tokens import MARK, prepare_tokenizer, surrounding_ids
 from unmasked.text.templates import PLAIN, Template
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from unmasked.train.data.passages import FaultyCell
+from unmasked.train.data.cells import FaultyCell
 
 Texts = tuple[str, str, list[str], str, str]
 """Query, positive, negatives, and the instructions of query and documents."""

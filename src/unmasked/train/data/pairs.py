@@ -24,9 +24,9 @@ from unmasked.files.source import find_files
 from unmasked.files.writing import written_aside
 from unmasked.recipe.schema import Pairs
 from unmasked.train.data import columns
+from unmasked.train.data.cells import FaultyCell, passages_of, query_of
 from unmasked.train.data.columns import Columns, check_found, find_columns
 from unmasked.train.data.judged import Groups, Texts, matches
-from unmasked.train.data.passages import FaultyCell, passages_of, query_of
 from unmasked.train.data.record import digest_of, sizes_of
 
 KINDS = (".jsonl", ".csv", ".tsv", ".parquet")

@@ -21,7 +21,7 @@ from unmasked.files.content import Fault
 from unmasked.files.readers import string_fault
 
 
-class Passage(NamedTuple):
+class GivenText(NamedTuple):
     """A text, and what stands before it if its cell says so."""
 
     text: str
@@ -40,7 +40,7 @@ class FaultyCell(ValueError):
         self.fault: Fault = given, fix
 
 
-def passages_of(column: str, value: object, fix: str = "remove it") -> list[Passage]:
+def passages_of(column: str, value: object, fix: str = "remove it") -> list[GivenText]:
     """The texts of a cell, in order; none where it is null or an empty string.
 
     Args:
@@ -62,7 +62,7 @@ def passages_of(column: str, value: object, fix: str = "remove it") -> list[Pass
     return [_passage(column, item, fix) for item in value]
 
 
-def query_of(column: str, value: object) -> Passage:
+def query_of(column: str, value: object) -> GivenText:
     """The query of a cell: a text, or GritLM's pair of an instruction and a text.
 
     Raises:
@@ -71,7 +71,7 @@ def query_of(column: str, value: object) -> Passage:
     return _passage(column, value, "remove the row")
 
 
-def _passage(column: str, item: object, fix: str) -> Passage:
+def _passage(column: str, item: object, fix: str) -> GivenText:
     instruction = ""
     if isinstance(item, list | tuple):
         if len(item) != 2 or not all(isinstance(part, str) for part in item):
@@ -84,7 +84,7 @@ def _passage(column: str, item: object, fix: str) -> Passage:
         raise FaultyCell(*fault)
     if not str(item).strip():
         raise FaultyCell(f"'{column}' is empty, which has no vector", fix)
-    return Passage(str(item), str(instruction))
+    return GivenText(str(item), str(instruction))
 
 
 def _titled(column: str, item: Mapping[str, Any]) -> str:
