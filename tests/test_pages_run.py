@@ -64,7 +64,7 @@ def prepared(tmp_path_factory, environment) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if RUNNABLE[page]])
+@pytest.mark.parametrize("page", [page for page, some in RUNNABLE.items() if some])
 def test_a_page_runs(page: str, prepared: Path, environment, tmp_path: Path):
     folder = tmp_path / "page"
     shutil.copytree(prepared, folder)
