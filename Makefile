@@ -6,7 +6,7 @@ BIN := .venv/bin
 LOWEST := .venv-lowest/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slow test-lowest check format bench clean
+.PHONY: install demo test test-slow test-lowest check format bench docs clean
 
 install: $(INSTALLED)
 
@@ -50,5 +50,9 @@ format: install
 bench: install
 	$(BIN)/python -m benchmarks
 
+# The pages as a site, in site/; nothing in it is loaded from elsewhere.
+docs: install
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv .venv-lowest build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-lowest build dist site src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -21,7 +21,12 @@ else:
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-DIRECT = [*PROJECT["dependencies"], *(r for name in EXTRAS if name != "dev" for r in EXTRAS[name])]
+TOOLS = ("dev", "docs")
+"""Extras of programs that are run beside the package and not imported by it."""
+DIRECT = [
+    *PROJECT["dependencies"],
+    *(requirement for name in EXTRAS if name not in TOOLS for requirement in EXTRAS[name]),
+]
 SOURCES = {
     file: file.read_text(encoding="utf-8") for file in (ROOT / "src" / "unmasked").rglob("*.py")
 }
@@ -95,7 +100,7 @@ def test_the_tested_versions_are_allowed_ones():
 
 def test_every_dependency_has_a_lowest_version():
     """What `make test-lowest` installs; without a bound it would be the newest."""
-    for given in [*DIRECT, *EXTRAS["dev"]]:
+    for given in [*DIRECT, *(r for name in TOOLS for r in EXTRAS[name])]:
         requirement = Requirement(given)
         if requirement.name != PROJECT["name"]:
             assert [s.operator for s in requirement.specifier].count(">=") == 1, given
