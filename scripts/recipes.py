@@ -39,7 +39,7 @@ HEAD = """# Recipes
 Written by `python scripts/recipes.py`. `unmasked recipes show NAME` prints a recipe, `unmasked
 recipes copy NAME` makes it yours, and any setting can be changed on the command line:
 
-```
+```bash
 unmasked run qwen3-0.6b mntp.data=corpus.txt.gz simcse.data=sentences.txt
 ```
 
