@@ -154,7 +154,7 @@ def test_a_stage_that_trains_on_a_text_of_a_test_says_so(tiny_decoder, tmp_path,
     leaks = Leaks({"sts.tsv": [texts[3], texts[5], "not there"], "clean.tsv": ["nor this"]})
     encoder = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
     with caplog.at_level(logging.WARNING):
-        check_inputs(make_recipe(settings), tmp_path, encoder, leaks)
+        check_inputs(make_recipe(settings), tmp_path, encoder, str, leaks)
     told = [record.getMessage() for record in caplog.records if "texts of" in record.getMessage()]
     assert len(told) == 1
     assert f"{stage}.data has 2 of the 3 texts of sts.tsv" in told[0]

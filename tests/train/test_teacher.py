@@ -121,8 +121,8 @@ def test_what_is_not_one_for_each_text_is_refused_with_its_line(read, told, teac
 def test_a_column_of_scores_may_have_a_name_of_its_own(read):
     rows = [{**row, "ce": [2, 1], "score": 7} for row in ROWS[:2]]
     assert read(rows, MARGIN, teacher="ce")[0].scores == [2, 1]
-    with pytest.raises(DataError, match="no column 'cs' among .*:teacher=ce in place of"):
-        read(rows, MARGIN, teacher="cs")
+    with pytest.raises(DataError, match="no column 'ces' among .*:teacher=ce in place of"):
+        read(rows, MARGIN, teacher="ces")
 
 
 def test_scores_of_a_pair_without_negatives_teach_no_margin(read):

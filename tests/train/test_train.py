@@ -24,6 +24,7 @@ from transformers import (
 from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters, loading
 from unmasked.errors import DataError, ModelError, OutputError, RecipeError, UnmaskedError
+from unmasked.files.writing import folder_for_one
 from unmasked.mask.opening import open_config
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.lora import Lora
@@ -34,7 +35,7 @@ from unmasked.train.data.texts import read_texts, split_held_out
 from unmasked.train.losses import mntp
 from unmasked.train.losses import simcse as contrastive
 from unmasked.train.losses.simcse import TwoViewsLoss, noise
-from unmasked.train.run import Run
+from unmasked.train.run import LOCK, Run
 
 HEADS = {
     "llama": LlamaConfig(**SMALL),
@@ -523,10 +524,11 @@ def test_a_recipe_may_change_until_something_is_trained(recipe, tmp_path):
 
 def test_two_runs_in_one_folder_are_refused(recipe, tmp_path):
     recipe = recipe.model_copy(update={"mntp": None, "simcse": None})
-    first, second = (Run(recipe, tmp_path / "run") for _ in range(2))
-    with first._locked(), pytest.raises(OutputError, match="another run is at work"):
-        second.run()
-    second.run()
+    run = Run(recipe, tmp_path / "run")
+    at_work = folder_for_one(tmp_path / "run", LOCK)
+    with at_work, pytest.raises(OutputError, match="another run is at work"):
+        run.run()
+    run.run()
 
 
 def test_checkpointing_changes_nothing_but_memory(recipe, tmp_path):

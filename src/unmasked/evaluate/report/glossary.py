@@ -13,6 +13,7 @@ MEANINGS = {
     BEFORE: "What the first stage began with, as it was given.",
     "mntp": "Masked next token prediction: the model guesses hidden words from both sides, and so "
     "learns to use what it now sees.",
+    "merged": "The weights after the last stage, mixed with those that it began with.",
     "simcse": "Each text is encoded twice with different dropout; its two vectors are drawn "
     "together and away from those of other texts.",
     "supervised": "Queries are drawn towards the texts that answer them and away from others.",
