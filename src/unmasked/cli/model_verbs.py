@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -33,9 +33,6 @@ from unmasked.cli.options import (
 from unmasked.cli.shipping.cut_scores import score_cuts
 from unmasked.errors import DataError
 from unmasked.files.writing import write_text
-
-if TYPE_CHECKING:
-    pass
 
 
 def convert(
