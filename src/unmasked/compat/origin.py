@@ -15,7 +15,7 @@ from unmasked.checkpoint import adapters
 from unmasked.checkpoint.card import TRAINED_ON
 from unmasked.checkpoint.folder import SETTINGS_NAME
 from unmasked.checkpoint.location import Location, locate
-from unmasked.errors import UnmaskedError
+from unmasked.errors import ModelError, UnmaskedError
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Recipe
 
@@ -54,6 +54,10 @@ def training_data(model: str | Path, revision: str | None = None) -> list[str]:
 
 def _step(place: Location) -> Location | None:
     """What a model names as the one it was made from; None if it names none."""
+    try:
+        place.require()
+    except ModelError:
+        return None  # out of reach; each of its files would be asked for in vain, for half a minute
     if adapters.is_adapter(place):
         config = adapters.read_adapter_config(place)
         base = config.base_model_name_or_path
