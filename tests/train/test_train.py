@@ -200,12 +200,12 @@ def test_scored_logits_give_the_loss_of_the_full_ones(name, chunk, monkeypatch):
 
 def graph_of(loss):
     """The names of the nodes that a backward pass will run through."""
-    names, open_nodes = set(), [loss.grad_fn]
+    seen, open_nodes = set(), [loss.grad_fn]
     while open_nodes:
-        node = open_nodes.pop()
-        names.add(node.name())
-        open_nodes += [before for before, _ in node.next_functions if before is not None]
-    return names
+        seen.add(node := open_nodes.pop())
+        before = {one for one, _ in node.next_functions if one is not None}
+        open_nodes += before - seen
+    return {node.name() for node in seen}
 
 
 @pytest.mark.parametrize("chunk", [None, 7], ids=["at_once", "in_chunks"])
