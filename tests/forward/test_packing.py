@@ -33,7 +33,6 @@ from unmasked.forward.packing import (
     NAME,
     attending,
     check,
-    checkpoint_contexts,
     dense,
     enable_packing,
     is_checked,
@@ -269,7 +268,6 @@ def other_batch(model):
 WAYS = {
     "reentrant": {"use_reentrant": True},
     "not_reentrant": {"use_reentrant": False},
-    "with_contexts": {"use_reentrant": False, "context_fn": checkpoint_contexts},
 }
 
 
