@@ -33,6 +33,7 @@ from unmasked.forward.packing import (
     NAME,
     attending,
     check,
+    checkpoint_contexts,
     dense,
     enable_packing,
     is_checked,
@@ -268,6 +269,7 @@ def other_batch(model):
 WAYS = {
     "reentrant": {"use_reentrant": True},
     "not_reentrant": {"use_reentrant": False},
+    "with_contexts": {"use_reentrant": False, "context_fn": checkpoint_contexts},
 }
 
 

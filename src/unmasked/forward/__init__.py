@@ -10,7 +10,7 @@ Others use:
 
 * `backbone`: `Backbone`, `collate`, `listed`, `split_pairs`.
 * `batches`: `plan_batches`, `token_budget`.
-* `packing`: `enable_packing`, `pack`, `pack_documents`, `run_packed`.
+* `packing`: `enable_packing`, `pack`, `pack_documents`, `run_packed`, `checkpoint_contexts`.
 * `precision`: `pick`, which dtype the weights get and why. `quantization`: 8-bit weights.
 * `pooling`, `loop` and `words` are used through `unmasked.model`.
 """

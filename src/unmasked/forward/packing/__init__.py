@@ -5,7 +5,7 @@ be packed only if that gives the same states. How attention is computed is in `d
 `ragged` and `dropout` (on a GPU). `benchmarks/encode.py` measures the speed.
 """
 
-from unmasked.forward.packing.attending import NAME, attention, run_packed
+from unmasked.forward.packing.attending import NAME, attention, checkpoint_contexts, run_packed
 from unmasked.forward.packing.check import enable_packing, is_checked
 from unmasked.forward.packing.layout import Packed, pack, pack_documents
 
@@ -13,6 +13,7 @@ __all__ = [
     "NAME",
     "Packed",
     "attention",
+    "checkpoint_contexts",
     "enable_packing",
     "is_checked",
     "pack",
