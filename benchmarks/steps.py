@@ -9,8 +9,8 @@ with the same adapter, the mask open, attention by sdpa:
 * supervised: what the stock sentence-transformers trainer runs, padded passes (queries, then
   documents), without gradient checkpointing unless asked.
 
-Both sides compute what real training computes: in float32 on a CPU, under autocast to bfloat16 on a
-GPU.
+Both sides compute what real training computes: in float32 on a CPU; on a GPU with weights of
+bfloat16, adapters of float32, and products under autocast to bfloat16.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters, loading
 from unmasked.files import docstrings
 from unmasked.files.docstrings import Docstring
+from unmasked.forward import precision
 from unmasked.recipe.schema import Pairs
 from unmasked.text.tokens import TextTokenizer
 from unmasked.train.data.mixing import PairCollator
@@ -118,7 +119,7 @@ def attach(trunk: Any, checkpointing: bool = False) -> Any:
 
 def mntp_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool = True) -> Stage:
     """Blocks of 512, a fifth of the tokens scored; the rival alone has `checkpointing`."""
-    encoder = LLM2Vec.from_pretrained(decoder, dtype="float32")
+    encoder = LLM2Vec.from_pretrained(decoder, dtype=weights())
     tokens: TextTokenizer = encoder.backbone.tokens
     corpus = decoder.parent / "corpus.txt"
     corpus.write_text("\n".join(texts), encoding="utf-8")
@@ -131,12 +132,13 @@ def mntp_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool =
     masking = Masking(5, vocabulary, (0, 1), MASKED)
     batch = masking(ids.cpu(), torch.Generator().manual_seed(0))
     batch = {name: value.to(encoder.device) for name, value in batch.items()}
-    head: Any = loading.load_causal_lm(decoder, torch.float32).to(encoder.device)
+    head_dtype = getattr(torch, weights())
+    head: Any = loading.load_causal_lm(decoder, head_dtype).to(encoder.device)
     ours = MaskedNextTokenModel(attach(encoder.backbone.auto_model), head)
-    stock: Any = loading.load_causal_lm(decoder, torch.float32, "sdpa").to(encoder.device)
+    stock: Any = loading.load_causal_lm(decoder, head_dtype, "sdpa").to(encoder.device)
     stock.requires_grad_(False)
     stock.model = attach(stock.model, checkpointing)
-    states = torch.randn(*ids.shape, config.hidden_size, device=ids.device)
+    states = torch.randn(*ids.shape, config.hidden_size, device=ids.device, dtype=head_dtype)
 
     def score(rows_only: bool) -> Tensor:
         given = states.clone().requires_grad_()
@@ -161,7 +163,7 @@ def mntp_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool =
 
 def simcse_stage(decoder: Path, texts: list[str], rows: int, checkpointing: bool = True) -> Stage:
     """Two dropout views of sentences."""
-    ours, stock = LLM2Vec.from_pretrained(decoder, dtype="float32"), _stock(decoder)
+    ours, stock = LLM2Vec.from_pretrained(decoder, dtype=weights()), _stock(decoder)
     ours.backbone.auto_model = attach(ours.backbone.auto_model)
     stock[0].model = attach(stock[0].model, checkpointing)
     batch = random.Random(0).sample(texts, rows)
@@ -183,7 +185,7 @@ def supervised_stage(
     decoder: Path, texts: list[str], rows: int, checkpointing: bool = False
 ) -> Stage:
     """A summary has to find its docstring; another docstring is the hard negative."""
-    ours, stock = LLM2Vec.from_pretrained(decoder, dtype="float32"), _stock(decoder)
+    ours, stock = LLM2Vec.from_pretrained(decoder, dtype=weights()), _stock(decoder)
     ours.backbone.auto_model = attach(ours.backbone.auto_model)
     stock[0].model = attach(stock[0].model, checkpointing)
     found = _pairs()
@@ -230,6 +232,12 @@ def _backward(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
+def weights() -> str:
+    """The type of the weights that training picks where it runs."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return str(precision.pick("auto", device).dtype).removeprefix("torch.")
+
+
 def forward_precision() -> AbstractContextManager[Any]:
     """What training computes forwards in: bfloat16 on a GPU, by autocast; float32 on a CPU."""
     if torch.cuda.is_available():
@@ -263,8 +271,9 @@ def _set_dropout(trunk: nn.Module) -> Iterator[None]:
 def _stock(decoder: Path) -> SentenceTransformer:
     """The saved encoder as stock sentence-transformers loads it."""
     with tempfile.TemporaryDirectory() as work:
-        LLM2Vec.from_pretrained(decoder, dtype="float32").save(work)
-        return SentenceTransformer(work, model_kwargs={"attn_implementation": "sdpa"})
+        LLM2Vec.from_pretrained(decoder, dtype=weights()).save(work)
+        options = {"attn_implementation": "sdpa", "dtype": getattr(torch, weights())}
+        return SentenceTransformer(work, model_kwargs=options)
 
 
 def _stock_features(model: SentenceTransformer, texts: list[str], length: int) -> dict[str, Any]:

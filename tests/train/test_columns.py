@@ -154,6 +154,18 @@ def test_what_looks_like_a_list_and_is_none_is_refused(rows, cell):
         rows(pd.DataFrame([{"query": "q", "positive": "p", "negatives": cell}] * 2), "a.csv")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("cell", ['["DJF", ...],\nand splits [1]', '["a", "b"]', "['a' 'b']"])
+def test_a_text_that_begins_like_a_list_is_a_text_where_files_have_lists(rows, name, cell):
+    """Documentation of code is full of them; in a column of lists they are still told."""
+    row = {"query": "q", "positive": cell, "negative": cell, "negative_2": cell}
+    given = (lambda row: [row] * 2) if name == "a.jsonl" else lambda row: pd.DataFrame([row] * 2)
+    for found in rows(given(row), name)[0]:
+        assert (found.positive, found.negatives) == (cell, [cell] * 2)
+    with pytest.raises(DataError, match="'negatives' looks like a list"):
+        rows(given({"query": "q", "positive": "p", "negatives": "['a' 'b']"}), name)
+
+
 def test_lists_of_numpy_and_missing_values_in_parquet(rows):
     negatives = [np.array(["n1", "n2"]), None, np.array([], dtype=object)]
     frame = pd.DataFrame({"query": ["a", "b", "c"], "pos": [["p"]] * 3, "negatives": negatives})

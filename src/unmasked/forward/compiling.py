@@ -6,12 +6,13 @@ one graph serves all layers of a kind and all batches; our attention stays out o
 CPU it gains nothing.
 
 The first batch waits some 20 s, so ``auto`` compiles on a GPU only, once a model has done or is
-asked to do `LONG_WORK` tokens. An H100 encoded a 0.6B model at 161,000 tokens a second without and
-330,000 with it: 3.1 seconds per million tokens, so 20 s are back after 6.5 million. These rates
-were measured by hand, of an earlier state of the package.
+asked to do `LONG_WORK` tokens. An H200 encoded a 0.6B model at 186,000 tokens a second without and
+381,000 with it (`benchmarks/gpu.py`): 2.8 seconds per million tokens, so 20 s are back after some
+seven million.
 
 Training compiles by the same rule. A trained token costs about three times an encoded one, and
-compiling takes longer, because the way back is compiled too; neither has been measured.
+compiling takes longer, because the way back is compiled too: once without dropout, for the
+comparison, and once with it.
 
 What is compiled is compared with what it replaces on the loaded model, with its gradient where it
 is to be trained, and undone if it differs.
@@ -136,10 +137,12 @@ def _sample(
     Where something is `learned`, the gradient of a mixture of these states in it comes second.
     """
     ids, mask = sample_texts(model)
-    lengths = mask.sum(dim=1).tolist()
-    with evaluating(model), torch.set_grad_enabled(bool(learned)):
+    lengths, packed = mask.sum(dim=1).tolist(), pack(mask)
+    # As `encode` runs, where a layout comes from outside: other tensors would be compiled for anew.
+    grad = torch.set_grad_enabled
+    with evaluating(model), torch.inference_mode(not learned), grad(bool(learned)):
         if together and is_checked(model):
-            packed = pack(mask).to(ids.device)
+            packed = packed.to(ids.device)
             states = run_packed(model, ids, packed)
             parts = [states[packed.rows == row] for row in range(len(ids))]
         elif together:

@@ -141,8 +141,14 @@ def layers_compiled(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -
     if choice == "auto" and devices.world() > 1:  # not tried with several processes
         choice = "never"
     compiling.put_back(model)
+    # Adapters alone give the first layer an input without a gradient, and all others one with it:
+    # each would be compiled for.
+    like_the_others = stage.lora.method != "full" and not stage.gradient_checkpointing
     if not trainer.is_fsdp_enabled:
         with trainer.accelerator.autocast():
+            setup.encoder.backbone.packs_here()
+            if like_the_others and compiling.pays(choice, model.device, tokens_of(stage)):
+                model.enable_input_require_grads()
             setup.encoder.backbone.compile_for(tokens_of(stage), choice, training=True)
     elif choice == "always":  # not tried: hooks around each layer gather its weights
         logger.warning("The layers run as they are, not compiled: their weights are shared (FSDP).")
@@ -150,6 +156,8 @@ def layers_compiled(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -
         yield
     finally:
         compiling.put_back(model)
+        if like_the_others:
+            model.disable_input_require_grads()
 
 
 def train(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -> None:

@@ -130,6 +130,9 @@ def stage_arguments(
     part = rows if most_rows is None else devices.micro_batch(rows, most_rows)
     on_cpu = not torch.cuda.is_available()
     return {
+        # Weights keep their type, and products are of bfloat16: without it, the float32 of a LoRA
+        # would make each of its products, and what is added to its result, one of float32.
+        "bf16": not on_cpu and torch.cuda.is_bf16_supported(),
         "output_dir": str(folder),
         # the rate may be scheduled over more steps than are run; the callback stops in time
         "max_steps": settings.schedule_steps or settings.steps,

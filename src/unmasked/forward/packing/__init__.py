@@ -7,7 +7,7 @@ be packed only if that gives the same states. How attention is computed is in `d
 
 from unmasked.forward.packing.attending import NAME, attention, checkpoint_contexts, run_packed
 from unmasked.forward.packing.check import enable_packing, is_checked
-from unmasked.forward.packing.layout import Packed, pack, pack_documents
+from unmasked.forward.packing.layout import Packed, pack, pack_blocks, pack_documents
 
 __all__ = [
     "NAME",
@@ -17,6 +17,7 @@ __all__ = [
     "enable_packing",
     "is_checked",
     "pack",
+    "pack_blocks",
     "pack_documents",
     "run_packed",
 ]

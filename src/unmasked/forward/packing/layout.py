@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # of a frozen one, torch 2.11 compiles a graph for each number of groups
 class Packed:
     """How the N real tokens of a padded (B, T) batch are laid end to end, longest text first.
 
@@ -88,6 +88,14 @@ def pack_documents(begins: Tensor) -> Packed:
     source = starts[order][document] + positions
     width = begins.shape[1]
     return Packed(source // width, source % width, positions, ends, groups)
+
+
+def pack_blocks(rows: int, length: int, device: torch.device) -> Packed:
+    """The layout of blocks without padding, each a text; nothing waits for the device."""
+    places = torch.arange(rows * length, device=device)
+    ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
+    row, column = places // length, places % length
+    return Packed(row, column, column, ends, ((0, rows, length),))
 
 
 def _lay_out(lengths: Tensor) -> tuple[Tensor, tuple[tuple[int, int, int], ...]]:

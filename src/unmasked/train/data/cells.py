@@ -1,7 +1,8 @@
 """What stands in a cell of a training file: one text, several, passages with titles, or nothing.
 
-.jsonl and .parquet have lists; in .csv a list is written as JSON, or as Python prints it, and
-taken for one text it would train on brackets and quotes. Tevatron's passages are objects of title
+In .csv a list is written as JSON, or as Python prints it, and taken for one text it would train on
+brackets and quotes. .jsonl and .parquet have lists of their own, so there a text that only begins
+like a list is a text, as documentation of code often is. Tevatron's passages are objects of title
 and text, GritLM's are pairs of an instruction and a text.
 
 Cost: a look at the first character of each cell.
@@ -15,6 +16,7 @@ import json
 import math
 import tokenize
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, NamedTuple
 
 from unmasked.files.content import Fault
@@ -40,21 +42,35 @@ class FaultyCell(ValueError):
         self.fault: Fault = given, fix
 
 
-def passages_of(column: str, value: object, fix: str = "remove it") -> list[GivenText]:
+class ListsInStrings(Enum):
+    """How a list of texts may stand in a string: depends on the file and the column."""
+
+    ONLY = "the file has no other lists or the column is one of lists: what looks like one is one"
+    PERHAPS = "a string that is a list from end to end is taken for one"
+    NEVER = "the column holds one text, and the file would have a list for several"
+
+
+def passages_of(
+    column: str,
+    value: object,
+    fix: str = "remove it",
+    written: ListsInStrings = ListsInStrings.ONLY,
+) -> list[GivenText]:
     """The texts of a cell, in order; none where it is null or an empty string.
 
     Args:
         column: the column, for errors.
         value: what stands there.
         fix: how to correct an empty text.
+        written: whether a string may be a list.
 
     Raises:
         FaultyCell: it holds something else than texts.
     """
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return []
-    if isinstance(value, str):
-        value = written_list(column, value)
+    if isinstance(value, str) and written is not ListsInStrings.NEVER:
+        value = written_list(column, value, strict=written is ListsInStrings.ONLY)
     if isinstance(value, Mapping | str):
         value = [value]
     if not isinstance(value, list | tuple):
@@ -147,11 +163,11 @@ def _titled(column: str, item: Mapping[str, Any]) -> str:
     return text if text.startswith(title) else f"{title} {text}".strip()
 
 
-def written_list(column: str, value: str) -> object:
+def written_list(column: str, value: str, strict: bool = True) -> object:
     """The list that a cell was written from, as JSON or as Python prints it; else the text itself.
 
     Raises:
-        FaultyCell: it looks like a list of texts and cannot be read as one.
+        FaultyCell: `strict`, and it looks like a list of texts and cannot be read as one.
     """
     if not (value.startswith("[") and value.rstrip().endswith("]")):
         return value
@@ -166,7 +182,7 @@ def written_list(column: str, value: str) -> object:
             found = None  # strings without commas between them, which Python joins: numpy's way
     if isinstance(found, list) and all(isinstance(item, str | dict | list) for item in found):
         return found
-    if value[1:].lstrip().startswith(("'", '"')):
+    if strict and value[1:].lstrip().startswith(("'", '"')):
         given = f"'{column}' looks like a list and cannot be read as one: {value[:40]!r}"
         fix = "write it as JSON: frame.to_json('FILE.jsonl', orient='records', lines=True)"
         raise FaultyCell(given, fix)

@@ -27,6 +27,9 @@ NAMES = {
     "instruction": ("prompt", "instruction"),
 }  # fmt: skip
 """What each column may be called. All columns of negatives are used, of the others one."""
+ONE_TEXT = {"positive", "negative", "hard_negative", "answer", "document", "passage", "response",
+            "sentence2", "hypothesis", "sent1"}  # fmt: skip
+"""Columns of one text by their name, and ``negative_1`` to ``negative_n``."""
 _NUMBERED = re.compile(r"(?:hard_?)?neg(?:ative)?s?[_-]?(\d+)")
 """``negative_1`` to ``negative_n``, as sentence-transformers mines them."""
 _JUDGED = ("sentence2", "hypothesis", "answer", "document", "passage", "response")
@@ -37,6 +40,13 @@ TAUGHT = {
 }
 """What the columns of a teacher may be called; of FlagEmbedding's two, both are needed."""
 _LABELS = ("label", "labels", "gold_label")
+
+
+def holds_several(column: str) -> bool | None:
+    """Whether the name of a column says that it holds several texts, or one; None for others."""
+    if column in ONE_TEXT or _NUMBERED.fullmatch(column):
+        return False
+    return True if column in (*NAMES["positive"], *NAMES["negative"]) else None
 
 
 @dataclass(frozen=True)

@@ -28,18 +28,24 @@ from unmasked.recipe.teaching import Teacher
 from unmasked.train.data import columns
 from unmasked.train.data.cells import (
     FaultyCell,
+    GivenText,
+    ListsInStrings,
     numbers_of,
     passages_of,
     query_of,
     vectors_of,
 )
-from unmasked.train.data.columns import Columns, check_found, find_columns
+from unmasked.train.data.columns import Columns, check_found, find_columns, holds_several
 from unmasked.train.data.judged import Groups, Texts, matches
 from unmasked.train.data.record import digest_of, sizes_of
 
 KINDS = (".jsonl", ".csv", ".tsv", ".parquet")
 TRIPLE = ("query", "positive", "negative")
 """The columns of a .tsv file without a header, as MS MARCO's triples have them."""
+WITHOUT_LISTS = (".csv", ".tsv")
+"""Kinds of files in which a list can only be written as a string."""
+IN_TYPED = {True: ListsInStrings.ONLY, False: ListsInStrings.NEVER, None: ListsInStrings.PERHAPS}
+"""In other files, by what the name of a column says of the number of its texts."""
 _CHUNK = 8192  # rows written at a time
 _STRING = pa.string()
 _TYPES = (
@@ -123,7 +129,8 @@ def _every_texts(
             found[there] = find_columns(pairs, there, where, wants)
         known = found[there]
         try:
-            for texts in _texts(known, row.values, teacher):
+            typed = readers.kind_of(path) not in WITHOUT_LISTS
+            for texts in _texts(known, row.values, teacher, typed):
                 if known.label is None:
                     yield from judged.rest()
                     yield texts
@@ -135,15 +142,29 @@ def _every_texts(
     yield from judged.rest()
 
 
-def _texts(known: Columns, values: Mapping[str, Any], teacher: Teacher | None) -> list[Texts]:
-    """Query, positive, negatives and what is said of them, for each positive of a row."""
+def _texts(
+    known: Columns, values: Mapping[str, Any], teacher: Teacher | None, typed: bool
+) -> list[Texts]:
+    """Query, positive, negatives and what is said of them, for each positive of a row.
+
+    Args:
+        known: what the columns are.
+        values: of the row.
+        teacher: what is learned from a teacher.
+        typed: whether the file has lists, so that none has to be written as a string.
+    """
+
+    def texts_of(column: str, fix: str = "remove it") -> list[GivenText]:
+        written = IN_TYPED[holds_several(column)] if typed else ListsInStrings.ONLY
+        return passages_of(column, values[column], fix, written)
+
     query = query_of(known.query, values[known.query])
-    positives = passages_of(known.positive, values[known.positive], "remove the row")
+    positives = texts_of(known.positive, "remove the row")
     if not positives:
         empty = values[known.positive] == ""
         given = f"'{known.positive}' is {'empty, which has no vector' if empty else 'null'}"
         raise FaultyCell(given, "remove the row")
-    negatives = [text for name in known.negatives for text in passages_of(name, values[name])]
+    negatives = [text for name in known.negatives for text in texts_of(name)]
     told = [*{text.instruction for text in (*positives, *negatives)}]
     if len(told) > 1:
         given = "the documents of this row have different instructions"

@@ -27,7 +27,8 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from unmasked.errors import ModelError
-from unmasked.forward.packing import pack_documents, run_packed
+from unmasked.forward.packing import is_checked, pack_blocks, pack_documents, run_packed
+from unmasked.mask.opening import decoder_of
 from unmasked.recipe.schema import MNTP
 from unmasked.train.data.texts import Blocks
 
@@ -149,15 +150,19 @@ class MaskedNextTokenModel(nn.Module):
         Returns:
             As `score`.
         """
-        if begins is None:
-            states: Tensor = self.trunk(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state  # (B, T, D)
-        else:
+        if begins is not None:
             packed = pack_documents(begins)
             apart = run_packed(self.trunk, input_ids, packed)  # (B * T, D), by document
             places = (packed.rows, packed.columns)
             states = apart.new_empty(*labels.shape, apart.shape[1]).index_put(places, apart)
+        elif attention_mask is None and is_checked(decoder_of(self.trunk)):
+            rows, length = labels.shape  # laid end to end, as in the other stages
+            packed = pack_blocks(rows, length, labels.device)
+            states = run_packed(self.trunk, input_ids, packed).view(*input_ids.shape, -1)
+        else:
+            states = self.trunk(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state  # (B, T, D)
         return self.score(states, labels, num_items_in_batch)
 
     def score(
