@@ -44,7 +44,8 @@ Where this loader differs from `unmasked`, which made the model:
 - Texts without a prompt get the default prompt, one character that the tokenizer removes, so that
   BOS is left out of the vector; the loader says so as it loads. A call with `prompt=""`, which some
   frameworks make, switches that off, and BOS is averaged in: leave `prompt` out, or pass
-  `prompt_name="document"`.
+  `prompt_name="document"`. A framework that brings empty prompts of its own, as LlamaIndex does, is
+  given those under `prompts` in `config_sentence_transformers.json`.
 """
 PLACEHOLDER = "sentence_transformers_model_id"
 """What stands for the name of a model without one; `SentenceTransformer` puts a later one there."""
