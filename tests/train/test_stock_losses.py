@@ -8,9 +8,11 @@ but a fault would be seen.
 from __future__ import annotations
 
 import inspect
+import random
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 
 from unmasked import LLM2Vec
@@ -22,8 +24,6 @@ TEXTS = [
     ("ten eleven twelve", "thirteen", "fourteen fifteen sixteen seventeen"),
 ]
 LIMIT = 1e-10
-OWN_TRANSFORMER = {"AdaptiveLayerLoss", "Matryoshka2dLoss"}
-"""They reach into sentence-transformers' own `Transformer`; see docs/upstream.md."""
 OF_DECODERS = {"DenoisingAutoEncoderLoss"}
 """It trains a decoder with cross-attention beside the encoder, of a class that is named for it."""
 
@@ -71,13 +71,14 @@ def made(name, model, guide):
     return kind(model=model, **given).double()
 
 
-def gradient(name, model, guide):
+def gradient(name, model, guide, prompt=None):
     torch.manual_seed(0)
+    random.seed(0)
     model.zero_grad()
     loss = made(name, model, guide)
     columns = [[row[column] for row in TEXTS] for column in range(3)]
     used, labels = label_kinds(columns).get(name, (columns, None))
-    value = loss([model.preprocess(texts) for texts in used], labels)
+    value = loss([model.preprocess(texts, prompt=prompt) for texts in used], labels)
     value = sum(value.values()) if isinstance(value, dict) else value
     value.backward()
     found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
@@ -108,6 +109,21 @@ def test_a_loss_has_the_gradient_of_the_padded_forward(name, tiny_decoder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*every_loss()} - OWN_TRANSFORMER - OF_DECODERS))
+@pytest.mark.parametrize("name", sorted({*every_loss()} - OF_DECODERS))
 def test_every_loss_has_the_gradient_of_the_padded_forward(name, tiny_decoder):
     same_gradient(name, tiny_decoder)
+
+
+@pytest.mark.parametrize("name", ["AdaptiveLayerLoss", "Matryoshka2dLoss"])
+def test_losses_over_layers_are_those_of_the_stock_model_of_the_folder(
+    name, tiny_decoder, tmp_path
+):
+    model = LLM2Vec.from_pretrained(tiny_decoder, device="cpu").double()
+    model.save(tmp_path / "saved")
+    stock = SentenceTransformer(str(tmp_path / "saved"), device="cpu").double()
+    ours, gradient_of_ours = gradient(name, model, None)
+    theirs, wanted = gradient(name, stock, None, stock.prompts["document"])
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)  # pooling adds up in float32
+    assert (gradient_of_ours - wanted).norm() / wanted.norm() < 1e-5
+    assert not model.model.config.output_hidden_states
+    assert "all_layer_embeddings" not in model(model.preprocess(["a text"]))

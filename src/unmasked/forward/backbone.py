@@ -10,17 +10,19 @@ Shapes: B rows of a batch, T tokens of its longest row, N real tokens of all row
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers.base.modules import InputModule
+from sentence_transformers.base.modules import InputModule, Transformer
 from torch import Tensor, nn
 
 from unmasked.errors import ModelError
 from unmasked.forward.compiling import LETTERS, compile_layers, is_compiled, pays
 from unmasked.forward.packing import Packed, enable_packing, is_checked, pack, run_packed
+from unmasked.forward.pooling import LAYERS
 from unmasked.forward.waiting import DeviceTime
 from unmasked.mask.opening import decoder_of
 from unmasked.text.inputs import requested_length, split_pairs
@@ -30,6 +32,20 @@ logger = logging.getLogger(__name__)
 
 BY_TOKENS = "by_tokens"
 """Option of `encode` that fills each forward up to a number of tokens, not of rows."""
+
+
+@contextmanager
+def _every_layer(model: nn.Module) -> Iterator[list[Tensor]]:
+    """In the block, the list takes the states of every layer, where the config asks for them."""
+    layers: list[Tensor] = []
+    if not getattr(model.config, "output_hidden_states", False):
+        yield layers
+        return
+    hook = model.register_forward_hook(lambda *call: layers.extend(call[-1].hidden_states))
+    try:
+        yield layers
+    finally:
+        hook.remove()
 
 
 def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
@@ -67,6 +83,7 @@ class Backbone(InputModule):
     """
 
     forward_kwargs = {BY_TOKENS}  # noqa: RUF012 (sentence-transformers declares it like this)
+    can_flatten_inputs = False  # the texts are laid end to end here, not by the tokenizer
 
     def __init__(
         self, model: nn.Module, tokens: TextTokenizer, unpackable: str | None = None
@@ -96,6 +113,12 @@ class Backbone(InputModule):
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]
         return self.tokens.tokenizer
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare transformer, below an adapter, by the name that the stock module has for it."""
+        bare: nn.Module = decoder_of(self.auto_model)
+        return bare
 
     @property
     def max_seq_length(self) -> int:
@@ -197,33 +220,43 @@ class Backbone(InputModule):
 
         Returns:
             The features, ``token_embeddings`` (B, T, D), and what pooling reads: states (N, D),
-            row, position and "is text" of the N real tokens.
+            row, position and "is text" of the N real tokens. Where the model's config asks for
+            ``output_hidden_states``, as the stock `AdaptiveLayerLoss` makes it, also
+            ``all_layer_embeddings``, each (B, T, D); all is then put into the given features, as
+            the stock module does, because that loss calls again with the same ones.
         """
         ids, attention = features["input_ids"], features["attention_mask"]
-        if self.packs_here():
-            packed: Packed = features.get("packed") or pack(attention)
-            rows, columns, positions = packed.rows, packed.columns, packed.positions
-            states = run_packed(self.auto_model, ids, packed)  # (N, D)
-            padded = None
-        else:
-            padded = self.auto_model(
-                input_ids=ids, attention_mask=attention, use_cache=False
-            ).last_hidden_state  # (B, T, D)
-            rows, columns = attention.nonzero(as_tuple=True)
-            positions = columns - attention.argmax(dim=1)[rows]
-            states = padded[rows, columns]
-        if features.get("repad", True):
-            if padded is None:
-                padded = states.new_zeros(*ids.shape, states.shape[1])
-                padded = padded.index_put((rows, columns), states)
-            features = {**features, "token_embeddings": padded}
-        return {
-            **features,
+        packs = self.packs_here()  # its check runs the model as well
+        with _every_layer(self.auto_model) as layers:
+            if packs:
+                packed: Packed = features.get("packed") or pack(attention)
+                rows, columns, positions = packed.rows, packed.columns, packed.positions
+                states = run_packed(self.auto_model, ids, packed)  # (N, D)
+                padded = None
+            else:
+                padded = self.auto_model(
+                    input_ids=ids, attention_mask=attention, use_cache=False
+                ).last_hidden_state  # (B, T, D)
+                rows, columns = attention.nonzero(as_tuple=True)
+                positions = columns - attention.argmax(dim=1)[rows]
+                states = padded[rows, columns]
+
+        def repad(states: Tensor) -> Tensor:
+            return states.new_zeros(*ids.shape, states.shape[1]).index_put((rows, columns), states)
+
+        found = {
             "packed_states": states,
             "packed_rows": rows,
             "packed_positions": positions,
             "packed_is_text": self._text_mask(features)[rows, columns].bool(),
         }
+        if features.get("repad", True):
+            found["token_embeddings"] = repad(states) if padded is None else padded
+        if not layers:
+            return {**features, **found}
+        deep = layers if padded is not None else [repad(layer[0]) for layer in layers]
+        features.update({**found, LAYERS: deep, "packed_columns": columns})
+        return features
 
     def prepare_for(self, inputs: Any, choice: str) -> None:
         """Compile the decoder layers where the inputs to come, and those before, pay for it.
@@ -285,3 +318,8 @@ class Backbone(InputModule):
             "this module is saved by LLM2Vec only. Fix: put other modules behind the encoder, as "
             "in model = LLM2Vec.from_pretrained(...); model.append(Normalize()); model.save(...)."
         )
+
+
+# Stock code that reaches into its own `Transformer` (`AdaptiveLayerLoss`) asks whether this is one.
+# It has what that class shows: model, auto_model, tokenizer, lengths, `all_layer_embeddings`.
+Transformer.register(Backbone)

@@ -26,6 +26,8 @@ STOCK_MODES = {
     "bos_token": "cls",
 }
 """Our pooling modes (those of LLM2Vec) and what stock sentence-transformers calls them."""
+LAYERS = "all_layer_embeddings"
+"""The feature under which states of every layer are, in the stock modules and here."""
 CAUSAL_BASELINES = ("mean", "weighted_mean", "last_token")
 """Modes of the paper's causal baselines (arXiv 2404.05961, section 3)."""
 
@@ -106,8 +108,12 @@ class TextPooling(Pooling):
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         self.check_unchanged()
         is_text = features["packed_is_text"]
+        states = features["packed_states"]
+        if LAYERS in features:  # and one of them in the place of the last, perhaps
+            where = features["packed_rows"], features["packed_columns"]
+            states = features["token_embeddings"][where]
         features["sentence_embedding"] = pool(
-            features["packed_states"],
+            states,
             features["packed_rows"],
             features["packed_positions"],
             torch.ones_like(is_text) if self.include_prompt else is_text,
