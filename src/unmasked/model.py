@@ -167,6 +167,7 @@ class TextEncoder(SentenceTransformer):
         )
         encoder.precision, encoder.compiles = precision, compile
         encoder.backbone.query_length, encoder.backbone.document_length = found.lengths
+        adapters.remember(encoder, found.encoder)
         if quantize is not None:
             encoder.quantization = quantization.quantize(encoder, model, quantize)
         return encoder
@@ -250,9 +251,8 @@ class TextEncoder(SentenceTransformer):
             batch_size: maximum number of rows of a forward; by default a forward is filled up to a
                 number of tokens.
             compile: as `load_encoder` has it; None takes what was given there.
-            kwargs: as in `SentenceTransformer.encode` (``show_progress_bar``, ``output_value``,
-                ``precision``, ``convert_to_tensor``, ``device``, ``normalize_embeddings``,
-                ``truncate_dim``).
+            kwargs: as there: ``show_progress_bar``, ``output_value``, ``precision``, ``device``,
+                ``convert_to_tensor``, ``normalize_embeddings``, ``truncate_dim``.
 
         Returns:
             (N, D) float32 array; (D,) for a single string; (0, D) for an empty list.
@@ -281,9 +281,8 @@ class TextEncoder(SentenceTransformer):
         """Vectors (W, D) of the W words of each sentence; see `words.word_vectors`."""
         return word_vectors(self, self.backbone.tokens, sentences, previous)
 
-    # The loop of `SentenceTransformer.encode` and of its worker processes, replaced by ours. If a
-    # release renamed this method, `encode` would run the stock loop in batches of 32: slower, with
-    # the same vectors. `docs/upstream.md` lists it, and a test fails then.
+    # In the place of the loop of `SentenceTransformer.encode` and of its worker processes. Under
+    # another name `encode` would be slower, with the same vectors (`docs/upstream.md`).
     @torch.inference_mode()
     def _inference(
         self, inputs: list[Any], *, device: str | torch.device | None = None, **options: Any
@@ -342,8 +341,8 @@ class TextEncoder(SentenceTransformer):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As in torch; weights of a saved folder go below an attached adapter (`snapshot`)."""
-        return super().load_state_dict(snapshot.below_adapters(self, state_dict), strict, assign)
+        """As in torch; a saved folder goes below and into attached adapters (`attached`)."""
+        return super().load_state_dict(adapters.below_adapters(self, state_dict), strict, assign)
 
     def save_pretrained(self, path: str | Path | None, *args: Any, **kwargs: Any) -> None:
         """The same as `save`."""

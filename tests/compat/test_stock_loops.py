@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -14,6 +17,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from support.vectors import close
 
 from unmasked import LLM2Vec
+from unmasked.checkpoint.push import list_files
 from unmasked.errors import ModelError
 
 TEXTS = ["a cat on a mat", "한국어 문장"]
@@ -23,20 +27,36 @@ def load(folder):
     return LLM2Vec.from_pretrained(folder, device="cpu", dtype="float32")
 
 
-def train(model, folder, steps, **resume):
+def trainer_of(model, folder, steps, **options):
     rows = range(8)
     pairs = {"anchor": [f"query {i}" for i in rows], "positive": [f"answer {i}" for i in rows]}
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=4, save_steps=2, max_steps=steps,
         report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=1e-2,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="constant", **options,
     )  # fmt: skip
-    loss = MultipleNegativesRankingLoss(model)
-    trainer = SentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_dict(pairs), loss=loss
-    )
-    trainer.train(**resume)
+    return SentenceTransformerTrainer(
+        model=model, args=arguments, loss=MultipleNegativesRankingLoss(model),
+        train_dataset=Dataset.from_dict(pairs), eval_dataset=Dataset.from_dict(pairs),
+    )  # fmt: skip
+
+
+def train(model, folder, steps, **resume):
+    trainer_of(model, folder, steps).train(**resume)
     return model.encode(TEXTS)
+
+
+def with_lora(folder, seed, how="add_adapter"):
+    """An encoder with a LoRA that begins at random, as a script attaches it each time it runs."""
+    model, options = load(folder), {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    torch.manual_seed(seed)
+    if how == "add_adapter":
+        model.add_adapter(LoraConfig(**options, init_lora_weights="gaussian"))
+    else:
+        model.backbone.auto_model = get_peft_model(
+            model.backbone.auto_model, LoraConfig(**options, use_dora=True)
+        )
+    return model
 
 
 def test_the_trainer_resumes_to_the_weights_of_a_run_that_was_not_stopped(tiny_decoder, tmp_path):
@@ -45,6 +65,63 @@ def test_the_trainer_resumes_to_the_weights_of_a_run_that_was_not_stopped(tiny_d
     resumed = train(load(tiny_decoder), tmp_path / "cut", 4, resume_from_checkpoint=True)
     assert abs(whole - load(tiny_decoder).encode(TEXTS)).max() > 1e-3
     close(resumed, whole)
+
+
+@pytest.mark.parametrize("how", ["add_adapter", "get_peft_model"])
+def test_the_trainer_resumes_exactly_with_an_adapter_attached(how, tiny_decoder, tmp_path, caplog):
+    whole = train(with_lora(tiny_decoder, 0, how), tmp_path / "whole", 4)
+    train(with_lora(tiny_decoder, 0, how), tmp_path / "cut", 2)
+    resumed = with_lora(tiny_decoder, 1, how)
+    found = train(resumed, tmp_path / "cut", 4, resume_from_checkpoint=True)
+    assert abs(whole - load(tiny_decoder).encode(TEXTS)).max() > 1e-3
+    close(found, whole)
+    assert "training goes on with a new one" not in caplog.text
+    frozen = [name for name, p in resumed.named_parameters() if not p.requires_grad]
+    assert len(frozen) > 10 and not any("lora" in name for name in frozen)
+
+
+def test_a_checkpoint_of_another_base_goes_below_a_new_lora(tiny_decoder, tmp_path, caplog):
+    other = load(tiny_decoder)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.1)
+    other.save(tmp_path / "other")
+    train(with_lora(tmp_path / "other", 0), tmp_path / "cut", 2)
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    model = with_lora(tiny_decoder, 1)
+    model.load_state_dict(type(model)(str(checkpoint), device="cpu").state_dict())
+    close(model.encode(TEXTS), load(checkpoint).encode(TEXTS))
+    assert "training goes on with a new one" in caplog.text
+
+
+@pytest.mark.parametrize("how", [None, "add_adapter", "get_peft_model"])
+def test_the_trainer_ends_with_its_best_model(how, tiny_decoder, tmp_path):
+    """The highest loss counts as the best one, so that it goes back a long way."""
+    model = load(tiny_decoder) if how is None else with_lora(tiny_decoder, 0, how)
+    trainer = trainer_of(
+        model, tmp_path / "run", 8, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    losses = {
+        row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row
+    }
+    assert best.name == "checkpoint-2" and max(losses, key=losses.get) == 2 and len(losses) == 4
+    close(model.encode(TEXTS), load(best).encode(TEXTS))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[2], rel=1e-4)
+    trainer.save_model(str(tmp_path / "final"))
+    close(load(tmp_path / "final").encode(TEXTS), model.encode(TEXTS))
+
+
+def test_a_folder_says_the_adapter_only_where_one_acts(tiny_decoder, tmp_path):
+    model = with_lora(tiny_decoder, 0)
+    model.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "attached" / "adapters.safetensors").is_file()
+    assert not [name for name, _ in list_files(tmp_path / "saved") if name.startswith("attached")]
+    model.disable_adapters()
+    model.save(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "attached").exists()
 
 
 def test_stock_code_rebuilds_it_by_its_class(tiny_decoder, tmp_path):

@@ -8,6 +8,7 @@ makes some servers silently pool the wrong token, so the files here follow the o
     tokenizer.json, tokenizer_config.json
     modules.json, 1_Pooling/config.json, sentence_bert_config.json, 2_Normalize/, 2_Dense/ ...
     config_sentence_transformers.json    prompts; an empty one is `special_tokens.MARK`, see there
+    attached/                            adapters that were attached, to train on with them
     llm2vec_config.json                  what only this package and the original read
     README.md                            model card
 
@@ -25,6 +26,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import sentence_transformers
@@ -34,6 +36,7 @@ from sentence_transformers.util import import_module_class
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
+from unmasked.checkpoint.adapters import write_attached
 from unmasked.checkpoint.card import Card, render
 from unmasked.checkpoint.leftovers import remove_leftovers
 from unmasked.checkpoint.weights import without_bars
@@ -96,6 +99,7 @@ def write_folder(
     lengths: Mapping[str, int | None],
     behind: Sequence[nn.Module] = (),
     needs_eager: bool = False,
+    attached: Mapping[str, torch.Tensor] = MappingProxyType({}),
     card: Card | None = None,
     with_settings: bool = True,
 ) -> None:
@@ -113,6 +117,7 @@ def write_folder(
         lengths: by name of `LENGTHS`: tokens of an input of `encode_query`, `encode_document`.
         behind: the modules behind the pooling.
         needs_eager: stock loaders must use eager attention for this family.
+        attached: the weights of adapters that were merged, to train on with them (`attached`).
         card: what the README says; None leaves the README that is there.
         with_settings: write `llm2vec_config.json`.
 
@@ -123,6 +128,7 @@ def write_folder(
     with folder_aside(Path(path)) as folder:
         with without_bars():
             model.save_pretrained(folder)  # type: ignore[operator]
+        write_attached(folder, attached)
         _share(folder)
         native = hasattr(model.config, NATIVE_KEY)
         _complete_config(folder / "config.json", native, needs_eager)

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from sentence_transformers.util import import_module_class
 from torch import nn
 
@@ -81,6 +80,7 @@ def save_encoder(
         lengths={name: getattr(encoder.backbone, name) for name in folder.LENGTHS},
         behind=list(encoder)[2:],
         needs_eager=stock == "eager",
+        attached=adapters.attached_weights(encoder.backbone.auto_model, model),
         card=card if with_card else None,
         with_settings=with_settings,
     )
@@ -104,37 +104,6 @@ def named_card(card: Card, encoder: Any, name: str | None) -> Card:
     if not name or Path(name).exists():
         name = encoder.model_card_data.model_id
     return replace(card, name=name)
-
-
-def below_adapters(encoder: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict to load where a saved folder, in which adapters are merged, is loaded back.
-
-    `SentenceTransformerTrainer` does so to go on from a checkpoint, and to end with the best one.
-    With a LoRA attached, what the folder holds goes into the weights below it, and the LoRA begins
-    anew, so that the vectors are those of the folder.
-
-    Raises:
-        ModelError: adapters of another kind are attached.
-    """
-    own = encoder.state_dict()
-    if not adapters.has_adapters(encoder.backbone.auto_model) or own.keys() <= state.keys():
-        return state
-    found = {}
-    for key, value in own.items():
-        plain = key.replace(".base_model.model.", ".").replace(".base_layer.", ".")
-        if plain in state:
-            found[key] = state[plain]
-        elif ".lora_A." in key:
-            found[key] = value
-        elif ".lora_B." in key:
-            found[key] = torch.zeros_like(value)
-        else:
-            raise ModelError(
-                f"a saved encoder cannot be loaded below this adapter ({key}): only plain LoRA "
-                "begins anew. Fix: load the folder, and attach a new adapter to it."
-            )
-    logger.warning("The adapter of this checkpoint is merged; training goes on with a new one.")
-    return found
 
 
 def _tell_differences(

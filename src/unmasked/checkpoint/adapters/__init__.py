@@ -1,5 +1,12 @@
-"""The weights that train: attached to a trunk (`attaching`), read and merged (`merging`)."""
+"""What trains: put on a trunk (`attaching`), merged into it (`merging`), kept (`attached`)."""
 
+from unmasked.checkpoint.adapters.attached import (
+    FOLDER,
+    attached_weights,
+    below_adapters,
+    remember,
+    write_attached,
+)
 from unmasked.checkpoint.adapters.attaching import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -22,10 +29,13 @@ from unmasked.checkpoint.adapters.merging import (
 
 __all__ = [
     "CONFIG_NAME",
+    "FOLDER",
     "WEIGHTS_NAME",
     "adapter_state",
     "attach",
+    "attached_weights",
     "bare",
+    "below_adapters",
     "check_nested",
     "has_adapters",
     "is_adapter",
@@ -34,6 +44,8 @@ __all__ = [
     "merge_attached",
     "quantize_4bit",
     "read_adapter_config",
+    "remember",
     "require_finite",
     "save_adapter",
+    "write_attached",
 ]

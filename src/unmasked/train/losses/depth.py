@@ -3,7 +3,8 @@
 A vector after n layers is what `convert --layers n` gives: the states of layer n behind the model's
 last norm (2DMSE, Li et al., arXiv 2402.14776; sentence-transformers' `AdaptiveLayerLoss` pools them
 without that norm). Each depth is a forward through its layers, in the same call of the model as the
-whole one, so that gradient caching and several devices need to know nothing of it. Cost: n of L layers once more for each depth.
+whole one, so that gradient caching and several devices need to know nothing of it.
+Cost: n of L layers once more for each depth.
 """
 
 from __future__ import annotations
