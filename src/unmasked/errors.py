@@ -25,7 +25,21 @@ from urllib.request import url2pathname
 
 
 class UnmaskedError(Exception):
-    """Base of every error that the user, rather than the program, can correct."""
+    """Base of every error that the user, rather than the program, can correct.
+
+    It comes back whole from another process, whatever its constructor takes: an error that cannot
+    be read there leaves a pool of workers waiting for ever.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), self.args, vars(self))
+
+
+def _made_again(kind: Any, args: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
+    error = kind.__new__(kind)
+    error.args = args
+    vars(error).update(attributes)
+    return error
 
 
 class RecipeError(UnmaskedError, ValueError):
