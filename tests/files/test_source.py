@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from functools import partial
 
 import pytest
@@ -67,7 +68,10 @@ def test_csv_with_quotes_commas_and_line_breaks(given):
         ("a.txt", "", "there is no text in it"),
         ("a.jsonl", "\n\n", "there is no text in it"),
         ("a.csv", "text\n", "there is no text in it"),
-        ("a.csv", "", "line 1: no column 'text' among none"),
+        ("a.csv", "", "the file is empty"),
+        ("a.csv", "\n\n", "the file is empty"),
+        ("a.csv.gz", b"", "the file is empty"),
+        ("a.csv", "id;text\n1;a;b\n", "line 2: 3 columns instead of 2"),
         ("a.csv", "id,texts\n1,a\n", "line 1: no column 'text' among id, texts, did you mean"),
         ("a.csv", "id,text\n1,a,b\n", "line 2: 3 columns instead of 2"),
         ("a.csv", 'id,text\n1,"a\n', "line 2: not CSV"),
@@ -85,6 +89,39 @@ def test_faults_name_the_line(given, name, content, said):
     message = fault(given(name, content))
     assert said in message
     assert name in message
+    assert "Fix: " in message or "Allowed: " in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'id;text\n1;a, b\n2;"c;d"\n',
+        'id\ttext\n1\ta, b\n2\t"c;d"\n',
+        'sep=;\nid;text\n1;a, b\n2;"c;d"\n',
+        "\ufeffsep=|\r\nid|text\r\n1|a, b\r\n2|c;d\r\n",
+        '\n\nid,text\n1,"a, b"\n2,c;d\n',
+    ],
+)
+def test_csv_of_spreadsheets(given, content):
+    """Where numbers are written with a comma, a semicolon stands between the columns."""
+    rows = list(Source(given("a.csv", content)).rows())
+    assert [(row.id, row.text) for row in rows] == [("1", "a, b"), ("2", "c;d")]
+    lines = content.splitlines()
+    assert rows[0].number == 1 + next(n for n, line in enumerate(lines) if line.startswith("1"))
+
+
+def test_a_column_of_one_is_divided_by_nothing(given):
+    rows = list(Source(given("a.csv", "text\na;b\nc\td\n")).rows())
+    assert [row.text for row in rows] == ["a;b", "c\td"]
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst", "parquet"])
+def test_what_is_not_compressed_says_what_to_do(given, tmp_path, kind):
+    name = "a.parquet" if kind == "parquet" else f"a.csv.{kind}"
+    (tmp_path / name).write_bytes(b"id,text\n1,a\n")
+    assert re.search(
+        "not a whole .*Fix: download it or write it again", fault(str(tmp_path / name))
+    )
 
 
 def test_half_a_gzip_file(tmp_path):

@@ -253,7 +253,7 @@ def test_labels_of_one_and_nought_say_which_pairs_match(rows, name):
         ("q1", "p1", ["n1", "n2"]),
         ("q2", "p2", []),
     ]
-    assert "1 rows left out by their label" in told
+    assert "; 1 row left out by their label" in told
     assert len(rows(frame, "b.csv", ":query=query,positive=passage")[0]) == 5
 
 
@@ -269,3 +269,45 @@ def test_labels_of_one_and_nought_say_which_pairs_match(rows, name):
 def test_a_label_with_two_readings_is_refused(rows, row, said):
     with pytest.raises(DataError, match=f"line 1: {said}"):
         rows([row, row])
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"Query": "q", "Positive": "p", "Negative": "n"}, ("q", "p", ["n"])),
+        ({"QUESTION": "q", "Answer": "p", "Hard Negatives": ["n"]}, ("q", "p", ["n"])),
+        ({"Sentence_1": "q", "Sentence_2": "p"}, ("q", "p", [])),
+        (
+            {" anchor": "q", "positive ": "p", "Negative-2": "b", "NEG_1": "a"},
+            ("q", "p", ["a", "b"]),
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv"])
+def test_columns_are_found_however_they_are_written(rows, row, found, name):
+    flat = {key: value[0] if isinstance(value, list) else value for key, value in row.items()}
+    between = "\t" if name == "a.tsv" else ","
+    given = (
+        [row, row]
+        if name == "a.jsonl"
+        else "\n".join(map(between.join, (flat, flat.values(), flat.values())))
+    )
+    read, told = rows(given, name)
+    assert [(r.query, r.positive, r.negatives) for r in read] == [found] * 2
+    assert "not used" not in told
+
+
+@pytest.mark.parametrize("name", ["Label", "GOLD_LABEL", "Labels"])
+def test_a_label_is_read_however_it_is_written(rows, name):
+    kept = [{"Sentence1": f"q{i}", "Sentence2": "p", name: int(i < 2)} for i in range(4)]
+    read, told = rows(kept)
+    assert [row.query for row in read] == ["q0", "q1"] and f"label: {name}" in told
+    with pytest.raises(DataError, match="'Score' says how much"):
+        rows([{"sentence1": "q", "sentence2": "p", "Score": 3.5}] * 2)
+
+
+def test_no_id_is_suggested_for_a_text(rows):
+    row = {"queryID": "1", "query_id": "2", "id": 3, "texts": "p", "positive": "p"}
+    with pytest.raises(DataError) as error:
+        rows([row, row])
+    assert "query=NAME" in str(error.value) and "did you mean" not in str(error.value)

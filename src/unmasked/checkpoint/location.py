@@ -28,6 +28,7 @@ BUNDLED = "nano"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 PARTS_OF_A_MODEL = ("config.json", "adapter_config.json")
 """Files of which a model has one."""
+_AGAIN = "Fix: download or save it again."
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 
@@ -63,7 +64,7 @@ class Location:
         """
         content = self._read(filename)
         if not isinstance(content, dict | None):
-            raise ModelError(f"{self.name}/{filename} is not a JSON object.")
+            raise ModelError(f"{self.name}/{filename} is not a JSON object. {_AGAIN}")
         return content or {}
 
     def read_list(self, filename: str) -> list[dict[str, Any]]:
@@ -74,9 +75,9 @@ class Location:
         """
         content = self._read(filename)
         if content is not None and not isinstance(content, list):
-            raise ModelError(f"{self.name}/{filename} is not a JSON list.")
+            raise ModelError(f"{self.name}/{filename} is not a JSON list. {_AGAIN}")
         if not all(isinstance(item, dict) for item in content or []):
-            raise ModelError(f"{self.name}/{filename} is not a list of JSON objects.")
+            raise ModelError(f"{self.name}/{filename} is not a list of JSON objects. {_AGAIN}")
         return content or []
 
     def _read(self, filename: str) -> Any:
@@ -86,9 +87,7 @@ class Location:
         try:
             return json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ModelError(
-                f"{self.name}/{filename} is not JSON: {error}. Fix: download or save it again."
-            ) from error
+            raise ModelError(f"{self.name}/{filename} is not JSON: {error}. {_AGAIN}") from error
 
     def has_tokenizer(self) -> bool:
         """Whether the files of a tokenizer are there."""

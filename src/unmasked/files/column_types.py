@@ -21,6 +21,7 @@ from unmasked.files.readers import (
     Cells,
     absent,
     fault_error,
+    half_a_file,
     kind_of,
     read,
     where,
@@ -87,7 +88,7 @@ def _declared(path: str, names: Sequence[str], seen: dict[str, None]) -> pa.Sche
         try:
             schema = pq.read_schema(path)
         except pa.ArrowException as error:
-            raise DataError(f"{path}: not a whole Parquet file ({error}).") from error
+            raise half_a_file(path, "Parquet", error) from error
     else:
         return None
     seen.update(dict.fromkeys(schema.names))

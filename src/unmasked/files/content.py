@@ -192,3 +192,21 @@ _COMMON = {
 def _share(characters: Iterable[str], blocks: Iterable[tuple[int, int]]) -> float:
     found = [any(a <= ord(char) <= b for a, b in blocks) for char in characters]
     return sum(found) / max(len(found), 1)
+
+
+_SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+"""What may stand between the columns of .csv: a semicolon where spreadsheets write numbers with a
+comma."""
+
+
+def separator(first: str) -> tuple[str, str, str]:
+    """The first line of .csv as it is to be read; what stands between the columns, and its name.
+
+    By the header: the first of `_SEPARATORS` that it has. ``sep=;`` before it, a line for
+    spreadsheets, says it itself.
+    """
+    told = re.fullmatch(r"sep=(.)[\r\n]*", first, re.IGNORECASE)
+    if told:
+        return "\n", told[1], _SEPARATORS.get(told[1], f"'{told[1]}'")
+    between = next((mark for mark in _SEPARATORS if mark in first), ",")
+    return first, between, _SEPARATORS[between]

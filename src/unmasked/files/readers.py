@@ -2,8 +2,7 @@
 
 A reader yields `Cells`: the number of a row and its columns, or what is wrong with it. A file that
 cannot be divided into rows (an open quote in .csv, half a .gz, a missing column) raises `DataError`
-at once; what spoils a single row is yielded, and the caller decides. No library is used where one
-exists, as `datasets` and pandas tell neither file nor line of a fault.
+at once; what spoils a single row is yielded. `datasets` and pandas tell neither file nor line.
 
 Memory: one line, or one batch of rows of .parquet. Speed: about 600 thousand lines of .txt, or 280
 thousand of .jsonl, per second.
@@ -20,11 +19,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from unmasked.errors import DataError, nearest
-from unmasked.files.content import LOOKED_AT, Fault, file_fault, row_fault
+from unmasked.files.content import LOOKED_AT, Fault, file_fault, row_fault, separator
 from unmasked.files.hub import HUB, hub_rows, told_of_hub
 
 KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -162,11 +162,11 @@ def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
                 raise fault_error(where(path, number), (given, "give one text per line"))
             yield line.removeprefix(_BOM)  # also where files that begin with it were joined
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}).") from error
+        raise half_a_file(path, "gzip", error) from error
     except OSError as error:
         if error.errno is not None:
             raise
-        raise DataError(f"{path}: not a whole zstd file ({error}).") from error
+        raise half_a_file(path, "zstd", error) from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -203,13 +203,16 @@ def _csv(
     lines: Iterable[bytes], path: str, required: Mapping[str, str], wanted: Wanted = ()
 ) -> Iterator[Cells]:
     csv.field_size_limit(2**31 - 1)
-    # A row may span lines, so a byte that is not UTF-8 is carried along and found in its row.
-    reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in lines), strict=True)
+    # A row may span lines, so that a byte that is not UTF-8 is carried along.
+    decoded = (line.decode("utf-8", "surrogateescape") for line in lines)
+    first, between, mark = separator(next(decoded, ""))
+    reader = csv.reader(chain([first], decoded), delimiter=between, strict=True)
     try:
-        header = next(reader, [])
+        if not (header := next(filter(None, reader), [])):
+            raise fault_error(path, ("the file is empty", "begin with a header, rows below"))
         _columns(path, header, required, wanted)
         for cells in filter(None, reader):
-            values, fault = _by_name(header, cells, "quote texts that hold a comma")
+            values, fault = _by_name(header, cells, f"quote texts that hold {mark}")
             try:
                 for cell in values.values():
                     if not cell.isascii():
@@ -218,8 +221,8 @@ def _csv(
                 values, fault = {}, row_fault(path, error)
             yield Cells(reader.line_num, values, fault)
     except csv.Error as error:
-        given = f"not CSV ({error})"
-        raise fault_error(where(path, reader.line_num), (given, "correct the quotes")) from error
+        fault = f"not CSV ({error})", "correct the quotes"
+        raise fault_error(where(path, reader.line_num), fault) from error
 
 
 def _tsv(
@@ -274,7 +277,7 @@ def _parquet(path: str, required: Mapping[str, str], wanted: Wanted) -> Iterator
             for number, (values, fault) in enumerate(rows, start=1):
                 yield Cells(number, values, fault)
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not a whole Parquet file ({error}).") from error
+        raise half_a_file(path, "Parquet", error) from error
 
 
 def _batch_rows(
@@ -339,3 +342,9 @@ def fault_error(where: str, fault: Fault) -> DataError:
     """The error for a fault, and for the place where it is."""
     given, fix = fault
     return DataError(f"{where}: {given}{'' if given.endswith(('.', '?')) else '.'} Fix: {fix}.")
+
+
+def half_a_file(path: str, kind: str, error: Exception) -> DataError:
+    """The error for a file that is not whole, or is not what its name says."""
+    fix = "download it or write it again, or name it as what it is"
+    return fault_error(path, (f"not a whole {kind} file ({error})", fix))

@@ -209,22 +209,20 @@ class Source:
 
     @cached_property
     def layout(self) -> tuple[str | None, list[pa.DataType]]:
-        """The column of ids, if there is one, and the types of those to keep.
+        """The column of ids, if there is one (training asks for none), and the types to keep.
 
         The first good row decides whether rows have ids; every other one has to do as it does.
-        Training asks for none.
         """
         if self.whole:
             if self.keep:
-                raise DataError(f"{self.name}: whole files have no columns to keep.")
+                given = "whole files have no columns to keep, and their path is their id"
+                raise fault_error(self.name, (given, "leave out --keep"))
             return "id", []
         if self.keep:
             for path in self.files:
                 if path == "-" or kind_of(path) == ".txt":
-                    raise DataError(
-                        f"{called(path)}: lines of text have no columns to keep. "
-                        "Fix: leave out --keep, or give .jsonl, .csv or .parquet."
-                    )
+                    given = "lines of text have no columns to keep"
+                    raise fault_error(called(path), (given, "leave out --keep"))
         types = column_types(self.files, self.keep) if self.keep else []
         if self.skip_blank or self.files[0] == "-" or kind_of(self.files[0]) == ".txt":
             return None, types
@@ -253,7 +251,7 @@ class Source:
             empty = False
             yield row
         if empty:
-            raise DataError(f"{self.name}: there is no text in it.")
+            raise DataError(f"{self.name}: there is no text in it. Fix: another file or column.")
 
     def _row(self, file: int, cells: Cells) -> Row:
         key, types = self.layout
@@ -319,7 +317,8 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
     if place.is_dir():
         found = [str(file) for file in visible(place) if kind_of(str(file)) in kinds]
         if not found:
-            raise DataError(f"{path}: there is no {', '.join(kinds)} file in this folder.")
+            given = f"there is no {', '.join(kinds)} file in this folder"
+            raise fault_error(path, (given, "give the folder that holds them"))
         return found
     if kind_of(path) is None and not place.exists() and _ON_THE_HUB.fullmatch(path):
         return [HUB + path]
@@ -334,7 +333,8 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
         )
     if not place.is_file():
         siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-        raise DataError(f"{path} is not a file{nearest(place.name, siblings)}")
+        near = nearest(place.name, siblings)
+        raise DataError(f"{path} is not a file{near} Fix: check the path, from {Path.cwd()}.")
     return [path]
 
 

@@ -119,7 +119,10 @@ def requested_length(options: Mapping[str, Any] | None) -> int | None:
                 allowed = map(".".join, _OPTIONS)
                 raise DataError(unknown("processing option", f"{kind}.{name}", allowed))
             if not (name == "max_length" and isinstance(value, int)) and value not in (True, None):
-                raise DataError(f"processing_kwargs: {kind}.{name}={value!r} is not supported.")
+                raise DataError(
+                    f"processing_kwargs: {kind}.{name}={value!r} is not supported. "
+                    f"Fix: leave {name} out; texts are cut and padded as the encoder needs it."
+                )
             length = value if name == "max_length" else length
     return length
 

@@ -229,7 +229,7 @@ def _read_weights(adapter: Location, allow_pickle: bool) -> dict[str, torch.Tens
     if path is None:
         raise ModelError(
             f"{adapter.name} does not hold the weights of an adapter. "
-            f"Looked for: {WEIGHTS_NAME}, {PICKLED_NAME}."
+            f"Looked for: {WEIGHTS_NAME}, {PICKLED_NAME}. Fix: copy or download them too."
         )
     try:
         weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)

@@ -19,18 +19,19 @@ from unmasked.errors import DataError, nearest
 from unmasked.recipe.schema import Pairs
 
 NAMES = {
-    "query": ("query", "anchor", "question", "sentence1", "premise", "sent0"),
+    "query": ("query", "query_text", "anchor", "question", "sentence1", "premise", "sent0"),
     "positive": ("positive", "positives", "pos", "positive_passages", "positive_ctxs", "answer",
                  "document", "passage", "response", "sentence2", "hypothesis", "sent1"),
     "negative": ("negative", "negatives", "neg", "hard_negative", "hard_negatives", "hard_neg",
                  "negative_passages", "hard_negative_ctxs", "negative_ctxs"),
     "instruction": ("prompt", "instruction"),
 }  # fmt: skip
-"""What each column may be called. All columns of negatives are used, of the others one."""
+"""What each column may be called, in capitals or not, with spaces and `_` or without. All columns
+of negatives are used, of the others one."""
 ONE_TEXT = {"positive", "negative", "hard_negative", "answer", "document", "passage", "response",
             "sentence2", "hypothesis", "sent1"}  # fmt: skip
 """Columns of one text by their name, and ``negative_1`` to ``negative_n``."""
-_NUMBERED = re.compile(r"(?:hard_?)?neg(?:ative)?s?[_-]?(\d+)")
+_NUMBERED = re.compile(r"(?:hard)?neg(?:ative)?s?(\d+)")
 """``negative_1`` to ``negative_n``, as sentence-transformers mines them."""
 _JUDGED = ("sentence2", "hypothesis", "answer", "document", "passage", "response")
 _SCORES = ("score", "similarity_score")
@@ -40,13 +41,15 @@ TAUGHT = {
 }
 """What the columns of a teacher may be called; of FlagEmbedding's two, both are needed."""
 _LABELS = ("label", "labels", "gold_label")
+_IDS = re.compile(r".*ids?", re.IGNORECASE)
+"""Columns that are never suggested for a text."""
 
 
 def holds_several(column: str) -> bool | None:
     """Whether the name of a column says that it holds several texts, or one; None for others."""
-    if column in ONE_TEXT or _NUMBERED.fullmatch(column):
+    if with_name(ONE_TEXT, [column]) or _NUMBERED.fullmatch(_folded(column)):
         return False
-    return True if column in (*NAMES["positive"], *NAMES["negative"]) else None
+    return True if with_name((*NAMES["positive"], *NAMES["negative"]), [column]) else None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def find_columns(
                 raise _error(where, _missing(role, given, there), _command(pairs, role, near))
             roles[role] = given
             continue
-        found = [name for name in NAMES[role] if name in there and name not in taken]
+        found = [name for name in with_name(NAMES[role], there) if name not in taken]
         if len(found) > 1:
             said = f"'{found[0]}' and '{found[1]}' could both be the {role}"
             raise _error(where, said, _command(pairs, role, found[0]))
@@ -146,8 +149,8 @@ def _taught(pairs: Pairs, wants: str, there: Sequence[str], where: str) -> tuple
 def _negatives(there: Iterable[str]) -> list[str]:
     """Columns of negatives: those without a number first, the others by their numbers."""
     there = list(there)
-    plain = [name for name in NAMES["negative"] if name in there]
-    numbered = [(int(m[1]), name) for name in there if (m := _NUMBERED.fullmatch(name))]
+    plain = with_name(NAMES["negative"], there)
+    numbered = [(int(m[1]), name) for name in there if (m := _NUMBERED.fullmatch(_folded(name)))]
     return [*plain, *(name for _, name in sorted(numbered))]
 
 
@@ -164,21 +167,22 @@ def _label(
     A score is refused, unless a teacher is asked for that reads it: from which one on a pair
     matches is not for this stage to say.
     """
-    if positive not in _JUDGED or (pairs.query and pairs.positive):
+    judged = with_name(_JUDGED, [positive])
+    if not judged or (pairs.query and pairs.positive):
         return None
     if taught:
-        if label := next((name for name in _LABELS if name in there and name not in taught), None):
+        if label := next((name for name in with_name(_LABELS, there) if name not in taught), None):
             word = shlex.quote(f"{pairs.path}:query={query},positive={positive}")
             said = f"'{label}' says which pairs match, and '{taught[0]}' how much"
             raise _error(where, said, f"give {word}, which takes no notice of '{label}'")
         return None
-    if score := next((name for name in _SCORES if name in there), None):
+    if score := next(iter(with_name(_SCORES, there)), None):
         word = shlex.quote(f"{pairs.path}:query={query},positive={positive}")
         given = f"'{score}' says how much '{query}' and '{positive}' match, and this stage takes "
         fix = "learn the scores (supervised.teacher.loss=cosent supervised.teacher.contrastive=0), "
         fix += f"or keep the rows that match, and name their columns: {word}"
         raise _error(where, given + "every row as a match", fix)
-    return next((name for name in _LABELS if name in there), None)
+    return next(iter(with_name(_LABELS, there)), None)
 
 
 def check_found(pairs: Pairs, seen: Iterable[str]) -> None:
@@ -215,17 +219,27 @@ def told(pairs: Pairs, found: Iterable[Columns]) -> str:
     return f"{pairs.path}: {'; '.join(said)}"
 
 
+def _folded(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def with_name(names: Iterable[str], there: Sequence[str]) -> list[str]:
+    """The columns that have one of these names, in the order of the names."""
+    return [column for name in names for column in there if _folded(column) == _folded(name)]
+
+
 def _missing(role: str, name: str, there: Sequence[str]) -> str:
-    hint = nearest(name, there, end="").rstrip("?")
+    texts = [column for column in there if not _IDS.fullmatch(column)]
+    hint = nearest(name, texts, end="").rstrip("?")
     if name == role and not hint:
-        near = (nearest(n, there, end="").rstrip("?") for n in NAMES[role])
+        near = (nearest(n, texts, end="").rstrip("?") for n in NAMES[role])
         hint = next(filter(None, near), "")
     return f"no column '{name}' among {', '.join(there) or 'none'}{hint}"
 
 
 def _near(name: str, there: Iterable[str], otherwise: str = "NAME") -> str:
-    """The most similar column."""
-    hint = nearest(name, there, end="")
+    """The most similar column that may hold texts."""
+    hint = nearest(name, [column for column in there if not _IDS.fullmatch(column)], end="")
     return hint.split("'")[1] if hint else otherwise
 
 

@@ -110,7 +110,8 @@ def read_rows(
         given += "find its document among those of other rows"
         raise readers.fault_error(pairs.path, (given, "give at least two rows"))
     check_found(pairs, [name for known in found.values() for name in (*known.used, *known.unused)])
-    left = f"; {judged.left_out:,} rows left out by their label" if judged.left_out else ""
+    rows = "row" if judged.left_out == 1 else "rows"
+    left = f"; {judged.left_out:,} {rows} left out by their label" if judged.left_out else ""
     tell(columns.told(pairs, found.values()) + left)
 
 
@@ -242,7 +243,11 @@ def _headless(pairs: Pairs, path: str) -> tuple[str, ...] | None:
     first = next((row.values.get("line", "") for row in readers.read_txt(path, "line")), "")
     cells, named = first.split("\t"), {pairs.query, pairs.positive, *pairs.negative}
     known = [name for names in columns.NAMES.values() for name in names]
-    header = any(cell in named or nearest(cell, known, end="") for cell in cells if cell)
+    header = any(
+        cell in named or columns.with_name(known, [cell]) or nearest(cell, known, end="")
+        for cell in cells
+        if cell
+    )
     return None if header or not 2 <= len(cells) <= 3 else TRIPLE[: len(cells)]
 
 
