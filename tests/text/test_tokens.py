@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+from tokenizers import processors
 
 from unmasked.errors import DataError, ModelError
 from unmasked.text.special_tokens import MARK, prepare_tokenizer, surrounding_ids
@@ -116,6 +119,17 @@ def test_b10_bos_pooling_without_bos_is_refused(tokenizer):
     tokens.prefix = []
     with pytest.raises(ModelError, match="needs a tokenizer that puts BOS"):
         tokens.check_mode("bos_token")
+
+
+@pytest.mark.parametrize("number", [7, 128_000])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_post_processor_of_another_vocabulary_is_refused(tiny_tokenizer, number, nested):
+    """As of a tokenizer that was trained anew: its ids would be those of other tokens."""
+    stale = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", number)])
+    given = copy.deepcopy(tiny_tokenizer)
+    given.backend_tokenizer.post_processor = processors.Sequence([stale]) if nested else stale
+    with pytest.raises(ModelError, match=rf"token {number} .*'<s>', which is 0 in its.*Fix: set"):
+        prepare_tokenizer(given)
 
 
 def test_b12_an_existing_padding_token_is_kept(tiny_tokenizer):

@@ -13,6 +13,7 @@ Cost: a copy of the tokenizer, once for a model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ def prepare_tokenizer(
             the stock loader does not count the last of them to a prompt.
 
     Raises:
-        ModelError: the tokenizer is slow, or EOS is wanted and there is none.
+        ModelError: the tokenizer is slow, EOS is wanted and there is none, or its post-processor
+            was made for another vocabulary.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -49,6 +51,7 @@ def prepare_tokenizer(
             f"{type(tokenizer).__name__} has no fast implementation (tokenizer.json). "
             "Fix: load it with AutoTokenizer from a folder that has a tokenizer.json."
         )
+    _check_processor(backend)
     prefix, behind = surrounding_ids(tokenizer)
     suffix = [*ending, *(i for i in behind if i == tokenizer.sep_token_id)]
     if append_eos and (eos := _eos_id(tokenizer)) not in suffix[len(ending) :]:
@@ -92,6 +95,23 @@ def probe_text(tokenizer: PreTrainedTokenizerBase) -> str:
     words = (str(tokenizer.decode([i])) for i in plain)
     keeps = (w for w in words if w and tokenizer(w, add_special_tokens=False)["input_ids"])
     return next(keeps, "a")
+
+
+def _check_processor(backend: Tokenizer) -> None:
+    """Refuse special tokens around a text whose ids are those of another vocabulary.
+
+    A tokenizer that was trained anew keeps the post-processor of the old one.
+    """
+    post = json.loads(backend.post_processor.__getstate__()) if backend.post_processor else {}
+    for part in (post, *post.get("processors", ())):
+        for entry in (part.get("special_tokens") or {}).values():
+            for token, number in zip(entry["tokens"], entry["ids"], strict=True):
+                if (known := backend.token_to_id(token)) != number:
+                    raise ModelError(
+                        f"the tokenizer puts token {number} around a text as '{token}', which is "
+                        f"{known} in its vocabulary: its post-processor is that of another one. "
+                        "Fix: set tokenizer.backend_tokenizer.post_processor anew, and save it."
+                    )
 
 
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
