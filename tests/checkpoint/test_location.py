@@ -69,3 +69,16 @@ def test_what_is_in_the_cache_needs_no_hub(asked, monkeypatch):
     monkeypatch.setattr(location, "try_to_load_from_cache", lambda *_, **__: "config.json")
     assert locate("owner/decoder").require().name == "owner/decoder"
     assert asked == []
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_refused(name):
+    """As an unset variable gives it; it would stand for the root of the disk."""
+    with pytest.raises(ModelError, match="the name of a model is .*not set.*Fix: a folder"):
+        locate(name)
+
+
+def test_an_archive_is_refused(tmp_path):
+    (tmp_path / "model.zip").write_bytes(b"PK")
+    with pytest.raises(ModelError, match=r"model\.zip is a file\. Fix: name the folder"):
+        locate(tmp_path / "model.zip").require()

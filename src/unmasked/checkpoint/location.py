@@ -101,6 +101,11 @@ class Location:
         Raises:
             ModelError: it is none of these; the message names the nearest folder.
         """
+        if Path(self.name).is_file():
+            raise ModelError(
+                f"{self.name} is a file. Fix: name the folder of a model (of an archive, what is "
+                "unpacked from it)."
+            )
         if Path(self.name).exists():
             return self
         if not _HUB_NAME.fullmatch(self.name):
@@ -121,7 +126,7 @@ class Location:
         """What is raised where this location cannot be loaded because of `error`."""
         first = first_line(error)
         if Path(self.name).exists():
-            return ModelError(f"cannot load {self.name}: {first}")
+            return ModelError(f"cannot load {self.name}: {first} Fix: save or download it again.")
         return ModelError(
             f"cannot load {self.name}: it is not a folder here{self._hint()} The hub answered: "
             f"{first.rstrip('.')}. Fix: check the name and the network, or download the model "
@@ -159,7 +164,15 @@ def locate(name: str | Path, **hub: Any) -> Location:
     """The location of a name; ``nano`` is the bundled decoder, ``./nano`` a folder.
 
     A run folder stands for the encoder that was made in it.
+
+    Raises:
+        ModelError: there is no name.
     """
+    if not str(name).strip():
+        raise ModelError(
+            f"the name of a model is {str(name)!r}, as of a variable that is not set. "
+            f"Fix: a folder, a hub name, or {BUNDLED}."
+        )
     if str(name) == BUNDLED:
         return Location(str(bundled_path()), hub)
     given = str(name).rstrip("/") or "/"
