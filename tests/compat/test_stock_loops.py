@@ -131,10 +131,24 @@ def test_stock_code_rebuilds_it_by_its_class(tiny_decoder, tmp_path):
     kwargs = {"model_kwargs": {"dtype": "float32"}, "processor_kwargs": None, "backend": "torch"}
     again = type(model)(str(tmp_path / "saved"), device="cpu", truncate_dim=8, **options, **kwargs)
     close(again.encode(TEXTS), model.encode(TEXTS)[:, :8])
-    with pytest.raises(ModelError, match="cannot be followed"):
-        type(model)(str(tmp_path / "saved"), model_kwargs={"gguf_file": "x"})
+    for refused in ({"gguf_file": "x"}, {"use_safetensors": False}):
+        with pytest.raises(ModelError, match="cannot be followed"):
+            type(model)(str(tmp_path / "saved"), model_kwargs=refused)
     with pytest.raises(ModelError, match="runs in torch"):
         type(model)(str(tmp_path / "saved"), backend="onnx")
+
+
+def test_what_stock_scripts_pass_to_the_model_is_followed(tiny_decoder, tmp_path):
+    load(tiny_decoder).save(tmp_path / "saved")
+    model = LLM2Vec(
+        str(tmp_path / "saved"),
+        model_kwargs={"attn_implementation": "eager", "low_cpu_mem_usage": True},
+        tokenizer_kwargs={"padding_side": "left"},
+        device="cpu",
+    )
+    close(model.encode(TEXTS), load(tiny_decoder).encode(TEXTS))
+    with pytest.raises(ModelError, match="nonsense"):
+        LLM2Vec(str(tmp_path / "saved"), model_kwargs={"attn_implementation": "nonsense"})
 
 
 def test_frameworks_that_look_at_the_name_of_the_type_find_the_library(tiny_decoder):

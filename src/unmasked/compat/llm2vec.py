@@ -175,6 +175,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
             NotBidirectionalError: the proof failed.
         """
         stock, options = stock_options(options)
+        attention = options.pop("attn_implementation", attn_implementation)
         dtype, device, hub = loading_options(dtype, device, options)
         given = {
             "pooling_mode": pooling_mode,
@@ -192,7 +193,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
             dtype=dtype,
             quantize=quantize,
             compile=compile,
-            attention=attn_implementation,
+            attention=attention,
             allow_partial=allow_partial,
             device=device,
             stock=stock,

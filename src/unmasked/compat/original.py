@@ -112,7 +112,9 @@ def loading_options(
     return dtype, device, rest
 
 
-_OF_MODEL = ("torch_dtype", "dtype", "device_map")
+_OF_MODEL = ("torch_dtype", "dtype", "device_map", "attn_implementation")
+_ALWAYS = ("low_cpu_mem_usage", "use_safetensors", "use_fast", "padding_side")
+"""What changes no vector, or is always so."""
 STOCK = (
     "prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "model_card_data",
 )  # fmt: skip
@@ -134,7 +136,8 @@ def stock_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     if cache := rest.pop("cache_folder", None):
         rest["cache_dir"] = cache
     for name in ("model_kwargs", "processor_kwargs", "tokenizer_kwargs", "config_kwargs"):
-        given = dict(rest.pop(name, None) or {})
+        asked = dict(rest.pop(name, None) or {})
+        given = {key: asked[key] for key in asked if key not in _ALWAYS or asked[key] is False}
         if name == "model_kwargs":
             rest |= {key: given.pop(key) for key in _OF_MODEL if key in given}
         if given:
