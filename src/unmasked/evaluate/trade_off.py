@@ -3,18 +3,29 @@
 An encoder that was trained by Matryoshka over layers or dimensions is many in one. Each of them
 that is asked for is scored as it would be served: with its first layers alone, its vectors cut.
 
-Cost: the model is read once for every number of layers, and every text is encoded once for each
-(layers, dimensions).
+Cost: the model is read, and every text encoded, once for every number of layers. Shorter vectors
+are cut from whole ones, which lie in a file for the time: 4 bytes for each of their numbers.
+
+Shapes: D width, W words.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
+
+import numpy as np
+import torch
 
 from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import DataError
+from unmasked.forward.loop.preparing import SENTENCE
+from unmasked.forward.loop.running import finish
 from unmasked.mask.opening import decoder_of, layers_of
 
 
@@ -39,9 +50,76 @@ class Cut:
         return f"{self.layers} layers, {self.dimensions} numbers"
 
 
+class KeptVectors:
+    """Arrays of float32 vectors in a file without a name, each under what it is the answer to."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this)
+        self._places: dict[bytes, tuple[int, tuple[int, ...]]] = {}  # first number, and shape
+        self._count = 0
+
+    def __contains__(self, asked: object) -> bool:
+        return _key(asked) in self._places
+
+    def keep(self, asked: object, vectors: np.ndarray) -> None:
+        """Keep an array; what is asked is anything that JSON can hold."""
+        self._file.write(np.ascontiguousarray(vectors, np.float32).data)
+        self._places[_key(asked)] = self._count, vectors.shape
+        self._count += vectors.size
+
+    def read(self, asked: Sequence[object]) -> list[np.ndarray]:
+        """The array of each, mapped from the file."""
+        self._file.flush()
+        kept, found = np.memmap(self._file, np.float32, "r"), []
+        for first, shape in (self._places[_key(one)] for one in asked):
+            found.append(kept[first : first + math.prod(shape)].reshape(shape))
+        return found
+
+
+def _key(asked: object) -> bytes:
+    return blake2b(json.dumps(asked, default=str).encode(), digest_size=16).digest()
+
+
+class EncodesOnce(LLM2Vec):
+    """An encoder that encodes no input twice, however short its vectors are to be.
+
+    `truncate_dim` can be set anew between two calls: whole vectors are kept, cut as they are asked
+    for and only then scaled, as stock sentence-transformers does it.
+    """
+
+    kept: KeptVectors | None = None
+
+    def _inference(self, inputs: list[Any], **options: Any) -> Any:
+        if options.get("output_value", SENTENCE) != SENTENCE or not inputs:
+            return super()._inference(inputs, **options)
+        kept = self.kept = self.kept or KeptVectors()
+        about = [options.get(name) for name in ("prompt", "task", "processing_kwargs")]
+        asked = [[*about, given] for given in inputs]
+        if new := [place for place, one in enumerate(asked) if one not in kept]:
+            whole = {**options, "truncate_dim": None, "normalize_embeddings": False}
+            vectors = super()._inference([inputs[place] for place in new], **whole)
+            for place, vector in zip(new, vectors.cpu().numpy(), strict=True):
+                kept.keep(asked[place], vector)
+        vectors = torch.from_numpy(np.stack(kept.read(asked)))
+        vectors = finish(vectors, options.get("truncate_dim"), options["normalize_embeddings"])
+        return vectors if options["save_to_cpu"] else vectors.to(self.device)
+
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], previous: bool = False
+    ) -> list[np.ndarray]:
+        """Vectors (W, D) of the words of each sentence, cut to `truncate_dim` as those of texts."""
+        kept = self.kept = self.kept or KeptVectors()
+        asked = [[previous, list(words)] for words in sentences]
+        new = [place for place, one in enumerate(asked) if one not in kept]
+        found = super().encode_words([sentences[place] for place in new], previous)
+        for place, vectors in zip(new, found, strict=True):
+            kept.keep(asked[place], vectors)
+        return [np.array(vectors[:, : self.truncate_dim]) for vectors in kept.read(asked)]
+
+
 def cut_encoders(
     model: str, layers: Sequence[int] = (), dimensions: Sequence[int] = (), **options: Any
-) -> Iterator[tuple[Cut, LLM2Vec]]:
+) -> Iterator[tuple[Cut, EncodesOnce]]:
     """The whole encoder, then every part that is asked for, each loaded as it is needed.
 
     Args:
@@ -53,7 +131,7 @@ def cut_encoders(
     Raises:
         DataError: a number that the encoder does not have; before anything is yielded.
     """
-    whole = LLM2Vec.from_pretrained(model, **options)
+    whole = EncodesOnce.from_pretrained(model, **options)
     trunk = decoder_of(whole.backbone.auto_model)
     depth = int(trunk.config.get_text_config().num_hidden_layers)
     width = int(whole.get_embedding_dimension())  # type: ignore[arg-type]
@@ -61,14 +139,15 @@ def cut_encoders(
     _check("dimensions", dimensions, width, model)
     weights = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(trunk, depth)]
     del trunk
-    encoder: LLM2Vec | None = whole
+    own = whole.truncate_dim  # of the folder; None for the whole width
+    encoder: EncodesOnce | None = whole
     del whole
     for count in dict.fromkeys((depth, *sorted(layers, reverse=True))):
         share = sum(weights[:count]) / max(1, sum(weights)) if weights else count / depth
         if encoder is None:
-            encoder = LLM2Vec.from_pretrained(model, layers=count, **options)
+            encoder = EncodesOnce.from_pretrained(model, layers=count, **options)
         for size in dict.fromkeys((width, *sorted(dimensions, reverse=True))):
-            encoder.truncate_dim = None if size == width else size
+            encoder.truncate_dim = own if size == width else size
             yield Cut(count, size, share, 4 * size), encoder
         encoder = None
 
