@@ -25,6 +25,7 @@ from unmasked.evaluate.tasks.public import (
     Instructed,
     find_instruction,
     find_tasks,
+    public_name,
     score_public,
 )
 from unmasked.recipe.files import load_recipe, shipped_recipes
@@ -173,11 +174,45 @@ def test_only_what_is_missing_is_computed(model, tmp_path):
     assert kept.parent.name == model.fingerprint()[:12]
 
 
-def test_another_model_inherits_no_score(model, tiny_decoder, tmp_path):
+@pytest.mark.parametrize(
+    "options", [{"pooling_mode": "last_token"}, {"enable_bidirectional": False}]
+)
+def test_another_model_inherits_no_score(model, tiny_decoder, tmp_path, options):
     score_public(local.LocalSTS(), model, tmp_path)
-    spy = Spy(LLM2Vec.from_pretrained(tiny_decoder, device="cpu", pooling_mode="last_token"))
+    spy = Spy(LLM2Vec.from_pretrained(tiny_decoder, device="cpu", **options))
     score_public(local.LocalSTS(), spy, tmp_path)
     assert len(spy.asked) == 2
+
+
+def test_results_lie_under_the_name_of_their_model(model, tmp_path):
+    for run in ("first", "second"):
+        model.save(tmp_path / run / "model")
+        encoder = LLM2Vec.from_pretrained(tmp_path / run / "model", device="cpu")
+        score_public(local.LocalSTS(), encoder, tmp_path / "mteb")
+    kept = sorted(path.parent.name for path in (tmp_path / "mteb" / "results").glob("*/*"))
+    assert kept == ["first__model", "second__model"]
+    found = mteb.ResultCache(tmp_path / "mteb").load_results(tasks=["LocalSTS"])
+    assert {result.model_name for result in found} == {"first/model", "second/model"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("nano", "unmasked/nano"),
+        ("gpt2", "unmasked/gpt2"),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("a decoder", "unmasked/a-decoder"),
+    ],
+)
+def test_names_that_mteb_takes(given, said):
+    assert public_name(given) == said
+
+
+def test_folders_are_called_by_their_last_two_names(tmp_path, monkeypatch):
+    (tmp_path / "my runs" / "encoder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "my runs")
+    for given in ("encoder", "./encoder/", "../my runs/encoder"):
+        assert public_name(given) == "my-runs/encoder"
 
 
 def test_queries_are_instructed_and_documents_are_not(model, tmp_path, monkeypatch):

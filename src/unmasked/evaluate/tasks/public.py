@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from unmasked.checkpoint.location import BUNDLED
 from unmasked.compat.origin import training_data
 from unmasked.errors import DataError, MissingExtraError, first_line, nearest, unknown
 from unmasked.evaluate.bootstrap import TaskResult
@@ -107,7 +108,7 @@ def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
     Args:
         task: as `find_tasks` returns them.
         model: a `TextEncoder`.
-        folder: where mteb's results are kept: ``results/NAME/FINGERPRINT/TASK.json``.
+        folder: where mteb's results are kept: ``results/OWNER__NAME/FINGERPRINT/TASK.json``.
 
     Returns:
         mteb's main score, averaged over its splits and languages; no items, so no interval.
@@ -133,14 +134,29 @@ def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
     return TaskResult(name, {task.metadata.main_score: float(found[0].get_score())}, {})
 
 
+def public_name(model: str) -> str:
+    """What mteb calls a model, always ``OWNER/NAME``.
+
+    That is its name on the hub; for a folder, its own name behind that of the one it is in, as the
+    models of all runs are called ``model``; ``unmasked/nano`` for the bundled decoder.
+
+    Args:
+        model: hub name, folder, or ``nano``.
+    """
+    if model == BUNDLED:
+        return f"unmasked/{BUNDLED}"
+    parts = Path(model).resolve().parts[-2:] if Path(model).is_dir() else model.split("/")[-2:]
+    named = [re.sub(r"[^\w.-]+", "-", part).strip("-") for part in parts]
+    return "/".join(["unmasked", *filter(None, named)][-2:])
+
+
 class Instructed(AbsEncoder):  # type: ignore[misc]
     """A `TextEncoder` as mteb calls it, every text behind its task's instruction."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        base = str(getattr(model, "base", "") or "model").rstrip("/").split("/")[-1]
-        name = re.sub(r"[^\w.-]", "-", base)
-        facts: dict[str, Any] = {"name": f"unmasked/{name}", "revision": model.fingerprint()[:12]}
+        name = public_name(str(model.base_name))
+        facts: dict[str, Any] = {"name": name, "revision": model.fingerprint()[:12]}
         if data := training_data(str(getattr(model, "base_name", "") or "nano")):
             facts["training_datasets"] = set(data)
         self.mteb_model_meta = ModelMeta.create_empty(overwrites=facts)
