@@ -24,11 +24,11 @@ DOCUMENTS = int(os.environ.get("UNMASKED_LONG_DOCUMENTS", "4000"))
 
 
 def write_documents(path: Path, sentences: list[str], count: int) -> str:
-    """Documents of some 40 to 400 tokens; returns a sentence that is in the last one alone."""
+    """Documents of some 40 to 200 tokens, of which an input holds 32; returns a sentence that is in the last one alone."""
     draw, only = random.Random(0), "Nowhere else is this zebra, sitting on a quiet library."
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            parts = draw.choices(sentences, k=draw.randint(2, 16))
+            parts = draw.choices(sentences, k=draw.randint(2, 8))
             if number == count - 1:
                 parts.insert(1, only)
             file.write(json.dumps({"id": f"d{number}", "text": " ".join(parts)}) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from unmasked.checkpoint import adapters
 from unmasked.checkpoint.loading import load_config
+from unmasked.errors import ModelError
 from unmasked.recipe.schema import Recipe
 from unmasked.train.plan.cost import make_plan
 from unmasked.train.plan.shapes import saved_activations
@@ -28,7 +30,7 @@ SHAPE = {
 
 
 def plan_of(base, data, probe=False, **stages):
-    sections = {name: {"data": str(data), **stage} for name, stage in stages.items()}
+    sections = {name: {"data": str(data)} | stage for name, stage in stages.items()}
     recipe = Recipe.model_validate({"name": "t", "model": {"base": str(base)}, **sections})
     return recipe, make_plan(recipe, probe)
 
@@ -96,6 +98,81 @@ def test_gradient_checkpointing_and_full_training_are_counted(tiny_decoder, text
     assert full.trainable > plain.trainable and full.flops > plain.flops
 
 
+@pytest.fixture
+def pairs(tmp_path):
+    rows = [{"query": f"cat {i % 10}", "positive": f"the dog {i}"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "pairs.jsonl"
+
+
+def supervised_plan(base, pairs, probe=False, **stage):
+    stage = {"batch_size": 4, "max_length": 16, "steps": 5, "warmup_steps": 0, **stage}
+    return plan_of(base, pairs, probe, supervised=stage)[1]
+
+
+def test_first_layers_that_are_trained_as_well_are_counted(tiny_decoder, pairs):
+    (plain,) = supervised_plan(tiny_decoder, pairs).stages
+    (deep,) = supervised_plan(tiny_decoder, pairs, matryoshka_layers=[1]).stages
+    assert deep.flops == pytest.approx(1.5 * plain.flops)  # one of two layers
+    assert 1.4 < deep.memory.activations / plain.memory.activations < 1.7
+    assert deep.memory[:3] == plain.memory[:3]
+    checkpointed = supervised_plan(
+        tiny_decoder, pairs, matryoshka_layers=[1], gradient_checkpointing=True
+    )
+    assert checkpointed.stages[0].memory.activations < deep.memory.activations
+
+
+def test_a_teacher_that_encodes_is_counted(tiny_decoder, pairs):
+    plain, taught = (
+        supervised_plan(tiny_decoder, pairs, **change)
+        for change in ({}, {"teacher": str(tiny_decoder)})
+    )
+    (without,), (stage,) = plain.stages, taught.stages
+    teacher = stage.teacher
+    assert without.teacher is None and without.memory.teaching == 0
+    assert teacher.texts == 50  # ten queries, each four times, and forty documents
+    assert stage.disk == without.disk + 50 * (4 * 32 + 8)
+    weights = sum(p.nbytes for p in real_trunk(tiny_decoder).parameters())
+    assert teacher.sizes.parameters * teacher.sizes.dtype.itemsize <= weights
+    assert stage.memory.teaching > without.memory.weights + weights / 2
+    assert stage.memory[:5] == without.memory[:5]
+    layers = teacher.sizes.parameters - teacher.sizes.embedding
+    least = 2 * layers * teacher.texts * teacher.length
+    assert least < stage.flops - without.flops < 2 * least
+
+
+def test_scores_of_the_rows_need_no_teacher(tiny_decoder, pairs):
+    rows = [{"query": "cat", "positive": f"dog {i}", "score": 0.5} for i in range(9)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = {"loss": "cosent", "contrastive": 0}
+    (stage,) = supervised_plan(tiny_decoder, pairs, teacher=teacher).stages
+    assert stage.teacher is None and not stage.assumed
+
+
+def test_a_teacher_that_is_not_there_is_an_error(tiny_decoder, pairs, tmp_path):
+    with pytest.raises(ModelError, match=r"nowhere.*Fix"):
+        supervised_plan(tiny_decoder, pairs, teacher=str(tmp_path / "nowhere"))
+
+
+def test_the_time_of_depths_and_teacher_is_measured(tiny_decoder, pairs):
+    teacher = {"teacher": str(tiny_decoder), "matryoshka_layers": [1]}
+    (planned,) = supervised_plan(tiny_decoder, pairs, probe=True, **teacher).stages
+    assert 0 < planned.taught_seconds < planned.seconds
+
+
+def test_the_command_says_what_a_teacher_takes(tiny_decoder, pairs, tmp_path):
+    from unmasked.cli import app
+
+    section = {"data": str(pairs), "batch_size": 4, "steps": 5, "teacher": str(tiny_decoder)}
+    section["warmup_steps"] = 0
+    recipe = {"name": "t", "model": {"base": str(tiny_decoder)}, "supervised": section}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(recipe))
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path / "t.yaml")])
+    assert shown.exit_code == 0, shown.output
+    for word in ("teacher's texts", "while it encodes", "memory per device"):
+        assert word in shown.output
+
+
 def test_the_command(tiny_decoder, tmp_path, texts):
     from unmasked.cli import app
 
@@ -126,7 +203,7 @@ def use(folder, recipe):
     listener = Listener(step=lambda *_: times.append(time.perf_counter()))
     Run(Recipe.model_validate(recipe), folder / "timed", None, listener).run()
     gaps = sorted(b - a for a, b in itertools.pairwise(times))
-    (name,) = {"mntp", "simcse"} & {key for key, section in recipe.items() if section}
+    (name,) = {"mntp", "simcse", "supervised"} & {k for k, section in recipe.items() if section}
     short = Recipe.model_validate({**recipe, name: {**recipe[name], "steps": 2}})
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         Run(short, folder / "measured").run()
@@ -136,27 +213,56 @@ def use(folder, recipe):
     return max(held), gaps[len(gaps) // 2]
 
 
+SECTIONS = {
+    "mntp": {"batch_size": 8, "block_length": 256, "micro_batch_tokens": 2048},
+    "simcse": {"batch_size": 64, "max_length": 64},
+    "supervised": {"batch_size": 64, "max_length": 64},
+    "depths": {"batch_size": 64, "max_length": 64, "matryoshka_layers": [2, 4, 6]},
+    "checkpointed depths": {
+        "batch_size": 64, "max_length": 64, "matryoshka_layers": [4], "gradient_checkpointing": True
+    },
+    "a teacher at work": {"batch_size": 2, "max_length": 64, "teacher": {"loss": "kl"}},
+    "a small teacher": {"batch_size": 64, "max_length": 64, "teacher": {"loss": "kl"}},
+}  # fmt: skip
+LARGER = {"hidden_size": 512, "intermediate_size": 2048}
+
+
+def data_of(name, texts, folder):
+    """The settings of a stage of that name, and the stage."""
+    section = {"steps": 8, "log_steps": 1, "held_out": 0, "save_steps": 100, **SECTIONS[name]}
+    section["warmup_steps"] = 0
+    if name in ("mntp", "simcse"):
+        return name, {**section, "data": str(texts)}
+    lines = texts.read_text(encoding="utf-8").splitlines()
+    file = folder / "pairs.jsonl"
+    rows = ({"query": f"what is it? {line}", "positive": line} for line in lines)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return "supervised", {**section, "data": str(file)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+@pytest.mark.parametrize("name", list(SECTIONS))
 def test_memory_and_time_are_within_a_quarter_of_what_a_run_uses(
-    stage, tiny_tokenizer, tmp_path, texts, record_property
+    name, tiny_tokenizer, tmp_path, texts, record_property
 ):
     """At 20 M parameters, where what Python and the allocator keep is small beside it."""
     from support.tiny import save_random
 
     base = save_random(tmp_path / "base", LlamaConfig(**SHAPE), tiny_tokenizer)
-    section = {"steps": 8, "log_steps": 1, "held_out": 0, "save_steps": 100}
-    section |= {
-        "mntp": {"batch_size": 8, "block_length": 256, "micro_batch_tokens": 2048},
-        "simcse": {"batch_size": 64, "max_length": 64},
-    }[stage]
+    stage, section = data_of(name, texts, tmp_path)
+    if "teacher" in section:
+        larger = LARGER if name == "a teacher at work" else {}
+        teacher = save_random(tmp_path / "teacher", LlamaConfig(**SHAPE | larger), tiny_tokenizer)
+        section["teacher"] = {**section["teacher"], "model": str(teacher)}
     torch.set_num_threads(1)
     recipe, plan = plan_of(base, texts, probe=True, **{stage: section})
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         memory, seconds = pool.submit(use, tmp_path / "run", recipe.model_dump()).result()
     (planned,) = plan.stages
-    figures = (planned.memory.total, memory, planned.seconds / planned.steps, seconds)
+    step = (planned.seconds - planned.taught_seconds) / planned.steps
+    figures = (planned.memory.total, memory, step, seconds)
     record_property("planned and used, bytes and seconds of a step", figures)
+    assert (name == "a teacher at work") == (planned.memory.total == planned.memory.teaching)
     assert memory == pytest.approx(planned.memory.total, rel=0.25), figures
-    assert seconds == pytest.approx(planned.seconds / planned.steps, rel=0.25), figures
+    assert seconds == pytest.approx(step, rel=0.25), figures

@@ -145,6 +145,12 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
         ("logits", lambda s: short(s.memory.logits, "B")),
         ("memory per device", lambda s: short(s.memory.total, "B")),
     ]
+    if any(stage.teacher for stage in plan.stages):
+        before = ("teacher's texts", "while it encodes")
+        rows[-1:-1] = [
+            (before[0], lambda s: short(s.teacher.texts) if s.teacher else ""),
+            (before[1], lambda s: short(s.memory.teaching, "B") if s.teacher else ""),
+        ]
     marked = [len(rows) - 1]
     if any(stage.seconds is not None for stage in plan.stages):
         rows.append(("time", lambda s: duration(s.seconds or 0)))

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,9 +159,9 @@ class Encoding:
             return found, np.empty((0, self.width(model)), dtype="<f4")
         prompt, limit = self.resolved_prompt(model) or "", positions(model)
         windows, order, first = [], [], 0
-        for i, text in enumerate(texts):
-            spans = [(begin, end) for document, begin, end in found if document == i]
-            own = list(windows_of(tokens, text, spans, prompt, limit))
+        for document, parts in groupby(found, key=lambda passage: passage.document):
+            spans = [(begin, end) for _, begin, end in parts]
+            own = list(windows_of(tokens, texts[document], spans, prompt, limit))
             order += [first + place for window in own for place in window.passages]
             windows += own
             first += len(spans)

@@ -16,36 +16,43 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from unmasked.checkpoint import loading
 from unmasked.errors import UnmaskedError
 from unmasked.forward import precision
+from unmasked.mask.opening import decoder_of
 from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Supervised
 from unmasked.text.special_tokens import prepare_tokenizer
 from unmasked.text.tokens import TextTokenizer
 from unmasked.train import devices
-from unmasked.train.data.pairs import read_rows
+from unmasked.train.data.pairs import PairRow, read_rows
 from unmasked.train.data.texts import iterate_texts
+from unmasked.train.losses.depth import first_layers
 from unmasked.train.losses.mntp import LOGITS_AT_ONCE, micro_batch_rows
 from unmasked.train.plan.shapes import DecoderSizes, saved_activations, trained_trunk
+from unmasked.train.plan.teacher_cost import TeacherPlan, plan_teacher, seconds_of
 
 SAMPLE = 512
 """Number of texts whose mean length stands for all."""
 
 
 class StageMemory(NamedTuple):
-    """Bytes on each device at the fullest moment of a step."""
+    """Bytes on each device at the fullest moment of a step.
+
+    `teaching` is no part of it: what is held before the first step, while a teacher encodes.
+    """
 
     weights: int
     gradients: int
     optimiser: int
     activations: int
     logits: int
+    teaching: int = 0
 
     @property
     def total(self) -> int:
-        return sum(self)
+        """At the fullest moment of the stage."""
+        return max(sum(self) - self.teaching, self.teaching)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,9 @@ class StagePlan:
         scored: rows of logits per forward.
         twice: the batch is embedded a second time, first without gradients (GradCache).
         assumed: no text could be read, so the length is assumed.
+        teacher: what encodes the texts before the stage trains, if anything does.
         seconds: None without a probe.
+        taught_seconds: those of them in which the teacher encodes.
     """
 
     name: str
@@ -73,7 +82,14 @@ class StagePlan:
     scored: int = 0
     twice: bool = False
     assumed: bool = False
+    teacher: TeacherPlan | None = None
     seconds: float | None = None
+    taught_seconds: float = 0.0
+
+    @property
+    def depths(self) -> list[int]:
+        """Numbers of layers of each forward of a batch: all, then those of shorter encoders."""
+        return [self.sizes.layers, *getattr(self.stage, "matryoshka_layers", [])]
 
     @property
     def steps(self) -> int:
@@ -109,22 +125,32 @@ class StagePlan:
         if stage.lora.method == "qlora":  # half a byte per weight, and one scale for every 64
             linear = sizes.parameters - sizes.embedding
             weights += round(linear * (0.5 + 4 / 64)) - linear * sizes.dtype.itemsize
-        activations = saved_activations(self.model, self.rows, self.length)
+        activations = self._activations()
         if getattr(stage, "attention_dropout", 0.0):
             # Kernels with dropout keep the weights: two copies in float32, and a mask of bytes.
             activations += 9 * self.rows * sizes.heads * self.length**2 * sizes.layers
         if stage.gradient_checkpointing:  # one layer whole, and the input of every layer
             inputs = self.tokens * sizes.width * sizes.dtype.itemsize
-            activations = activations // sizes.layers + sizes.layers * inputs
+            layers = sum(self.depths)
+            activations = activations // layers + layers * inputs
         scored = min(self.scored, max(1, LOGITS_AT_ONCE // sizes.vocabulary))
         # The logits in float32, their softmax and its gradient, and the logits in half precision.
         logits = scored * sizes.vocabulary * (12 + sizes.dtype.itemsize % 4)
-        return StageMemory(weights, trained, 2 * trained, activations, logits)
+        teaching = weights + self.teacher.memory if self.teacher else 0
+        return StageMemory(weights, trained, 2 * trained, activations, logits, teaching)
+
+    def _activations(self) -> int:
+        """Bytes that the forwards of one batch keep, through all layers and through the first."""
+        kept = saved_activations(self.model, self.rows, self.length)
+        for layers in self.depths[1:]:
+            with first_layers(decoder_of(self.model), layers):
+                kept += saved_activations(self.model, self.rows, self.length)
+        return kept
 
     @property
     def disk(self) -> int:
-        """Bytes of the result, and of two checkpoints of weights and two moments."""
-        return 7 * self.memory.gradients
+        """Bytes of the result, of two checkpoints of weights and two moments, of a teacher's."""
+        return 7 * self.memory.gradients + (self.teacher.disk if self.teacher else 0)
 
     @property
     def flops(self) -> float:
@@ -133,7 +159,8 @@ class StagePlan:
         A frozen weight costs 2 per token forward and 2 backward, as it needs no gradient itself,
         and 2 more where a forward is run again; a weight of the adapter costs 6. Attention over s
         tokens costs 4 s d L forward and twice that backward. Each weight of the head costs 4 per
-        scored token.
+        scored token. First layers that are trained as well cost their share of all this again, and
+        a teacher a forward for each text.
         """
         sizes, trainable = self.sizes, self.trainable
         again = int(self.stage.gradient_checkpointing) + int(self.twice)
@@ -142,18 +169,22 @@ class StagePlan:
             trainable, frozen = frozen, 0
         attention = 4 * self.length * sizes.attention_width * sizes.layers
         per_token = (4 + 2 * again) * frozen + (3 + again) * attention + (6 + 2 * again) * trainable
+        per_token *= sum(self.depths) / sizes.layers
         one = float(self.tokens * per_token + self.scored * 4 * sizes.embedding)
-        return one * (self.forwards * devices.world()) * self.steps
+        taught = self.teacher.flops if self.teacher else 0.0
+        return one * (self.forwards * devices.world()) * self.steps + taught
 
-    def measure(self, device: torch.device) -> float:
-        """Seconds of the whole stage on this machine, from steps of shallow models."""
+    def measured(self, device: torch.device) -> StagePlan:
+        """The same with its seconds on this machine, from steps of shallow models."""
         few = min(self.sizes.layers, 4)
         shallow = self._seconds(1, device)
         deeper = self._seconds(few, device) if few > 1 else shallow
         per_layer = max(0.0, deeper - shallow) / max(1, few - 1)
         passes = 1 + 0.25 * self.stage.gradient_checkpointing + 0.5 * self.twice
-        one = shallow + per_layer * (self.sizes.layers - 1) * passes
-        return one * self.forwards * self.steps
+        one = sum(shallow + per_layer * (layers - 1) * passes for layers in self.depths)
+        taught = self.teacher.measure(device) if self.teacher else 0.0
+        seconds = one * self.forwards * self.steps + taught
+        return replace(self, seconds=seconds, taught_seconds=taught)
 
     def _seconds(self, layers: int, device: torch.device) -> float:
         """Median of some steps of a model with so many layers, after one that warms up."""
@@ -175,8 +206,7 @@ class StagePlan:
             optimiser.step()
             optimiser.zero_grad()
 
-        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-        return timer.adaptive_autorange().median
+        return seconds_of(step)
 
 
 @dataclass(frozen=True)
@@ -211,7 +241,7 @@ def make_plan(recipe: Recipe, probe: bool = False) -> Plan:
     tokens = TextTokenizer(tokenizer, recipe.model.max_length)
     stages = [_plan_stage(*named, sizes, tokens, device) for named in recipe.stages()]
     if probe:
-        stages = [replace(stage, seconds=stage.measure(device)) for stage in stages]
+        stages = [stage.measured(device) for stage in stages]
     disk = sizes.parameters * dtype.itemsize + max((s.disk for s in stages), default=0)
     return Plan(sizes.parameters, devices.world(), str(dtype).removeprefix("torch."), stages, disk)
 
@@ -225,7 +255,7 @@ def _plan_stage(
         scored = round(part * stage.block_length * stage.mask_probability)
         forwards = rows // part * stage.gradient_accumulation
         return StagePlan(name, stage, sizes, part, stage.block_length, forwards, scored)
-    texts, per_row = _sample(stage)
+    texts, per_row, pairs = _sample(stage)
     limit = stage.max_length
     lengths = [len(row.ids) for row in tokens(texts, max_length=limit)] if texts else [limit // 2]
     length = max(1, round(statistics.mean(lengths)))
@@ -234,18 +264,24 @@ def _plan_stage(
     twice = together * length > most
     part = max(1, most // length) if twice else together
     forwards = -(-together // part) * stage.gradient_accumulation
-    return StagePlan(name, stage, sizes, part, length, forwards, twice=twice, assumed=not texts)
+    teacher = plan_teacher(stage, pairs, device) if isinstance(stage, Supervised) else None
+    found = StagePlan(name, stage, sizes, part, length, forwards, teacher=teacher)
+    return replace(found, twice=twice, assumed=not texts)
 
 
-def _sample(stage: SimCSE | Supervised) -> tuple[list[str], int]:
-    """Some texts of a contrastive stage, and how many of them a row of a batch has."""
+def _sample(stage: SimCSE | Supervised) -> tuple[list[str], int, list[PairRow]]:
+    """Some texts of a contrastive stage, how many a row of a batch has, and the rows of pairs."""
     try:
         if isinstance(stage, SimCSE):
-            return list(iterate_texts(stage.data[:1], SAMPLE)), 2
+            return list(iterate_texts(stage.data[:1], SAMPLE)), 2, []
         taught = partial(read_rows, teacher=stage.teacher)
         of_each = SAMPLE // max(1, len(stage.data))
-        rows = [row for pairs in stage.data for row in islice(taught(pairs), of_each)]
+        rows = [
+            row
+            for number, pairs in enumerate(stage.data)
+            for row in islice(taught(pairs, number), of_each)
+        ]
     except UnmaskedError:
-        return [], 2 if isinstance(stage, SimCSE) else 2 + stage.hard_negatives
+        return [], 2 if isinstance(stage, SimCSE) else 2 + stage.hard_negatives, []
     texts = [[r.query, r.positive, *r.negatives[: stage.hard_negatives]] for r in rows]
-    return [text for row in texts for text in row], max(map(len, texts), default=2)
+    return [text for row in texts for text in row], max(map(len, texts), default=2), rows

@@ -1,0 +1,149 @@
+"""What it costs that a teacher encodes the texts of a stage once, before the stage trains.
+
+Only its config and its tokenizer are fetched, as of the base. Cost: a pass over the pairs; of a
+data set of the hub no more is read than the sample.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.utils.benchmark import Timer
+
+from unmasked.checkpoint import adapters, loading
+from unmasked.checkpoint.folder import SETTINGS_NAME
+from unmasked.checkpoint.location import Location, locate
+from unmasked.errors import UnmaskedError
+from unmasked.files.hub import HUB
+from unmasked.files.source import find_files
+from unmasked.forward import precision
+from unmasked.forward.batches import token_budget
+from unmasked.recipe.schema import Supervised
+from unmasked.recipe.teaching import Teacher
+from unmasked.text.special_tokens import prepare_tokenizer
+from unmasked.text.templates import PLAIN
+from unmasked.text.tokens import TextTokenizer
+from unmasked.train.data.mixing import Input, inputs_of
+from unmasked.train.data.pairs import KINDS, PairRow, read_rows
+from unmasked.train.plan.shapes import DecoderSizes, saved_activations
+
+LONGEST = 512
+"""Tokens of a text that a teacher reads, where its folder does not say it."""
+_PART = 4096  # texts whose vectors are held before they are written
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """What a teacher is given, and what that costs, on the one device that does it.
+
+    Attributes:
+        sizes: of the teacher.
+        texts: number of different texts, at most.
+        length: mean tokens of each.
+        rows: texts of a forward.
+    """
+
+    sizes: DecoderSizes
+    texts: int
+    length: int
+    rows: int
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes of its weights, of one layer at work, and of the vectors that are not written."""
+        one = saved_activations(self.sizes.trunk(1), self.rows, self.length)
+        vectors = 4 * self.sizes.width * min(self.texts, _PART)
+        weights: int = self.sizes.parameters * self.sizes.dtype.itemsize
+        return weights + one + vectors
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the vectors and of the keys of their texts, while the stage trains."""
+        return (4 * self.sizes.width + 8) * self.texts
+
+    @property
+    def flops(self) -> float:
+        """2 for each weight and token, and 4 s d L of attention over s tokens."""
+        sizes = self.sizes
+        weights = 2 * (sizes.parameters - sizes.embedding)
+        attention = 4 * self.length * sizes.attention_width * sizes.layers
+        return float(self.texts * self.length * (weights + attention))
+
+    def measure(self, device: torch.device) -> float:
+        """Seconds on this machine, from forwards of shallow models."""
+        few = min(self.sizes.layers, 4)
+        shallow = self._seconds(1, device)
+        deeper = self._seconds(few, device) if few > 1 else shallow
+        per_layer = max(0.0, deeper - shallow) / max(1, few - 1)
+        return (shallow + per_layer * (self.sizes.layers - 1)) * self.texts / self.rows
+
+    def _seconds(self, layers: int, device: torch.device) -> float:
+        model = self.sizes.trunk(layers, str(device)).eval()
+        ids = torch.zeros(self.rows, self.length, dtype=torch.int64, device=device)
+
+        def forward() -> None:
+            with torch.inference_mode():
+                model(input_ids=ids, use_cache=False)
+
+        return seconds_of(forward)
+
+
+def seconds_of(step: Callable[[], None]) -> float:
+    """Median seconds of a step, after one that warms up."""
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    return timer.adaptive_autorange().median
+
+
+def plan_teacher(
+    stage: Supervised, rows: Sequence[PairRow], device: torch.device
+) -> TeacherPlan | None:
+    """The plan of a stage's teacher; None if it has none, or none that encodes.
+
+    Args:
+        stage: its data are counted.
+        rows: some of its rows, perhaps none.
+        device: where it encodes.
+
+    Raises:
+        ModelError: the teacher has no config here or on the hub.
+    """
+    if stage.teacher is None or stage.teacher.model is None:
+        return None
+    place = locate(stage.teacher.model).require()
+    while adapters.is_adapter(place):
+        base = adapters.read_adapter_config(place).base_model_name_or_path
+        place = locate(str(base)).require()
+    config = loading.load_config(place.name)
+    sizes = DecoderSizes(config, precision.pick("auto", device, config).dtype)
+    inputs = [
+        item
+        for row in rows
+        for item in inputs_of(stage.data, [row._asdict()], stage.hard_negatives)
+    ]
+    length = _mean_length(place, inputs) if inputs else max(1, stage.max_length // 2)
+    of_each = len(set(inputs)) / len(rows) if rows else 2 + stage.hard_negatives
+    texts = max(1, round(of_each * _count_rows(stage, stage.teacher)))
+    return TeacherPlan(sizes, texts, length, max(1, min(texts, token_budget(device) // length)))
+
+
+def _mean_length(place: Location, inputs: Sequence[Input]) -> int:
+    """Tokens of a text as the teacher reads it."""
+    most = place.read_json(SETTINGS_NAME).get("max_length") or LONGEST
+    tokens = TextTokenizer(prepare_tokenizer(loading.load_tokenizer(place.name)), most)
+    prompts = [PLAIN.join(item.instruction) if item.instruction else "" for item in inputs]
+    rows = tokens([item.text for item in inputs], prompts)
+    return max(1, round(statistics.mean(len(row.ids) for row in rows)))
+
+
+def _count_rows(stage: Supervised, teacher: Teacher) -> int:
+    """Rows of all data; as many as are trained on, where they cannot be counted here."""
+    try:
+        if not any(find_files(pairs.path, KINDS)[0].startswith(HUB) for pairs in stage.data):
+            return sum(1 for pairs in stage.data for _ in read_rows(pairs, teacher=teacher))
+    except UnmaskedError:
+        pass  # a run says what is wrong with them
+    return stage.steps * stage.batch_size * stage.gradient_accumulation
