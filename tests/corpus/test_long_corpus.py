@@ -24,7 +24,7 @@ DOCUMENTS = int(os.environ.get("UNMASKED_LONG_DOCUMENTS", "4000"))
 
 
 def write_documents(path: Path, sentences: list[str], count: int) -> str:
-    """Documents of some 40 to 200 tokens, of which an input holds 32; returns a sentence that is in the last one alone."""
+    """Documents of some 40 to 200 tokens; an input holds 32. Returns a sentence of the last one."""
     draw, only = random.Random(0), "Nowhere else is this zebra, sitting on a quiet library."
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):

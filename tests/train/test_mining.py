@@ -197,3 +197,19 @@ def test_the_best_of_blocks_are_the_best_of_all(monkeypatch, way):
         np.testing.assert_array_equal(best.result().places, order)
     wanted = np.take_along_axis(scores, order, axis=1)
     np.testing.assert_allclose(best.result().scores, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"skip": -5}, "skip -5 should be 0 or more. Fix"),
+        ({"depth": 0}, "depth 0 should be 1 or more. Fix"),
+        ({"negatives": 0}, "negatives 0 should be 1 or more. Fix"),
+        ({"margin": float("nan")}, "margin nan should be 1 or less. Fix"),
+        ({"margin": 1.5}, "margin 1.5 should be 1 or less. Fix"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_anything_is_read(tmp_path, given, said):
+    with pytest.raises(DataError, match=said):
+        mine(StandIn(0), Pairs(path="nowhere.jsonl"), tmp_path / "out.jsonl", **given)
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,11 +199,14 @@ class Manifest:
 def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manifest]:
     """The manifest of a folder, which is made if need be and no other process may write to.
 
+    A new folder is gone again where an error comes before anything is written to it.
+
     Raises:
         OutputError: another process writes to it, or it holds something else.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file. Fix: name a folder, or end the name in .npy.")
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(_OURS))
     if strangers:
@@ -212,17 +215,32 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
         )
     manifest = Manifest(folder, part)
     fix = "name another folder, or divide the work with --shard 1/2 and --shard 2/2"
-    with ExitStack() as locks:
-        locks.enter_context(lock(folder / f".{manifest.path.name}.lock", folder, fix))
-        if overwrite:
-            for other in folder.glob("._manifest-*.lock"):
-                locks.enter_context(lock(other, folder, fix))
-            for path in folder.iterdir():
-                if path.suffix != ".lock":
-                    path.unlink()
-        if manifest.path.is_file():
-            manifest.read()
-        yield manifest
+    try:
+        with ExitStack() as locks:
+            locks.enter_context(lock(folder / f".{manifest.path.name}.lock", folder, fix))
+            if overwrite:
+                for other in folder.glob("._manifest-*.lock"):
+                    locks.enter_context(lock(other, folder, fix))
+                for path in folder.iterdir():
+                    if path.suffix != ".lock":
+                        path.unlink()
+            if manifest.path.is_file():
+                manifest.read()
+            yield manifest
+    except BaseException:
+        if made:
+            _remove_if_bare(folder)
+        raise
+
+
+def _remove_if_bare(folder: Path) -> None:
+    """Remove a folder that has nothing but locks in it: what was refused leaves nothing behind."""
+    files = list(folder.iterdir())
+    if all(file.suffix == ".lock" for file in files):
+        with suppress(OSError):  # another process may have begun in it
+            for file in files:
+                file.unlink()
+            folder.rmdir()
 
 
 def lock(path: Path, output: Path, fix: str) -> AbstractContextManager[object]:

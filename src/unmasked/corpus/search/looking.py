@@ -7,6 +7,7 @@ encoded for the occasion, or those of the source, which is then read once and ke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -152,6 +153,7 @@ def search_texts(
     """
     import pyarrow as pa
 
+    source = replace(source, distinct=chunks is not None)  # a passage names its document by its id
     encoding, rows = Encoding(chunks=chunks), source.rows()
     encoding.check(model)
     parts, cells = [], []

@@ -80,8 +80,10 @@ def mine(
         progress: told of every shard of vectors, and of every block of the search.
 
     Raises:
-        DataError: a faulty row, fewer documents than `skip` and `depth` need, or no negative.
+        DataError: a number that cannot be, a faulty row, fewer documents than `skip` and `depth`
+            need, or no negative.
     """
+    _check(negatives, margin, skip, depth)
     work = _stored(pairs, output, corpus, tell)
     documents = len(work.documents.first)
     last = min(depth, documents - 1)
@@ -102,6 +104,14 @@ def mine(
     )
     work_folder.clear_away(work.folder)
     return found
+
+
+def _check(negatives: int, margin: float, skip: int, depth: int) -> None:
+    for name, given, least in (("negatives", negatives, 1), ("skip", skip, 0), ("depth", depth, 1)):
+        if given < least:
+            raise DataError(f"{name} {given} should be {least} or more. Fix: {name}={least}.")
+    if not margin <= 1:
+        raise DataError(f"margin {margin} should be 1 or less. Fix: margin=0.05.")
 
 
 class _Work(NamedTuple):
