@@ -49,13 +49,16 @@ def make_teacher(folder: Path, share: float) -> Path:
     return folder / "model"
 
 
-def students(teacher: Path, work: Path, seed: int, share: float) -> Iterator[tuple[str, Path]]:
+def students(
+    teacher: Path, work: Path, seed: int, share: float, names: Sequence[str] = tuple(STUDENTS)
+) -> Iterator[tuple[str, Path]]:
     """Name and folder of the encoder of each student, as soon as it is trained."""
     data, steps = teacher.parent / "data" / "pairs.jsonl", max(10, round(300 * share))
     own = [f"model.base={teacher}", "evaluate.tasks=[]", f"seed={seed}", f"supervised.data={data}"]
     own += [f"supervised.steps={steps}", f"supervised.warmup_steps={steps // 10}"]
-    for name, settings in STUDENTS.items():
-        changed = [f"supervised.{setting}" for setting in (f"teacher.model={teacher}", *settings)]
+    for name in names:
+        settings = (f"teacher.model={teacher}", *STUDENTS[name])
+        changed = [f"supervised.{setting}" for setting in settings]
         folder = work / f"seed-{seed}" / name.replace(" ", "-")
         print(f"{name}, seed {seed}", flush=True)
         Run(load_recipe("distil", [*own, *changed]), folder).run()
@@ -110,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/distil-table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=list(STUDENTS), default=list(STUDENTS))
     parser.add_argument("--share", type=float, default=1.0, help="Share of all numbers of steps.")
     parser.add_argument("--tasks", nargs="*", default=[], help="Task files beside the demo's.")
     parser.add_argument("--output", type=Path, help="Page that the table is put into.")
@@ -121,7 +125,7 @@ def main() -> None:
     half = scores.of("its first half", partial(LLM2Vec.from_pretrained, teacher, layers=3))
     rows = {"teacher, all layers": [whole], "its first half, as it is": [half]}
     for seed in asked.seeds:
-        for name, folder in students(teacher, asked.work, seed, asked.share):
+        for name, folder in students(teacher, asked.work, seed, asked.share, asked.only):
             found = scores.of(f"{name}, seed {seed}", partial(LLM2Vec.from_pretrained, folder))
             rows.setdefault(name, []).append(found)
     best = mean(whole.values())

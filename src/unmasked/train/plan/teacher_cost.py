@@ -45,20 +45,23 @@ class TeacherPlan:
         texts: number of different texts, at most.
         length: mean tokens of each.
         rows: texts of a forward.
+        converted: its weights are read in another type than they have at work, on a CPU, where both
+            take the same memory.
     """
 
     sizes: DecoderSizes
     texts: int
     length: int
     rows: int
+    converted: bool = False
 
     @cached_property
     def memory(self) -> int:
-        """Bytes of its weights, of one layer at work, and of the vectors that are not written."""
+        """Bytes of its weights, and of a layer at work with the vectors, or of what is read."""
         one = saved_activations(self.sizes.trunk(1), self.rows, self.length)
         vectors = 4 * self.sizes.width * min(self.texts, _PART)
         weights: int = self.sizes.parameters * self.sizes.dtype.itemsize
-        return weights + one + vectors
+        return weights + max(one + vectors, weights if self.converted else 0)
 
     @property
     def disk(self) -> int:
@@ -127,7 +130,9 @@ def plan_teacher(
     length = _mean_length(place, inputs) if inputs else max(1, stage.max_length // 2)
     of_each = len(set(inputs)) / len(rows) if rows else 2 + stage.hard_negatives
     texts = max(1, round(of_each * _count_rows(stage, stage.teacher)))
-    return TeacherPlan(sizes, texts, length, max(1, min(texts, token_budget(device) // length)))
+    together = max(1, min(texts, token_budget(device) // length))
+    converted = device.type == "cpu" and getattr(config, "dtype", sizes.dtype) != sizes.dtype
+    return TeacherPlan(sizes, texts, length, together, converted)
 
 
 def _mean_length(place: Location, inputs: Sequence[Input]) -> int:
