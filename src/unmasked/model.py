@@ -213,8 +213,6 @@ class TextEncoder(SentenceTransformer):
     def fingerprint(self) -> str:
         """A digest of weights, tokenizer and settings; equal for models that encode alike."""
         own = [asdict(s := self.settings), s.compat is not None, *filter(None, [self.truncate_dim])]
-        if self.report.verdict == "impossible":  # the same weights as with an open mask
-            own.append("causal")
         return fingerprint(self.state_dict(), self.tokenizer, own)
 
     def train(self, mode: bool = True) -> Self:
