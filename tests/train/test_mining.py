@@ -16,7 +16,7 @@ from unmasked.errors import DataError
 from unmasked.forward.nearest import best_scores
 from unmasked.forward.nearest.best_scores import BestScores, add_products
 from unmasked.recipe.schema import Pairs
-from unmasked.train.mining import work_folder
+from unmasked.train.mining import band, work_folder
 from unmasked.train.mining.mining import mine
 
 WIDTH = 8
@@ -213,3 +213,25 @@ def test_numbers_that_cannot_be_are_refused_before_anything_is_read(tmp_path, gi
     with pytest.raises(DataError, match=said):
         mine(StandIn(0), Pairs(path="nowhere.jsonl"), tmp_path / "out.jsonl", **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_query_of_many_answers_takes_no_more_memory_and_finds_the_same(
+    tmp_path, pairs, monkeypatch
+):
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    rows += [{"query": "q 3", "positive": f"one of many {i}"} for i in range(30)]
+    pairs, kept = pairs_of(tmp_path / "many.jsonl", rows), []
+    stock = BestScores.__init__
+
+    def noted(self, queries, count):
+        kept.append(count)
+        stock(self, queries, count)
+
+    monkeypatch.setattr(BestScores, "__init__", noted)
+    for name, many in (("afterwards", 10**6), ("meanwhile", 4)):
+        monkeypatch.setattr(band, "MANY", many)
+        kept.clear()
+        mine(StandIn(), pairs, tmp_path / name, negatives=99, margin=-9, skip=1, depth=6)
+        assert (max(kept) > 30) == (name == "afterwards")
+    assert (tmp_path / "afterwards").read_text() == (tmp_path / "meanwhile").read_text()
+    assert max(map(len, negatives_of(tmp_path / "meanwhile"))) == 5

@@ -19,6 +19,9 @@ from unmasked.train.mining.work_folder import NumberedArrays, Progress
 
 FOUND = np.dtype([("place", np.int64), ("score", np.float32)])
 """A document and its cosine to the query; place -1 where there was none."""
+MANY = 256
+"""Answers of a query beyond which they are left out while it is searched, and not afterwards: what
+a search keeps would grow with them."""
 
 
 class Answers:
@@ -83,18 +86,31 @@ def search_bands(
     blocks, shard = len(documents), work_folder.SHARD
 
     def find(begin: int, end: int) -> np.ndarray:
-        most = last + max(answers.number(query) for query in range(begin, end))
-        best = BestScores(end - begin, min(most, documents.count))
+        counts = np.array([answers.number(query) for query in range(begin, end)])
+        few, many = np.flatnonzero(counts <= MANY), np.flatnonzero(counts > MANY)
+        most = last + int(counts[few].max(initial=0))
+        best = BestScores(len(few), min(most, documents.count))
+        others = BestScores(len(many), min(last, documents.count))
         asked = np.ascontiguousarray(queries.load(begin // shard))
         for number in range(blocks):
-            add_products(best, asked, documents.load(number), number * shard, device=device)
+            block, place = documents.load(number), number * shard
+            if len(few):
+                add_products(best, asked[few], block, place, device=device)
+            if len(many):
+                products = asked[many] @ block.T
+                places = np.arange(place, place + len(block))
+                for row, query in zip(products, many.tolist(), strict=True):
+                    row[answers.among(begin + query, places)] = -np.inf
+                others.add_all(products, place)
             progress("searching", begin // shard * blocks + number + 1, len(queries) * blocks)
         found = np.zeros((end - begin, last - first), FOUND)
         found["place"] = -1
-        for row, (scores, places) in enumerate(zip(*best.result(), strict=True)):
-            kept = np.flatnonzero(~answers.among(begin + row, places))[first:last]
-            found["place"][row, : len(kept)] = places[kept]
-            found["score"][row, : len(kept)] = scores[kept]
+        for rows, kept_ones in ((few, best), (many, others)):
+            for row, scores, places in zip(rows.tolist(), *kept_ones.result(), strict=True):
+                good = (places >= 0) & ~answers.among(begin + row, places)
+                kept = np.flatnonzero(good)[first:last]
+                found["place"][row, : len(kept)] = places[kept]
+                found["score"][row, : len(kept)] = scores[kept]
         return found
 
     bands.make(find, lambda rows: None)
