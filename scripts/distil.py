@@ -8,7 +8,7 @@ The teacher is the encoder that `unmasked demo` makes. The student is its first 
 as they are, trained on the demo's pairs alone, on the teacher alone (the recipe as it is shipped),
 and on both. All train for the same number of steps on the same rows. Everything is kept in
 ``--work``, trained and scored, and the same command continues; more seeds or tasks add to it. Cost:
-the demo, and some six minutes of processor time for each student.
+the demo, and some nine minutes of processor time for each student.
 """
 
 from __future__ import annotations
