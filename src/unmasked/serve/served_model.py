@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from unmasked.errors import DataError, ModelError, unknown
+from unmasked.forward.compiling import LONG_WORK
 from unmasked.forward.loop import running
 from unmasked.model import TextEncoder
 from unmasked.serve.wire import Body, ModelAnswer, Refusal, Texts
@@ -27,7 +28,8 @@ class ServedModel:
 
     Args:
         name: that name.
-        encoder: put into evaluation mode for good.
+        encoder: put into evaluation mode for good; its layers are compiled here,
+            if that was asked for when it was loaded.
         max_tokens: most tokens of an input, if fewer than the model's own limit.
         truncate: whether a text that is too long is cut where a request does not say.
     """
@@ -41,6 +43,14 @@ class ServedModel:
         self.width = encoder.get_embedding_dimension() or 0
         config: Any = encoder.backbone.auto_model.config
         self._vocabulary = int(config.get_text_config().vocab_size)
+        if encoder.backbone.compile_for(LONG_WORK, encoder.compiles):  # work without an end
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Run one batch of each kind, so that no request waits while a graph is made for it."""
+        long = "word " * self.max_tokens
+        for texts in ([""], ["", ""], ["a", "b c", "d"], [long], [long, ""]):
+            self.vectors(self.encoder.backbone.tokens(texts, max_length=self.max_tokens))
 
     def described(self, created: int) -> ModelAnswer:
         """What ``/v1/models`` says of it."""
