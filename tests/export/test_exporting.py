@@ -123,7 +123,9 @@ FAMILIES = {
     "qwen3": {},
     "gemma3": {"layer_types": ["sliding_attention", "full_attention"]},
     "mistral": {"sliding_window": 4},
+    "modernbert_decoder": {},
 }
+"""Each with windows, where the family has them."""
 
 
 @needs_onnx

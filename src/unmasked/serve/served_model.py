@@ -28,8 +28,8 @@ class ServedModel:
 
     Args:
         name: that name.
-        encoder: put into evaluation mode for good; its layers are compiled here,
-            if that was asked for when it was loaded.
+        encoder: put into evaluation mode for good; its layers are compiled here, if
+            that was asked for when it was loaded.
         max_tokens: most tokens of an input, if fewer than the model's own limit.
         truncate: whether a text that is too long is cut where a request does not say.
     """
