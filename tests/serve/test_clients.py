@@ -63,6 +63,23 @@ def test_ids_of_another_tokenizer_are_refused_with_the_option_of_langchain(clien
     assert "check_embedding_ctx_length=False" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_ids_of_another_tokenizer_are_noticed_by_the_text_they_stand_for(
+    client, encoder, sentences, many
+):
+    """Within the vocabulary: no id is wrong by itself. The model's own pass, cut anywhere."""
+    encode = encoder.tokenizer.backend_tokenizer.encode
+    own = [encode(text, add_special_tokens=False).ids for text in sentences]
+    own = own if many else [i for ids in own for i in ids][:200]
+    answer = sent(client, model="tiny", input=own, truncate=True)
+    assert answer.status_code == 200, answer.text
+    order = np.random.default_rng(0).permutation(len(encoder.tokenizer))
+    other = [order[ids].tolist() for ids in own] if many else order[own].tolist()
+    answer = sent(client, model="tiny", input=other, truncate=True)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "foreign_tokens")
+    assert "check_embedding_ctx_length=False" in answer.json()["error"]["message"]
+
+
 # --- the libraries --------------------------------------------------------------------------------
 
 
