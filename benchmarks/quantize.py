@@ -6,11 +6,13 @@ least cosine to float32 vectors, and the least one between a text alone and amon
 one scale for all tokens of a forward, a vector depends on its batch.
 
     python -m benchmarks.quantize            # torchao takes its turn where it is installed
+    python -m benchmarks.quantize --exports onnx openvino   # with 8-bit weights as well
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +30,8 @@ from benchmarks.encode import SMOLLM_135M
 from benchmarks.texts import read_sentences
 from unmasked import LLM2Vec
 from unmasked.checkpoint.location import bundled_path
+from unmasked.export.engines import engine_of
+from unmasked.export.exporting import export_model
 from unmasked.forward.quantization import quantize
 
 SHAPES = {
@@ -78,13 +82,31 @@ WAYS: dict[str, tuple[torch.dtype, Callable[[LLM2Vec], None] | None]] = {
 }
 
 
+class Export:
+    """An encoder of a width, exported with 8-bit weights; texts of like length share a batch."""
+
+    def __init__(self, width: int, kind: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            encoder(width, torch.float32).save(folder)
+            output = Path(folder, kind)
+            export_model(folder, kind, output, "int8", accept=True)
+            self._vectors = engine_of(output).vectors
+
+    def encode(self, texts: str | list[str]) -> np.ndarray:
+        """As `LLM2Vec.encode`."""
+        if isinstance(texts, str):
+            return self._vectors([("", texts)])[0]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        return self._vectors([("", texts[i]) for i in order])[np.argsort(order)]
+
+
 def least_cosine(first: np.ndarray, second: np.ndarray) -> float:
     """Over (N, D) vectors."""
     a, b = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (first, second))
     return float((a * b).sum(axis=1).min())
 
 
-def measure(width: int, texts: list[str], rounds: int) -> list[str]:
+def measure(width: int, texts: list[str], rounds: int, exports: Sequence[str]) -> list[str]:
     """A row of the table for each way."""
     models: dict[str, Any] = {}
     for name, (dtype, change) in WAYS.items():
@@ -92,6 +114,7 @@ def measure(width: int, texts: list[str], rounds: int) -> list[str]:
             models[name] = encoder(width, dtype)
             if change is not None:
                 change(models[name])
+    models |= {f"{kind} int8": Export(width, kind) for kind in exports}
     vectors = {name: model.encode(texts) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
@@ -118,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--widths", type=int, nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--exports", nargs="+", default=[], choices=("onnx", "openvino"))
     parser.add_argument("--data", type=Path, help="folder with text/enwiki_sentences.txt.gz")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -126,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"| width | layers | way | vs {FULL} | least cosine to float32 | alone and in a batch |")
     print("|---|---|---|---|---|---|")
     for width in options.widths:
-        for row in measure(width, texts, options.rounds):
+        for row in measure(width, texts, options.rounds, options.exports):
             print(row, flush=True)
 
 

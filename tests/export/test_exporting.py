@@ -12,11 +12,15 @@ import torch
 from support import tiny
 
 from unmasked import LLM2Vec
+from unmasked.checkpoint import loading
 from unmasked.errors import ModelError
 from unmasked.export import exporting, served
 from unmasked.export.engines import MANIFEST, engine_of
 from unmasked.export.exporting import DifferentVectorsError, export_model
+from unmasked.export.graph import VectorGraph, graph_inputs
 from unmasked.export.parity import LIMIT, TEXTS, compare_vectors, cosines
+from unmasked.forward.pooling import STOCK_MODES
+from unmasked.text.inputs import split_pairs
 
 needs_onnx = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
@@ -69,6 +73,24 @@ def test_a_vector_that_is_no_vector_is_not_the_same():
 # --- graphs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", STOCK_MODES)
+@pytest.mark.parametrize("skip_instruction", [True, False])
+def test_what_is_traced_pools_as_encode_does(saved, mode, skip_instruction):
+    """In torch, in one padded batch, with a row that is all padding as servers fill batches."""
+    folder = saved(max_length=64, pooling_mode=mode, skip_instruction=skip_instruction)
+    encoder = LLM2Vec.from_pretrained(folder, dtype="float32", device="cpu")
+    model, _ = loading.load_transformer(loading.find(folder), torch.float32)
+    tokens, pairs = encoder.backbone.tokens, [list(pair) for pair in TEXTS]
+    texts, prompts = split_pairs(pairs, tokens.join)
+    inputs = graph_inputs(tokens, tokens(texts, prompts))
+    inputs = {name: torch.cat([value, value[:1] * 0]) for name, value in inputs.items()}
+    graph = VectorGraph(model, mode, len(tokens.prefix) if skip_instruction else 0).eval()
+    with torch.no_grad():
+        found = graph(**inputs)["sentence_embedding"].numpy()
+    np.testing.assert_allclose(found[:-1], encoder.encode(pairs), atol=1e-5)
+    assert not found[-1].any()
+
+
 @needs_onnx
 @pytest.mark.slow
 def test_an_onnx_graph_gives_vectors_to_anyone(saved, tmp_path):
@@ -101,7 +123,9 @@ FAMILIES = {
     "qwen3": {},
     "gemma3": {"layer_types": ["sliding_attention", "full_attention"]},
     "mistral": {"sliding_window": 4},
+    "modernbert_decoder": {},
 }
+"""Each with windows, where the family has them."""
 
 
 @needs_onnx

@@ -55,6 +55,11 @@ GEMMA4 = {
     "hidden_size_per_layer_input": 8,
 }
 LLAMA4 = {**HEAD, "attention_chunk_size": 64, "no_rope_layers": [1, 0], "moe_layers": []}
+MODERNBERT = {
+    "num_key_value_heads": None,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "local_attention": 8,  # twice the window
+}
 WITHOUT_HEADS = {"num_attention_heads": None, "num_key_value_heads": None}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,6 +76,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": ("Llama4TextConfig", LLAMA4),
     "mamba": ("MambaConfig", {"state_size": 8, **WITHOUT_HEADS}),
     "mistral": ("MistralConfig", {"sliding_window": 4}),
+    "modernbert_decoder": ("ModernBertDecoderConfig", MODERNBERT),
     "mpt": ("MptConfig", {"num_key_value_heads": None}),
     "nemotron": ("NemotronConfig", {}),
     "qwen3": ("Qwen3Config", HEAD),

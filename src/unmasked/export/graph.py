@@ -23,12 +23,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from unmasked.errors import MissingExtraError, ModelError, first_line
 from unmasked.forward.backbone import collate
-from unmasked.forward.pooling import STOCK_MODES
+from unmasked.forward.pooling import check_mode
 from unmasked.text.inputs import split_pairs
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
@@ -46,9 +45,12 @@ PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvin
 class VectorGraph(nn.Module):
     """A transformer and its pooling over padded batches.
 
+    Not the stock `Pooling`: of a mask without BOS and instruction it takes these for padding to the
+    left, and weighs the tokens behind them by other positions.
+
     Args:
         model: the bare transformer.
-        mode: a key of `STOCK_MODES`.
+        mode: a pooling mode of `forward.pooling`.
         leading: number of special tokens before every text, which are not pooled; 0 if they are.
     """
 
@@ -56,10 +58,8 @@ class VectorGraph(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config
-        self._first = mode == "bos_token"
+        self._mode = check_mode(mode)
         self._leading = leading
-        stock: Any = STOCK_MODES[mode]
-        self.pooling = Pooling(model.config.get_text_config().hidden_size, pooling_mode=stock)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """See the module's text for names and shapes."""
@@ -67,13 +67,32 @@ class VectorGraph(nn.Module):
         states = self.model(
             input_ids=input_ids, attention_mask=real.long(), use_cache=False
         ).last_hidden_state  # (B, T, D)
-        text = attention_mask == 1
-        if self._leading:
-            text = text & (torch.arange(text.shape[1], device=text.device) >= self._leading)
-        pooled = real if self._first else text | (real & ~text.any(1, keepdim=True))
-        features = {"token_embeddings": states, "attention_mask": pooled.long()}
-        vectors = self.pooling(features)["sentence_embedding"]
+        positions = torch.arange(real.shape[1], device=real.device)
+        text = (attention_mask == 1) & (positions >= self._leading)
+        pooled = text | (real & ~text.any(1, keepdim=True))
+        vectors = _pool_padded(states, pooled, positions, self._mode)
         return {"sentence_embedding": vectors, "last_hidden_state": states}
+
+
+def _pool_padded(states: Tensor, pooled: Tensor, positions: Tensor, mode: str) -> Tensor:
+    """`forward.pooling.pool` of (B, T, D) states, in operators that every engine has.
+
+    Args:
+        states: padded to the right.
+        pooled: (B, T) which tokens are pooled.
+        positions: (T,) from 0.
+        mode: as there.
+
+    Returns:
+        (B, D) vectors; zeros for a row that is all padding.
+    """
+    if mode in ("mean", "weighted_mean"):
+        weights = pooled.float() * (positions + 1 if mode == "weighted_mean" else 1)  # (B, T)
+        sums = (states.float() * weights[..., None]).sum(1)
+        return (sums / weights.sum(1, keepdim=True).clamp(min=1)).to(states.dtype)
+    chosen = pooled.long() * positions * (mode != "bos_token")
+    last = chosen.amax(1)[:, None, None].expand(-1, 1, states.shape[2])
+    return states.gather(1, last)[:, 0] * pooled.any(1, keepdim=True)
 
 
 def graph_inputs(tokens: TextTokenizer, rows: Sequence[TokenRow]) -> dict[str, Tensor]:

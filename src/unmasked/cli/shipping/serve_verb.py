@@ -50,6 +50,11 @@ EIGHT_BITS = Annotated[
     Option(help="8-bit weights, on a CPU: faster and less exact."),
 ]
 
+COMPILE = Annotated[
+    Literal["auto", "always", "never"],
+    Option(help="Compile the decoder layers before it listens; auto: on a GPU."),
+]
+
 
 def serve(
     models: SERVED,
@@ -66,6 +71,7 @@ def serve(
     batch_tokens: BATCH = None,
     dtype: DTYPE = "auto",
     quantize: EIGHT_BITS = None,
+    compile: COMPILE = "auto",
 ) -> None:
     """Answer OpenAI's /v1/embeddings and TEI's /embed over HTTP, until SIGTERM or Ctrl-C."""
     with terminal.waiting("starting"):
@@ -87,10 +93,12 @@ def serve(
         batch_tokens,
     )
     with server.bind(host, port) as taken:
-        encoders = {name: _load(model, dtype, quantize) for name, model in names.items()}
+        encoders = {name: _load(model, dtype, quantize, compile) for name, model in names.items()}
         if host not in ("127.0.0.1", "::1", "localhost") and not keys:
             terminal.say(f"anyone who reaches {host} can use this server: it has no API keys")
-        with server.Service(encoders, limits) as service:
+        with terminal.waiting("making ready"):
+            service = server.Service(encoders, limits)
+        with service:
             said = ", ".join(names)
             server.run_server(
                 service, keys, taken, lambda url: terminal.show(f"{said} at {url}/v1 (page: /docs)")
@@ -98,8 +106,8 @@ def serve(
     terminal.say("stopped; every request that was accepted has its answer")
 
 
-def _load(name: str, dtype: str, quantize: str | None) -> LLM2Vec:
+def _load(name: str, dtype: str, quantize: str | None, compile: str) -> LLM2Vec:
     with terminal.loading(f"loading {name}"):
         from unmasked.compat.llm2vec import LLM2Vec
 
-        return LLM2Vec.from_pretrained(name, dtype=dtype, quantize=quantize)
+        return LLM2Vec.from_pretrained(name, dtype=dtype, quantize=quantize, compile=compile)
