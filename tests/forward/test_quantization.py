@@ -184,8 +184,13 @@ def test_a_cpu_that_gains_nothing_says_so(tiny_decoder, monkeypatch, caplog):
         load(tiny_decoder, "int8")
     assert "no 8-bit products" in caplog.text
     assert environment()["cpu_int8"].startswith("no ")
+    assert "matrix units" not in caplog.text
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
     assert environment()["cpu_int8"] == "avx512_vnni"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_int8": 1, "amx_bf16": 1})
+    with caplog.at_level(logging.WARNING):
+        load(tiny_decoder, "int8")
+    assert "matrix units" in caplog.text
 
 
 # --- corpora --------------------------------------------------------------------------------------

@@ -38,6 +38,11 @@ def int8_instructions() -> str | None:
     return _first_of("avx512_vnni", "amx_int8", "avx_vnni")
 
 
+def has_amx() -> bool:
+    """Whether this CPU has matrix units for bfloat16."""
+    return _first_of("amx_bf16") is not None
+
+
 def _first_of(*instructions: str) -> str | None:
     found = torch.cpu.get_capabilities()
     return next((name for name in instructions if found.get(name)), None)

@@ -143,6 +143,11 @@ def quantize(encoder: SentenceTransformer, trunk: nn.Module, name: str) -> Quant
     check(name, encoder.device)
     if precision.int8_instructions() is None:
         logger.warning("This CPU has no 8-bit products (VNNI, AMX): int8 is hardly faster here.")
+    if precision.has_amx():  # `benchmarks/quantize.py`: 0.54 times as fast at a width of 576
+        logger.warning(
+            "This CPU multiplies bfloat16 in matrix units (AMX), which is faster than int8 here. "
+            "Fix: leave out quantize, with dtype bfloat16."
+        )
     chosen = [
         path
         for path, layer in trunk.named_modules()
