@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from support import tiny
+from support.graphs import Counting
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters
@@ -40,22 +41,6 @@ def fresh():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-class Counting:
-    """A backend of `torch.compile` that runs graphs as they are; it counts them and their calls."""
-
-    def __init__(self):
-        self.graphs = self.calls = 0
-
-    def __call__(self, graph, _):
-        self.graphs += 1
-
-        def counted(*given):
-            self.calls += 1
-            return graph.forward(*given)
-
-        return counted
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from unmasked.forward.packing import (
     enable_packing,
     is_checked,
     pack,
+    pack_blocks,
     run_packed,
 )
 from unmasked.mask.opening import attention_name, open_config
@@ -445,3 +446,10 @@ def test_a_trainer_with_checkpoints_ends_with_the_same_weights(tiny_decoder, tmp
         return {name: p.detach().clone() for name, p in encoder.named_parameters()}
 
     assert_same(weights(True), weights(False))
+
+
+def test_blocks_are_laid_out_as_rows_without_padding():
+    found, wanted = pack_blocks(3, 4, torch.device("cpu")), pack(torch.ones(3, 4, dtype=torch.long))
+    assert (found.groups, found.longest) == (wanted.groups, 4)
+    for name in ("rows", "columns", "positions", "ends"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name))

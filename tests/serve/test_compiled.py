@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from starlette.testclient import TestClient
+from support.graphs import Counting
 from support.vectors import close
 
 from unmasked import LLM2Vec
@@ -17,26 +18,10 @@ from unmasked.serve import Service, application
 TEXTS = ["", "a", "The cat sat on the warm mat.", "cat " * 40]
 
 
-class Graphs:
-    """A backend of `torch.compile` that runs graphs as they are; it counts them and their calls."""
-
-    def __init__(self):
-        self.made = self.calls = 0
-
-    def __call__(self, graph, _):
-        self.made += 1
-
-        def counted(*given):
-            self.calls += 1
-            return graph.forward(*given)
-
-        return counted
-
-
 @pytest.fixture
 def graphs(monkeypatch):
     torch.compiler.reset()
-    made = Graphs()
+    made = Counting()
     monkeypatch.setattr(backbone, "compile_layers", partial(compile_layers, backend=made))
     yield made
     torch.compiler.reset()
@@ -47,13 +32,13 @@ def test_no_request_waits_for_a_graph(tiny_decoder, encoder, graphs):
         tiny_decoder, max_length=32, doc_max_length=None, device="cpu", compile="always"
     )
     with Service({"tiny": compiled}) as service:
-        made, calls = graphs.made, graphs.calls
+        made, calls = graphs.graphs, graphs.calls
         assert made
         client = TestClient(application(service))
         for texts in (TEXTS[:1], TEXTS[:1] * 2, TEXTS[1:2], TEXTS[2:3], TEXTS[3:], TEXTS):
             body = {"inputs": texts, "normalize": False, "truncate": True}
             close(client.post("/embed", json=body).json(), encoder.encode(texts))
-        assert (graphs.made, graphs.calls > calls) == (made, True)
+        assert (graphs.graphs, graphs.calls > calls) == (made, True)
 
 
 def test_a_server_compiles_on_a_gpu_unless_told_otherwise(tiny_decoder, graphs, monkeypatch):
@@ -63,7 +48,7 @@ def test_a_server_compiles_on_a_gpu_unless_told_otherwise(tiny_decoder, graphs, 
     model = LLM2Vec.from_pretrained(tiny_decoder, max_length=32, device="cpu")
     Service({"tiny": model})
     [(choice, device, tokens)] = asked
-    assert (choice, device.type, graphs.made) == ("auto", "cpu", 0)
+    assert (choice, device.type, graphs.graphs) == ("auto", "cpu", 0)
     assert pays("auto", torch.device("cuda"), tokens)
 
 

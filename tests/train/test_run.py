@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import RecipeError
 from unmasked.forward import backbone, compiling
-from unmasked.recipe.schema import BEFORE, Recipe
+from unmasked.recipe.schema import BEFORE, Recipe, SimCSE
 from unmasked.train.callback import Listener
 from unmasked.train.fitting import tokens_of
 from unmasked.train.run import Run
+from unmasked.train.trainer import stage_arguments
 
 INSTRUCTION = "Find the answer"
 
@@ -225,3 +226,15 @@ def test_a_mask_that_the_recipe_leaves_closed_is_not_called_bidirectional(
     Run(content, tmp_path / "run", lambda model: [Result(model)]).run()
     scores = stages_of(tmp_path / "run")
     assert set(scores) == {*CAUSAL, BEFORE} and scores[BEFORE] == scores["causal_mean"]
+
+
+@pytest.mark.parametrize(
+    ("given", "bf16"), [({}, True), ({"fp16": True}, False), ({"bf16": False}, False)]
+)
+def test_products_are_in_bfloat16_on_a_gpu_unless_asked_otherwise(
+    monkeypatch, tmp_path, given, bf16
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    stage = SimCSE(data=["a.txt"], trainer=given)
+    assert stage_arguments(stage, tmp_path / "simcse", 0)["bf16"] is bf16

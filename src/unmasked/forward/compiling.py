@@ -7,8 +7,8 @@ CPU it gains nothing.
 
 The first batch waits some 20 s, so ``auto`` compiles on a GPU only, once a model has done or is
 asked to do `LONG_WORK` tokens. An H200 encoded a 0.6B model at 186,000 tokens a second without and
-381,000 with it (`benchmarks/gpu.py`): 2.8 seconds per million tokens, so 20 s are back after some
-seven million.
+381,000 with it (`benchmarks/gpu.py`): 2.8 seconds per million tokens, or 18 s in
+`LONG_WORK`.
 
 Training compiles by the same rule. A trained token costs about three times an encoded one, and
 compiling takes longer, because the way back is compiled too: once without dropout, for the

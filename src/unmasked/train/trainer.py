@@ -132,7 +132,7 @@ def stage_arguments(
     return {
         # Weights keep their type, and products are of bfloat16: without it, the float32 of a LoRA
         # would make each of its products, and what is added to its result, one of float32.
-        "bf16": not on_cpu and torch.cuda.is_bf16_supported(),
+        "bf16": not (on_cpu or settings.trainer.get("fp16")) and torch.cuda.is_bf16_supported(),
         "output_dir": str(folder),
         # the rate may be scheduled over more steps than are run; the callback stops in time
         "max_steps": settings.schedule_steps or settings.steps,
