@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -73,3 +75,40 @@ def test_an_error_of_the_thread_is_raised_and_leaving_early_ends_it():
     assert threading.active_count() == before + 1
     endless.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("struck", range(1, 7))
+def test_control_c_at_any_wait_stays_a_control_c_and_ends_the_threads(monkeypatch, struck):
+    """Two threads, one behind the other, as texts are tokenised and batched."""
+    opened, closed = [], []
+
+    def slow():
+        opened.append(True)
+        try:
+            while True:
+                time.sleep(0.02)
+                yield 1
+        finally:
+            closed.append(True)
+
+    def behind():
+        with closing(ahead(slow())) as items:
+            yield from items
+
+    wait, left = threading.Condition.wait, iter(range(struck))
+
+    def interrupted(condition, timeout=None):
+        result = wait(condition, timeout)
+        if threading.current_thread() is threading.main_thread() and next(left, 0) == struck - 1:
+            raise KeyboardInterrupt
+        return result
+
+    before = threading.active_count()
+    monkeypatch.setattr(threading.Condition, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt), closing(ahead(behind())) as items:
+        list(items)
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+    assert closed == opened

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -207,6 +208,28 @@ def test_a_reader_that_stops_early_ends_the_threads_and_gives_the_model_back(mod
     assert model.training
     assert threading.active_count() == before
     model.eval()
+
+
+def test_control_c_while_a_thread_starts_stays_a_control_c(model, monkeypatch):
+    """The thread that was started and never waited for still reads the slow lists."""
+
+    def lists():
+        time.sleep(0.3)
+        yield TEXTS[:5]
+
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        if threading.current_thread() is threading.main_thread():
+            monkeypatch.undo()
+            time.sleep(0.1)  # it is among the lists by now
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(running.encode_windows(model, model.backbone, lists()))
+    assert not model.training
 
 
 def test_the_share_of_the_time_that_the_device_waited(model, monkeypatch):

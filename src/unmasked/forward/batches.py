@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -118,11 +119,20 @@ def ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
     ends the thread after the item that it is working on.
     """
     iterator, end = iter(items), object()
+    waiting: deque[Future[T | object]] = deque()
     pool = ThreadPoolExecutor(1)
     try:
-        waiting = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        pool.submit(int).result()  # a thread that is interrupted as it starts has no iterator yet
+        while len(waiting) < depth:
+            waiting.append(pool.submit(next, iterator, end))
         while (item := waiting.popleft().result()) is not end:
             waiting.append(pool.submit(next, iterator, end))
             yield item  # type: ignore[misc]
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Control-C can strike at any line here, while the thread still runs the iterator. Only the
+        # thread closes it: a generator cannot be closed while it runs.
+        for future in waiting:
+            future.cancel()
+        with suppress(RuntimeError):  # at the end of the interpreter there are no threads any more
+            pool.submit(getattr(iterator, "close", int))
+        pool.shutdown()

@@ -189,8 +189,11 @@ def prepared_ahead(
     backbone: Backbone, wanted: Iterable[TextWindow], request: Request
 ) -> Generator[PreparedBatch, None, None]:
     """The batches of all windows, made in two threads, which end when this generator is closed."""
-    with (
-        closing(ahead(tokenised(backbone, wanted, request), TOKENISED_AHEAD)) as pieces,
-        closing(ahead(prepare_batches(backbone, pieces, request))) as batches,
-    ):
-        yield from batches
+
+    def batches() -> Iterator[PreparedBatch]:
+        rows = tokenised(backbone, wanted, request)
+        with closing(ahead(rows, TOKENISED_AHEAD)) as pieces:
+            yield from prepare_batches(backbone, pieces, request)
+
+    with closing(ahead(batches())) as prepared:
+        yield from prepared
