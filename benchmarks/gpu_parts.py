@@ -49,6 +49,8 @@ TINY = {
 RIVAL_BATCHES = (32, 128, 512)
 LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.98}
 """Between ours and the rival's vectors; a deep random model in bfloat16 drifts by itself."""
+LONGEST_KERNELS = 12
+"""Kernels that a profile names."""
 GPU_TESTS = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/forward"]
 
 Found = dict[str, Any]
@@ -229,11 +231,7 @@ def busy(setting: Setting, model: LLM2Vec, texts: list[str]) -> Found:
     """By the profiler: time in kernels over wall time; and calls that waited for the device."""
     import warnings
 
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as measured:
-        took = seconds(lambda: model.encode(texts), setting, 1)
-    kernels = sum(event.self_device_time_total for event in measured.key_averages()) / 1e6
+    found = kernels(setting, lambda: model.encode(texts))
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
@@ -244,7 +242,26 @@ def busy(setting: Setting, model: LLM2Vec, texts: list[str]) -> Found:
     waits = sorted(
         {f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchron" in str(w.message)}
     )
-    return {"kernels_over_wall": kernels / took, "waits_at": waits}
+    return found | {"waits_at": waits}
+
+
+def kernels(setting: Setting, run: Callable[[], Any]) -> Found:
+    """By the profiler: time in kernels over wall time, how many there were, and the longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if setting.on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as measured:
+        took = seconds(run, setting, 1)
+    events: Any = measured.key_averages()
+    spent = {
+        e.key: e.self_device_time_total if setting.on_gpu else e.self_cpu_time_total for e in events
+    }
+    longest = sorted(spent, key=lambda name: -spent[name])[:LONGEST_KERNELS]
+    return {
+        "kernels_over_wall": sum(spent.values()) / 1e6 / took,
+        "kernels": sum(event.count for event in events),
+        "longest_ms": "; ".join(f"{spent[name] / 1e3:.1f} {name[:50]}" for name in longest),
+    }
 
 
 def free(setting: Setting) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import steps, train
+from benchmarks import gpu_parts, steps, train
 from benchmarks.gpu_parts import Found, Setting, build, cosine, free, peak, seconds
 from benchmarks.texts import read_sentences
 from unmasked import LLM2Vec
@@ -71,7 +71,7 @@ def _step(setting: Setting, stage: str, checkpointing: bool, compiles: bool) -> 
                 decoder_of(trunk).enable_input_require_grads()
                 compiled = compile_layers(decoder_of(trunk), training=True) is None
         checked = time.perf_counter() - begun
-        found = train.measure(sides, 1 if setting.tiny else 3)
+        found = train.measure(sides, 1 if setting.tiny else 8 if setting.on_gpu else 3)
         weights = sum(p.numel() for n, p in trunk.named_parameters() if "embed" not in n)
         flops = 4 * weights * found["tokens_per_second"]
         found |= {
@@ -79,6 +79,7 @@ def _step(setting: Setting, stage: str, checkpointing: bool, compiles: bool) -> 
             "checking_and_compiling": checked,
             "share_of_peak": flops / peak(setting),
             "planned_bytes": planned(stage, decoder, rows),
+            "profile": gpu_parts.kernels(setting, sides.ours.step),
         }
     return found
 
