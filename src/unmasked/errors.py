@@ -128,6 +128,14 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
     return f"unknown {what} '{given}'{nearest(given, allowed)} Allowed: {', '.join(allowed)}."
 
 
+def no_such_path(path: str | Path) -> str:
+    """The message for a path where nothing is, with the most similar name in its folder."""
+    place = Path(path)
+    siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+    near = nearest(place.name, siblings)
+    return f"{path} is not a file or folder{near} Fix: check the path, from {Path.cwd()}."
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

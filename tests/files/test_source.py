@@ -133,6 +133,8 @@ def test_half_a_gzip_file(tmp_path):
 def test_missing_file_names_the_nearest(given, tmp_path):
     given("texts.txt", "a")
     assert "did you mean 'texts.txt'?" in fault(str(tmp_path / "text.txt"))
+    said = fault(str(tmp_path / "vectors"))
+    assert "vectors is not a file or folder" in said and "Allowed: .txt" in said
 
 
 def test_parquet_rows(tmp_path):

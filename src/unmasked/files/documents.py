@@ -16,7 +16,7 @@ from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 
-from unmasked.errors import DataError, MissingExtraError
+from unmasked.errors import DataError, MissingExtraError, no_such_path
 from unmasked.files.content import LOOKED_AT, Fault, file_fault, row_fault
 from unmasked.files.readers import Cells
 
@@ -45,7 +45,7 @@ def find_documents(place: Path) -> list[str]:
         MissingExtraError: names the library that a kind of file needs, and its extra.
     """
     if not place.exists():
-        raise DataError(f"{place} is not a file or folder. Fix: check its name.")
+        raise DataError(no_such_path(place))
     files = visible(place) if place.is_dir() else [place]
     found = [str(file) for file in files if file.suffix.lower() in DOCUMENT_KINDS]
     if not found:

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unmasked.errors import DataError, nearest
+from unmasked.errors import DataError, no_such_path
 from unmasked.files.column_types import column_types
 from unmasked.files.content import Fault, by_line
 from unmasked.files.documents import PREFIX, find_documents, read_whole, visible
@@ -325,16 +325,14 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
     if path.endswith((".json", ".json.gz")) and place.is_file():
         given = "a .json file is read as .jsonl, one object a line"
         raise fault_error(path, (given, by_line(path)))
-    if kind_of(path) not in kinds:
-        raise DataError(
-            f"{path}: unknown kind of file. Allowed: {', '.join(kinds)}, all but .parquet also as "
-            ".gz or .zst; a folder of them; hf:NAME for a Hugging Face data set"
-            f"{'; - for standard input' if '.txt' in kinds else ''}."
-        )
+    allowed = (
+        f"Allowed: {', '.join(kinds)}, all but .parquet also as .gz or .zst; a folder of them; "
+        f"hf:NAME for a Hugging Face data set{'; - for standard input' if '.txt' in kinds else ''}."
+    )
     if not place.is_file():
-        siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-        near = nearest(place.name, siblings)
-        raise DataError(f"{path} is not a file{near} Fix: check the path, from {Path.cwd()}.")
+        raise DataError(f"{no_such_path(path)} {allowed}")
+    if kind_of(path) not in kinds:
+        raise DataError(f"{path}: unknown kind of file. {allowed}")
     return [path]
 
 
