@@ -4,6 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin
+# Processes that share the tests, a file to each; of one thread each, so that they do not wait for one
+# another. Each takes up to 3 GB: make test WORKERS=4 where there are cores and memory for it.
+WORKERS ?= 2
+SHARED := OMP_NUM_THREADS=1
+SHARE := --numprocesses $(WORKERS) --dist loadfile
 INSTALLED := .venv/.installed
 
 .PHONY: install demo test test-slow test-lowest check format bench docs clean
@@ -21,7 +26,7 @@ demo: install
 	$(BIN)/unmasked demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(SHARED) $(BIN)/python -m pytest $(SHARE)
 
 # The full zoo, kills at random moments, plans against what runs then used.
 test-slow: install
@@ -35,7 +40,7 @@ test-lowest:
 	$(LOWEST)/pip install --no-deps --editable .
 	$(LOWEST)/python scripts/lowest.py > .venv-lowest/constraints.txt
 	$(LOWEST)/pip install --constraint .venv-lowest/constraints.txt --editable '.[dev]'
-	$(LOWEST)/python -m pytest
+	$(SHARED) $(LOWEST)/python -m pytest $(SHARE)
 
 check: install
 	$(BIN)/ruff format --check
