@@ -125,7 +125,10 @@ def nearest(given: str, allowed: Iterable[str], end: str = ".") -> str:
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
     """The message for a word that is not one of the allowed ones."""
     allowed = list(allowed)
-    return f"unknown {what} '{given}'{nearest(given, allowed)} Allowed: {', '.join(allowed)}."
+    said = f"unknown {what} '{given}'{nearest(given, allowed)}"
+    if not allowed:
+        return f"{said} There is none. Fix: leave it out."
+    return f"{said} Allowed: {', '.join(allowed)}. Fix: give one of these."
 
 
 def first_line(error: BaseException) -> str:
