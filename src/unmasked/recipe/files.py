@@ -205,7 +205,7 @@ def _apply(override: str, data: dict[str, Any]) -> Place:
     dotted, equals, text = override.partition("=")
     *sections, last = place = tuple(dotted.strip().split("."))
     if not equals or not all(place):
-        raise RecipeError(f"override '{override}' names no setting and value. Fix: mntp.steps=500.")
+        raise RecipeError(f"override '{override}' should look like mntp.steps=500. Fix: KEY=VALUE.")
     section = data
     for depth, key in enumerate(sections, start=1):
         inner = section.get(key) or {}
