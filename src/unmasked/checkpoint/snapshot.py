@@ -66,6 +66,9 @@ def save_encoder(
         )
     tokens, settings = encoder.backbone.tokens, encoder.settings
     tokenizer, exact = tokens.for_stock()
+    if tokenizer.truncation_side != "right":
+        logger.warning("truncation_side has no effect: texts are cut at their end, and so saved.")
+        tokenizer.truncation_side = "right"
     model = merged(encoder.backbone.auto_model)
     stock = stock_loading(model)
     _tell_differences(settings, tokens.template, exact, stock)
@@ -133,8 +136,11 @@ def _options(encoder: Any, prefix: str) -> dict[str, Any]:
     A text without a prompt needs one in the folder: the stock loader leaves BOS out of pooling only
     behind a prompt.
     """
-    prompts = {"query": "", "document": "", **encoder.prompts}
-    default = encoder.default_prompt_name
+    default, now = encoder.default_prompt_name, encoder.prompts
+    roles = {"query": ("query",), "document": ("document", "passage", "corpus")}
+    # Loaders give each role a prompt of its own; it has the one that acts for it now.
+    acting = {r: next((n for n in names if n in now), default) for r, names in roles.items()}
+    prompts = {role: now.get(name, "") for role, name in acting.items()} | now
     if default is None:
         default = next(name for name in _BLANK if not prompts.get(name))
     prompts = {default: "", **prompts}
