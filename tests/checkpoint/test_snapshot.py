@@ -241,7 +241,8 @@ LEFT = (
     "merges.txt", "tokenizer.model", "pytorch_model.bin", "model.safetensors.index.json",
     "model-00001-of-00002.safetensors", "generation_config.json", "chat_template.jinja",
     "added_tokens.json", "modeling_x.py", "2_Normalize/config.json", "onnx/model.onnx",
-    "router_config.json", "preprocessor_config.json",
+    "router_config.json", "preprocessor_config.json", "model.onnx", "openvino_model.xml",
+    "quantize_config.json",
 )  # fmt: skip
 
 

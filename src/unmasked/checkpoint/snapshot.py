@@ -23,6 +23,7 @@ from torch import nn
 from unmasked.checkpoint import adapters, folder
 from unmasked.checkpoint.card import Card
 from unmasked.checkpoint.location import Location
+from unmasked.checkpoint.weights import require_finite
 from unmasked.errors import ModelError, first_line
 from unmasked.mask.proof import stock_loading
 from unmasked.text.special_tokens import MARK
@@ -232,5 +233,5 @@ def _load_one(location: Location, row: Mapping[str, Any], allow_pickle: bool) ->
             f"{location.name}/{path}: the module {kind} cannot be read: {first_line(error)} "
             "Fix: download or save the model again, whole."
         ) from error
-    adapters.require_finite(module.state_dict(), f"{location.name}/{path}")
+    require_finite(module.state_dict(), f"{location.name}/{path}")
     return module

@@ -10,7 +10,7 @@ for. Cost of merging: one float32 copy of each adapted layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import nn
 
 from unmasked.checkpoint.adapters.attaching import CONFIG_NAME, WEIGHTS_NAME, adapter_state
 from unmasked.checkpoint.location import Location
+from unmasked.checkpoint.weights import require_finite
 from unmasked.errors import ModelError, first_line
 from unmasked.mask.opening import layers_of
 
@@ -117,24 +118,6 @@ def _take_off(trunk: nn.Module) -> None:
             trunk.delete_adapter(names)  # type: ignore[operator]
         except (AttributeError, ValueError):  # it has none of its own: a PeftModel attached them
             del trunk.peft_config
-
-
-def require_finite(state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Refuse weights with a NaN or an infinity: every vector would be NaN.
-
-    Raises:
-        ModelError: there are such; names the first ones.
-    """
-    broken = [
-        name
-        for name, value in state.items()
-        if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
-    if broken:
-        raise ModelError(
-            f"{source}: {len(broken)} weights hold NaN or infinity ({', '.join(broken[:3])}), as "
-            "those of a training that diverged. Fix: an earlier checkpoint."
-        )
 
 
 def _wrapped(model: nn.Module, config: PeftConfig, source: str) -> PeftModel:
