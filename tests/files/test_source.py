@@ -8,6 +8,7 @@ import io
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 from support.given_files import give
@@ -133,6 +134,7 @@ def test_half_a_gzip_file(tmp_path):
 def test_missing_file_names_the_nearest(given, tmp_path):
     given("texts.txt", "a")
     assert "did you mean 'texts.txt'?" in fault(str(tmp_path / "text.txt"))
+    assert f"Fix: give {Path.home()}/nowhere/a.txt." in fault("~/nowhere/a.txt")
 
 
 def test_parquet_rows(tmp_path):

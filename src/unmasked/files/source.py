@@ -311,10 +311,9 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
     """
     if path.startswith(PREFIX):
         return find_documents(Path(path.removeprefix(PREFIX)))
-    place = Path(path)
     if path.startswith(HUB):
         return [path]
-    if place.is_dir():
+    if (place := Path(path)).is_dir():
         found = [str(file) for file in visible(place) if kind_of(str(file)) in kinds]
         if not found:
             given = f"there is no {', '.join(kinds)} file in this folder"
@@ -333,8 +332,9 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
         )
     if not place.is_file():
         siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-        near = nearest(place.name, siblings)
-        raise DataError(f"{path} is not a file{near} Fix: check the path, from {Path.cwd()}.")
+        fix = f"check the path, from {Path.cwd()}"
+        fix = f"give {place.expanduser()}" if path.startswith("~/") else fix
+        raise DataError(f"{path} is not a file{nearest(place.name, siblings)} Fix: {fix}.")
     return [path]
 
 
