@@ -110,13 +110,11 @@ class Service:
         asked = parse(kind, body)
         model, given = self.find(asked.model), inputs(asked)
         if not given and not isinstance(given, str):
-            raise Refusal(
-                400, "the list of inputs is empty. Fix: give a text.", "empty_input", "input"
-            )
+            raise Refusal(400, "the list is empty. Fix: give a text.", "empty_input", "input")
         several = isinstance(given, list) and not isinstance(given[0], int)
         if several and len(given) > self.limits.inputs:
             said = (
-                f"{len(given)} inputs; {self.limits.inputs} may be in a request. Fix: send several."
+                f"{len(given)} inputs; {self.limits.inputs} are allowed. Fix: send them in parts."
             )
             raise Refusal(400, said, "too_many_inputs", "input")
         model.check_dimensions(getattr(asked, "dimensions", None))

@@ -230,7 +230,9 @@ def _misfit(kind: type[Body], error: ValidationError) -> Refusal:
     if first["type"] == "extra_forbidden":
         return Refusal(400, unknown("field", where[-1][:64], kind.model_fields), "unknown_field")
     if field in ("input", "inputs") and first["type"] != "missing" and kind is not SimilarityBody:
-        return Refusal(400, f"{field} has another type. Fix: give {KINDS}.", "invalid_type", field)
+        return Refusal(
+            400, f"{field} is not {KINDS}. Fix: give one of them.", "invalid_type", field
+        )
     path = ".".join(part[:64] for part in where) or "the body"
     said = f"{path}: {first['msg']}. Fix: give what /docs says of it."
     return Refusal(400, said, str(first["type"]), field)
