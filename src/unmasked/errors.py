@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -110,30 +110,39 @@ def origin_of_package() -> str:
     return url or "https://pypi.org/project/unmasked"
 
 
-def nearest(given: str, allowed: Iterable[str], end: str = ".") -> str:
+def nearest(given: str | Sequence[str], allowed: Iterable[str], end: str = ".") -> str:
     """The end of a sentence about an unknown word: ``, did you mean 'x'?``, or else `end`.
 
     Args:
-        given: the unknown word.
+        given: the unknown word, or several that would do.
         allowed: the words of which the most similar one is named.
         end: what is returned if none of them is similar.
     """
-    matches = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
-    return f", did you mean '{matches[0]}'?" if matches else end
+
+    def likeness(word: str) -> float:
+        several = [given] if isinstance(given, str) else given
+        return max(difflib.SequenceMatcher(None, word, one).ratio() for one in several)
+
+    best = max(allowed, key=likeness, default="")  # the first of those that are alike
+    return f", did you mean '{best}'?" if likeness(best) >= 0.6 else end
 
 
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
     """The message for a word that is not one of the allowed ones."""
     allowed = list(allowed)
-    return f"unknown {what} '{given}'{nearest(given, allowed)} Allowed: {', '.join(allowed)}."
+    said = f"unknown {what} '{given}'{nearest(given, allowed)}"
+    if not allowed:
+        return f"{said} There is none. Fix: leave it out."
+    return f"{said} Allowed: {', '.join(allowed)}. Fix: give one of these."
 
 
 def no_such_path(path: str | Path) -> str:
     """The message for a path where nothing is, with the most similar name in its folder."""
     place = Path(path)
     siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-    near = nearest(place.name, siblings)
-    return f"{path} is not a file or folder{near} Fix: check the path, from {Path.cwd()}."
+    fix = f"check the path, from {Path.cwd()}"
+    fix = f"give {place.expanduser()}" if str(path).startswith("~/") else fix
+    return f"{path} is not a file or folder{nearest(place.name, siblings)} Fix: {fix}."
 
 
 def first_line(error: BaseException) -> str:

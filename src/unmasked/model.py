@@ -190,7 +190,7 @@ class TextEncoder(SentenceTransformer):
             ModelError: the settings name rules that this class does not know.
         """
         if settings.compat is not None:
-            raise ModelError(f"compat {settings.compat}: only unmasked.LLM2Vec has these rules.")
+            raise ModelError(f"compat {settings.compat} is not known here. Fix: unmasked.LLM2Vec.")
         return TextTokenizer, TextPooling
 
     @property

@@ -13,6 +13,7 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     OFTConfig,
+    PeftModel,
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
@@ -20,7 +21,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from support.vectors import close
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint.adapters import attach, save_adapter
@@ -112,6 +113,39 @@ def test_one_that_was_trained_on_the_causal_model_loads(tiny_decoder, tmp_path):
     close(causal, load(tiny_decoder, tmp_path / "bare").encode(TEXTS))
 
 
+CAUSAL = {"r": 4, "task_type": "CAUSAL_LM"}
+NAMED_IN_FULL = {
+    "all-linear": LoraConfig(target_modules="all-linear", **CAUSAL),
+    "a pattern": LoraConfig(target_modules=r"model\.layers\.\d+\.self_attn\.(q|v)_proj", **CAUSAL),
+    "a pattern without": LoraConfig(target_modules=r"^(model)(?!.*lm_head).*proj$", **CAUSAL),
+    "names": LoraConfig(target_modules=["model.layers.1.mlp.up_proj"], **CAUSAL),
+    "all but": LoraConfig(
+        target_modules="all-linear", exclude_modules=["model.layers.0.self_attn.q_proj"], **CAUSAL
+    ),
+    "one layer": LoraConfig(target_modules=LINEAR, layers_to_transform=[1], **CAUSAL),
+    "ranks": LoraConfig(
+        target_modules=LINEAR, rank_pattern={"model.layers.0.self_attn.q_proj": 8}, **CAUSAL
+    ),
+    "scales": LoraConfig(
+        target_modules=LINEAR, alpha_pattern={"model.layers.1.self_attn.v_proj": 32}, **CAUSAL
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED_IN_FULL)
+def test_one_of_the_causal_model_that_names_its_layers_in_full_loads(tiny_decoder, tmp_path, name):
+    made(tmp_path / "adapter", tiny_decoder, NAMED_IN_FULL[name], AutoModelForCausalLM)
+    found = load(tiny_decoder, tmp_path / "adapter").encode(TEXTS)
+    whole = AutoModelForCausalLM.from_pretrained(tiny_decoder, dtype=torch.float32)
+    whole = PeftModel.from_pretrained(whole, str(tmp_path / "adapter")).merge_and_unload()
+    whole.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(tiny_decoder).save_pretrained(tmp_path / "merged")
+    close(found, LLM2Vec.from_pretrained(tmp_path / "merged", device="cpu").encode(TEXTS), 1e-4)
+    assert (
+        abs(found - LLM2Vec.from_pretrained(tiny_decoder, device="cpu").encode(TEXTS)).max() > 0.01
+    )
+
+
 HEAD = LoraConfig(**LORA, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
 HEAD_LORA = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
 NEW = LoraConfig(**LORA, modules_to_save=["embed_tokens"])
@@ -147,6 +181,7 @@ def test_one_that_cannot_be_merged_says_why(tiny_decoder, tmp_path, config, cls,
         ("adapter_config.json", b"{", "is not JSON"),
         ("adapter_config.json", b"[]", "not a JSON object"),
         ("adapter_config.json", b'{"peft_type": "NEW"}', "PEFT reads"),
+        ("adapter_config.json", b"{}", "names no peft_type"),
         ("adapter_model.safetensors", b"", "is broken"),
         ("adapter_model.safetensors", b"\x10\x00", "is broken"),
     ],

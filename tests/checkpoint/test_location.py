@@ -9,6 +9,7 @@ import pytest
 
 from unmasked.checkpoint import location
 from unmasked.checkpoint.location import bundled_path, locate
+from unmasked.checkpoint.push import list_files
 from unmasked.errors import ModelError
 
 
@@ -56,6 +57,31 @@ def test_the_nearest_folder_is_named(asked, tmp_path, tiny_decoder, name):
     assert f"did you mean '{nearest}'?" in str(caught.value)
     assert "Fix: " in str(caught.value)
     assert len(asked) == (name == "encodr"), "only what may be a name of the hub is asked for"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("https://huggingface.co/owner/decoder", "owner/decoder"),
+        ("https://huggingface.co/owner/decoder/tree/main", "owner/decoder"),
+        ("http://hf.co/owner/de-coder.2/", "owner/de-coder.2"),
+        ("hf:owner/decoder", "owner/decoder"),
+        ("~/models/decoder", "{home}/models/decoder"),
+    ],
+)
+def test_a_name_with_more_around_it_is_told_without(asked, monkeypatch, tmp_path, name, wanted):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ModelError, match="no such folder") as caught:
+        locate(name).require()
+    assert str(caught.value).endswith(f" Fix: give {wanted.format(home=tmp_path)}.")
+    assert not asked
+
+
+def test_a_folder_to_push_that_is_not_there_is_not_asked_for(asked, tmp_path, tiny_decoder):
+    shutil.copytree(tiny_decoder, tmp_path / "encoder")
+    with pytest.raises(ModelError, match=r"no such folder, did you mean './encoder'\? Fix: "):
+        list_files(Path("encodr"))
+    assert not asked
 
 
 @pytest.mark.parametrize("name", ["owner/decoder", "gpt2"])

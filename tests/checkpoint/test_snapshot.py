@@ -71,6 +71,34 @@ def test_prompts_of_every_name_are_saved(model, tmp_path):
             close(other.encode(TEXTS, **given), model.encode(TEXTS, **given))
 
 
+@pytest.mark.parametrize(
+    ("prompts", "default"),
+    [
+        ({"sts": "Compare:\n"}, "sts"),
+        ({"query": "Ask:\n", "passage": "Read:\n"}, None),
+        ({"sts": "Compare:\n", "corpus": "Read:\n"}, "sts"),
+        ({"document": None}, None),
+        ({}, None),
+    ],
+)
+def test_queries_and_documents_keep_the_prompt_that_acts_for_them(
+    model, tmp_path, prompts, default
+):
+    """Loaders add an empty prompt for a role that has none of its own."""
+    model.prompts, model.default_prompt_name = prompts, default
+    for other in reloaded(model, tmp_path / "saved"):
+        for call in ("encode", "encode_query", "encode_document"):
+            close(getattr(other, call)(TEXTS), getattr(model, call)(TEXTS))
+
+
+def test_texts_are_cut_at_their_end_in_both_loaders(model, tmp_path, caplog):
+    model.tokenizer.truncation_side = "left"
+    model.max_seq_length = 6
+    for other in reloaded(model, tmp_path / "saved"):
+        close(other.encode(TEXTS), model.encode(TEXTS))
+    assert "truncation_side has no effect" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["sts", "default", "query"])
 def test_the_default_prompt_is_saved(model, tmp_path, name):
     plain = model.encode(TEXTS)
@@ -213,7 +241,8 @@ LEFT = (
     "merges.txt", "tokenizer.model", "pytorch_model.bin", "model.safetensors.index.json",
     "model-00001-of-00002.safetensors", "generation_config.json", "chat_template.jinja",
     "added_tokens.json", "modeling_x.py", "2_Normalize/config.json", "onnx/model.onnx",
-    "router_config.json", "preprocessor_config.json",
+    "router_config.json", "preprocessor_config.json", "model.onnx", "openvino_model.xml",
+    "quantize_config.json",
 )  # fmt: skip
 
 

@@ -61,6 +61,33 @@ def test_half_a_file_is_an_error_that_names_the_folder(folder):
         LLM2Vec.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("gone", [NAME, "model-00002-of", "model.safetensors.index.json"])
+def test_weights_that_are_not_there_are_not_called_pickles(folder, gone):
+    if gone != NAME:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        (folder / NAME).unlink()
+        model.save_pretrained(folder, max_shard_size="40KB")
+    next(path for path in folder.iterdir() if path.name.startswith(gone)).unlink()
+    for pickles in (False, True):
+        with pytest.raises(ModelError, match=r"lacks weights: .*safetensors.* Fix: download") as e:
+            LLM2Vec.from_pretrained(folder, allow_pickle=pickles)
+        assert "allow_pickle" not in str(e.value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_weights_that_are_no_numbers_are_named(folder, name, number):
+    """In one row of an embedding only the texts with that word would be NaN."""
+
+    def spoil(weights):
+        weights[name].view(-1)[-1] = number
+        return weights
+
+    _rewrite(folder, spoil)
+    with pytest.raises(ModelError, match=f"1 weights hold NaN or infinity .{name[6:]}"):
+        LLM2Vec.from_pretrained(folder)
+
+
 def test_weights_of_other_shapes_are_named(folder):
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**said, "intermediate_size": 48}))

@@ -87,8 +87,9 @@ def test_a_closed_pipe_is_quiet():
 def test_errors_of_the_user_show_no_traceback_unless_asked(cli, monkeypatch, tmp_path):
     code, out, err = cli("run", "nano", "mntp.stepz=3")
     assert (code, out) == (2, "")
-    assert (
-        err == "error: mntp.stepz: unknown key, did you mean 'steps'? (override 'mntp.stepz=3')\n"
+    assert err == (
+        "error: mntp.stepz: unknown key, did you mean 'steps'? (override 'mntp.stepz=3')\n"
+        "Fix: see what is allowed: unmasked recipes explain mntp\n"
     )
     for arguments in (["--debug", "run", "nano"], ["run", "nano", "--debug"]):
         monkeypatch.setattr(sys, "argv", ["unmasked", *arguments, "mntp.stepz=3"])

@@ -84,6 +84,9 @@ def test_packed_files_are_looked_into(tmp_path, suffix):
         (b"%PDF-1.7", "PDF"),
         (b"PK\x03\x04....", "a zip archive"),
         (b"one\rtwo\r", "its lines end in CR alone"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html>\n<html><body>404\n", "a page of HTML"),
+        (b"\n<HTML lang='en'>\n", "a page of HTML"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.tsv"])
@@ -100,6 +103,54 @@ def test_lines_that_end_in_cr_alone_are_mended_as_advised(tmp_path):
     mend(caught.value)
     rows = Source(str(tmp_path / "a-fixed.txt")).rows()
     assert [row.text for row in rows] == ["one", "two"]
+
+
+OBJECTS = '{"text": "one"}\n{"n": 2, "text": "two"}\n'
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("lines", [OBJECTS, OBJECTS * 900, '{"text": "' + "a " * 9000 + '"}\n'])
+def test_json_lines_that_are_called_a_text_are_copied_as_advised(tmp_path, lines, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(gzip.compress(lines.encode()) if suffix else lines.encode())
+    with pytest.raises(DataError, match="every line of it is a JSON object") as caught:
+        list(Source(str(path)).rows())
+    subprocess.run(["bash", "-c", str(caught.value).split("Fix: ")[1][:-1]], check=True)
+    rows = list(Source(str(tmp_path / f"a.jsonl{suffix}")).rows())
+    assert len(rows) == lines.count("\n") and not any(row.fault for row in rows)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{a: 1} is a set", "{'a': 1}", '{"a"} is a set', "[1]", "{}", "<html5 is a word", "<b>"],
+)
+def test_a_line_that_looks_a_little_like_another_format_is_a_text(tmp_path, line):
+    (tmp_path / "a.txt").write_text(f"{line}\ntwo\n")
+    assert [row.text for row in Source(str(tmp_path / "a.txt")).rows()] == [line, "two"]
+    (tmp_path / "a.txt").write_text(OBJECTS + "a text\n")
+    assert len([row.text for row in Source(str(tmp_path / "a.txt")).rows()]) == 3
+
+
+def test_a_file_that_was_packed_twice_is_unpacked_as_advised(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(gzip.compress(b"one\n")))
+    with pytest.raises(DataError, match="it is gzip by its content") as caught:
+        list(Source(str(tmp_path / "a.txt.gz")).rows())
+    mend(caught.value)
+    assert [row.text for row in Source(str(tmp_path / "a-fixed.txt")).rows()] == ["one"]
+
+
+def test_what_comes_in_by_standard_input_is_not_copied(tmp_path):
+    for head in (gzip.compress(b"text"), OBJECTS.encode()):
+        assert file_fault("-", head)[1].startswith("write it to a file whose name says ")
+
+
+@pytest.mark.parametrize("name", ["A.TXT", "a.JSONL", "A.Csv", "A.TXT.GZ"])
+def test_a_name_in_capitals_says_the_same(tmp_path, name):
+    text = {"j": '{"text": "one"}\n', "c": "text\none\n"}.get(name.lower()[2], "one\n")
+    raw = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("GZ") else raw)
+    assert [row.text for row in Source(str(tmp_path / name)).rows()] == ["one"]
+    assert len(Source(str(tmp_path)).files) == 1
 
 
 @pytest.mark.parametrize("name", ["a.b.jsonl", "a.json"])

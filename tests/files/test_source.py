@@ -8,6 +8,7 @@ import io
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 from support.given_files import give
@@ -135,6 +136,7 @@ def test_missing_file_names_the_nearest(given, tmp_path):
     assert "did you mean 'texts.txt'?" in fault(str(tmp_path / "text.txt"))
     said = fault(str(tmp_path / "vectors"))
     assert "vectors is not a file or folder" in said and "Allowed: .txt" in said
+    assert f"Fix: give {Path.home()}/nowhere/a.txt." in fault("~/nowhere/a.txt")
 
 
 def test_parquet_rows(tmp_path):

@@ -22,8 +22,14 @@ def model(tiny_decoder):
 def test_every_output_of_each_input(model):
     one, two = model.encode(["a b", "one longer text"], output_value=None)
     assert sorted(one) == [
-        "attention_mask", "input_ids", "sentence_embedding", "text_mask", "token_embeddings",
+        "attention_mask", "input_ids", "prompt_length", "sentence_embedding", "text_mask",
+        "token_embeddings",
     ]  # fmt: skip
+    for prompt in (None, "Find it:\n"):
+        for row in model.encode(["a b", "one longer text"], prompt=prompt, output_value=None):
+            assert row["prompt_length"] == int(row["text_mask"].argmax()) > 0
+            text = row["token_embeddings"][row["prompt_length"] : int(row["attention_mask"].sum())]
+            np.testing.assert_allclose(text.mean(0), row["sentence_embedding"], atol=1e-5)
     np.testing.assert_allclose(
         two["sentence_embedding"], model.encode("one longer text"), atol=1e-5
     )

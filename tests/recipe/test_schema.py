@@ -89,14 +89,18 @@ def test_an_adapter_that_goes_on_needs_one_to_go_on_from(recipe_file):
 
 def test_unknown_key_names_the_nearest_and_the_line(recipe_file):
     message = error_of(recipe_file(SMALL + "  learning_rte: 1e-4\n"))
-    expected = "mntp.learning_rte: unknown key, did you mean 'learning_rate'? (recipe.yaml line 6)"
-    assert message == expected
+    assert message.splitlines() == [
+        "mntp.learning_rte: unknown key, did you mean 'learning_rate'? (recipe.yaml line 6)",
+        "Fix: see what is allowed: unmasked recipes explain mntp",
+    ]
 
 
 def test_a_key_like_no_other_lists_the_allowed_ones(recipe_file):
     message = error_of(recipe_file(SMALL + "evaluate:\n  zzz: 1\n"))
-    expected = "evaluate.zzz: unknown key. Allowed: tasks, bootstrap. (recipe.yaml line 7)"
-    assert message == expected
+    assert message.splitlines() == [
+        "evaluate.zzz: unknown key. Allowed: tasks, bootstrap. (recipe.yaml line 7)",
+        "Fix: see what is allowed: unmasked recipes explain evaluate",
+    ]
 
 
 def test_every_problem_is_reported_at_once(recipe_file):
@@ -108,7 +112,31 @@ def test_every_problem_is_reported_at_once(recipe_file):
         "simcse: 5 should be a section with keys: "
         + ", ".join(type(load_recipe("nano").simcse).model_fields)
         + " (recipe.yaml line 8)",
+        "Fix: see what is allowed: unmasked recipes explain mntp.schedule; "
+        "unmasked recipes explain mntp.lora; unmasked recipes explain simcse",
     ]
+
+
+@pytest.mark.parametrize(
+    ("override", "command"),
+    [
+        ("mntp.stepz=5", "unmasked recipes explain mntp"),
+        ("mntp.steps=0", "unmasked recipes explain mntp.steps"),
+        ("supervise.steps=5", "unmasked recipes explain"),
+        ("supervised.data=[{path: a, wieght: 2}]", "unmasked recipes explain supervised.data"),
+        (
+            "supervised.data=[{path: a, weight: 0}]",
+            "unmasked recipes explain supervised.data.weight",
+        ),
+    ],
+)
+def test_the_command_in_a_fix_explains_a_setting_that_there_is(override, command):
+    message = error_of("nano", [override])
+    assert message.splitlines()[-1] == f"Fix: see what is allowed: {command}"
+    settings(command.removeprefix("unmasked recipes explain").strip())
+    own = "supervised={data: a.jsonl, teacher: {loss: cosent}}"  # names its fix itself
+    assert "Fix: see" not in error_of("nano", [own])
+    assert error_of("nano", [own, override]).endswith(f"allowed: {command}")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +165,7 @@ def test_every_problem_is_reported_at_once(recipe_file):
 def test_a_bad_override_is_named(override, message):
     found = error_of("nano", [override])
     assert found.startswith(message)
-    assert found.endswith(f"(override '{override}')")
+    assert found.splitlines()[0].endswith(f"(override '{override}')")
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,36 @@ def test_two_readings_are_refused_and_the_fix_is_one_of_them(rows, row, columns,
         assert len(list(read_rows(data_set(word)))) == 2
 
 
+@pytest.mark.parametrize(
+    ("row", "steps"),
+    [
+        ({"sentence_A": "q", "sentence_B": "p"}, 2),  # of two as near, the first is the query
+        ({"question1": "q", "answer_text": "p"}, 2),
+        ({"anchr": "q", "psitive": "p", "negativs": "n"}, 2),
+        ({"qury": "q", "positve": "p", "neg": "n"}, 2),
+    ],
+)
+def test_advice_that_is_followed_ends_with_the_file_read(rows, row, steps):
+    """Each fix keeps what the one before it named."""
+    columns = ""
+    for _ in range(steps):
+        with pytest.raises(DataError) as error:
+            rows([row, row], columns=columns)
+        fix = str(error.value).split("Fix: ")[1].rstrip(".")
+        given, instead = [word for word in shlex.split(fix) if word.startswith("a.jsonl")]
+        assert instead == f"a.jsonl{columns}" and "NAME" not in fix
+        columns = given.removeprefix("a.jsonl")
+    found, _ = rows([row, row], columns=columns)
+    assert (found[0].query, found[0].positive) == ("q", "p")
+
+
+def test_advice_keeps_the_negatives_that_are_right(rows):
+    row = {"query": "q", "positive": "p", "wrong": "n", "bad": "n"}
+    with pytest.raises(DataError) as error:
+        rows([row, row], columns=":negative=bad,negative=wrng")
+    assert "a.jsonl:negative=bad,negative=wrong in place of" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
 @pytest.mark.parametrize("role", ["query", "positive", "negative"])
 def test_a_column_that_was_asked_for_has_to_be_there(rows, name, role):

@@ -23,7 +23,8 @@ _READ_BY_LOADERS = (
     "*processor_config.json", "modules.json", "sentence_*_config.json",
     "config_sentence_transformers.json", "router_config.json", "modeling_*.py",
     "configuration_*.py", "tokenization_*.py", "llm2vec_config.json", "onnx", "openvino",
-    "original", "attached",
+    "original", "attached", "*.onnx", "*.onnx_data", "openvino_model*", "quantize_config.json",
+    "quant_config.json",
 )  # fmt: skip
 
 

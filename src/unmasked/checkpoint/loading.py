@@ -32,7 +32,12 @@ from unmasked.checkpoint.folder import (
     SETTINGS_NAME,
 )
 from unmasked.checkpoint.location import Location, locate, locate_adapter
-from unmasked.checkpoint.weights import load_model, require_whole, with_first_layers
+from unmasked.checkpoint.weights import (
+    load_model,
+    require_finite,
+    require_whole,
+    with_first_layers,
+)
 from unmasked.errors import ModelError, NotBidirectionalError, first_line
 from unmasked.mask.opening import open_config
 from unmasked.mask.proof import Proof, open_mask, require
@@ -151,6 +156,7 @@ def load_transformer(
                 f"first layers alone ({first_line(error)}) Fix: keep all of them."
             ) from error
         require_whole(found.trunk.name, missing)
+        require_finite(dict(model.named_parameters()), found.trunk.name)
         report = open_mask(model) if enable_bidirectional else None
         try:
             if report is not None:

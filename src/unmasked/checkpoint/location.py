@@ -26,6 +26,8 @@ from unmasked.errors import ModelError, first_line, nearest
 BUNDLED = "nano"
 """The name of the decoder that comes with the package."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_PASTED = re.compile(r"(?:hf:|https?://(?:huggingface|hf)\.co/)([\w.-]+/[\w.-]+)(?:/.*)?")
+"""A name of the hub with what stands before it in an address, or for a data set."""
 PARTS_OF_A_MODEL = ("config.json", "adapter_config.json")
 """Files of which a model has one."""
 _AGAIN = "Fix: download or save it again."
@@ -109,7 +111,10 @@ class Location:
         if Path(self.name).exists():
             return self
         if not _HUB_NAME.fullmatch(self.name):
-            raise ModelError(f"{self.name}: no such folder{self._hint()} Fix: check the name.")
+            pasted, fix = _PASTED.fullmatch(self.name), "check the name"
+            if pasted or self.name.startswith("~/"):
+                fix = f"give {pasted[1] if pasted else Path(self.name).expanduser()}"
+            raise ModelError(f"{self.name}: no such folder{self.hint()} Fix: {fix}.")
         cached = {key: self.hub[key] for key in ("cache_dir", "revision") if self.hub.get(key)}
         if any(try_to_load_from_cache(self.name, part, **cached) for part in PARTS_OF_A_MODEL):
             return self
@@ -128,13 +133,13 @@ class Location:
         if Path(self.name).exists():
             return ModelError(f"cannot load {self.name}: {first} Fix: save or download it again.")
         return ModelError(
-            f"cannot load {self.name}: it is not a folder here{self._hint()} The hub answered: "
+            f"cannot load {self.name}: it is not a folder here{self.hint()} The hub answered: "
             f"{first.rstrip('.')}. Fix: check the name and the network, or download the model "
             "where there is one and name its folder (in a recipe, model.base=FOLDER); "
             f"'{BUNDLED}' is the model that comes with the package."
         )
 
-    def _hint(self) -> str:
+    def hint(self) -> str:
         """``, did you mean './encoder'?`` for a folder of a model whose name is much like this."""
         given = Path(self.name)
         beside = given.parent.iterdir() if given.parent.is_dir() else ()

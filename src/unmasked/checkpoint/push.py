@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from unmasked.checkpoint.location import locate
 from unmasked.errors import ModelError, OutputError, first_line
 
 PARTS = (
@@ -33,6 +34,9 @@ def list_files(folder: Path) -> list[tuple[str, int]]:
         ModelError: the folder does not hold a model.
     """
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        if not folder.exists():
+            hint = locate(folder).hint()
+            raise ModelError(f"{folder}: no such folder{hint} Fix: check the name.")
         inner = folder / "model"
         hint = f"did you mean {inner}?" if (inner / "config.json").is_file() else "save one there."
         raise ModelError(f"{folder} does not hold a model (no config.json). Fix: {hint}")

@@ -23,6 +23,7 @@ from torch import nn
 from unmasked.checkpoint import adapters, folder
 from unmasked.checkpoint.card import Card
 from unmasked.checkpoint.location import Location
+from unmasked.checkpoint.weights import require_finite
 from unmasked.errors import ModelError, first_line
 from unmasked.mask.proof import stock_loading
 from unmasked.text.special_tokens import MARK
@@ -66,6 +67,9 @@ def save_encoder(
         )
     tokens, settings = encoder.backbone.tokens, encoder.settings
     tokenizer, exact = tokens.for_stock()
+    if tokenizer.truncation_side != "right":
+        logger.warning("truncation_side has no effect: texts are cut at their end, and so saved.")
+        tokenizer.truncation_side = "right"
     model = merged(encoder.backbone.auto_model)
     stock = stock_loading(model)
     _tell_differences(settings, tokens.template, exact, stock)
@@ -133,8 +137,11 @@ def _options(encoder: Any, prefix: str) -> dict[str, Any]:
     A text without a prompt needs one in the folder: the stock loader leaves BOS out of pooling only
     behind a prompt.
     """
-    prompts = {"query": "", "document": "", **encoder.prompts}
-    default = encoder.default_prompt_name
+    default, now = encoder.default_prompt_name, encoder.prompts
+    roles = {"query": ("query",), "document": ("document", "passage", "corpus")}
+    # Loaders give each role a prompt of its own; it has the one that acts for it now.
+    acting = {r: next((n for n in names if n in now), default) for r, names in roles.items()}
+    prompts = {role: now.get(name, "") for role, name in acting.items()} | now
     if default is None:
         default = next(name for name in _BLANK if not prompts.get(name))
     prompts = {default: "", **prompts}
@@ -226,5 +233,5 @@ def _load_one(location: Location, row: Mapping[str, Any], allow_pickle: bool) ->
             f"{location.name}/{path}: the module {kind} cannot be read: {first_line(error)} "
             "Fix: download or save the model again, whole."
         ) from error
-    adapters.require_finite(module.state_dict(), f"{location.name}/{path}")
+    require_finite(module.state_dict(), f"{location.name}/{path}")
     return module

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,6 +91,12 @@ def load_model(
             "Fix: download or save it again."
         ) from error
     except (OSError, ValueError, ImportError) as error:
+        pickled = any(source.fetch(f"pytorch_model.bin{end}") for end in ("", ".index.json"))
+        if "safetensors" in str(error) and not pickled:
+            raise ModelError(
+                f"{source.name} lacks weights: {first_line(error).rstrip('.')}. "
+                "Fix: download or save it again, whole; an adapter is given as `peft`."
+            ) from error
         if "safetensors" in str(error) and use_safetensors:
             raise ModelError(
                 f"{source.name} has no safetensors weights, and pickled ones are not loaded: a "
@@ -157,4 +163,22 @@ def require_whole(name: str, missing: Sequence[str]) -> None:
         raise ModelError(
             f"{name} lacks {len(lacking)} weights of its model ({', '.join(lacking[:3])}), which "
             "would be random. Fix: download or save it again, whole; an adapter is given as `peft`."
+        )
+
+
+def require_finite(state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuse weights with a NaN or an infinity: vectors would be NaN, or some of them.
+
+    Raises:
+        ModelError: there are such; names the first ones.
+    """
+    broken = [  # a sum reads every number once, and makes no tensor of the same size
+        name
+        for name, value in state.items()
+        if value.is_floating_point() and not bool(value.sum(dtype=torch.float32).isfinite())
+    ]
+    if broken:
+        raise ModelError(
+            f"{source}: {len(broken)} weights hold NaN or infinity ({', '.join(broken[:3])}), as "
+            "those of a training that diverged. Fix: an earlier checkpoint, or download it again."
         )

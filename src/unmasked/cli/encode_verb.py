@@ -190,8 +190,9 @@ def _say_done(done: Encoded, waited: float | None, path: Path, listed: Path) -> 
 
 def _everywhere(model: str) -> str:
     """The name of a model on another machine, whose working directory is another one."""
-    bundled = model == "nano"  # everywhere, also where a folder is called so
-    return str(Path(model).resolve()) if not bundled and Path(model).exists() else model
+    if model == "nano" or not model.strip():  # everywhere, also where a folder is called so
+        return model
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _say_left_out(source: Source) -> None:

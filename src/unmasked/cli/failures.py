@@ -16,6 +16,14 @@ from unmasked.errors import UnmaskedError
 
 MISUSED, INTERRUPTED = 2, 130
 FULL = os.strerror(errno.ENOSPC)
+_FIXES = {
+    errno.ENOENT: "check the name",
+    errno.EISDIR: "name a file in it",
+    errno.ENOTDIR: "name another place, as a part of this is a file",
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 KEPT = {
     "evaluate": "finished public tasks are kept in the folder of --results, nothing else",
     "mine": "every finished shard is kept; run the same command to continue",
@@ -53,7 +61,8 @@ def explain(error: BaseException, verb: str) -> tuple[int, str]:
         place = f"{where}: " if (where := getattr(error, "filename", None)) else ""
         return MISUSED, f"error: {place}{FULL}. Fix: make room and run the same command."
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.filename:
-        return MISUSED, f"error: {error.filename}: {error.strerror}."
+        fix = _FIXES.get(error.errno or 0, "name another place, or look at the disk")
+        return MISUSED, f"error: {error.filename}: {error.strerror}. Fix: {fix}."
     if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would take seconds
         return MISUSED, (
             "error: the device is out of memory. Fix: encode with a smaller --batch-size (the "

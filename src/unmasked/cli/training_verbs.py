@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -171,7 +172,8 @@ def mine(
     check_new(output)
     check_parent(output)
     if output.suffix != ".jsonl":
-        raise OutputError(f"{output} should end in .jsonl, which training reads.")
+        fix = f"Fix: -o {shlex.quote(str(output.with_suffix('.jsonl')))}."
+        raise OutputError(f"{output} should end in .jsonl, which training reads. {fix}")
     more = (text for _, text, _ in Source(str(corpus)).records()) if corpus else ()
     given: dict[str, Any] = {"name": "mine", "model": {"base": model}}
     stage = make_recipe(given | {"supervised": {"data": data}}).supervised

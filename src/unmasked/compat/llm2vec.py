@@ -103,7 +103,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
             vars(self).update(vars(self.from_pretrained(model, **given, **options)))
             return
         if tokenizer is None:
-            raise TypeError("LLM2Vec needs the tokenizer of the model: LLM2Vec(model, tokenizer).")
+            raise TypeError("no tokenizer was given. Fix: LLM2Vec(model, tokenizer).")
         if settings is None:
             settings = read_settings({"doc_max_length": DOC_MAX_LENGTH}, given)
         if enable_bidirectional and report is None:

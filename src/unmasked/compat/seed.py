@@ -134,7 +134,7 @@ def truth(text: str) -> bool:
     """``True`` or ``False`` as they stand on a command line."""
     if text.lower() in ("true", "1", "yes", "false", "0", "no"):
         return text.lower() in ("true", "1", "yes")
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False. Fix: write one of them")
 
 
 def trainer_options(further: Sequence[str]) -> dict[str, Any]:
@@ -153,7 +153,8 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
     for flag, value in zip(words[::2], [*words[1::2], "--"], strict=False):
         name = flag.removeprefix("--")
         if name not in allowed or not flag.startswith("--"):
-            raise RecipeError(f"unknown flag '{flag}'{nearest(name, allowed)}")
+            hint = nearest(name, allowed)
+            raise RecipeError(f"unknown flag '{flag}'{hint} Fix: correct it, or leave it out.")
         if value.startswith("--"):
             raise RecipeError(f"{flag} has no value. Fix: {flag} VALUE.")
         options[name] = yaml.safe_load(value)

@@ -40,7 +40,7 @@ def parse_part(text: str) -> Part:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     part = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= part[0] <= part[1]:
-        raise OutputError(f"--shard {text}: should be i/n with i from 1 to n, such as 1/4.")
+        raise OutputError(f"--shard {text}: should be i/n with i from 1 to n. Fix: --shard 1/4.")
     return part
 
 

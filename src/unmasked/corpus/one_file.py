@@ -6,6 +6,7 @@ An interrupted run begins again, so a long corpus belongs in a folder of shards.
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from unmasked.corpus.manifest import lock
 from unmasked.corpus.shards import CorpusJob, Encoded, Shards, Stream, write_vectors
 from unmasked.corpus.stored_vectors import Encoding, read_ranges, save_ranges
 from unmasked.corpus.writers import OUTPUTS
-from unmasked.errors import DataError, OutputError
+from unmasked.errors import OutputError
 from unmasked.files.source import Source
 from unmasked.files.writing import written_aside
 
@@ -31,9 +32,10 @@ def check_output(path: Path, overwrite: bool = False) -> None:
         OutputError: it exists (and `overwrite` is False), is a folder, or has another suffix.
     """
     if path.suffix not in OUTPUTS:
+        named = shlex.quote(str(path.with_suffix(OUTPUTS[0])))
         raise OutputError(
             f"{path}: unknown kind of output. Allowed: {', '.join(OUTPUTS)}; or a folder, which is "
-            "a name without a suffix or with a / at its end."
+            f"a name without a suffix or with a / at its end. Fix: -o {named}."
         )
     if path.is_dir():
         raise OutputError(f"{path} is a folder. Fix: name a file in it.")
@@ -103,7 +105,7 @@ def _write(
         progress(rows, model.tokens_encoded)
 
     if not stream.reaches(0):
-        raise DataError(f"{job.source.name}: there is no text in it.")
+        raise job.source.empty()
     told(0)
     every = stream.take(0, 1 << 62)
     done = write_vectors(job, model, output, every, 0, told)

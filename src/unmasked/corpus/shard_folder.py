@@ -201,7 +201,7 @@ def _fill(
         manifest.add(entry)
         added = True
     if place == 1 and not manifest.done:
-        raise DataError(f"{job.source.name}: there is no text in it.")
+        raise job.source.empty()
     if added or not manifest.finished:
         manifest.finish()
 

@@ -88,7 +88,8 @@ class Encoding:
             raise DataError(unknown("prompt name", self.prompt_name, model.prompts))
         width = model.get_embedding_dimension() or 0
         if self.truncate_dim is not None and not 1 <= self.truncate_dim <= width:
-            raise DataError(f"truncate_dim {self.truncate_dim} should be from 1 to {width}.")
+            given = f"truncate_dim {self.truncate_dim} should be from 1 to {width}"
+            raise DataError(f"{given}. Fix: {width}, or leave it out.")
         if self.precision not in PRECISIONS:
             raise DataError(unknown("precision", self.precision, PRECISIONS))
         if self.chunks is not None:

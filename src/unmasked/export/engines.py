@@ -59,7 +59,7 @@ def engine_of(folder: Path) -> Engine:
     if not folder.is_dir():
         raise ModelError(
             f"{folder} is neither a folder nor an address. Allowed: a folder of `unmasked export`, "
-            "of a saved encoder, or http://HOST:PORT."
+            "of a saved encoder, or http://HOST:PORT. Fix: check the name."
         )
     manifest = folder / MANIFEST
     if not manifest.is_file():

@@ -131,8 +131,10 @@ class VectorServer:
                 return json.load(answer)
         except HTTPError as error:
             said = error.read(300).decode(errors="replace").strip()
-            hint = f" Fix: set {KEY}." if error.code in (401, 403) else ""
-            raise Refused(f"{address} answered {error.code}: {said}.{hint}", error.code) from error
+            fix = f"set {KEY}" if error.code in (401, 403) else "see what the server logs"
+            raise Refused(
+                f"{address} answered {error.code}: {said.rstrip('.')}. Fix: {fix}.", error.code
+            ) from error
         except (URLError, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", None) or first_line(error)
             raise DataError(

@@ -39,8 +39,11 @@ _OTHERS = {
     b"%PDF-": ("PDF", "pdftotext {0} {1}"),
     b"PK\x03\x04": ("a zip archive (.xlsx and .docx are such)", ""),
     b"SQLite format 3\0": ("an SQLite database", ""),
+    b"version https://git-lfs.github.com/spec/": ("a pointer of Git LFS", "git lfs pull"),
 }
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
+_OBJECTS = re.compile(rb"(\s*\{\s*\"[^\"\n]*\"\s*:[^\n]*(\n|$)){1,3}")
+_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
 _SINGLE = ("cp949", "shift_jis", "gb18030", "big5", "cp1251")
 """Encodings that are tried in this order where a line is neither UTF-8 nor Western European."""
 
@@ -57,10 +60,14 @@ def file_fault(path: str, head: bytes) -> Fault | None:
     """
     for mark, (kind, command) in _OTHERS.items():
         if head.startswith(mark):
-            fix = command and command.format(*map(shlex.quote, (path, str(_beside(path)))))
-            return f"it is {kind} by its content", fix or "export it as .csv in UTF-8"
+            return f"it is {kind} by its content", _as_what_it_is(path, kind, command)
+    if _PAGE.match(head):
+        return "it is a page of HTML", "download the file that the page is about"
     if ".jsonl" in Path(path).name and _ARRAY.match(head):
         return "it is one JSON array, and not one object a line", by_line(path)
+    if _is_plain(path) and _OBJECTS.fullmatch(b"".join(head.splitlines(keepends=True)[:3])):
+        given = "every line of it is a JSON object, and not a text"
+        return given, _as_what_it_is(path, "JSON lines", "cp {0} {2}")
     if head.startswith(_TWICE) and 0 in head:
         given = "it is UTF-16 that was converted to UTF-8 as if it were latin1"
         return given, _piped(path, "iconv -f utf-8 -t latin1", "iconv -f utf-16 -t utf-8")
@@ -74,6 +81,24 @@ def file_fault(path: str, head: bytes) -> Fault | None:
         given = "its lines end in CR alone, as on very old computers, so that it has one line only"
         return given, _piped(path, r"tr '\r' '\n'")
     return None
+
+
+def _as_what_it_is(path: str, kind: str, command: str) -> str:
+    """The command after which a file can be read, or a sentence where there is none."""
+    if not command:
+        return "export it as .csv in UTF-8"
+    if path == "-":
+        return f"write it to a file whose name says {kind}, and give that"
+    if kind == "gzip" and path.endswith(".gz"):
+        return _piped(path, "gzip -dc")
+    names = path, str(_beside(path)), path.replace(".txt", ".jsonl")
+    return command.format(*map(shlex.quote, names))
+
+
+def _is_plain(path: str) -> bool:
+    return (
+        path == "-" or Path(path.lower().removesuffix(".gz").removesuffix(".zst")).suffix == ".txt"
+    )
 
 
 def _beside(path: str) -> Path:

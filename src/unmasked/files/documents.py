@@ -50,7 +50,9 @@ def find_documents(place: Path) -> list[str]:
     found = [str(file) for file in files if file.suffix.lower() in DOCUMENT_KINDS]
     if not found:
         allowed = ", ".join(DOCUMENT_KINDS)
-        raise DataError(f"{place}: no document in it. Allowed: a folder or file of {allowed}.")
+        raise DataError(
+            f"{place}: no document in it. Allowed: a folder or file of {allowed}. Fix: give one."
+        )
     for kind in {Path(file).suffix.lower() for file in found} & _LIBRARIES.keys():
         if find_spec(_LIBRARIES[kind]) is None:
             raise MissingExtraError(_NAMES.get(_LIBRARIES[kind], _LIBRARIES[kind]), "documents")

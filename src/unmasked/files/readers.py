@@ -52,9 +52,9 @@ class Cells(NamedTuple):
 
 def kind_of(path: str) -> str | None:
     """One of `KINDS`; None for what cannot be read."""
-    bare = path.removesuffix(".gz").removesuffix(".zst")
-    kind = Path(bare).suffix
-    return kind if kind in KINDS and not (kind == ".parquet" and bare != path) else None
+    bare = path.lower().removesuffix(".gz").removesuffix(".zst")  # A.TXT as well
+    kind, packed = Path(bare).suffix, len(bare) < len(path)
+    return kind if kind in KINDS and not (kind == ".parquet" and packed) else None
 
 
 def called(path: str) -> str:
@@ -140,13 +140,13 @@ def checked(path: str, rows: Iterable[Cells]) -> Iterator[tuple[int, Mapping[str
 def _opened(path: str) -> Iterator[IO[bytes]]:
     if path == "-":
         yield sys.stdin.buffer
-    elif path.endswith(".zst"):
+    elif path.lower().endswith(".zst"):
         import pyarrow as pa
 
         with pa.OSFile(path) as raw, pa.CompressedInputStream(raw, "zstd") as stream:
             yield io.BufferedReader(stream, 1 << 16)
     else:
-        with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
+        with gzip.open(path) if path.lower().endswith(".gz") else Path(path).open("rb") as file:
             yield file  # type: ignore[misc]
 
 

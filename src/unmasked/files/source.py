@@ -218,11 +218,10 @@ class Source:
                 given = "whole files have no columns to keep, and their path is their id"
                 raise fault_error(self.name, (given, "leave out --keep"))
             return "id", []
-        if self.keep:
-            for path in self.files:
-                if path == "-" or kind_of(path) == ".txt":
-                    given = "lines of text have no columns to keep"
-                    raise fault_error(called(path), (given, "leave out --keep"))
+        for path in self.files if self.keep else ():
+            if path == "-" or kind_of(path) == ".txt":
+                given = "lines of text have no columns to keep"
+                raise fault_error(called(path), (given, "leave out --keep"))
         types = column_types(self.files, self.keep) if self.keep else []
         if self.skip_blank or self.files[0] == "-" or kind_of(self.files[0]) == ".txt":
             return None, types
@@ -238,10 +237,6 @@ class Source:
         training = f"give {shlex.quote(f'{self.path}:text=NAME')} in place of {self.path}"
         return {self.column: training if self.skip_blank else "name it with --text-column"}
 
-    @property
-    def _unit(self) -> str:
-        return "file" if self.whole else "row"
-
     def _checked(self, skip: bool = False) -> Iterator[Row]:
         """Every row; an error for a fault unless `skip`, and where there is no row."""
         empty = True
@@ -251,7 +246,11 @@ class Source:
             empty = False
             yield row
         if empty:
-            raise DataError(f"{self.name}: there is no text in it. Fix: another file or column.")
+            raise self.empty()
+
+    def empty(self) -> DataError:
+        """The error for a source without a row."""
+        return DataError(f"{self.name}: there is no text in it. Fix: give another file or column.")
 
     def _row(self, file: int, cells: Cells) -> Row:
         key, types = self.layout
@@ -289,7 +288,8 @@ class Source:
         if (fault := string_fault(self.column, text)) is not None:
             return fault
         if not text.strip() and not self.skip_blank:
-            return "an empty text, which has no vector", f"remove the {self._unit}"
+            unit = "file" if self.whole else "row"
+            return "an empty text, which has no vector", f"remove the {unit}"
         if self.max_bytes is not None and (size := len(text.encode())) >= self.max_bytes:
             given = f"a text of {size:,} bytes, and the limit is {self.max_bytes:,}"
             return (
@@ -311,10 +311,9 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
     """
     if path.startswith(PREFIX):
         return find_documents(Path(path.removeprefix(PREFIX)))
-    place = Path(path)
     if path.startswith(HUB):
         return [path]
-    if place.is_dir():
+    if (place := Path(path)).is_dir():
         found = [str(file) for file in visible(place) if kind_of(str(file)) in kinds]
         if not found:
             given = f"there is no {', '.join(kinds)} file in this folder"
@@ -332,7 +331,7 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
     if not place.is_file():
         raise DataError(f"{no_such_path(path)} {allowed}")
     if kind_of(path) not in kinds:
-        raise DataError(f"{path}: unknown kind of file. {allowed}")
+        raise DataError(f"{path}: unknown kind of file. {allowed} Fix: convert or rename it.")
     return [path]
 
 

@@ -130,12 +130,12 @@ def flush(*paths: Path) -> None:
 
 def not_written(path: Path, error: OSError) -> OutputError:
     """The error for a write that failed, with the fix if the disk is full."""
-    fix = ""
+    fix = "name another place"
     if error.errno in _FULL:
-        fix = " Fix: make room, and run the same command again."
+        fix = "make room, and run the same command again"
     elif error.errno in _DENIED:
-        fix = " Fix: name a place that you may write to."
-    return OutputError(f"{path} cannot be written: {error.strerror or error}.{fix}")
+        fix = "name a place that you may write to"
+    return OutputError(f"{path} cannot be written: {error.strerror or error}. Fix: {fix}.")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from unmasked.errors import RecipeError, nearest
 from unmasked.recipe.schema import Recipe
-from unmasked.recipe.settings import section_of, takes_list
+from unmasked.recipe.settings import section_of, settings, takes_list
 from unmasked.recipe.teaching import named_teacher
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def _checked(
         return Recipe.model_validate(data)
     except ValidationError as error:
         problems = [_explain(e, places, name) for e in error.errors(include_url=False)]
-        raise RecipeError("\n".join(problems)) from None
+        raise RecipeError("\n".join([*problems, *_explained_by(error, problems)])) from None
 
 
 def _shorten_warmup(
@@ -147,11 +147,14 @@ def _read(path: Path, given: str) -> str:
     except FileNotFoundError:
         shipped = shipped_recipes()
         hint = nearest(path.stem, shipped, end=": no such file.")
-        problem = f"no recipe '{given}'{hint} Shipped recipes: {', '.join(shipped)}."
+        problem = f"no recipe '{given}'{hint} Shipped recipes: {', '.join(shipped)}. "
+        problem += "Fix: give one of these, or a file."
     except UnicodeDecodeError as error:
         problem = f"{given} is not UTF-8 text (byte {error.start}). Fix: save it as UTF-8."
     except OSError as error:
-        problem = f"cannot read the recipe {given}: {error.strerror}."
+        problem = (
+            f"cannot read the recipe {given}: {error.strerror}. Fix: give a file that you may read."
+        )
     raise RecipeError(problem)
 
 
@@ -164,16 +167,22 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
         mark = getattr(error, "problem_mark", None)
         at = f" line {mark.line + 1}" if mark else ""
         raise RecipeError(
-            f"{name}{at} is not YAML: {getattr(error, 'problem', None) or error}."
+            f"{name}{at} is not YAML: {getattr(error, 'problem', None) or error}. "
+            "Fix: mend that line; unmasked recipes show nano prints a recipe."
         ) from None
     if not isinstance(data, dict) or not isinstance(node, yaml.MappingNode):
         found = "is empty" if data is None else f"holds a {type(data).__name__}, not keys"
-        raise RecipeError(f"{name} {found}. A recipe needs at least its name and model.base.")
+        raise RecipeError(
+            f"{name} {found}. A recipe needs at least its name and model.base. "
+            "Fix: begin with one that unmasked recipes copy nano writes."
+        )
     lines: dict[Place, int] = {}
     for place, line in _key_lines(node, ()):
         if place in lines:
             key = ".".join(map(str, place))
-            raise RecipeError(f"{key}: given twice ({name} lines {lines[place]} and {line})")
+            raise RecipeError(
+                f"{key}: given twice ({name} lines {lines[place]} and {line}). Fix: leave one."
+            )
         lines[place] = line
     return data, lines
 
@@ -196,14 +205,17 @@ def _apply(override: str, data: dict[str, Any]) -> Place:
     dotted, equals, text = override.partition("=")
     *sections, last = place = tuple(dotted.strip().split("."))
     if not equals or not all(place):
-        raise RecipeError(f"override '{override}' should look like mntp.steps=500.")
+        raise RecipeError(f"override '{override}' should look like mntp.steps=500. Fix: KEY=VALUE.")
     section = data
     for depth, key in enumerate(sections, start=1):
         inner = section.get(key) or {}
         if isinstance(inner, str) and place[:depth] == ("supervised", "teacher"):
             inner = named_teacher(inner)  # the one section that a name may stand for
         if not isinstance(inner, dict):
-            raise RecipeError(f"{'.'.join(place[:depth])} has no keys (override '{override}')")
+            raise RecipeError(
+                f"{'.'.join(place[:depth])} has no keys (override '{override}'). "
+                f"Fix: {'.'.join(place[:depth])}={text}."
+            )
         section[key] = section = dict(inner)  # a copy: an alias may stand in several places
     try:
         value = yaml.safe_load(text)
@@ -240,6 +252,19 @@ def _explain(error: Any, places: dict[Place, str], name: str) -> str:
         message += ": put it in quotes"
     shown = "" if isinstance(given, dict) else f"{given!r} "
     return f"{key}: {shown}{message} ({where})"
+
+
+def _explained_by(error: ValidationError, problems: Sequence[str]) -> list[str]:
+    """A line with the commands that say what is allowed, where the findings name no fix."""
+    known, commands = {one.name for one in settings()}, []
+    for found, problem in zip(error.errors(include_url=False), problems, strict=True):
+        keys = [str(key) for key in found["loc"] if isinstance(key, str)]
+        while keys and ".".join(keys) not in known:
+            keys.pop()
+        if "Fix: " not in problem:
+            commands.append(" ".join(["unmasked recipes explain", *[".".join(keys)][: len(keys)]]))
+    named = list(dict.fromkeys(commands))
+    return [f"Fix: see what is allowed: {'; '.join(named)}"] if named else []
 
 
 def _keys(place: Place) -> list[str]:

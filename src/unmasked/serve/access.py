@@ -124,7 +124,9 @@ async def read_body(request: Request, most: int) -> bytes:
         raise Refusal(415, said, "unsupported_media_type")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refusal(415, "the body is compressed. Fix: send it as it is.", "unsupported_encoding")
-    too_large = Refusal(413, f"the body has more than {most} bytes.", "body_too_large")
+    too_large = Refusal(
+        413, f"the body has more than {most} bytes. Fix: send fewer texts.", "body_too_large"
+    )
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:20]) > most:
         raise too_large

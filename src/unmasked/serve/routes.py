@@ -197,7 +197,12 @@ def _embed(ready: Prepared[EmbedBody], vectors: np.ndarray) -> bytes:
 
 def _compared(body: SimilarityBody) -> list[str]:
     if not body.inputs.sentences:
-        raise Refusal(400, "there is no sentence to compare.", "empty_input", "inputs.sentences")
+        raise Refusal(
+            400,
+            "no sentence to compare. Fix: give at least one.",
+            "empty_input",
+            "inputs.sentences",
+        )
     return [body.inputs.source_sentence, *body.inputs.sentences]
 
 

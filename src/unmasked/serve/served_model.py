@@ -164,7 +164,7 @@ class ServedModel:
         encoder = self.encoder
         found = running.encode_rows(encoder, encoder.backbone, rows, encoder.device)
         if not torch.isfinite(found).all():
-            raise ModelError("the model gave numbers that are not finite")
+            raise ModelError("the model gave numbers that are not finite. Fix: --dtype bfloat16.")
         return np.asarray(found.numpy())
 
     def finish(self, vectors: np.ndarray, dimensions: int | None, normalize: bool) -> np.ndarray:
@@ -175,5 +175,5 @@ class ServedModel:
     def check_dimensions(self, dimensions: int | None) -> None:
         """Refuse more numbers than a vector has."""
         if dimensions is not None and dimensions > self.width:
-            said = f"dimensions is {dimensions}; {self.name} has {self.width}."
+            said = f"dimensions is {dimensions}; {self.name} has {self.width}. Fix: give fewer."
             raise Refusal(400, said, "invalid_dimensions", "dimensions")

@@ -110,10 +110,12 @@ class Service:
         asked = parse(kind, body)
         model, given = self.find(asked.model), inputs(asked)
         if not given and not isinstance(given, str):
-            raise Refusal(400, "there is no input: the list is empty.", "empty_input", "input")
+            raise Refusal(400, "the list is empty. Fix: give a text.", "empty_input", "input")
         several = isinstance(given, list) and not isinstance(given[0], int)
         if several and len(given) > self.limits.inputs:
-            said = f"{len(given)} inputs; {self.limits.inputs} are allowed in a request."
+            said = (
+                f"{len(given)} inputs; {self.limits.inputs} are allowed. Fix: send them in parts."
+            )
             raise Refusal(400, said, "too_many_inputs", "input")
         model.check_dimensions(getattr(asked, "dimensions", None))
         return Prepared(asked, model, model.rows(given, asked, model.prompt(asked)))

@@ -103,7 +103,7 @@ class TextQueue:
         """
         if self.texts and self.texts + texts > self.most:
             seconds = min(60, max(1, round(self.tokens / self.speed)))
-            said = f"{self.texts} texts wait already, and {self.most} may. Try again later."
+            said = f"{self.texts} texts wait already, and {self.most} may. Fix: try again later."
             raise Refusal(429, said, "queue_full", retry_after=seconds)
 
     @contextmanager

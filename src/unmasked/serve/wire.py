@@ -215,7 +215,8 @@ def parse(kind: type[Asked], body: bytes) -> Asked:
         name for name in ("prompt", "prompt_name", "input_type") if getattr(asked, name) is not None
     ]
     if len(prompts) > 1:
-        raise Refusal(400, f"{' and '.join(prompts)} exclude each other.", "conflict", prompts[1])
+        said = f"{' and '.join(prompts)} exclude each other. Fix: give one of them."
+        raise Refusal(400, said, "conflict", prompts[1])
     return asked
 
 
@@ -224,10 +225,14 @@ def _misfit(kind: type[Body], error: ValidationError) -> Refusal:
     where = [str(part) for part in first["loc"]]
     field = where[0] if where else None
     if first["type"] == "json_invalid":
-        return Refusal(400, f"the body cannot be read as JSON. {first['msg']}.", "invalid_json")
+        said = f"the body cannot be read as JSON. {first['msg']}. Fix: send one JSON object."
+        return Refusal(400, said, "invalid_json")
     if first["type"] == "extra_forbidden":
         return Refusal(400, unknown("field", where[-1][:64], kind.model_fields), "unknown_field")
     if field in ("input", "inputs") and first["type"] != "missing" and kind is not SimilarityBody:
-        return Refusal(400, f"{field} is not {KINDS}.", "invalid_type", field)
+        return Refusal(
+            400, f"{field} is not {KINDS}. Fix: give one of them.", "invalid_type", field
+        )
     path = ".".join(part[:64] for part in where) or "the body"
-    return Refusal(400, f"{path}: {first['msg']}.", str(first["type"]), field)
+    said = f"{path}: {first['msg']}. Fix: give what /docs says of it."
+    return Refusal(400, said, str(first["type"]), field)

@@ -73,7 +73,9 @@ def check_settings(recipe: Recipe, path: Path) -> None:
         try:
             TrainingArguments(**arguments)
         except (ValueError, TypeError, ImportError) as error:
-            raise RecipeError(f"{name}.trainer cannot be used: {error}") from error
+            raise RecipeError(
+                f"{name}.trainer cannot be used: {error}. Fix: leave that out."
+            ) from error
 
 
 def check_inputs(

@@ -123,7 +123,7 @@ def stage_arguments(
         if name not in allowed:
             raise RecipeError(
                 f"{folder.name}.trainer: unknown argument of TrainingArguments '{name}'"
-                f"{nearest(name, allowed)}"
+                f"{nearest(name, allowed)} Fix: correct it, or leave it out."
             )
     schedules = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
     rows = devices.rows_per_device(settings.batch_size, f"{folder.name}.batch_size")

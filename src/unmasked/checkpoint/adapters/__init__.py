@@ -24,7 +24,6 @@ from unmasked.checkpoint.adapters.merging import (
     merge,
     merge_attached,
     read_adapter_config,
-    require_finite,
 )
 
 __all__ = [
@@ -45,7 +44,6 @@ __all__ = [
     "quantize_4bit",
     "read_adapter_config",
     "remember",
-    "require_finite",
     "save_adapter",
     "write_attached",
 ]

@@ -78,7 +78,8 @@ def attach(
             {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         )
         raise ModelError(
-            f"LoRA targets {targets} fit no layer. Allowed: {', '.join(linear)}."
+            f"LoRA targets {targets} fit no layer. Allowed: {', '.join(linear)}. "
+            "Fix: name some of these in lora.targets, or leave it out for all of them."
         ) from error
     _check_unshared(peft_model)
     return peft_model

@@ -10,20 +10,21 @@ for. Cost of merging: one float32 copy of each adapted layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from unmasked.checkpoint.adapters.attaching import CONFIG_NAME, WEIGHTS_NAME, adapter_state
 from unmasked.checkpoint.location import Location
+from unmasked.checkpoint.weights import require_finite
 from unmasked.errors import ModelError, first_line
 from unmasked.mask.opening import layers_of
 
@@ -54,7 +55,10 @@ def merge(
         for adapter in adapters:
             config = read_adapter_config(adapter)
             config.inference_mode = True
-            state = _of_trunk(_read_weights(adapter, allow_pickle), model, adapter.name)
+            saved = _read_weights(adapter, allow_pickle)
+            state = _of_trunk(saved, model, adapter.name)
+            if state.keys() != saved.keys():
+                _aim_at_trunk(config, model)
             if layers is not None:
                 state = _of_layers(state, model, layers)
             peft_model = _wrapped(model, config, adapter.name)
@@ -119,24 +123,6 @@ def _take_off(trunk: nn.Module) -> None:
             del trunk.peft_config
 
 
-def require_finite(state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Refuse weights with a NaN or an infinity: every vector would be NaN.
-
-    Raises:
-        ModelError: there are such; names the first ones.
-    """
-    broken = [
-        name
-        for name, value in state.items()
-        if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
-    if broken:
-        raise ModelError(
-            f"{source}: {len(broken)} weights hold NaN or infinity ({', '.join(broken[:3])}), as "
-            "those of a training that diverged. Fix: an earlier checkpoint."
-        )
-
-
 def _wrapped(model: nn.Module, config: PeftConfig, source: str) -> PeftModel:
     """A trunk with an empty adapter of a config.
 
@@ -185,6 +171,25 @@ def _of_trunk(
             "language model (merge_and_unload), save that, and give its folder."
         )
     return {own + key.removeprefix(longer): value for key, value in state.items()}
+
+
+def _aim_at_trunk(config: PeftConfig, model: nn.Module) -> None:
+    """Name the layers of an adapter of the causal language model as the bare transformer has them.
+
+    ``all-linear`` on a small model, and patterns, are saved with the trunk's name in them.
+    """
+    settings, trunk = vars(config), f"{model.base_model_prefix}."
+    if settings.get("target_modules"):
+        every = [name for name, _ in model.named_modules() if name]
+        aimed = {name for name in every if check_target_module_exists(config, trunk + name)}
+        left = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        settings |= {"target_modules": aimed} | {k: v for k, v in left.items() if k in settings}
+    for option in ("modules_to_save", "feedforward_modules"):
+        if isinstance(names := settings.get(option), list | set):
+            settings[option] = [name.removeprefix(trunk) for name in names]
+    for option in ("rank_pattern", "alpha_pattern"):
+        if found := settings.get(option):
+            settings[option] = {name.removeprefix(trunk): v for name, v in found.items()}
 
 
 def _of_layers(
@@ -266,6 +271,8 @@ def read_adapter_config(location: Location) -> PeftConfig:
             f"{location.name}/{CONFIG_NAME} is not one that this version of PEFT reads: "
             f"{first_line(error)} Fix: download or save it again, or update peft."
         ) from error
+    if config.peft_type is None:
+        raise ModelError(f"{location.name}/{CONFIG_NAME} names no peft_type. Fix: save it again.")
     if not config.base_model_name_or_path:
         config.base_model_name_or_path = stated.get("base_model_name_or_path")
     return config

@@ -171,7 +171,7 @@ def search_texts(
         done += len(window)
         progress(done)
     if not done:
-        raise DataError(f"{source.name}: there is no text in it.")
+        raise source.empty()
     columns = pa.Table.from_pylist(cells)
     stored = StoredVectors(source.name, parts, "float32", encoding.width(model), columns)
     return VectorSearch(model, stored, **options)

@@ -143,7 +143,7 @@ def _opened(
         try:
             blocks = [_npy(f) if f.suffix == ".npy" else _safetensors(f) for f in files]
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{name} cannot be opened as vectors: {first_line(error)}.") from error
+            raise _not_stored(f"{name} cannot be opened as vectors: {first_line(error)}") from error
         columns = np.concatenate(
             [
                 _numbers(first, skipped, len(b))
@@ -152,13 +152,17 @@ def _opened(
         )
     kind, shape = blocks[0].dtype.str, blocks[0].shape
     if kind not in _PRECISIONS or len(shape) != 2:
-        allowed = "(N, D) float32, float16, int8 or bits, as unmasked encode writes them"
-        raise DataError(f"{name} holds {kind} of shape {shape}. Allowed: {allowed}.")
+        allowed = "(N, D) float32, float16, int8 or bits"
+        raise _not_stored(f"{name} holds {kind} of shape {shape}. Allowed: {allowed}")
     precision = _PRECISIONS[kind]
     packed = shape[1] * (8 if precision == "binary" else 1)
     width = int(settings.get("dimensions", packed))
     known = read_ranges(ranges, width) if precision == "int8" else None
     return StoredVectors(name, blocks, precision, width, columns, known, settings, inputs)
+
+
+def _not_stored(found: str) -> DataError:
+    return DataError(f"{found.rstrip('.')}. Fix: give what unmasked encode wrote, whole.")
 
 
 def _numbers(first: int, skipped: Sequence[int], count: int) -> np.ndarray:
@@ -203,7 +207,7 @@ def _parquet(files: Sequence[Path]) -> tuple[list[np.ndarray], Any]:
     except OSError as error:
         raise not_written(Path(tempfile.gettempdir()), error) from error
     except (pa.ArrowException, KeyError, AttributeError) as error:
-        raise DataError(f"{path} holds no vectors of one width ({first_line(error)}).") from error
+        raise _not_stored(f"{path} holds no vectors of one width: {first_line(error)}") from error
     rows = sum(count for count, _ in shapes)
     return [_mapped(copy, dtype, (rows, shapes[0][1]), 0)], pa.concat_tables(tables)
 

@@ -159,7 +159,8 @@ def prepare_batches(
 ) -> Iterator[PreparedBatch]:
     """Plan and collate tokenised pieces; meant to run in a thread."""
     padded = backbone.unpackable is not None
-    collate = backbone.features_of if request.stock_features else backbone.collate
+    stock = request.stock_features or request.output_value is None
+    collate = backbone.features_of if stock else backbone.collate
     filled = request.on_gpu and request.output_value == SENTENCE and not padded
     filled &= not request.stock_features
     for piece in pieces:

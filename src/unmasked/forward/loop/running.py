@@ -165,9 +165,10 @@ def row_outputs(
         if request.truncate_dim is not None:
             cut = truncate_embeddings(outputs[SENTENCE], request.truncate_dim)
             outputs = {**outputs, SENTENCE: cut}
-        own = {k: v for k, v in outputs.items() if not k.startswith("packed")}
-        tensors = {k: v for k, v in own.items() if isinstance(v, Tensor)}
-        return [{k: v[i] for k, v in tensors.items()} for i in range(len(batch.lengths))]
+        own = {k: v for k, v in outputs.items() if not k.startswith(("packed", "repad"))}
+        rows = len(batch.lengths)
+        by_row = {k for k, v in own.items() if isinstance(v, Tensor) and v.ndim and len(v) == rows}
+        return [{k: v[i] if k in by_row else v for k, v in own.items()} for i in range(rows)]
 
     with _bar(len(inputs), request.show_progress_bar) as bar:
         for batch, rows, done in _forwards(model, backbone, [TextWindow(inputs)], request, result):

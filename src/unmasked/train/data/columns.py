@@ -104,7 +104,7 @@ def find_columns(
         if given is not None:
             if given not in there:
                 near = _near(given, there)
-                raise _error(where, _missing(role, given, there), _command(pairs, role, near))
+                raise _error(where, _missing(given, there), _command(pairs, role, near))
             roles[role] = given
             continue
         found = [name for name in with_name(NAMES[role], there) if name not in taken]
@@ -112,8 +112,11 @@ def find_columns(
             said = f"'{found[0]}' and '{found[1]}' could both be the {role}"
             raise _error(where, said, _command(pairs, role, found[0]))
         if not found and role != "instruction":
-            near = next(filter(None, (_near(name, there, "") for name in NAMES[role])), "NAME")
-            raise _error(where, _missing(role, role, there), _command(pairs, role, near))
+            free = [name for name in there if name not in {*taken, *roles.values()}]
+            near = _near(NAMES[role], free)
+            hint = "" if near == "NAME" else f", did you mean '{near}'"
+            said = f"no column '{role}' among {', '.join(there) or 'none'}{hint}"
+            raise _error(where, said, _command(pairs, role, near))
         roles[role] = found[0] if found else None
     query, positive = str(roles["query"]), str(roles["positive"])
     if query == positive:
@@ -132,7 +135,7 @@ def _taught(pairs: Pairs, wants: str, there: Sequence[str], where: str) -> tuple
     if pairs.teacher is not None:
         if pairs.teacher not in there:
             near = _near(pairs.teacher, there)
-            said = _missing("teacher", pairs.teacher, there)
+            said = _missing(pairs.teacher, there)
             raise _error(where, said, _command(pairs, "teacher", near))
         return (pairs.teacher,)
     found = [names for names in TAUGHT[wants] if all(name in there for name in names)]
@@ -172,12 +175,12 @@ def _label(
         return None
     if taught:
         if label := next((name for name in with_name(_LABELS, there) if name not in taught), None):
-            word = shlex.quote(f"{pairs.path}:query={query},positive={positive}")
+            word = _word(pairs, query=query, positive=positive)
             said = f"'{label}' says which pairs match, and '{taught[0]}' how much"
             raise _error(where, said, f"give {word}, which takes no notice of '{label}'")
         return None
     if score := next(iter(with_name(_SCORES, there)), None):
-        word = shlex.quote(f"{pairs.path}:query={query},positive={positive}")
+        word = _word(pairs, query=query, positive=positive)
         given = f"'{score}' says how much '{query}' and '{positive}' match, and this stage takes "
         fix = "learn the scores (supervised.teacher.loss=cosent supervised.teacher.contrastive=0), "
         fix += f"or keep the rows that match, and name their columns: {word}"
@@ -192,7 +195,8 @@ def check_found(pairs: Pairs, seen: Iterable[str]) -> None:
         if name not in seen:
             said = f"no row has a column '{name}', among {', '.join(seen)}"
             near = _near(name, seen, next(iter(_negatives(seen)), "NAME"))
-            fix = _command(pairs, "negative", near)
+            others = [near if given == name else given for given in pairs.negative]
+            fix = _command(pairs, "negative", others)
             raise _error(pairs.path, said + nearest(name, seen, end=""), fix)
 
 
@@ -228,24 +232,29 @@ def with_name(names: Iterable[str], there: Sequence[str]) -> list[str]:
     return [column for name in names for column in there if _folded(column) == _folded(name)]
 
 
-def _missing(role: str, name: str, there: Sequence[str]) -> str:
+def _missing(name: str, there: Sequence[str]) -> str:
     texts = [column for column in there if not _IDS.fullmatch(column)]
     hint = nearest(name, texts, end="").rstrip("?")
-    if name == role and not hint:
-        near = (nearest(n, texts, end="").rstrip("?") for n in NAMES[role])
-        hint = next(filter(None, near), "")
     return f"no column '{name}' among {', '.join(there) or 'none'}{hint}"
 
 
-def _near(name: str, there: Iterable[str], otherwise: str = "NAME") -> str:
+def _near(name: str | Sequence[str], there: Iterable[str], otherwise: str = "NAME") -> str:
     """The most similar column that may hold texts."""
     hint = nearest(name, [column for column in there if not _IDS.fullmatch(column)], end="")
     return hint.split("'")[1] if hint else otherwise
 
 
-def _command(pairs: Pairs, role: str, name: str = "NAME") -> str:
-    data = pairs.path
-    return f"give {shlex.quote(f'{data}:{role}={name}')} in place of {shlex.quote(data)}"
+def _command(pairs: Pairs, role: str, name: str | list[str] = "NAME") -> str:
+    return f"give {_word(pairs, **{role: name})} in place of {_word(pairs)}"
+
+
+def _word(pairs: Pairs, **columns: str | list[str]) -> str:
+    """The data set as it is given to a command, with other columns than it has."""
+    roles = {"query", "positive", "negative", "teacher"}
+    given = pairs.model_dump(include=roles, exclude_defaults=True) | columns
+    several = {role: [n] if isinstance(n, str) else n for role, n in given.items()}
+    parts = [f"{role}={name}" for role, names in several.items() for name in names]
+    return shlex.quote(":".join(filter(None, (pairs.path, ",".join(parts)))))
 
 
 def _error(where: str, given: str, fix: str) -> DataError:
