@@ -208,6 +208,18 @@ def test_the_mask_can_be_left_closed(tiny_decoder, model):
     assert (opened[0][:2] - opened[1][:2]).abs().max() > 1e-3
 
 
+def test_what_was_saved_with_its_mask_closed_stays_closed(tiny_decoder, model, tmp_path):
+    causal = LLM2Vec.from_pretrained(tiny_decoder, device="cpu", enable_bidirectional=False)
+    causal.save(tmp_path)
+    vectors = causal.encode(TEXTS[:3])
+    again = LLM2Vec.from_pretrained(tmp_path, device="cpu")
+    close(again.encode(TEXTS[:3]), vectors)
+    assert again.report.verdict == "impossible"
+    close(SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS[:3]), vectors)
+    opened = LLM2Vec.from_pretrained(tmp_path, device="cpu", enable_bidirectional=True)
+    assert opened.report.verdict == "full" and opened.fingerprint() == model.fingerprint()
+
+
 def test_mamba_is_refused(tiny_mamba):
     with pytest.raises(NotBidirectionalError, match="mamba"):
         LLM2Vec.from_pretrained(tiny_mamba, device="cpu")

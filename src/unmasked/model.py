@@ -114,7 +114,7 @@ class TextEncoder(SentenceTransformer):
         peft: str | Path | list[str | Path] | None = None,
         given: Mapping[str, Any] = MappingProxyType({}),
         *,
-        enable_bidirectional: bool = True,
+        enable_bidirectional: bool | None = None,
         dtype: str = "auto",
         quantize: str | None = None,
         compile: str = "auto",

@@ -74,6 +74,11 @@ class Found:
         query, document = (said.get(name) for name in LENGTHS)
         return query, document
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is an encoder that was saved with its mask closed."""
+        return bool(self.settings) and getattr(self.config, "is_causal", None) is True
+
 
 def find(
     name: str | Path,
@@ -115,7 +120,7 @@ def load_transformer(
     found: Found,
     dtype: torch.dtype,
     attention: str | None = None,
-    enable_bidirectional: bool = True,
+    enable_bidirectional: bool | None = None,
     allow_partial: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, Proof | None]:
@@ -126,7 +131,8 @@ def load_transformer(
         dtype: of the weights.
         attention: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None lets transformers choose,
             and eager is tried where that choice stays causal.
-        enable_bidirectional: False leaves the model as it was trained.
+        enable_bidirectional: False leaves the model as it was trained; None opens it unless it is
+            an encoder that was saved with its mask closed.
         allow_partial: accept a model with causal mixing layers beside attention.
         allow_pickle: read weights that exist only as pickles (tensors only, no code).
 
@@ -139,8 +145,9 @@ def load_transformer(
     """
     weights = {"use_safetensors": None if allow_pickle else True}
     attempts = [attention] if attention else [None, "eager"]
+    opens = not found.closed if enable_bidirectional is None else enable_bidirectional
     for number, implementation in enumerate(attempts, start=1):
-        config = open_config(found.config) if enable_bidirectional else found.config
+        config = open_config(found.config) if opens else found.config
         try:
             model, missing = load_model(found.trunk, config, dtype, implementation, **weights)
         except ModelError as error:
@@ -151,7 +158,7 @@ def load_transformer(
                 f"first layers alone ({first_line(error)}) Fix: keep all of them."
             ) from error
         require_whole(found.trunk.name, missing)
-        report = open_mask(model) if enable_bidirectional else None
+        report = open_mask(model) if opens else None
         try:
             if report is not None:
                 require(report, allow_partial=allow_partial)

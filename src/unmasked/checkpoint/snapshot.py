@@ -80,6 +80,7 @@ def save_encoder(
         lengths={name: getattr(encoder.backbone, name) for name in folder.LENGTHS},
         behind=list(encoder)[2:],
         needs_eager=stock == "eager",
+        closed=encoder.report.verdict == "impossible",
         attached=adapters.attached_weights(encoder.backbone.auto_model, model),
         card=card if with_card else None,
         with_settings=with_settings,
