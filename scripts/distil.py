@@ -5,10 +5,11 @@
     python scripts/distil.py --tasks DATA/sts/stsb_en_dev.tsv --output docs/results.md
 
 The teacher is the encoder that `unmasked demo` makes. The student is its first three of six layers:
-as they are, trained on the demo's pairs alone, on the teacher alone (the recipe as it is shipped),
-and on both. All train for the same number of steps on the same rows. Everything is kept in
-``--work``, trained and scored, and the same command continues; more seeds or tasks add to it. Cost:
-the demo, and some nine minutes of processor time for each student.
+as they are, trained on the demo's pairs alone, on the teacher's vectors alone, on both, and on the
+pairs and how the teacher shares out a query among a batch (the recipe as it is shipped). All train
+for the same number of steps on the same rows. Everything is kept in ``--work``, trained and scored,
+and the same command continues; more seeds or tasks add to it. Cost: the demo, and 9 to 14 minutes
+of processor time for each student.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from unmasked.train.run import Run
 
 STUDENTS = {
     "pairs alone": ("teacher=null",),
-    "teacher alone": (),
-    "teacher and pairs": ("teacher.contrastive=1.0", "teacher.weight=4.0"),
+    "vectors alone": ("teacher.loss=cosine", "teacher.contrastive=0.0"),
+    "vectors and pairs": ("teacher.loss=cosine", "teacher.weight=4.0"),
+    "scores and pairs": (),
 }
 """Settings of the supervised stage that differ from the recipe's."""
 

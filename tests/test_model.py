@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from support.vectors import close
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from unmasked import LLM2Vec
+from unmasked.checkpoint import loading
 from unmasked.errors import DataError, ModelError, NotBidirectionalError
 from unmasked.forward.pooling import STOCK_MODES, pool
 from unmasked.mask.opening import open_config
@@ -208,6 +210,21 @@ def test_the_mask_can_be_left_closed(tiny_decoder, model):
     assert (opened[0][:2] - opened[1][:2]).abs().max() > 1e-3
 
 
+def test_what_was_saved_with_its_mask_closed_stays_closed(tiny_decoder, model, tmp_path):
+    causal = LLM2Vec.from_pretrained(tiny_decoder, device="cpu", enable_bidirectional=False)
+    causal.save(tmp_path)
+    vectors = causal.encode(TEXTS[:3])
+    again = LLM2Vec.from_pretrained(tmp_path, device="cpu")
+    close(again.encode(TEXTS[:3]), vectors)
+    assert again.report.verdict == "impossible"
+    close(SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS[:3]), vectors)
+    opened = LLM2Vec.from_pretrained(tmp_path, device="cpu", enable_bidirectional=True)
+    assert opened.report.verdict == "full" and opened.fingerprint() == model.fingerprint()
+    found = loading.find(tmp_path)
+    below_an_adapter = replace(found, added=[found.given])  # which was trained with an open mask
+    assert found.closed and not below_an_adapter.closed
+
+
 def test_mamba_is_refused(tiny_mamba):
     with pytest.raises(NotBidirectionalError, match="mamba"):
         LLM2Vec.from_pretrained(tiny_mamba, device="cpu")
@@ -312,6 +329,7 @@ def test_the_folder_loads_without_this_package(model, tmp_path):
     np.save(tmp_path / "ours.npy", model.encode(TEXTS))
     code = f"""
 import sys
+from dataclasses import replace
 sys.modules["unmasked"] = None
 import numpy as np
 from sentence_transformers import SentenceTransformer

@@ -12,7 +12,6 @@ Cost of loading: reading the weights, and some thirty forwards of a few tokens (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -115,7 +114,7 @@ class TextEncoder(SentenceTransformer):
         peft: str | Path | list[str | Path] | None = None,
         given: Mapping[str, Any] = MappingProxyType({}),
         *,
-        enable_bidirectional: bool = True,
+        enable_bidirectional: bool | None = None,
         dtype: str = "auto",
         quantize: str | None = None,
         compile: str = "auto",
@@ -211,9 +210,8 @@ class TextEncoder(SentenceTransformer):
         return self.backbone.tokens_encoded
 
     def fingerprint(self) -> str:
-        """A digest of weights, tokenizer and settings; equal for models that encode alike."""
-        own = [asdict(s := self.settings), s.compat is not None, *filter(None, [self.truncate_dim])]
-        return fingerprint(self.state_dict(), self.tokenizer, own)
+        """A digest of weights, tokenizer, mask and settings; equal for models that encode alike."""
+        return fingerprint(self.state_dict(), self.tokenizer, snapshot.deciding(self))
 
     def train(self, mode: bool = True) -> Self:
         """As in torch.

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from sentence_transformers.base.modules import Normalize
 from torch import nn
 
 from unmasked import LLM2Vec
@@ -27,6 +28,23 @@ def test_another_model_is_told_apart(model, tiny_decoder):
     changed = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
     changed.backbone.auto_model.norm.weight.data += 0.1
     assert changed.fingerprint() != model.fingerprint()
+
+
+def test_what_decides_vectors_without_a_weight_of_its_own_counts(tiny_decoder, tmp_path):
+    """The mask, the modules behind the pooling, the limits of queries and documents."""
+    encoder = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    causal = LLM2Vec.from_pretrained(tiny_decoder, device="cpu", enable_bidirectional=False)
+    found = [encoder.fingerprint(), causal.fingerprint()]
+    encoder.backbone.document_length = 7
+    found.append(encoder.fingerprint())
+    encoder.append(Normalize())
+    found.append(encoder.fingerprint())
+    encoder.truncate_dim = 8
+    found.append(encoder.fingerprint())
+    assert len(set(found)) == 5
+    encoder.save(tmp_path / "saved")
+    again = LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.fingerprint() == encoder.fingerprint()
 
 
 def test_encoding_leaves_it_as_it_is(model):

@@ -320,6 +320,10 @@ def test_other_settings_are_named(model, corpus, tmp_path, tiny_decoder):
 
     longer = LLM2Vec.from_pretrained(tiny_decoder, max_length=33, device="cpu")
     refused("model: ", longer, source, folder, shards)
+    causal = LLM2Vec.from_pretrained(
+        tiny_decoder, max_length=32, device="cpu", enable_bidirectional=False
+    )
+    refused("model: ", causal, source, folder, shards)
     with (corpus / "a.jsonl").open("a") as file:
         file.write('{"id": 8, "text": "more"}\n')
     refused("inputs changed: a.jsonl", model, source, folder, shards)

@@ -351,23 +351,33 @@ def test_vectors_are_computed_once_and_continue_behind_the_last_whole_part(
     np.testing.assert_allclose(found.numpy(), alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stock", [False, True], ids=["own", "stock"])
+@pytest.mark.parametrize("pooling", [False, True], ids=["weights", "pooling"])
 def test_vectors_of_a_teacher_that_changed_are_all_computed_anew(
-    tiny_decoder, tmp_path, monkeypatch
+    tiny_decoder, tmp_path, monkeypatch, stock, pooling
 ):
     monkeypatch.setattr(taught_vectors, "_CHUNK", 20)
     encoder = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
     teacher = Teacher(model=str(tmp_path / "better"))
     stage, folder = stage_of(tmp_path, teacher), tmp_path / "teacher"
-    encoder.save(tmp_path / "better")
-    compute_vectors(stage, folder, WIDTH, lambda said: None)
-    before = np.load(folder / "vectors-000000.npy")
+
+    def computed(model):
+        model.save(tmp_path / "better")
+        if stock:
+            (tmp_path / "better" / "llm2vec_config.json").unlink()
+        compute_vectors(stage, folder, WIDTH, lambda said: None)
+        assert len(list(folder.glob("vectors-*.npy"))) == 4
+        return np.load(folder / "vectors-000000.npy")
+
+    before = computed(encoder)
     (folder / "vectors-000002.npy").unlink()
+    if pooling:
+        other = LLM2Vec.from_pretrained(tiny_decoder, pooling_mode="last_token", device="cpu")
+        assert np.abs(computed(other) - before).mean() > 0.1
+        return
     with torch.no_grad():
         encoder.backbone.auto_model.norm.weight.mul_(2)
-    encoder.save(tmp_path / "better")
-    compute_vectors(stage, folder, WIDTH, lambda said: None)
-    assert len(list(folder.glob("vectors-*.npy"))) == 4
-    np.testing.assert_allclose(np.load(folder / "vectors-000000.npy"), 2 * before, rtol=1e-4)
+    np.testing.assert_allclose(computed(encoder), 2 * before, rtol=1e-4)
 
 
 def test_a_column_that_nothing_reads_is_refused(tiny_decoder, tmp_path):

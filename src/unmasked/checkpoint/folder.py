@@ -99,6 +99,7 @@ def write_folder(
     lengths: Mapping[str, int | None],
     behind: Sequence[nn.Module] = (),
     needs_eager: bool = False,
+    closed: bool = False,
     attached: Mapping[str, torch.Tensor] = MappingProxyType({}),
     card: Card | None = None,
     with_settings: bool = True,
@@ -117,6 +118,7 @@ def write_folder(
         lengths: by name of `LENGTHS`: tokens of an input of `encode_query`, `encode_document`.
         behind: the modules behind the pooling.
         needs_eager: stock loaders must use eager attention for this family.
+        closed: the mask is closed, and is to stay so.
         attached: the weights of adapters that were merged, to train on with them (`attached`).
         card: what the README says; None leaves the README that is there.
         with_settings: write `llm2vec_config.json`.
@@ -131,7 +133,7 @@ def write_folder(
         write_attached(folder, attached)
         _share(folder)
         native = hasattr(model.config, NATIVE_KEY)
-        _complete_config(folder / "config.json", native, needs_eager)
+        _complete_config(folder / "config.json", native, needs_eager, closed)
         limit, text_limit = settings.max_length, settings.doc_max_length
         if text_limit is not None and text_limit + fixed_tokens < limit:
             limit = text_limit + fixed_tokens
@@ -220,9 +222,12 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _complete_config(path: Path, has_native_key: bool, needs_eager: bool) -> None:
+def _complete_config(path: Path, has_native_key: bool, needs_eager: bool, closed: bool) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["use_cache"] = False
+    if closed:
+        config["is_causal"] = True  # it stays closed where it is loaded here
+        return _write_json(path, config)
     if config.get("is_causal") is False and not has_native_key:
         config[NATIVE_KEY] = True  # what text-embeddings-inference reads; others ignore it
     if needs_eager:

@@ -79,6 +79,12 @@ class Found:
         query, document = (said.get(name) for name in LENGTHS)
         return query, document
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is an encoder, and no adapter on one, that was saved with its mask closed."""
+        encoder = self.settings and not [*self.chain, *self.added]
+        return bool(encoder) and getattr(self.config, "is_causal", None) is True
+
 
 def find(
     name: str | Path,
@@ -120,7 +126,7 @@ def load_transformer(
     found: Found,
     dtype: torch.dtype,
     attention: str | None = None,
-    enable_bidirectional: bool = True,
+    enable_bidirectional: bool | None = None,
     allow_partial: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, Proof | None]:
@@ -131,7 +137,8 @@ def load_transformer(
         dtype: of the weights.
         attention: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None lets transformers choose,
             and eager is tried where that choice stays causal.
-        enable_bidirectional: False leaves the model as it was trained.
+        enable_bidirectional: False leaves the model as it was trained; None opens it unless it is
+            an encoder that was saved with its mask closed.
         allow_partial: accept a model with causal mixing layers beside attention.
         allow_pickle: read weights that exist only as pickles (tensors only, no code).
 
@@ -144,8 +151,9 @@ def load_transformer(
     """
     weights = {"use_safetensors": None if allow_pickle else True}
     attempts = [attention] if attention else [None, "eager"]
+    opens = not found.closed if enable_bidirectional is None else enable_bidirectional
     for number, implementation in enumerate(attempts, start=1):
-        config = open_config(found.config) if enable_bidirectional else found.config
+        config = open_config(found.config) if opens else found.config
         try:
             model, missing = load_model(found.trunk, config, dtype, implementation, **weights)
         except ModelError as error:
@@ -157,7 +165,7 @@ def load_transformer(
             ) from error
         require_whole(found.trunk.name, missing)
         require_finite(dict(model.named_parameters()), found.trunk.name)
-        report = open_mask(model) if enable_bidirectional else None
+        report = open_mask(model) if opens else None
         try:
             if report is not None:
                 require(report, allow_partial=allow_partial)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def save_encoder(
         lengths={name: getattr(encoder.backbone, name) for name in folder.LENGTHS},
         behind=list(encoder)[2:],
         needs_eager=stock == "eager",
+        closed=encoder.report.verdict == "impossible",
         attached=adapters.attached_weights(encoder.backbone.auto_model, model),
         card=card if with_card else None,
         with_settings=with_settings,
@@ -101,6 +102,24 @@ def settings_now(tokens: Any, pooling: Any, rules: str | None) -> folder.Setting
         tokens.template,
         rules,
     )
+
+
+def deciding(encoder: Any) -> list[Any]:
+    """What decides an encoder's vectors beside weights and tokenizer, as JSON can hold it.
+
+    A decoder has the same weights with its mask closed as with it open, and a `Normalize` has none.
+    What is as it mostly is stays out, so that folders of earlier versions can be continued.
+    """
+    settings, proof, backbone = encoder.settings, encoder.report, encoder.backbone
+    seen = (proof.verdict, proof.causal_layers, proof.window)
+    rare = {
+        "truncate_dim": encoder.truncate_dim,
+        "lengths": [getattr(backbone, name) for name in folder.LENGTHS],
+        "behind": [str(module) for module in list(encoder)[2:]],
+        "mask": [] if seen == ("full", (), None) else seen,
+    }
+    there = {name: value for name, value in rare.items() if value not in (None, [], [None, None])}
+    return [asdict(settings), settings.compat is not None, *filter(None, [there])]
 
 
 def named_card(card: Card, encoder: Any, name: str | None) -> Card:

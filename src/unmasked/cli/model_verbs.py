@@ -74,6 +74,7 @@ def convert(
         encoder = LLM2Vec.from_pretrained(
             model,
             list(peft or []),
+            enable_bidirectional=True,  # also of an encoder that was saved with its mask closed
             pooling_mode=pooling,
             max_length=max_length,
             skip_instruction=False if include_instruction else None,

@@ -123,7 +123,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         base_model_name_or_path: str | Path,
         peft_model_name_or_path: str | Path | list[str | Path] | None = None,
         merge_peft: bool = True,
-        enable_bidirectional: bool = True,
+        enable_bidirectional: bool | None = None,
         *,
         pooling_mode: str | None = None,
         max_length: int | None = None,
@@ -149,7 +149,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
             peft_model_name_or_path: adapter or adapters to merge into it, in this order; hub names
                 may end in ``@REVISION``.
             merge_peft: accepted for the original's sake; adapters are always merged.
-            enable_bidirectional: False keeps the causal mask (a baseline).
+            enable_bidirectional: False keeps the causal mask; None that of an encoder saved so.
             pooling_mode: and the five after it are as in the constructor. What is not given is as
                 the folder says, or else ``mean``, 512, no limit, True; the template of a checkpoint
                 of the original package is what its tokenizer says.

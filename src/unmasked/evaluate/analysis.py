@@ -76,7 +76,7 @@ def analyse(model: str, task: str | Path | None = None) -> Analysis:
     """
     pairs = _pairs(task)
     pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:TEXTS]]
-    opened = LLM2Vec.from_pretrained(model, allow_partial=True)
+    opened = LLM2Vec.from_pretrained(model, enable_bidirectional=True, allow_partial=True)
     try:
         closed = LLM2Vec.from_pretrained(model, enable_bidirectional=False)
     except ModelError:

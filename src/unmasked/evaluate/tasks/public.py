@@ -156,9 +156,7 @@ class Instructed(AbsEncoder):  # type: ignore[misc]
     def __init__(self, model: Any) -> None:
         self.model = model
         name = public_name(str(model.base_name))
-        # A decoder has the same weights with its mask closed as with it open.
-        closed = "-causal" if model.report.verdict == "impossible" else ""
-        facts: dict[str, Any] = {"name": name, "revision": model.fingerprint()[:12] + closed}
+        facts: dict[str, Any] = {"name": name, "revision": model.fingerprint()[:12]}
         if data := training_data(str(getattr(model, "base_name", "") or "nano")):
             facts["training_datasets"] = set(data)
         self.mteb_model_meta = ModelMeta.create_empty(overwrites=facts)

@@ -239,7 +239,13 @@ def _is_there(files: Sequence[Path], keys: np.ndarray, folder: Path, name: str) 
 
 def _begins_anew(folder: Path, name: str, model: Any) -> bool:
     """Note whose vectors these are; tells whether those of another teacher were removed for it."""
-    own = {"name": name, "model": fingerprint(model.state_dict(), model.tokenizer, [])}
+    if isinstance(model, LLM2Vec):
+        digest = model.fingerprint()
+    else:
+        digest = fingerprint(
+            model.state_dict(), model.tokenizer, [str(model), model.max_seq_length]
+        )
+    own = {"name": name, "model": digest, "prompts": model.prompts}
     if _facts(folder) == own:
         return False
     shutil.rmtree(folder, ignore_errors=True)
