@@ -53,7 +53,8 @@ def explain(error: BaseException, verb: str) -> tuple[int, str]:
         place = f"{where}: " if (where := getattr(error, "filename", None)) else ""
         return MISUSED, f"error: {place}{FULL}. Fix: make room and run the same command."
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.filename:
-        return MISUSED, f"error: {error.filename}: {error.strerror}."
+        fix = "name a place that is there and that you may use"
+        return MISUSED, f"error: {error.filename}: {error.strerror}. Fix: {fix}."
     if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would take seconds
         return MISUSED, (
             "error: the device is out of memory. Fix: encode with a smaller --batch-size (the "

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unmasked.errors import DataError, nearest
 from unmasked.files.column_types import column_types
 from unmasked.files.content import Fault, by_line
-from unmasked.files.documents import PREFIX, find_documents, read_whole, visible
+from unmasked.files.documents import PREFIX, find_documents, instead, read_whole, visible
 from unmasked.files.hub import HUB
 from unmasked.files.readers import (
     KINDS,
@@ -318,18 +318,18 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
         found = [str(file) for file in visible(place) if kind_of(str(file)) in kinds]
         if not found:
             given = f"there is no {', '.join(kinds)} file in this folder"
-            raise fault_error(path, (given, "give the folder that holds them"))
+            raise fault_error(path, (given, instead(place, kinds)))
         return found
     if kind_of(path) is None and not place.exists() and _ON_THE_HUB.fullmatch(path):
         return [HUB + path]
     if path.endswith((".json", ".json.gz")) and place.is_file():
         given = "a .json file is read as .jsonl, one object a line"
         raise fault_error(path, (given, by_line(path)))
-    if kind_of(path) not in kinds:
+    if kind_of(path) not in kinds and (place.is_file() or kind_of(path) is None):
         raise DataError(
             f"{path}: unknown kind of file. Allowed: {', '.join(kinds)}, all but .parquet also as "
             ".gz or .zst; a folder of them; hf:NAME for a Hugging Face data set"
-            f"{'; - for standard input' if '.txt' in kinds else ''}."
+            f"{'; - for standard input' if '.txt' in kinds else ''}. Fix: {instead(place, kinds)}."
         )
     if not place.is_file():
         siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []

@@ -104,16 +104,21 @@ def find_columns(
         if given is not None:
             if given not in there:
                 near = _near(given, there)
-                raise _error(where, _missing(role, given, there), _command(pairs, role, near))
+                raise _error(where, _missing(role, given, there), _command(pairs, **{role: near}))
             roles[role] = given
             continue
         found = [name for name in with_name(NAMES[role], there) if name not in taken]
         if len(found) > 1:
             said = f"'{found[0]}' and '{found[1]}' could both be the {role}"
-            raise _error(where, said, _command(pairs, role, found[0]))
+            raise _error(where, said, _command(pairs, **{role: found[0]}))
         if not found and role != "instruction":
-            near = next(filter(None, (_near(name, there, "") for name in NAMES[role])), "NAME")
-            raise _error(where, _missing(role, role, there), _command(pairs, role, near))
+            near = _near_role(role, there)
+            if role == "query" and not (pairs.positive or with_name(NAMES["positive"], there)):
+                answer = _near_role("positive", there)
+                said = f"no columns 'query' and 'positive' among {', '.join(there) or 'none'}"
+                both = {"query": near if near != answer else "NAME", "positive": answer}
+                raise _error(where, said, _command(pairs, **both))
+            raise _error(where, _missing(role, role, there), _command(pairs, **{role: near}))
         roles[role] = found[0] if found else None
     query, positive = str(roles["query"]), str(roles["positive"])
     if query == positive:
@@ -133,16 +138,16 @@ def _taught(pairs: Pairs, wants: str, there: Sequence[str], where: str) -> tuple
         if pairs.teacher not in there:
             near = _near(pairs.teacher, there)
             said = _missing("teacher", pairs.teacher, there)
-            raise _error(where, said, _command(pairs, "teacher", near))
+            raise _error(where, said, _command(pairs, teacher=near))
         return (pairs.teacher,)
     found = [names for names in TAUGHT[wants] if all(name in there for name in names)]
     if not found:
         said = f"no column '{wants}', which supervised.teacher reads, among {', '.join(there)}"
-        fix = f"{_command(pairs, 'teacher')}, or supervised.teacher=MODEL to compute them"
+        fix = f"{_command(pairs, teacher='NAME')}, or supervised.teacher=MODEL to compute them"
         raise _error(where, said, fix)
     if len(found) > 1:
         said = f"'{found[0][0]}' and '{found[1][0]}' could both be the teacher's {wants}"
-        raise _error(where, said, _command(pairs, "teacher", found[0][0]))
+        raise _error(where, said, _command(pairs, teacher=found[0][0]))
     return found[0]
 
 
@@ -192,7 +197,7 @@ def check_found(pairs: Pairs, seen: Iterable[str]) -> None:
         if name not in seen:
             said = f"no row has a column '{name}', among {', '.join(seen)}"
             near = _near(name, seen, next(iter(_negatives(seen)), "NAME"))
-            fix = _command(pairs, "negative", near)
+            fix = _command(pairs, negative=near)
             raise _error(pairs.path, said + nearest(name, seen, end=""), fix)
 
 
@@ -243,9 +248,24 @@ def _near(name: str, there: Iterable[str], otherwise: str = "NAME") -> str:
     return hint.split("'")[1] if hint else otherwise
 
 
-def _command(pairs: Pairs, role: str, name: str = "NAME") -> str:
-    data = pairs.path
-    return f"give {shlex.quote(f'{data}:{role}={name}')} in place of {shlex.quote(data)}"
+def _near_role(role: str, there: Sequence[str]) -> str:
+    """The column whose name is most like one that a role may have."""
+    return next(filter(None, (_near(name, there, "") for name in NAMES[role])), "NAME")
+
+
+def _command(pairs: Pairs, **columns: str) -> str:
+    """What to give: the columns that were named, and these, behind the path."""
+    asked = {"query": pairs.query, "positive": pairs.positive, "teacher": pairs.teacher}
+    named = [(role, name) for role, name in asked.items() if name]
+    named += [("negative", name) for name in pairs.negative]
+    kept = [(role, name) for role, name in named if role not in columns]
+    new, now = _behind(pairs.path, [*kept, *columns.items()]), _behind(pairs.path, named)
+    return f"give {shlex.quote(new)} in place of {shlex.quote(now)}"
+
+
+def _behind(path: str, named: Iterable[tuple[str, str]]) -> str:
+    """``FILE:query=a,positive=b``."""
+    return ":".join(filter(None, (path, ",".join(f"{role}={name}" for role, name in named))))
 
 
 def _error(where: str, given: str, fix: str) -> DataError:
