@@ -47,7 +47,11 @@ def commands_page() -> str:
         given = inspect.signature(verb).parameters.values()
         rows = [option_row(one.name, hints[one.name], one.default) for one in given]
         if rows:
-            parts.append("| | | |\n|---|---|---|\n" + "\n".join(rows) + "\n")
+            parts.append(
+                "| argument or option | value | what it does |\n|---|---|---|\n"
+                + "\n".join(rows)
+                + "\n"
+            )
     return "\n".join(parts)
 
 

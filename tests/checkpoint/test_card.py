@@ -151,13 +151,16 @@ def test_what_is_sent(saved, cli, monkeypatch):
     assert out.endswith("pushed  https://huggingface.co/org/y\n")
 
 
-def test_dry_run(saved, cli):
+def test_dry_run(saved, cli, tmp_path):
     code, out, err = cli("push", saved, "org/x", "--dry-run")
     assert code == 0, err
     assert "model.safetensors" in out and "kB" in out
     assert "to org/x (private)" in out and "nothing was sent" in out
     assert "(public)" in cli("push", saved, "org/x", "--dry-run", "--public")[1]
-    code, _, err = cli("push", saved.parent, "org/x", "--dry-run")
+    code, of_run, _ = cli("push", saved.parent, "org/x", "--dry-run")
+    assert code == 0 and "model.safetensors" in of_run, "the folder of a run"
+    (tmp_path / "empty").mkdir()
+    code, _, err = cli("push", tmp_path / "empty", "org/x", "--dry-run")
     assert code == 2 and "does not hold a model" in err
 
 

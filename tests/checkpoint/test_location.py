@@ -45,6 +45,12 @@ def test_a_run_folder_stands_for_its_encoder(tmp_path, part):
     assert locate(tmp_path / "run").name == str(tmp_path / "run"), "a model itself"
 
 
+def test_a_slip_of_the_bundled_name_is_seen(asked, tmp_path, tiny_decoder):
+    shutil.copytree(tiny_decoder, tmp_path / "nan2")
+    with pytest.raises(ModelError, match="did you mean 'nano'"):
+        locate("nan").require()
+
+
 @pytest.mark.parametrize("name", ["encodr", "./encodr", "{here}/encodr", "runs/law/modle"])
 def test_the_nearest_folder_is_named(asked, tmp_path, tiny_decoder, name):
     shutil.copytree(tiny_decoder, tmp_path / "encoder")

@@ -127,6 +127,8 @@ def test_a_full_disk_is_told_without_a_traceback(cli, monkeypatch):
 def test_every_error_has_its_end(error, verb, code, message):
     found = explain(error, verb)
     assert found[0] == code and found[1].startswith(message) and bool(found[1]) == bool(message)
+    if isinstance(error, OSError) and message:
+        assert "Fix: name a place" in found[1]
 
 
 def test_completion_knows_recipes_and_settings():

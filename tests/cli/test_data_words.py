@@ -38,12 +38,14 @@ def test_what_an_error_advises_works_as_printed(cli, caplog, tiny_decoder, tmp_p
         return cli("run", "r.yaml", "-o", "out", *settings)
 
     code, _, err = call(pairs)
-    assert code == 2 and "no column 'query' among ask, say, id" in err
+    assert code == 2 and "no columns 'query' and 'positive' among ask, say, id" in err
     word = advised(err)
-    assert word == f"{pairs}:query=NAME"
-    code, _, err = call(word.replace("NAME", "ask"))
-    assert code == 2 and "no column 'positive'" in err
-    code, out, err = call(f"{pairs}:query=ask,positive=say")
+    assert word == f"{pairs}:query=NAME,positive=NAME"
+    code, _, err = call(word.replace("NAME", "ask", 1).replace("NAME", "sai"))
+    assert code == 2 and "no column 'sai' among ask, say, id, did you mean 'say'" in err
+    assert advised(err) == f"{pairs}:query=ask,positive=say"
+    assert err.endswith(f" in place of '{pairs}:query=ask,positive=sai'.\n")
+    code, out, err = call(advised(err))
     assert code == 0, err
     assert "query: ask; positive: say; negatives: none; not used: id" in err + caplog.text
     assert "saved" in out or "12 rows" in out

@@ -172,6 +172,9 @@ def test_mine_and_train_supervised(cli, tiny_decoder, tmp_path):
     code, out, err = cli(*mining, "--negatives", "2", "--instruction", "Find:")
     assert code == 0, err
     assert re.search(r"^24 rows, \d+ negatives, \d+ rows without any$", out, re.M)
+    assert "most rows have none" not in err
+    code, _, err = cli(*mining[:3], "-o", "shallow.jsonl", "--depth", "4")
+    assert "most rows have none" in err and "Fix: --depth 1000" in err
     assert "unmasked train supervised --base" in out
     code, _, err = cli(*mining)
     assert code == 2

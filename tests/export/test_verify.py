@@ -194,6 +194,21 @@ def test_the_key_goes_to_the_server_that_was_named(folder, encoder, monkeypatch)
     assert [*map(len, (texts for texts, _, _ in seen))] == [1] * 20 + [20]
 
 
+@pytest.mark.parametrize("path", ["", "/embed"])
+def test_our_own_server_is_the_same(folder, encoder, path):
+    """It takes an instruction apart from its text, and cuts what is too long as `encode` does."""
+    pytest.importorskip("fastapi", reason="fastapi is not installed (extra: serve)")
+    from support.serving import listening
+
+    from unmasked.serve import Service
+
+    with Service({"tiny": encoder}) as service, listening(service) as (host, port):
+        found = verify_target(f"http://{host}:{port}{path}", folder)
+    assert found.parity.same and found.explanation is None
+    assert len(found.parity.texts) == 20
+    assert not any("refused a text" in note for note in found.notes)
+
+
 @pytest.mark.parametrize("address", ["ftp://host", "http://", "file:///etc/passwd"])
 def test_what_is_no_address_is_refused(folder, address):
     with pytest.raises(DataError, match="is not an address"):

@@ -15,7 +15,7 @@ from support.given_files import give
 
 from unmasked.errors import DataError
 from unmasked.files.readers import where
-from unmasked.files.source import Source
+from unmasked.files.source import Source, find_files
 
 
 @pytest.fixture
@@ -129,6 +129,17 @@ def test_half_a_gzip_file(tmp_path):
     whole = gzip.compress(b"a line of text\n" * 1000)
     (tmp_path / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
     assert "not a whole gzip file" in fault(str(tmp_path / "a.txt.gz"))
+
+
+@pytest.mark.parametrize("place", ["", "notes.md"])
+def test_documents_are_not_rows_but_whole_texts(given, tmp_path, place):
+    given("notes.md", "# A note")
+    assert "Fix: encode and search take .md with --whole-files" in fault(str(tmp_path / place))
+    given("texts.txt", "a text")
+    with pytest.raises(DataError, match=r"Fix: write pairs, as \.jsonl"):
+        find_files(str(tmp_path / "texts.txt"), (".jsonl", ".csv"))
+    with pytest.raises(DataError, match=r"is not a file or folder, did you mean 'texts\.txt'"):
+        find_files(str(tmp_path / "text.txt"), (".jsonl", ".csv"))
 
 
 def test_missing_file_names_the_nearest(given, tmp_path):

@@ -197,25 +197,23 @@ def test_two_readings_are_refused_and_the_fix_is_one_of_them(rows, row, columns,
 
 
 @pytest.mark.parametrize(
-    ("row", "steps"),
+    "row",
     [
-        ({"sentence_A": "q", "sentence_B": "p"}, 2),  # of two as near, the first is the query
-        ({"question1": "q", "answer_text": "p"}, 2),
-        ({"anchr": "q", "psitive": "p", "negativs": "n"}, 2),
-        ({"qury": "q", "positve": "p", "neg": "n"}, 2),
+        {"sentence_A": "q", "sentence_B": "p"},  # of two as near, the first is the query
+        {"question1": "q", "answer_text": "p"},
+        {"anchr": "q", "psitive": "p", "negativs": "n"},
+        {"query": "q", "positve": "p", "neg": "n"},
+        {"qury": "q", "positive": "p", "neg": "n"},
     ],
 )
-def test_advice_that_is_followed_ends_with_the_file_read(rows, row, steps):
-    """Each fix keeps what the one before it named."""
-    columns = ""
-    for _ in range(steps):
-        with pytest.raises(DataError) as error:
-            rows([row, row], columns=columns)
-        fix = str(error.value).split("Fix: ")[1].rstrip(".")
-        given, instead = [word for word in shlex.split(fix) if word.startswith("a.jsonl")]
-        assert instead == f"a.jsonl{columns}" and "NAME" not in fix
-        columns = given.removeprefix("a.jsonl")
-    found, _ = rows([row, row], columns=columns)
+def test_advice_that_is_followed_ends_with_the_file_read(rows, row):
+    """It names both columns where both are missing."""
+    with pytest.raises(DataError) as error:
+        rows([row, row])
+    fix = str(error.value).split("Fix: ")[1].rstrip(".")
+    given, instead = [word for word in shlex.split(fix) if word.startswith("a.jsonl")]
+    assert instead == "a.jsonl" and "NAME" not in fix
+    found, _ = rows([row, row], columns=given.removeprefix("a.jsonl"))
     assert (found[0].query, found[0].positive) == ("q", "p")
 
 

@@ -144,7 +144,8 @@ class Location:
         given = Path(self.name)
         beside = given.parent.iterdir() if given.parent.is_dir() else ()
         models = [_shown(path) for path in beside if path.is_dir() and _inside(path) is not None]
-        return nearest(_shown(given), models)
+        near = nearest(str(given), [BUNDLED])  # first: a slip of the most used name
+        return near if near != "." else nearest(_shown(given), models)
 
 
 def _shown(path: Path) -> str:

@@ -299,15 +299,17 @@ def doctor(
 
 
 def push(
-    folder: Annotated[Path, Argument(help="Folder of a saved model: RUN/model.")],
+    folder: Annotated[Path, Argument(help="Folder of a saved model, or of a run.")],
     repository: Annotated[str, Argument(help="NAME or ORGANISATION/NAME on the hub.")],
     public: Annotated[bool, Option("--public", help="Let everybody see it.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files and send nothing.")] = False,
 ) -> None:
     """Upload a saved model to the Hugging Face hub, private by default."""
     from unmasked.checkpoint import push as hub
+    from unmasked.checkpoint.location import locate
 
     hub.check_name(repository)
+    folder = Path(locate(folder).name)
     files = hub.list_files(folder)
     rows = [[name, terminal.short(size, "B")] for name, size in files]
     terminal.show_table(["file", "size"], rows)

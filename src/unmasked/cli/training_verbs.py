@@ -193,6 +193,11 @@ def mine(
     terminal.show(
         f"{found.rows:,} rows, {found.negatives:,} negatives, {found.without:,} rows without any"
     )
+    if 2 * found.without > found.rows:
+        terminal.say(
+            f"most rows have none: what is near their query scores within --margin {margin:g} of "
+            "the answer. Fix: --depth 1000 looks further down, --margin 0 takes what is nearer."
+        )
     if found.answers:
         terminal.say(f"left out {found.answers:,} negatives that answer their query elsewhere")
     following = ["unmasked", "train", "supervised", "--base", model, "--data", str(output)]

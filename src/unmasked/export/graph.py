@@ -12,6 +12,7 @@ small model, and the weights twice in memory.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -144,6 +145,9 @@ def write_graph(
     rows = tokens(["and a text", "another text"], [tokens.join("a few words"), ""])
     inputs = graph_inputs(tokens, rows)
     exporter, config = _converter(kind, weights, opset)
+    notes = logging.getLogger("torch.onnx")  # of operators that this graph does not have
+    level = notes.level
+    notes.setLevel(logging.ERROR)
     try:
         with redirect_stdout(StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes among the converters
@@ -153,6 +157,8 @@ def write_graph(
             f"transformers cannot convert this {model.config.model_type} to {kind} "
             f"({first_line(error)}). Fix: --to tei or --to vllm, which run the weights themselves."
         ) from error
+    finally:
+        notes.setLevel(level)
     path = folder / FILES[kind]
     path.parent.mkdir(parents=True)
     exporter.save_program(exported.program, path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -45,6 +46,7 @@ class VectorServer:
     Attributes:
         shape: ``openai`` or ``tei``.
         address: where texts are sent.
+        prompted: it is `unmasked serve`, which takes what stands before a text apart from it.
 
     Raises:
         DataError: the address is no URL, or nothing there answers in either shape.
@@ -59,19 +61,19 @@ class VectorServer:
             )
         self._timeout = timeout
         path, base = parts.path.rstrip("/"), f"{parts.scheme}://{parts.netloc}"
-        self._base = base + path.removesuffix("/v1/embeddings").removesuffix("/v1")
-        self.model = model
+        self._base = base + re.sub(r"/(v1/embeddings|v1|embed)$", "", path)
+        listed = self._listed()
+        self.prompted = any(row.get("owned_by") == "unmasked" for row in listed)
+        self.model = model or next((str(row["id"]) for row in listed if "id" in row), None)
         if path.endswith("/embeddings"):
             self.shape, self.address = "openai", base + path
         elif path.endswith("/embed"):
             self.shape, self.address = "tei", base + path
         else:
             self.shape, self.address = self._find()
-        if self.shape == "openai" and model is None:
-            self.model = self._first_model()
 
-    def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, D) vectors of N texts, in one request.
+    def vectors(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
+        """(N, D) vectors of N texts, in one request, and in full if it takes a prompt apart.
 
         Raises:
             Refused: the server answered with an error.
@@ -82,6 +84,10 @@ class VectorServer:
         else:
             body = {"input": list(texts), "encoding_format": "float"}
             body |= {"model": self.model} if self.model else {}
+        if self.prompted:
+            body |= {"prompt": prompt, "truncate": True}
+        elif prompt:
+            raise ValueError("this server takes no prompt apart from the text")
         answer = self._ask(self.address, body)
         try:
             rows = answer
@@ -100,8 +106,6 @@ class VectorServer:
         said = []
         for shape, path in PATHS.items():
             self.shape, self.address = shape, self._base + path
-            if shape == "openai" and self.model is None:
-                self.model = self._first_model()
             try:
                 self.vectors(["probe"])
                 return self.shape, self.address
@@ -114,12 +118,13 @@ class VectorServer:
             f"({'; '.join(said)}). Fix: give the whole address, as http://HOST:PORT/v1/embeddings."
         )
 
-    def _first_model(self) -> str | None:
+    def _listed(self) -> list[dict[str, Any]]:
+        """The models that it lists; none if it has no such list."""
         try:
             listed = self._ask(f"{self._base}/v1/models", None)
-            return str(listed["data"][0]["id"])
-        except (DataError, KeyError, IndexError, TypeError):
-            return None
+            return [row for row in listed["data"] if isinstance(row, dict)]
+        except (DataError, KeyError, TypeError):
+            return []
 
     def _ask(self, address: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ def _asker(target: str, encoder: LLM2Vec, model: str | None) -> tuple[Ask, str]:
     join, prefix = encoder.backbone.tokens.join, encoder.backbone.tokens.template.prefix
 
     def ask(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        if server.prompted:  # a request has one prompt
+            order = sorted(range(len(pairs)), key=lambda n: pairs[n][0])
+            parts = groupby(order, key=lambda n: pairs[n][0])
+            rows = [server.vectors([pairs[n][1] for n in part], join(p)) for p, part in parts]
+            return np.concatenate(rows)[np.argsort(order)]
         return server.vectors([prefix + join(instruction) + text for instruction, text in pairs])
 
     return ask, f"{server.address} ({server.shape})"

@@ -11,7 +11,7 @@ Cost: one file in memory. Some ten .pdf pages per second, thousands of the other
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +35,20 @@ def visible(folder: Path) -> list[Path]:
         if file.is_file()
         and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
     )
+
+
+def instead(place: Path, kinds: Sequence[str]) -> str:
+    """How to go on where a file, or a folder, has none of the kinds whose rows could be read."""
+    files = visible(place) if place.is_dir() else [place]
+    found = dict.fromkeys(file.suffix.lower() for file in files)
+    if ".txt" not in kinds and ".txt" in found:
+        return 'write pairs, as .jsonl with {"query": "...", "positive": "..."} in a line'
+    if documents := [kind for kind in found if kind in DOCUMENT_KINDS]:
+        return (
+            f"encode and search take {', '.join(documents)} with --whole-files, a file a text; to "
+            "train on them, write one text a line (docs/tutorials/own-domain.md)"
+        )
+    return f"give a folder or a file of {', '.join(kinds)}"
 
 
 def find_documents(place: Path) -> list[str]:

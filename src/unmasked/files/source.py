@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unmasked.errors import DataError, no_such_path
 from unmasked.files.column_types import column_types
 from unmasked.files.content import Fault, by_line
-from unmasked.files.documents import PREFIX, find_documents, read_whole, visible
+from unmasked.files.documents import PREFIX, find_documents, instead, read_whole, visible
 from unmasked.files.hub import HUB
 from unmasked.files.readers import (
     KINDS,
@@ -317,7 +317,7 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
         found = [str(file) for file in visible(place) if kind_of(str(file)) in kinds]
         if not found:
             given = f"there is no {', '.join(kinds)} file in this folder"
-            raise fault_error(path, (given, "give the folder that holds them"))
+            raise fault_error(path, (given, instead(place, kinds)))
         return found
     if kind_of(path) is None and not place.exists() and _ON_THE_HUB.fullmatch(path):
         return [HUB + path]
@@ -331,7 +331,7 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
     if not place.is_file():
         raise DataError(f"{no_such_path(path)} {allowed}")
     if kind_of(path) not in kinds:
-        raise DataError(f"{path}: unknown kind of file. {allowed} Fix: convert or rename it.")
+        raise DataError(f"{path}: unknown kind of file. {allowed} Fix: {instead(place, kinds)}.")
     return [path]
 
 

@@ -103,8 +103,7 @@ class Backbone(InputModule):
         if texts and not self.texts_cut:
             logger.warning(
                 "%s longer than max_length (%d tokens): only the beginning counts. Fix: a larger "
-                "max_length, or passages (unmasked encode --chunk; corpus.encode_passages). "
-                "This is said once; texts_cut counts on.",
+                "max_length, or passages (unmasked encode --chunk). Later texts are not told of.",
                 "A text is" if texts == 1 else f"{texts:,} texts are",
                 self.tokens.max_length,
             )

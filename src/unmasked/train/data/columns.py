@@ -104,19 +104,23 @@ def find_columns(
         if given is not None:
             if given not in there:
                 near = _near(given, there)
-                raise _error(where, _missing(given, there), _command(pairs, role, near))
+                raise _error(where, _missing(given, there), _command(pairs, **{role: near}))
             roles[role] = given
             continue
         found = [name for name in with_name(NAMES[role], there) if name not in taken]
         if len(found) > 1:
             said = f"'{found[0]}' and '{found[1]}' could both be the {role}"
-            raise _error(where, said, _command(pairs, role, found[0]))
+            raise _error(where, said, _command(pairs, **{role: found[0]}))
         if not found and role != "instruction":
             free = [name for name in there if name not in {*taken, *roles.values()}]
             near = _near(NAMES[role], free)
+            if role == "query" and not (pairs.positive or with_name(NAMES["positive"], there)):
+                answer = _near(NAMES["positive"], [name for name in free if name != near])
+                said = f"no columns 'query' and 'positive' among {', '.join(there) or 'none'}"
+                raise _error(where, said, _command(pairs, query=near, positive=answer))
             hint = "" if near == "NAME" else f", did you mean '{near}'"
             said = f"no column '{role}' among {', '.join(there) or 'none'}{hint}"
-            raise _error(where, said, _command(pairs, role, near))
+            raise _error(where, said, _command(pairs, **{role: near}))
         roles[role] = found[0] if found else None
     query, positive = str(roles["query"]), str(roles["positive"])
     if query == positive:
@@ -136,16 +140,16 @@ def _taught(pairs: Pairs, wants: str, there: Sequence[str], where: str) -> tuple
         if pairs.teacher not in there:
             near = _near(pairs.teacher, there)
             said = _missing(pairs.teacher, there)
-            raise _error(where, said, _command(pairs, "teacher", near))
+            raise _error(where, said, _command(pairs, teacher=near))
         return (pairs.teacher,)
     found = [names for names in TAUGHT[wants] if all(name in there for name in names)]
     if not found:
         said = f"no column '{wants}', which supervised.teacher reads, among {', '.join(there)}"
-        fix = f"{_command(pairs, 'teacher')}, or supervised.teacher=MODEL to compute them"
+        fix = f"{_command(pairs, teacher='NAME')}, or supervised.teacher=MODEL to compute them"
         raise _error(where, said, fix)
     if len(found) > 1:
         said = f"'{found[0][0]}' and '{found[1][0]}' could both be the teacher's {wants}"
-        raise _error(where, said, _command(pairs, "teacher", found[0][0]))
+        raise _error(where, said, _command(pairs, teacher=found[0][0]))
     return found[0]
 
 
@@ -196,7 +200,7 @@ def check_found(pairs: Pairs, seen: Iterable[str]) -> None:
             said = f"no row has a column '{name}', among {', '.join(seen)}"
             near = _near(name, seen, next(iter(_negatives(seen)), "NAME"))
             others = [near if given == name else given for given in pairs.negative]
-            fix = _command(pairs, "negative", others)
+            fix = _command(pairs, negative=others)
             raise _error(pairs.path, said + nearest(name, seen, end=""), fix)
 
 
@@ -244,8 +248,8 @@ def _near(name: str | Sequence[str], there: Iterable[str], otherwise: str = "NAM
     return hint.split("'")[1] if hint else otherwise
 
 
-def _command(pairs: Pairs, role: str, name: str | list[str] = "NAME") -> str:
-    return f"give {_word(pairs, **{role: name})} in place of {_word(pairs)}"
+def _command(pairs: Pairs, **columns: str | list[str]) -> str:
+    return f"give {_word(pairs, **columns)} in place of {_word(pairs)}"
 
 
 def _word(pairs: Pairs, **columns: str | list[str]) -> str:
