@@ -4,11 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin
-# Processes that share the tests, a file to each; of one thread each, so that they do not wait for one
-# another. Each takes up to 3 GB: make test WORKERS=4 where there are cores and memory for it.
+# Processes that share the tests, each of one thread, so that they do not wait for one another. A
+# process takes up to 3 GB: make test WORKERS=4 where there are cores and memory for it.
 WORKERS ?= 2
 SHARED := OMP_NUM_THREADS=1
-SHARE := --numprocesses $(WORKERS) --dist loadfile
+SHARE := --numprocesses $(WORKERS) --dist worksteal
 INSTALLED := .venv/.installed
 
 .PHONY: install demo test test-slow test-lowest check format bench docs clean

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from support.tiny import save_random
+
+for name in (
+    "COLUMNS",
+    "LINES",
+):  # a process that shares the tests has them; tables would be wrapped
+    os.environ.pop(name, None)
 
 SENTENCES = [
     "The cat sat on the warm mat in the morning sun.",

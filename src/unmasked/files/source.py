@@ -328,7 +328,7 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
         f"Allowed: {', '.join(kinds)}, all but .parquet also as .gz or .zst; a folder of them; "
         f"hf:NAME for a Hugging Face data set{'; - for standard input' if '.txt' in kinds else ''}."
     )
-    if not place.is_file():
+    if not place.is_file() and path != "-":
         raise DataError(f"{no_such_path(path)} {allowed}")
     if kind_of(path) not in kinds:
         raise DataError(f"{path}: unknown kind of file. {allowed} Fix: {instead(place, kinds)}.")
