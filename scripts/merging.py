@@ -5,9 +5,9 @@
 
 One part is the encoder of a demo, which knows docstrings. The other begins where the demo's last
 stage began and learns from NLI triplets instead, English and Korean. Both are merged by half,
-linearly and along the sphere. The seed is that of the second part. Everything is kept in
-``--work``, trained and scored, and the same command continues. Cost: the demo, four minutes of
-processor time for each seed, and two for each encoder that is scored.
+linearly and along the sphere, and with 0.7 of the first. The seed is that of the second part.
+Everything is kept in ``--work``, trained and scored, and the same command continues. Cost: the
+demo, four minutes of processor time for each seed, and two for each encoder that is scored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distil import KeptScores, cell, make_teacher, show
 
 from unmasked import LLM2Vec, demo
 from unmasked.recipe.files import load_recipe
-from unmasked.train.blending import METHODS, merge_encoders
+from unmasked.train.blending import merge_encoders
 from unmasked.train.run import Run
 
 GENERAL = (
@@ -32,6 +32,12 @@ GENERAL = (
 )
 PAIRS = ("nli_en.jsonl", "nli_ko.jsonl")
 STEPS = 100
+MERGED: dict[str, tuple[list[float] | None, str]] = {
+    "merged, linear": (None, "linear"),
+    "merged, slerp": (None, "slerp"),
+    "merged, linear, 0.7 to 0.3": ([0.7, 0.3], "linear"),
+}
+"""Weights and method of each."""
 
 
 def sentences(first: Path, data: Path, work: Path, seed: int, share: float) -> Path:
@@ -68,9 +74,8 @@ def main() -> None:
         second = sentences(first, asked.data, asked.work, seed, asked.share)
         found = scores.of(f"sentences, seed {seed}", partial(LLM2Vec.from_pretrained, second))
         rows.setdefault("sentences", []).append(found)
-        for method in METHODS:
-            merged = partial(merge_encoders, [first, second], None, method, dtype="auto")
-            name = f"merged, {method}"
+        for name, how in MERGED.items():
+            merged = partial(merge_encoders, [first, second], *how, dtype="auto")
             rows.setdefault(name, []).append(scores.of(f"{name}, seed {seed}", merged))
     lines = [f"| encoder | {' | '.join(known)} | general | average |"]
     lines.append("|---" * (len(known) + 3) + "|")
