@@ -189,6 +189,9 @@ def test_the_command(tiny_decoder, tmp_path, texts):
     for word in ("memory per device", "tokens a step", "steps: 6", "is assumed"):
         assert word in shown.output
     assert "time" not in shown.stdout.splitlines()[-1]
+    assert f"~ simcse: half of max_length is assumed for a text, as {tmp_path}/missing.txt is " in (
+        " ".join(shown.output.split())
+    )
 
 
 def use(folder, recipe):

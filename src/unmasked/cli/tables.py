@@ -156,8 +156,9 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
         rows.append(("time", lambda s: duration(s.seconds or 0)))
     cells = [[label, *(value(stage) for stage in plan.stages)] for label, value in rows]
     show_table(["", *(stage.name for stage in plan.stages)], cells, marked)
-    if any(stage.assumed for stage in plan.stages):
-        show("~ no text could be read: half of max_length is assumed for its length")
+    for stage in plan.stages:
+        if stage.assumed:
+            show(f"~ {stage.name}: half of max_length is assumed for a text, as {stage.assumed}")
 
 
 def settings_text(below: str = "") -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from unmasked.checkpoint import loading
-from unmasked.errors import UnmaskedError
+from unmasked.errors import UnmaskedError, first_line
 from unmasked.forward import precision
 from unmasked.mask.opening import decoder_of
 from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Supervised
@@ -67,7 +67,7 @@ class StagePlan:
         forwards: per optimiser step on one device.
         scored: rows of logits per forward.
         twice: the batch is embedded a second time, first without gradients (GradCache).
-        assumed: no text could be read, so the length is assumed.
+        assumed: why no text could be read, so that the length is assumed; else empty.
         teacher: what encodes the texts before the stage trains, if anything does.
         seconds: None without a probe.
         taught_seconds: those of them in which the teacher encodes.
@@ -81,7 +81,7 @@ class StagePlan:
     forwards: int
     scored: int = 0
     twice: bool = False
-    assumed: bool = False
+    assumed: str = ""
     teacher: TeacherPlan | None = None
     seconds: float | None = None
     taught_seconds: float = 0.0
@@ -255,7 +255,12 @@ def _plan_stage(
         scored = round(part * stage.block_length * stage.mask_probability)
         forwards = rows // part * stage.gradient_accumulation
         return StagePlan(name, stage, sizes, part, stage.block_length, forwards, scored)
-    texts, per_row, pairs = _sample(stage)
+    unread = f"nothing to train on was given. Fix: {name}.data=FILE."
+    try:
+        texts, per_row, pairs = _sample(stage)
+    except UnmaskedError as error:  # a plan is made before the texts are
+        texts, pairs, unread = [], [], first_line(error) if stage.data else unread
+        per_row = 2 if isinstance(stage, SimCSE) else 2 + stage.hard_negatives
     limit = stage.max_length
     lengths = [len(row.ids) for row in tokens(texts, max_length=limit)] if texts else [limit // 2]
     length = max(1, round(statistics.mean(lengths)))
@@ -266,22 +271,19 @@ def _plan_stage(
     forwards = -(-together // part) * stage.gradient_accumulation
     teacher = plan_teacher(stage, pairs, device) if isinstance(stage, Supervised) else None
     found = StagePlan(name, stage, sizes, part, length, forwards, teacher=teacher)
-    return replace(found, twice=twice, assumed=not texts)
+    return replace(found, twice=twice, assumed="" if texts else unread)
 
 
 def _sample(stage: SimCSE | Supervised) -> tuple[list[str], int, list[PairRow]]:
     """Some texts of a contrastive stage, how many a row of a batch has, and the rows of pairs."""
-    try:
-        if isinstance(stage, SimCSE):
-            return list(iterate_texts(stage.data[:1], SAMPLE)), 2, []
-        taught = partial(read_rows, teacher=stage.teacher)
-        of_each = SAMPLE // max(1, len(stage.data))
-        rows = [
-            row
-            for number, pairs in enumerate(stage.data)
-            for row in islice(taught(pairs, number), of_each)
-        ]
-    except UnmaskedError:
-        return [], 2 if isinstance(stage, SimCSE) else 2 + stage.hard_negatives, []
+    if isinstance(stage, SimCSE):
+        return list(iterate_texts(stage.data[:1], SAMPLE)), 2, []
+    taught = partial(read_rows, teacher=stage.teacher)
+    of_each = SAMPLE // max(1, len(stage.data))
+    rows = [
+        row
+        for number, pairs in enumerate(stage.data)
+        for row in islice(taught(pairs, number), of_each)
+    ]
     texts = [[r.query, r.positive, *r.negatives[: stage.hard_negatives]] for r in rows]
     return [text for row in texts for text in row], max(map(len, texts), default=2), rows
