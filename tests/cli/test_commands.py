@@ -110,7 +110,7 @@ def test_a_full_disk_is_told_without_a_traceback(cli, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "verb", "code", "message"),
     [
-        (KeyboardInterrupt(), "run", 130, "interrupted: nothing was written"),
+        (KeyboardInterrupt(), "run", 130, "interrupted: nothing new was written; run the same"),
         (KeyboardInterrupt(), "evaluate", 130, "interrupted: finished public tasks are kept"),
         (KeyboardInterrupt(), "convert", 130, "interrupted: nothing was written"),
         (DataError("a.txt is empty."), "run", 2, "error: a.txt is empty."),
@@ -124,7 +124,7 @@ def test_every_error_has_its_end(error, verb, code, message):
     found = explain(error, verb)
     assert found[0] == code and found[1].startswith(message) and bool(found[1]) == bool(message)
     if isinstance(error, OSError) and message:
-        assert "Fix: name a place" in found[1]
+        assert "Fix: change its permissions, or name another place." in found[1]
 
 
 def test_completion_knows_recipes_and_settings():

@@ -24,7 +24,11 @@ _FIXES = {
     errno.EPERM: "change its permissions, or name another place",
     errno.ENAMETOOLONG: "give a shorter name",
 }
+_CONTINUED = "nothing new was written; run the same command to continue"
 KEPT = {
+    "run": _CONTINUED,
+    "train": _CONTINUED,
+    "encode": _CONTINUED,
     "evaluate": "finished public tasks are kept in the folder of --results, nothing else",
     "mine": "every finished shard is kept; run the same command to continue",
     "report": "figures that were drawn are kept",
