@@ -88,6 +88,12 @@ def test_weights_that_are_no_numbers_are_named(folder, name, number):
         LLM2Vec.from_pretrained(folder)
 
 
+def test_a_pointer_of_git_lfs_is_told_how_to_fetch_the_weights(folder):
+    (folder / NAME).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(ModelError, match="in a git clone, git lfs pull"):
+        LLM2Vec.from_pretrained(folder)
+
+
 def test_weights_of_other_shapes_are_named(folder):
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**said, "intermediate_size": 48}))

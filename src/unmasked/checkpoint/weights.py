@@ -88,7 +88,7 @@ def load_model(
     except SafetensorError as error:
         raise ModelError(
             f"{source.name}: a .safetensors file is broken ({error}). "
-            "Fix: download or save it again."
+            "Fix: download or save it again; in a git clone, git lfs pull."
         ) from error
     except (OSError, ValueError, ImportError) as error:
         pickled = any(source.fetch(f"pytorch_model.bin{end}") for end in ("", ".index.json"))
