@@ -206,7 +206,13 @@ def test_train_one_stage_on_the_adapter_of_another(cli, tiny_decoder, texts, tmp
     assert code == 0, err
     resolved = yaml.safe_load((tmp_path / "second/recipe.yaml").read_text())
     assert resolved["mntp"] is None
-    assert resolved["name"] == "second"
+    assert resolved["name"] == "second" and resolved["model"]["max_length"] == 512
+    code, _, err = cli("convert", tiny_decoder, "-o", "short", "--max-length", 40)
+    assert code == 0, err
+    code, _, err = cli("train", "simcse", "--base", "short", "-o", "third", *options)
+    assert code == 0, err  # it is scored, and saved, with the longest input that it had
+    settings = json.loads((tmp_path / "third/model/llm2vec_config.json").read_text())
+    assert settings["max_length"] == 40
     code, _, err = cli("train", "mntp", "--base", tiny_decoder, "--data", texts, "-o", "x", "a=1")
     assert code == 2
     assert "a: unknown key" in err

@@ -140,13 +140,21 @@ def train(
     output: Annotated[Path, Option("-o", "--output", help="Run folder.")],
     overrides: OVERRIDES = None,
 ) -> None:
-    """Train one stage: mntp on a decoder; simcse or supervised on any model or adapter."""
+    """Train one stage: mntp on a decoder; simcse or supervised on any model or adapter.
+
+    The longest input of an encoder that is trained on stays as it is, unless model.max_length says.
+    """
+    from unmasked.checkpoint.folder import SETTINGS_NAME
+    from unmasked.checkpoint.location import locate
     from unmasked.cli.run_display import run_recipe
     from unmasked.recipe.files import make_recipe
 
     name = re.sub(r"[^\w.-]", "-", output.resolve().name).lstrip("-.") or stage
-    settings = {"name": name, "model": {"base": base}, stage: {"data": data}}
-    run_recipe(make_recipe(settings, overrides or []), output)
+    length = locate(base).read_json(SETTINGS_NAME).get("max_length")
+    model = {"base": base} | ({"max_length": length} if length else {})
+    run_recipe(
+        make_recipe({"name": name, "model": model, stage: {"data": data}}, overrides or []), output
+    )
 
 
 def mine(
