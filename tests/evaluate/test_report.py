@@ -152,6 +152,17 @@ def test_a_run_that_began_with_an_open_encoder_says_before_this_stage(run_folder
     assert "ausal" not in told[: told.index("How it was made")], "nothing is called causal"
 
 
+def test_a_stage_that_was_cut_off_says_how_far_it_came(run_folder, tmp_path):
+    cut = shutil.copytree(run_folder, tmp_path / "cut")
+    (cut / "simcse" / "adapter_config.json").unlink()
+    file = cut / "simcse" / "metrics.jsonl"
+    kept = [n for n in file.read_text().splitlines() if json.loads(n)["step"] < 3]
+    file.write_text("".join(f"{line}\n" for line in kept))
+    page = write_report(cut).read_text(encoding="utf-8")
+    assert "mntp 3 steps, simcse 2 of 3 steps so far" in page
+    assert "simcse</dt><dd>2 of 3 steps so far" in page
+
+
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(DataError, match=r"not a run folder.*Fix"):
         write_report(tmp_path)
@@ -164,7 +175,7 @@ def test_a_run_without_scores_or_tasks_still_has_a_report(run_folder, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     page = write_report(tmp_path, environment=[("python", "3")]).read_text()
     assert "How it was made" in page and "A map of" not in page
-    assert "; mntp 3 steps, simcse 3 steps, supervised 1,200 steps" in page
+    assert "; mntp 0 of 3 steps so far, simcse 0 of 3 steps so far, supervised 0 of 1,200" in page
 
 
 @pytest.fixture(scope="module", params=["light", "dark"])

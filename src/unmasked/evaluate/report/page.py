@@ -106,6 +106,7 @@ def write_report(
         machine=_kept(run / compare.MACHINE),
         environment="\n".join(f"{name}  {value}" for name, value in environment),
         facts=_facts(run, recipe),
+        trained=[f"{name} {_trained(run, name, stage.steps)}" for name, stage in recipe.stages()],
         model=str(model) if (model / "config.json").is_file() else None,
         **content,
     )
@@ -125,9 +126,17 @@ def _facts(run: Path, recipe: Recipe) -> list[tuple[str, str]]:
         data = [item.path if isinstance(item, Pairs) else item for item in stage.data]
         seconds = sum(record.get("machine", {}).get(SECONDS, 0) for record in _records(run, name))
         took = f", {timedelta(seconds=round(seconds))} hours" if seconds else ""
-        facts.append((name, f"{stage.steps:,} steps{took} on {', '.join(data)}"))
+        facts.append((name, f"{_trained(run, name, stage.steps)}{took} on {', '.join(data)}"))
     begun = [one.benchmark for one in recipe.published() if (run / one.folder).is_dir()]
     return [*facts, ("scored on", ", ".join([*recipe.evaluate.tasks, *begun]) or "nothing")]
+
+
+def _trained(run: Path, stage: str, steps: int) -> str:
+    """How many steps of a stage were done; a stage that is done has its adapter, or all weights."""
+    if any((run / stage / name).is_file() for name in ("adapter_config.json", "config.json")):
+        return f"{steps:,} steps"
+    last = max((record.get("step", 0) for record in _records(run, stage)), default=0)
+    return f"{last:,} of {steps:,} steps so far"
 
 
 def _records(run: Path, stage: str) -> list[dict[str, Any]]:
