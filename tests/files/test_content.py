@@ -108,15 +108,16 @@ def test_lines_that_end_in_cr_alone_are_mended_as_advised(tmp_path):
 OBJECTS = '{"text": "one"}\n{"n": 2, "text": "two"}\n'
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".TXT"])
 @pytest.mark.parametrize("lines", [OBJECTS, OBJECTS * 900, '{"text": "' + "a " * 9000 + '"}\n'])
 def test_json_lines_that_are_called_a_text_are_copied_as_advised(tmp_path, lines, suffix):
-    path = tmp_path / f"a.txt{suffix}"
-    path.write_bytes(gzip.compress(lines.encode()) if suffix else lines.encode())
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(lines.encode()) if ".gz" in suffix else lines.encode())
     with pytest.raises(DataError, match="every line of it is a JSON object") as caught:
         list(Source(str(path)).rows())
     subprocess.run(["bash", "-c", str(caught.value).split("Fix: ")[1][:-1]], check=True)
-    rows = list(Source(str(tmp_path / f"a.jsonl{suffix}")).rows())
+    copied = tmp_path / ("a.jsonl" + suffix.lower().removeprefix(".txt"))
+    rows = list(Source(str(copied)).rows())
     assert len(rows) == lines.count("\n") and not any(row.fault for row in rows)
 
 

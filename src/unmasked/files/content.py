@@ -43,6 +43,7 @@ _OTHERS = {
 }
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
 _OBJECTS = re.compile(rb"(\s*\{\s*\"[^\"\n]*\"\s*:[^\n]*(\n|$)){1,3}")
+_TXT = re.compile(r"\.txt(?=[^/]*$)", re.IGNORECASE)
 _PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
 _SINGLE = ("cp949", "shift_jis", "gb18030", "big5", "cp1251")
 """Encodings that are tried in this order where a line is neither UTF-8 nor Western European."""
@@ -91,7 +92,7 @@ def _as_what_it_is(path: str, kind: str, command: str) -> str:
         return f"write it to a file whose name says {kind}, and give that"
     if kind == "gzip" and path.endswith(".gz"):
         return _piped(path, "gzip -dc")
-    names = path, str(_beside(path)), path.replace(".txt", ".jsonl")
+    names = path, str(_beside(path)), _TXT.sub(".jsonl", path)
     return command.format(*map(shlex.quote, names))
 
 
