@@ -327,6 +327,23 @@ def test_b40_an_answer_is_no_negative_wherever_it_stands(monkeypatch, world):
             assert found.tolist() == expected
 
 
+def test_b40_an_answer_is_one_in_capitals_and_with_other_white_space_as_well(encoder):
+    """As `mine` and `data check` see it."""
+    texts = [("q1", "An answer", "n1"), ("q2", "p2", " an  answer\n"), ("Q1 ", "p3", "n3")]
+    rows = as_rows(
+        [dict(zip(("query", "positive", "negative"), row, strict=True)) for row in texts]
+    )
+    features, _ = features_of(encoder, rows)
+    found = supervised._same(*features["key"].split([3, 6]), torch.arange(3))
+    documents = [row[column] for column in (1, 2) for row in texts]
+    seen = [[d for d, out in zip(documents, row, strict=True) if not out] for row in found]
+    assert seen == [
+        ["p2", "n1", "n3"],
+        ["An answer", "p3", "n1", " an  answer\n", "n3"],
+        ["p2", "n1", "n3"],
+    ]
+
+
 def scores_of(model, rows):
     queries, documents = (
         normalize(torch.from_numpy(model.encode([r[k] for r in rows])), dim=1)

@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler
 from unmasked.errors import DataError
 from unmasked.recipe.schema import Pairs
 from unmasked.text.templates import PLAIN
-from unmasked.train.data.texts import text_key
+from unmasked.train.data.texts import folded, text_key
 
 
 @dataclass(eq=False)
@@ -165,7 +165,7 @@ class PairCollator:
         Returns:
             ``text_`` before each of: the features of `preprocess`, longest text first;
             ``place`` (R,), where each stands among queries, positives and negatives; ``key`` (R,),
-            a number of each text, in that order. ``label`` (B,), whose length says how many rows
+            a number of each text, alike in any case and white space, in that order. ``label`` (B,), whose length says how many rows
             there are. With a teacher, ``taught``, in the order of `inputs_of`.
         """
         inputs = inputs_of(self.data, rows, self.hard_negatives)
@@ -174,7 +174,7 @@ class PairCollator:
         )
         features.pop("prompt_length", None)  # one number, where all else is of each text
         order = features["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
-        keys = [int.from_bytes(text_key(text), "big", signed=True) for _, _, text in inputs]
+        keys = [int.from_bytes(text_key(folded(i.text)), "big", signed=True) for i in inputs]
         return {
             **{f"text_{name}": value[order] for name, value in features.items()},
             "text_place": order,
