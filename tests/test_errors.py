@@ -33,6 +33,7 @@ def test_a_word_that_is_unknown_names_the_nearest_and_all_allowed_ones():
     assert unknown("recipe", "zzz", allowed) == f"unknown recipe 'zzz'. {rest}"
     none = "unknown recipe 'zzz'. There is none. Fix: leave it out."
     assert unknown("recipe", "zzz", []) == none
+    assert nearest("NANO", allowed) == ", did you mean 'nano'?", "in capitals"
     assert nearest("zzz", allowed) == "." and nearest("zzz", allowed, end="") == ""
 
 

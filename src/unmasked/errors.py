@@ -121,7 +121,8 @@ def nearest(given: str | Sequence[str], allowed: Iterable[str], end: str = ".") 
 
     def likeness(word: str) -> float:
         several = [given] if isinstance(given, str) else given
-        return max(difflib.SequenceMatcher(None, word, one).ratio() for one in several)
+        words = [(word.casefold(), one.casefold()) for one in several]
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in words)
 
     best = max(allowed, key=likeness, default="")  # the first of those that are alike
     return f", did you mean '{best}'?" if likeness(best) >= 0.6 else end

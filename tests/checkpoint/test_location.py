@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from unmasked.checkpoint import location
+from unmasked.checkpoint import loading, location
 from unmasked.checkpoint.location import bundled_path, locate
 from unmasked.checkpoint.push import list_files
 from unmasked.errors import ModelError
@@ -32,6 +33,7 @@ def test_nano_is_the_bundled_decoder_and_a_folder_is_written_with_its_dot(tmp_pa
     (tmp_path / "nano").mkdir()
     assert locate("nano").name == str(bundled_path())
     assert locate("./nano").name == "./nano"
+    assert locate(Path("./nano")).name == "nano", "a path loses its dot"
 
 
 @pytest.mark.parametrize("part", ["config.json", "adapter_config.json"])
@@ -108,6 +110,27 @@ def test_no_name_is_refused(name):
     """As an unset variable gives it; it would stand for the root of the disk."""
     with pytest.raises(ModelError, match="the name of a model is .*not set.*Fix: a folder"):
         locate(name)
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        (
+            {"model_type": "lama"},
+            r"the model_type 'lama' of .*, did you mean 'llama'\? Fix: a newer",
+        ),
+        ({"model_type": "qqqq9"}, r"the model_type 'qqqq9' of .*config.json\. Fix: a newer tran"),
+        ({"hidden_size": 8}, r"has no model_type\. Fix: write the one"),
+        (
+            {"model_type": "qqqq9", "auto_map": {"AutoConfig": "a.B"}},
+            "Fix: name another model: code",
+        ),
+    ],
+)
+def test_a_family_that_is_not_known_is_not_a_broken_download(tmp_path, stated, said):
+    (tmp_path / "config.json").write_text(json.dumps(stated), encoding="utf-8")
+    with pytest.raises(ModelError, match=said):
+        loading.find(tmp_path)
 
 
 def test_an_archive_is_refused(tmp_path):

@@ -97,6 +97,20 @@ def test_errors_of_the_user_show_no_traceback_unless_asked(cli, monkeypatch, tmp
     assert not listing(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["train", "mtnp", "--base", "nano", "--data", "x", "-o", "y"], "mntp"),
+        (["train", "SIMCSE", "--base", "nano", "--data", "x", "-o", "y"], "simcse"),
+        (["export", "nano", "--to", "onx", "-o", "y"], "onnx"),
+        (["encode", "nano", "x", "-o", "y", "--format", "parquett"], "parquet"),
+    ],
+)
+def test_a_choice_that_is_none_names_the_nearest(cli, words, near):
+    code, _, err = cli(*words)
+    assert code == 2 and f"Did you mean '{near}'?" in err
+
+
 def test_a_full_disk_is_told_without_a_traceback(cli, monkeypatch):
     def write(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from unmasked.errors import DataError
+from unmasked.errors import DataError, ModelError
 from unmasked.export.faults import RIGHT, Reader, Reading
 from unmasked.export.parity import TEXTS
 from unmasked.export.verifying import verify_target
@@ -213,6 +214,27 @@ def test_our_own_server_is_the_same(folder, encoder, path):
 def test_what_is_no_address_is_refused(folder, address):
     with pytest.raises(DataError, match="is not an address"):
         verify_target(address, folder)
+
+
+def test_a_target_is_found_as_a_model_is(tmp_path, folder, tiny_decoder, monkeypatch):
+    """A run folder stands for its encoder, nano for the bundled decoder, ./nano for a folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run/model", "nano"):
+        shutil.copytree(folder, name)
+    assert verify_target("run", folder).parity.same
+    assert verify_target("./nano", folder).parity.same
+    with pytest.raises(ModelError, match=r"/unmasked/nano does not say how .* unmasked convert /"):
+        verify_target("nano", folder)
+    with pytest.raises(ModelError, match="no modules.json"):
+        verify_target(str(tiny_decoder), folder)
+
+
+@pytest.mark.parametrize("broken", ["modules.json", "model.safetensors", "config.json"])
+def test_a_target_that_is_not_whole_is_an_error(tmp_path, folder, broken):
+    shutil.copytree(folder, tmp_path / "cut")
+    (tmp_path / "cut" / broken).write_bytes((folder / broken).read_bytes()[:40])
+    with pytest.raises(ModelError, match=r"cannot load .*cut: .* Fix: save or download it again"):
+        verify_target(str(tmp_path / "cut"), folder)
 
 
 def test_the_command_shows_the_lowest_texts_and_the_reason(cli, folder, encoder):

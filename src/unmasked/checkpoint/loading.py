@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
     PretrainedConfig,
@@ -38,7 +40,7 @@ from unmasked.checkpoint.weights import (
     require_whole,
     with_first_layers,
 )
-from unmasked.errors import ModelError, NotBidirectionalError, first_line
+from unmasked.errors import ModelError, NotBidirectionalError, first_line, nearest
 from unmasked.mask.opening import open_config
 from unmasked.mask.proof import Proof, open_mask, require
 
@@ -258,10 +260,27 @@ def _load_config(location: Location, adapter: Location | None = None) -> Pretrai
                 f"{first_line(error)} Fix: download {name} and name its folder: "
                 f"LLM2Vec.from_pretrained({adapter.name!r}, base='path/to/it')."
             ) from error
-        raise location.unreadable(error) from error
+        raise _unknown_family(location) or location.unreadable(error) from error
     if hasattr(config, "auto_map"):
         del config.auto_map  # code from the hub is neither run nor pointed to
     return config
+
+
+def _unknown_family(location: Location) -> ModelError | None:
+    """The error of a config whose family transformers does not have; None if it has it."""
+    stated = location.read_json("config.json")
+    family = stated.get("model_type")
+    if not stated or family in CONFIG_MAPPING:
+        return None
+    given = f"{location.name}/config.json has no model_type."
+    fix = "write the one that the model was saved with (llama, qwen3, ...) into it"
+    if family:
+        given = f"transformers {transformers.__version__} does not know the model_type '{family}' "
+        given += f"of {location.name}/config.json{nearest(str(family), CONFIG_MAPPING)}"
+        fix = "a newer transformers (pip install -U transformers), if it is a newer family"
+    if "auto_map" in stated:
+        fix = "name another model: code that comes with one is not run here"
+    return ModelError(f"{given} Fix: {fix}.")
 
 
 def _load_tokenizer(location: Location) -> PreTrainedTokenizerBase:

@@ -169,7 +169,8 @@ def bundled_path() -> Path:
 def locate(name: str | Path, **hub: Any) -> Location:
     """The location of a name; ``nano`` is the bundled decoder, ``./nano`` a folder.
 
-    A run folder stands for the encoder that was made in it.
+    A `Path` that is there is a folder, whatever it is called: it cannot say ``./``. A run
+    folder stands for the encoder that was made in it.
 
     Raises:
         ModelError: there is no name.
@@ -179,7 +180,7 @@ def locate(name: str | Path, **hub: Any) -> Location:
             f"the name of a model is {str(name)!r}, as of a variable that is not set. "
             f"Fix: a folder, a hub name, or {BUNDLED}."
         )
-    if str(name) == BUNDLED:
+    if str(name) == BUNDLED and not (isinstance(name, Path) and name.is_dir()):
         return Location(str(bundled_path()), hub)
     given = str(name).rstrip("/") or "/"
     inside = _inside(Path(given)) if Path(given).is_dir() else None

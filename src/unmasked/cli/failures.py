@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from unmasked.errors import UnmaskedError
+from unmasked.errors import UnmaskedError, nearest
 
 MISUSED, INTERRUPTED = 2, 130
 FULL = os.strerror(errno.ENOSPC)
@@ -24,6 +25,7 @@ _FIXES = {
     errno.EPERM: "change its permissions, or name another place",
     errno.ENAMETOOLONG: "give a shorter name",
 }
+_CHOICE = re.compile(r"'(.*)' is not one of (.*)\.$")
 _CONTINUED = "nothing new was written; run the same command to continue"
 KEPT = {
     "run": _CONTINUED,
@@ -43,6 +45,9 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, Exception) as error:
+            if choice := _CHOICE.search(message := getattr(error, "message", "")):
+                near = nearest(choice[1], re.findall("'([^']*)'", choice[2]), end="")
+                error.message = message + near.replace(", did", " Did")  # type: ignore[union-attr]
             end(error, str(ctx.invoked_subcommand), debug=bool(ctx.params.get("debug")))
 
 

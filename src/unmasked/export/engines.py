@@ -10,6 +10,7 @@ Shapes: N texts, B rows of a batch, T tokens, D width.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def engine_of(folder: Path) -> Engine:
 
 def saved_tokens(folder: Path) -> TextTokenizer:
     """How texts become ids in a saved folder, whose weights may be gone."""
-    location = locate(str(folder))
+    location = locate(folder)
     settings = read_settings(location.read_json(SETTINGS_NAME), {})
     eos = settings.pooling_mode == "eos_token"
     return TextTokenizer(
@@ -121,10 +122,22 @@ def llama_engine(folder: Path) -> Engine:
 
 
 def stock_engine(folder: Path) -> Engine:
-    """Stock sentence-transformers, with the instruction given as its prompt."""
+    """Stock sentence-transformers, with the instruction given as its prompt.
+
+    Raises:
+        ModelError: the folder is of no encoder, or not whole.
+    """
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), trust_remote_code=False)
+    if not (folder / "modules.json").is_file():
+        raise ModelError(
+            f"{folder} does not say how its vectors are pooled (there is no modules.json), as of a "
+            f"decoder. Fix: unmasked convert {shlex.quote(str(folder))} -o DIR, and name DIR."
+        )
+    try:
+        model = SentenceTransformer(str(folder), trust_remote_code=False)
+    except Exception as error:  # each part of a folder fails in its own way
+        raise locate(folder).unreadable(error) from error
     empty = model.prompts.get(model.default_prompt_name or "", "")
 
     def vectors(pairs: Pairs) -> np.ndarray:

@@ -97,7 +97,7 @@ def verify_target(
 def _asker(target: str, encoder: LLM2Vec, model: str | None) -> tuple[Ask, str]:
     """How to get vectors from a target, and what it is called."""
     if "://" not in target:
-        engine = engine_of(Path(target))
+        engine = engine_of(Path(locate(target).name))
         return engine.vectors, f"{target} ({engine.name})"
     server = VectorServer(target, model)
     join, prefix = encoder.backbone.tokens.join, encoder.backbone.tokens.template.prefix

@@ -165,8 +165,9 @@ class PairCollator:
         Returns:
             ``text_`` before each of: the features of `preprocess`, longest text first;
             ``place`` (R,), where each stands among queries, positives and negatives; ``key`` (R,),
-            a number of each text, alike in any case and white space, in that order. ``label`` (B,), whose length says how many rows
-            there are. With a teacher, ``taught``, in the order of `inputs_of`.
+            a number of each text, alike in any case and white space, in that order.
+            ``label`` (B,), whose length says how many rows there are. With a teacher,
+            ``taught``, in the order of `inputs_of`.
         """
         inputs = inputs_of(self.data, rows, self.hard_negatives)
         features = self.preprocess(
