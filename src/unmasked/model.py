@@ -37,7 +37,7 @@ from unmasked.forward.pooling import TextPooling, check_mode, own_pooling
 from unmasked.forward.precision import Precision, pick
 from unmasked.forward.quantization import Quantization
 from unmasked.forward.words import word_vectors
-from unmasked.mask.opening import learned_positions
+from unmasked.mask.opening import check_length, learned_positions
 from unmasked.mask.proof import Proof, prove
 from unmasked.text.inputs import listed, split_pairs
 from unmasked.text.special_tokens import prepare_tokenizer
@@ -146,7 +146,9 @@ class TextEncoder(SentenceTransformer):
         if quantize is not None:
             quantization.check(quantize, torch.device(device))
         found = loading.find(name, peft, base, **hub)
-        folder.check_length(given.get("max_length"), found.config)
+        asked = given.get("max_length")
+        if asked and asked != folder.Settings.max_length:  # that stands for what the model has
+            check_length(asked, found.config)
         precision = pick(dtype, torch.device(device), found.config)
         tokenizer, settings = cls.read_checkpoint(found, given)
         model, report = loading.load_transformer(

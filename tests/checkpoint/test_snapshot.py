@@ -153,6 +153,19 @@ def test_a_limit_that_is_no_number_is_refused(model, value):
         model.max_seq_length = value
 
 
+def test_a_limit_beyond_the_positions_is_refused_wherever_it_is_set(model):
+    """The model has 128; with a table of positions a longer text would end in an IndexError."""
+    said = "max_length 129: this model has 128 positions"
+    for name in ("max_seq_length", "max_length"):
+        with pytest.raises(ModelError, match=said):
+            setattr(model, name, 129)
+    for kind in ("text", "common"):
+        with pytest.raises(ModelError, match=said):
+            model.encode(TEXTS, processing_kwargs={kind: {"max_length": 129}})
+    model.max_seq_length = 128
+    assert model.encode(TEXTS, processing_kwargs={"text": {"max_length": 128}}).shape == (3, 32)
+
+
 # --- modules behind the pooling -----------------------------------------------------------------
 
 

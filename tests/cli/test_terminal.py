@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from unmasked.cli import run_display, terminal
+from unmasked.cli.tables import show_hits
+from unmasked.corpus.search.looking import Hit
 
 
 @pytest.fixture
@@ -97,3 +99,23 @@ def test_a_table_that_is_too_wide_is_told_row_by_row(capsys, monkeypatch, width)
         assert cell in shown, "a cell was broken"
     assert max(map(len, shown.splitlines())) <= width
     assert ("\n  95 % interval  [43.20" in shown) == (width < 120)
+
+
+def test_a_text_of_a_corpus_commands_no_terminal(capsys):
+    """Escape sequences clear screens, change titles and write to clipboards."""
+    show_hits(
+        [
+            Hit(
+                0.5,
+                0,
+                "\x1b[2Jid\x9b1m",
+                None,
+                None,
+                None,
+                "a\x1b]52;c;eA==\x07 text, 한국어 \u200d",
+            )
+        ]
+    )
+    assert (
+        capsys.readouterr().out == "0.5000  �[2Jid�1m\n        a�]52;c;eA==� text, 한국어 \u200d\n"
+    )

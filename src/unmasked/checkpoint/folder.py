@@ -34,7 +34,7 @@ import torch
 import transformers
 from sentence_transformers.util import import_module_class
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unmasked.checkpoint.adapters import write_attached
 from unmasked.checkpoint.card import Card, render
@@ -186,22 +186,6 @@ def read_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Setting
         if value is not (... if name == "doc_max_length" else None):
             found[name] = value
     return Settings(**found | {"template": read_template(found.get("template"))})
-
-
-def check_length(asked: int | None, config: PretrainedConfig) -> None:
-    """Refuse a length that was asked for and is beyond the positions of a model.
-
-    The default stands for what the model has, and is not refused.
-
-    Raises:
-        ModelError: it is.
-    """
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if asked and most and asked > most and asked != Settings.max_length:
-        raise ModelError(
-            f"max_length {asked:,}: this model has {most:,} positions, and was trained on no "
-            f"longer input. Fix: max_length={most} (--max-length {most}), or less."
-        )
 
 
 def within_positions(settings: Settings, positions: int | None) -> Settings:

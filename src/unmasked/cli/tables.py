@@ -5,6 +5,7 @@ Scores are shown times 100. Cost: `stage_table` draws one paired bootstrap per t
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -218,6 +219,9 @@ def _limits(value: Interval) -> str:
     return f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
 def show_hits(hits: Sequence[Hit]) -> None:
     """For each text that was found, a line of score and place, and the beginning of the text."""
     for hit in hits:
@@ -226,6 +230,8 @@ def show_hits(hits: Sequence[Hit]) -> None:
             place.append(hit.file)
         if hit.begin is not None:
             place.append(f"characters {hit.begin:,} to {hit.end:,}")
-        show(f"{hit.score:.4f}  {', '.join(place)}")
+        lines = [f"{hit.score:.4f}  {', '.join(place)}"]
         if hit.text is not None:
-            show(f"        {shorten(hit.text, 200, placeholder=' ...')}")
+            lines.append(f"        {shorten(hit.text, 200, placeholder=' ...')}")
+        for line in lines:  # what a corpus has of a terminal's own commands is not run
+            show(_CONTROL.sub("\ufffd", line))

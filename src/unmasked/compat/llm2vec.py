@@ -292,7 +292,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
 
     @max_length.setter
     def max_length(self, value: int) -> None:
-        self.backbone.tokens.max_length = value
+        self.backbone.max_seq_length = value
 
     @property
     def doc_max_length(self) -> int | None:

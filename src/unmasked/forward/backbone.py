@@ -24,7 +24,7 @@ from unmasked.forward.compiling import LETTERS, compile_layers, is_compiled, pay
 from unmasked.forward.packing import Packed, enable_packing, is_checked, pack, run_packed
 from unmasked.forward.pooling import LAYERS
 from unmasked.forward.waiting import DeviceTime
-from unmasked.mask.opening import decoder_of
+from unmasked.mask.opening import check_length, decoder_of
 from unmasked.text.inputs import requested_length, split_pairs
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
@@ -130,6 +130,7 @@ class Backbone(InputModule):
                 f"max_seq_length {value!r}: an encoder cuts texts at some number of tokens. "
                 "Fix: a number of 1 or more, as large as the model takes."
             )
+        check_length(value, self.auto_model.config)
         self.tokens.max_length = value
 
     def get_embedding_dimension(self) -> int:
@@ -202,7 +203,9 @@ class Backbone(InputModule):
     ) -> int | None:
         """The limit of the inputs of a call, as `preprocess` takes it; None for that of all."""
         of_task = {"query": self.query_length, "document": self.document_length}
-        return requested_length(options) or max_length or of_task.get(task or "")
+        if asked := requested_length(options):
+            check_length(asked, self.auto_model.config)
+        return asked or max_length or of_task.get(task or "")
 
     def features_of(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
         """`collate`, with the ``prompt_length`` that `preprocess` describes."""

@@ -20,6 +20,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
+from unmasked.errors import ModelError
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -103,6 +105,20 @@ def learned_positions(model: Any) -> int | None:
     offset = 8  # some tables begin with a few rows that belong to no position (OPT: 2)
     learned = any(most <= size <= most + offset for size in tables if most != text.vocab_size)
     return int(most) if learned else None
+
+
+def check_length(asked: int, config: Any) -> None:
+    """Refuse a length of inputs that is beyond the positions of a model.
+
+    Raises:
+        ModelError: it is.
+    """
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most and asked > most:
+        raise ModelError(
+            f"max_length {asked:,}: this model has {most:,} positions, and was trained on no "
+            f"longer input. Fix: max_length={most} (--max-length {most}), or less."
+        )
 
 
 def decoder_of(model: Any) -> Any:
