@@ -215,12 +215,13 @@ A causal language model of {parameters:.1f} million parameters (Llama shape: hid
 
 Trained from scratch by `scripts/pretrain_nano.py` on {tokens:.1f} M tokens:
 
-| source | share of training tokens | texts read | perplexity a token, held-out texts |
+| source | share of training tokens | texts read | perplexity per token, held-out texts |
 |---|---|---|---|
 {rows}
 
-Docstrings are those of the Python packages installed where it was trained, without the fifth of
-all modules that `unmasked.files.docstrings.is_held_out` names; Wikipedia text is CC BY-SA 3.0.
+The docstrings are those of the Python packages on the machine where it was trained, without a fifth
+of all modules, which are held out (`unmasked.files.docstrings.is_held_out`). Wikipedia text is
+CC BY-SA 3.0.
 """
 
 

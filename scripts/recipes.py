@@ -37,37 +37,38 @@ GPU = "mntp.micro_batch_tokens=16384"
 HEAD = """# Recipes
 
 Written by `python scripts/recipes.py`. `unmasked recipes show NAME` prints a recipe, `unmasked
-recipes copy NAME` makes it yours, and any setting can be changed on the command line:
+recipes copy NAME` copies it to a file of your own, and any setting can be changed on the command
+line:
 
 ```bash
 unmasked run qwen3-0.6b mntp.data=corpus.txt.gz simcse.data=sentences.txt
 ```
 
-The licence is that of the base, as its page gives it. It is not ours to grant: read it before you
-use or publish what you trained. For models that are not in the LLM2Vec paper (arXiv 2404.05961) the
-settings are the paper's for Llama 3, which is a start and no promise.
+The licence is that of the base model, as stated on its page. Read it before you use or publish what
+you have trained. For models that are not in the LLM2Vec paper (arXiv 2404.05961) the settings are
+the paper's for Llama 3: a starting point, not tuned for the model.
 
-For Korean look at the tokenizer first: `unmasked doctor MODEL` shows tokens per character of Korean
-and of English prose, and marks a tokenizer that cuts letters up. `evaluate.tasks='MTEB(kor, v2)'`
-in a recipe, or `unmasked evaluate MODEL --tasks 'MTEB(kor, v2)'`, scores on Korean; some of its
-tasks alone are `'MTEB(kor, v2):KLUE-STS+Ko-StrategyQA'`.
+For Korean, check the tokenizer first: `unmasked doctor MODEL` shows tokens per character of Korean
+and of English prose, and marks a tokenizer that splits letters into bytes. To evaluate on Korean, set
+`evaluate.tasks='MTEB(kor, v2)'` in a recipe or run `unmasked evaluate MODEL --tasks 'MTEB(kor, v2)'`;
+`'MTEB(kor, v2):KLUE-STS+Ko-StrategyQA'` selects two of its tasks.
 
 """
 COSTS = """## What they cost
 
-Counted by `unmasked plan RECIPE` for one GPU, without weights and without texts, for which half of
-the longest length is assumed: parameters of the transformer without its head, and for each stage
-the memory and the floating point operations. `unmasked plan RECIPE --probe` adds the time on your
+These are estimates of `unmasked plan RECIPE` for one GPU: the parameters of the transformer without
+its output head and, for each stage, the memory and the floating-point operations. Texts are assumed
+to have half of the maximum length. `unmasked plan RECIPE --probe` also measures the time on your
 machine.
 
 """
 PUBLISHED = """## Published figures
 
-`unmasked reproduce RECIPE` trains a recipe on the texts that the paper took, scores it on the first
-of its benchmarks, the cheapest, and prints ours beside the published figure for every stage.
-`--all` scores the others, too; nothing is trained or scored twice. Public benchmarks keep no scores
-of single items, so there an interval cannot be given. The three supervised figures of a model want
-the recipe `e5-public` with its base (for Mistral with the masking that stands in that file).
+`unmasked reproduce RECIPE` trains a recipe on the paper's texts, scores every stage on the first of
+its benchmarks, which is the cheapest, and prints the score beside the published one. `--all` scores
+the other benchmarks as well; nothing is trained or scored twice. Public benchmarks report no scores
+of single items, so there are no intervals. To reproduce the supervised figures of a model, use the
+recipe `e5-public` with that model as its base (for Mistral with the masking given in that file).
 
 """
 
@@ -103,7 +104,7 @@ def tables(recipes: dict[str, Recipe], plans: dict[str, Plan]) -> Iterator[str]:
             first = (f"`{name}`", f"{short(plan.parameters)}{fitted}") if not number else ("", "")
             cost = f"{short(stage.memory.total, 'B')} | {stage.flops:.1e}"
             yield f"| {first[0]} | {first[1]} | {stage.name} | {stage.steps:,} | {cost} |"
-    yield "\n\\* Sizes of the family that come to the published number."
+    yield "\n\\* Sizes assumed after the family's, to match the published number of parameters."
     yield f"\n{PUBLISHED}| recipe | base | benchmark | trained | published | where |"
     yield "|---|---|---|---|---|---|"
     for name, recipe in recipes.items():
