@@ -52,5 +52,5 @@ def test_an_encoder_says_why(tiny_decoder):
     model = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
     assert model.precision is not None
     assert model.precision.dtype == model.dtype == torch.float32
-    reason = "quick in float32" if precision.bfloat16_instructions() else "no bfloat16"
+    reason = "fast enough in float32" if precision.bfloat16_instructions() else "no bfloat16"
     assert reason in model.precision.reason

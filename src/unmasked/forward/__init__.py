@@ -4,13 +4,14 @@ Token ids go in, vectors come out: texts of similar length share a forward (`bat
 real tokens of a batch are laid end to end so that padding is never computed (`packing`,
 `backbone`), and the states of the text's own tokens become one vector (`pooling`) or one per word
 (`words`). Training, encoding, evaluating and serving all take this one path. It costs the forward
-of the real tokens: the rest happens in a thread, while the device computes the batch before.
+of the real tokens; the rest happens in threads while the device computes the previous batch.
 
-Others use:
+Other rooms use:
 
-* `backbone`: `Backbone`, `collate`, `listed`, `split_pairs`.
+* `backbone`: `Backbone` and `collate`.
 * `batches`: `plan_batches`, `token_budget`.
 * `packing`: `enable_packing`, `pack`, `pack_documents`, `run_packed`, `checkpoint_contexts`.
 * `precision`: `pick`, which dtype the weights get and why. `quantization`: 8-bit weights.
-* `pooling`, `loop` and `words` are used through `unmasked.model`.
+* `geometry`: alignment and uniformity of vectors. `nearest`: exact search block by block.
+* `pooling`, `loop` and `words` are mostly used through `unmasked.model`.
 """

@@ -31,17 +31,17 @@ from unmasked.text.tokens import TextTokenizer, TokenRow
 logger = logging.getLogger(__name__)
 
 BY_TOKENS = "by_tokens"
-"""Option of `encode` that fills each forward up to a number of tokens, not of rows."""
+"""Option of `encode`: limit each forward by its number of tokens, not of rows."""
 
 
 @contextmanager
 def _every_layer(model: nn.Module) -> Iterator[list[Tensor]]:
-    """In the block, the list takes the states of every layer, where the config asks for them."""
+    """A list that the next forward fills with every layer's states, if the config asks for them."""
     layers: list[Tensor] = []
     if not getattr(model.config, "output_hidden_states", False):
         yield layers
         return
-    hook = model.register_forward_hook(lambda *call: layers.extend(call[-1].hidden_states))
+    hook = model.register_forward_hook(lambda _, __, output: layers.extend(output.hidden_states))
     try:
         yield layers
     finally:
@@ -67,19 +67,20 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
 
 
 class Backbone(InputModule):
-    """A bidirectional transformer behind the preprocessing that decides what is pooled.
+    """A bidirectional transformer, and the preprocessing that decides which tokens are pooled.
 
     Args:
-        model: a bare transformer (`AutoModel`), perhaps wrapped by PEFT.
-        tokens: how texts become ids.
-        unpackable: why batches stay padded; None if `packing.enable_packing` accepted the model.
+        model: a transformer without a head (from `AutoModel`), perhaps wrapped by PEFT.
+        tokens: turns texts into ids.
+        unpackable: why batches must stay padded; None packs them if `packing.enable_packing`
+            accepts the model.
 
     Attributes:
-        query_length, document_length: limits for the inputs of `encode_query`, `encode_document`;
-            None for the limit of all.
-        tokens_encoded: real tokens that went through `encode` so far, for measuring speed.
-        device_time: how long `encode` took so far, and what of it the device waited.
-        texts_cut: texts of `encode` so far that were longer than an input.
+        query_length, document_length: most tokens of an input of `encode_query` and of
+            `encode_document`; None for `max_seq_length`.
+        tokens_encoded: tokens, without padding, that `encode` has processed; for measuring speed.
+        device_time: the time spent in `encode`, and how much of it the device worked.
+        texts_cut: how many texts `encode` has truncated.
     """
 
     forward_kwargs = {BY_TOKENS}  # noqa: RUF012 (sentence-transformers declares it like this)
@@ -99,11 +100,11 @@ class Backbone(InputModule):
         self.texts_cut = 0
 
     def count_cut(self, texts: int) -> None:
-        """Take note of texts that were longer than an input; the first ones are told of."""
+        """Count truncated texts, and log a warning for the first ones."""
         if texts and not self.texts_cut:
             logger.warning(
                 "%s longer than max_length (%d tokens): only the beginning counts. Fix: a larger "
-                "max_length, or passages (unmasked encode --chunk). Later texts are not told of.",
+                "max_length, or passages (unmasked encode --chunk). This is said only once.",
                 "A text is" if texts == 1 else f"{texts:,} texts are",
                 self.tokens.max_length,
             )
@@ -115,7 +116,7 @@ class Backbone(InputModule):
 
     @property
     def model(self) -> nn.Module:
-        """The bare transformer, below an adapter, by the name that the stock module has for it."""
+        """The transformer without adapters; the stock module has this name for it."""
         bare: nn.Module = decoder_of(self.auto_model)
         return bare
 
@@ -140,7 +141,7 @@ class Backbone(InputModule):
     def tokenize_inputs(
         self, inputs: Sequence[Any], prompt: str | None = None, max_length: int | None = None
     ) -> list[TokenRow]:
-        """Rows of ids of strings or pairs; `prompt` is put before each that has none of its own."""
+        """Token rows of strings or pairs; `prompt` is put before inputs without their own."""
         texts, prompts = split_pairs(inputs, self.tokens.join)
         return self.tokens(texts, [p or prompt or "" for p in prompts], max_length)
 
@@ -150,17 +151,16 @@ class Backbone(InputModule):
         Raises:
             ModelError: the tokenizer yields an id for which the model has no embedding.
         """
-        features = collate(
-            rows, int(self.tokenizer.pad_token_id or 0)
-        )  # padding is never looked at
-        most = int(features["input_ids"].max())
+        pad_id = int(self.tokenizer.pad_token_id or 0)  # any id will do: padding is masked
+        features = collate(rows, pad_id)
+        highest = int(features["input_ids"].max())
         config: Any = self.auto_model.config
-        known = int(config.get_text_config().vocab_size)
-        if most >= known:
+        embeddings = int(config.get_text_config().vocab_size)
+        if highest >= embeddings:
             raise ModelError(
-                f"the tokenizer yields token {most} "
-                f"('{self.tokenizer.convert_ids_to_tokens(most)}'), but the model has only {known} "
-                "embeddings. Fix: use the tokenizer that was saved with the model."
+                f"the tokenizer yields token {highest} "
+                f"('{self.tokenizer.convert_ids_to_tokens(highest)}'), but the model has only "
+                f"{embeddings} embeddings. Fix: use the tokenizer that was saved with the model."
             )
         return features
 
@@ -178,19 +178,19 @@ class Backbone(InputModule):
 
         Args:
             inputs: B strings, or B pairs.
-            prompt: put before each that has none of its own.
-            max_length: overrides the limit of an input for this call.
-            processing_kwargs: the same as sentence-transformers has it: ``{"text": {"max_length":
-                N}}``.
-            task: ``query`` or ``document``, for limits of their own.
+            prompt: put before inputs that have no instruction of their own.
+            max_length: most tokens of an input, for this call.
+            processing_kwargs: the same, as sentence-transformers passes it: ``{"text":
+                {"max_length": N}}``.
+            task: ``query`` or ``document``; each may have a limit of its own.
 
         Returns:
-            As `collate`, and ``prompt_length``, as the stock module has it, for other people's
-            pooling and losses: the number of tokens before the text, where that is one number
-            greater than 0; ``text_mask`` says it for each row.
+            The features of `collate`. If every text begins at the same position, and that is not 0,
+            also this position as ``prompt_length``, for stock pooling modules and losses; our own
+            pooling reads the ``text_mask`` of each row.
 
         Raises:
-            DataError: another option among the `processing_kwargs`.
+            DataError: an unknown option in `processing_kwargs`.
         """
         limit = self.limit(processing_kwargs, max_length, task)
         return self.features_of(self.tokenize_inputs(inputs, prompt, limit))
@@ -201,14 +201,14 @@ class Backbone(InputModule):
         max_length: int | None = None,
         task: str | None = None,
     ) -> int | None:
-        """The limit of the inputs of a call, as `preprocess` takes it; None for that of all."""
+        """Most tokens of an input, by the arguments of `preprocess`; None for `max_seq_length`."""
         of_task = {"query": self.query_length, "document": self.document_length}
         if asked := requested_length(options):
             check_length(asked, self.auto_model.config)
         return asked or max_length or of_task.get(task or "")
 
     def features_of(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
-        """`collate`, with the ``prompt_length`` that `preprocess` describes."""
+        """The features of `collate`, and ``prompt_length`` as `preprocess` describes it."""
         starts = {row.start for row in rows}
         length = starts.pop() if len(starts) == 1 else 0
         return {**self.collate(rows), **({"prompt_length": length} if length else {})}
@@ -217,18 +217,18 @@ class Backbone(InputModule):
         """Run the transformer over the real tokens.
 
         Args:
-            features: as `preprocess` makes them. With ``repad: False`` among them the padded
-                ``token_embeddings`` are not made.
+            features: as `preprocess` makes them. ``repad: False`` leaves out the padded
+                ``token_embeddings``.
 
         Returns:
             The features, ``token_embeddings`` (B, T, D), and what pooling reads: states (N, D),
-            row, position and "is text" of the N real tokens. Where the model's config asks for
-            ``output_hidden_states``, as the stock `AdaptiveLayerLoss` makes it, also
-            ``all_layer_embeddings``, each (B, T, D); all is then put into the given features, as
-            the stock module does, because that loss calls again with the same ones.
+            row, position and "is text" of the N real tokens. If the model's config has
+            ``output_hidden_states`` (the stock `AdaptiveLayerLoss` sets it), also
+            ``all_layer_embeddings``, each (B, T, D). Everything is then written into the given
+            features, as the stock module does, because that loss runs the pooling again on them.
         """
         ids, attention = features["input_ids"], features["attention_mask"]
-        packs = self.packs_here()  # its check runs the model as well
+        packs = self.packs_here()  # before the hook, because its check runs the model too
         with _every_layer(self.auto_model) as layers:
             if packs:
                 packed: Packed = features.get("packed") or pack(attention)
@@ -239,59 +239,62 @@ class Backbone(InputModule):
                 padded = self.auto_model(
                     input_ids=ids, attention_mask=attention, use_cache=False
                 ).last_hidden_state  # (B, T, D)
-                rows, columns = attention.nonzero(as_tuple=True)
-                positions = columns - attention.argmax(dim=1)[rows]
-                states = padded[rows, columns]
+                rows, columns = attention.nonzero(as_tuple=True)  # (N,) each
+                positions = columns - attention.argmax(dim=1)[rows]  # from the first real token
+                states = padded[rows, columns]  # (N, D)
 
         def repad(states: Tensor) -> Tensor:
+            """(N, D) states to (B, T, D), with zeros for padding."""
             return states.new_zeros(*ids.shape, states.shape[1]).index_put((rows, columns), states)
 
-        found = {
+        outputs = {
             "packed_states": states,
             "packed_rows": rows,
             "packed_positions": positions,
             "packed_is_text": self._text_mask(features)[rows, columns].bool(),
         }
         if features.get("repad", True):
-            found["token_embeddings"] = repad(states) if padded is None else padded
+            outputs["token_embeddings"] = repad(states) if padded is None else padded
         if not layers:
-            return {**features, **found}
-        deep = layers if padded is not None else [repad(layer[0]) for layer in layers]
-        features.update({**found, LAYERS: deep, "packed_columns": columns})
+            return {**features, **outputs}
+        if packs:  # each layer has states (1, N, D)
+            layers = [repad(layer[0]) for layer in layers]
+        features.update({**outputs, LAYERS: layers, "packed_columns": columns})
         return features
 
     def prepare_for(self, inputs: Any, choice: str) -> None:
-        """Compile the decoder layers where the inputs to come, and those before, pay for it.
+        """Compile the decoder layers if what was encoded so far and these inputs pay for it.
 
         Args:
-            inputs: of `encode`.
+            inputs: the inputs of a call of `encode`.
             choice: one of `compiling.CHOICES`.
         """
         if choice == "never" or is_compiled(decoder_of(self.auto_model)):
             return
         listed = [inputs] if isinstance(inputs, str) else inputs
-        letters = sum(len(i) if isinstance(i, str) else sum(map(len, i[:2])) for i in listed)
-        self.compile_for(self.tokens_encoded + letters // LETTERS, choice)
+        # A pair may have a third item, which is not a text.
+        characters = sum(len(i) if isinstance(i, str) else sum(map(len, i[:2])) for i in listed)
+        self.compile_for(self.tokens_encoded + characters // LETTERS, choice)
 
     def compile_for(self, tokens: int, choice: str, training: bool = False) -> bool:
-        """Compile the decoder layers where a number of tokens pays for it.
+        """Compile the decoder layers if a number of tokens pays for it.
 
         Args:
-            tokens: that are to come, roughly.
+            tokens: roughly how many are processed in all.
             choice: one of `compiling.CHOICES`.
-            training: whether gradients are wanted.
+            training: whether gradients are needed.
 
         Returns:
             Whether the layers are compiled now.
         """
         model: Any = decoder_of(self.auto_model)
         if not is_compiled(model) and pays(choice, model.device, tokens):
-            self.packs_here()  # what is compared is what will run
+            self.packs_here()  # first, because packing changes the forward that is compiled
             compile_layers(model, training=training)
         return bool(getattr(model, "layers_compiled", False))
 
     def packs_here(self) -> bool:
-        """Whether batches are packed; on a new device or precision the check is made anew."""
+        """Whether batches are packed; a new device or precision is checked first."""
         if self.unpackable is None:
             model: Any = decoder_of(self.auto_model)
             if not is_checked(model):
@@ -301,7 +304,7 @@ class Backbone(InputModule):
         return self.unpackable is None
 
     def _text_mask(self, features: Mapping[str, Any]) -> Tensor:
-        """(B, T), also of features that another model's preprocessing made of the same tokens."""
+        """(B, T) mask of the text tokens, also for features made by a stock tokenizer module."""
         attention: Tensor = features["attention_mask"]
         if "text_mask" in features or not self.tokens.skip_instruction:
             return features.get("text_mask", attention)  # type: ignore[no-any-return]
@@ -311,17 +314,17 @@ class Backbone(InputModule):
         return torch.where(text.any(dim=1, keepdim=True), text, attention)
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Refused: a folder of this module alone would not say what is pooled.
+        """Refuse: a folder of this module alone would not say what is pooled.
 
         Raises:
             ModelError: always; `TextEncoder.save` writes the whole folder.
         """
         raise ModelError(
-            "this module is saved by LLM2Vec only. Fix: put other modules behind the encoder, as "
-            "in model = LLM2Vec.from_pretrained(...); model.append(Normalize()); model.save(...)."
+            "this module can only be saved as part of an LLM2Vec. Fix: append other modules to it: "
+            "model = LLM2Vec.from_pretrained(...); model.append(Normalize()); model.save(...)."
         )
 
 
-# Stock code that reaches into its own `Transformer` (`AdaptiveLayerLoss`) asks whether this is one.
-# It has what that class shows: model, auto_model, tokenizer, lengths, `all_layer_embeddings`.
+# Stock code that uses the first module (`AdaptiveLayerLoss`) checks that it is a `Transformer`.
+# `Backbone` has what such code uses: model, auto_model, tokenizer, lengths, all_layer_embeddings.
 Transformer.register(Backbone)

@@ -3,9 +3,9 @@
 Pooling works on packed states, (N, D) for the N real tokens of a batch, so padding cannot be pooled
 by mistake. Sums are taken in float32. Cost: one pass over the states.
 
-``weighted_mean`` weighs a token by its position, counted from 1 at the first token of the input
-(BOS included), as the `Pooling` of sentence-transformers counts, so that a saved folder gives the
-same vectors in both.
+``weighted_mean`` weights a token by its position, counted from 1 at the first token of the input
+(BOS included). sentence-transformers counts in the same way, so a saved folder gives the same
+vectors there.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ STOCK_MODES = {
     "eos_token": "lasttoken",
     "bos_token": "cls",
 }
-"""Our pooling modes (those of LLM2Vec) and what stock sentence-transformers calls them."""
+"""Our pooling modes (those of LLM2Vec), and their names in stock sentence-transformers."""
 LAYERS = "all_layer_embeddings"
-"""The feature under which states of every layer are, in the stock modules and here."""
+"""The feature that holds the states of every layer, in the stock modules and here."""
 CAUSAL_BASELINES = ("mean", "weighted_mean", "last_token")
 """Modes of the paper's causal baselines (arXiv 2404.05961, section 3)."""
 
@@ -47,7 +47,7 @@ def pool(
     batch: int,
     mode: str,
 ) -> Tensor:
-    """Pool packed token states into one vector a row (LLM2Vec, arXiv 2404.05961, section 2).
+    """Pool packed token states into one vector per row (LLM2Vec, arXiv 2404.05961, section 2).
 
     Args:
         states: (N, D) last hidden states of the real tokens.
@@ -68,12 +68,13 @@ def pool(
         sums = sums.index_add(0, rows, states.float() * weights[:, None])
         totals = weights.new_zeros(batch).index_add(0, rows, weights)
         return (sums / totals[:, None]).to(states.dtype)
-    # One token of each row, by its place among the N: a mask of them would wait for the device.
+    # Pick the last allowed token of each row by its index among the N; a boolean mask would make
+    # the host wait for the device. The key orders by position and has the index as its remainder.
     count = len(rows)
     allowed = positions == 0 if mode == "bos_token" else is_text
-    order = torch.where(allowed, positions * count + torch.arange(count, device=rows.device), -1)
-    best = order.new_full((batch,), -1).scatter_reduce(0, rows, order, "amax")
-    return states[best % count]
+    keys = torch.where(allowed, positions * count + torch.arange(count, device=rows.device), -1)
+    last = keys.new_full((batch,), -1).scatter_reduce(0, rows, keys, "amax")  # (B,)
+    return states[last % count]
 
 
 class TextPooling(Pooling):
@@ -86,17 +87,17 @@ class TextPooling(Pooling):
     """
 
     def __init__(self, width: int, mode: str, skip_instruction: bool = True) -> None:
-        # BOS counts as the prompt: the stock loader finds it only where the prompt is included.
+        # A stock loader counts BOS as part of the prompt, so it pools BOS only with the prompt.
         include = not skip_instruction or mode == "bos_token"
         stock_mode: Any = STOCK_MODES[check_mode(mode)]
         super().__init__(width, pooling_mode=stock_mode, include_prompt=include)
         self.mode = mode
 
     def check_unchanged(self) -> None:
-        """Refuse a stock pooling mode that was set on the module: the tokenizer is made for ours.
+        """Refuse a pooling mode that was set on the module later: the tokenizer depends on it.
 
         Raises:
-            ModelError: it is another one.
+            ModelError: `pooling_mode` was changed.
         """
         if self.pooling_mode != STOCK_MODES[self.mode]:
             raise ModelError(
@@ -109,9 +110,10 @@ class TextPooling(Pooling):
         self.check_unchanged()
         is_text = features["packed_is_text"]
         states = features["packed_states"]
-        if LAYERS in features:  # and one of them in the place of the last, perhaps
+        if LAYERS in features:
+            # `AdaptiveLayerLoss` may have replaced the last layer's embeddings by another layer's.
             where = features["packed_rows"], features["packed_columns"]
-            states = features["token_embeddings"][where]
+            states = features["token_embeddings"][where]  # (N, D)
         features["sentence_embedding"] = pool(
             states,
             features["packed_rows"],
@@ -132,8 +134,8 @@ def own_pooling(encoder: Any) -> TextPooling:
     module = encoder[1]
     if not isinstance(module, TextPooling):
         raise ModelError(
-            f"the second module is {module}, not the pooling of this encoder, so that no folder "
-            "can say what is pooled. Fix: leave modules 0 and 1, and put others behind them."
+            f"the second module is {module}, not the pooling of this encoder, so no folder can say "
+            "what is pooled. Fix: keep modules 0 and 1, and append others after them."
         )
     module.check_unchanged()
     return module

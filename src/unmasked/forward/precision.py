@@ -1,9 +1,9 @@
-"""Which precision the weights get, and why: asked by loading, shown by ``doctor``.
+"""Which precision the weights get, and why: used by loading, shown by ``doctor``.
 
 On a CPU with bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16), a wide model runs 2 to 3 times
 faster in bfloat16 than in float32; on other CPUs it runs tens of times slower. float16 is slow on
-every CPU. Narrow models (`NARROW`) stay in float32: they are quick as they are, although bfloat16
-is 1.7 times as fast at a width of 256 as well (`benchmarks/quantize.py`).
+every CPU. Narrow models (`NARROW`) stay in float32 because they are fast enough, although bfloat16
+is 1.7 times as fast at a width of 256 too (`benchmarks/quantize.py`).
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def pick(name: str, device: torch.device, config: Any = None) -> Precision:
     """The precision for a device.
 
     Args:
-        name: ``auto``; ``checkpoint``, which is auto, but never less than the checkpoint has; or
-            the name of a torch dtype.
+        name: ``auto``; ``checkpoint``, which is ``auto`` but keeps a float32 checkpoint in float32;
+            or the name of a torch dtype.
         device: where the model will run.
-        config: of the model. Without it, as in training, a CPU gets float32.
+        config: the config of the model. Without it, as in training, a CPU gets float32.
 
     Raises:
         ModelError: an unknown name, or float16 on a CPU.
@@ -68,7 +68,7 @@ def pick(name: str, device: torch.device, config: Any = None) -> Precision:
             "or float32."
         )
     if name not in ("auto", "checkpoint"):
-        return Precision(getattr(torch, name), "as asked")
+        return Precision(getattr(torch, name), "as requested")
     if name == "checkpoint" and getattr(config, "dtype", None) == torch.float32:
         return Precision(torch.float32, "as in the checkpoint")
     if device.type == "cuda":
@@ -88,5 +88,5 @@ def _for_cpu(config: Any) -> Precision:
         return Precision(torch.float32, "training on a CPU is done in float32")
     width = config.get_text_config().hidden_size
     if width < NARROW:
-        return Precision(torch.float32, f"a model {width} wide is quick in float32 as well")
+        return Precision(torch.float32, f"a model of width {width} is fast enough in float32")
     return Precision(torch.bfloat16, f"the CPU has {instructions}")

@@ -1,12 +1,12 @@
 """8-bit weights on request, and the measured effect on the vectors.
 
-The linear layers of a loaded trunk multiply 8-bit numbers. Their weights have one scale per output,
-set once, and their states one scale per token, set anew in every forward; embeddings, norms, rotary
-positions and attention stay as they are. With one scale per token, a vector still does not depend
-on the batch that it was computed in, and a token with huge states (the first one, in most decoders)
-costs the others no precision.
+The linear layers of a loaded trunk multiply 8-bit numbers. The weights have one scale per output
+channel, computed once. The activations have one scale per token, computed in every forward, so that
+a vector does not depend on its batch, and a token with huge activations (the first one, in most
+decoders) costs the others no precision. Embeddings, norms, rotary positions and attention stay as
+they are.
 
-int8 runs on a CPU with torch's own integer product; `docs/design.md` compares it with libraries,
+int8 runs on a CPU with torch's integer matrix product; `docs/design.md` compares it with libraries,
 and says why there is no fp8 for GPUs.
 """
 
@@ -26,11 +26,11 @@ from unmasked.forward import precision
 logger = logging.getLogger(__name__)
 
 KINDS = ("int8",)
-"""What may be asked for."""
+"""The allowed kinds of quantization."""
 LARGEST = 127
-"""The largest 8-bit number that is used; -128 is not, so that numbers and their negatives agree."""
+"""The largest 8-bit number that is used. -128 is not used, so that the range is symmetric."""
 ALIGNMENT = 16
-"""Both sides of a layer have to be multiples of this; no others were measured."""
+"""Both dimensions of a layer must be multiples of this; no others were measured."""
 
 _SHORT_TEXTS = (
     "How do I sort a list of numbers?",
@@ -48,24 +48,25 @@ TEXTS = [*_SHORT_TEXTS, " ".join(_SHORT_TEXTS)]
 
 
 def to_8bit(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) numbers as int8, and the (N, 1) float32 scales that undo it."""
+    """(N, K) numbers as int8, and the (N, 1) float32 scales to multiply them with again."""
     rows = rows.float()
-    scales = rows.abs().amax(dim=1, keepdim=True).clamp_(min=1e-12) / LARGEST  # also for zeros
+    largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=1e-12)  # no division by zero below
+    scales = largest / LARGEST
     return (rows * scales.reciprocal()).round_().to(torch.int8), scales
 
 
 def product(states: Tensor, state_scales: Tensor, weights: Tensor, weight_scales: Tensor) -> Tensor:
     """(N, M) float32 product of int8 (N, K) states and (M, K) weights, scales (N, 1) and (M, 1)."""
-    # The public products give int8, which overflows; only the private one gives int32.
+    # The public products return int8, which overflows; only the private one returns int32.
     sums = torch._int_mm(states, weights.t())
     return sums.float().mul_(state_scales).mul_(weight_scales.t())
 
 
 class Linear8bit(nn.Module):
-    """A linear layer of 8-bit weights that quantizes its input with one scale per row.
+    """A linear layer with 8-bit weights, which quantizes its input with one scale per row.
 
-    It is for inference only. Its weights are not called ``weight``, so that code which reads the
-    weights of a layer by itself fails, where it would compute nonsense.
+    It is for inference only. The weights are not called ``weight``, so that code that reads the
+    weight of a layer directly fails instead of computing nonsense.
     """
 
     values: Tensor  # (M, K)
@@ -79,7 +80,7 @@ class Linear8bit(nn.Module):
         self.bias = layer.bias
 
     def forward(self, states: Tensor) -> Tensor:
-        """(..., K) states to (..., M), of the same dtype."""
+        """Turn (..., K) states into (..., M) states of the same dtype."""
         rows, scales = to_8bit(states.reshape(-1, states.shape[-1]))
         outputs = product(rows, scales, self.values, self.scales)
         if self.bias is not None:
@@ -89,11 +90,11 @@ class Linear8bit(nn.Module):
 
 @dataclass(frozen=True)
 class Quantization:
-    """What was done to a model, and what that did to its vectors.
+    """How a model was quantized, and the effect on its vectors.
 
     Attributes:
         name: ``int8``.
-        layers: number of linear layers of 8-bit weights.
+        layers: number of linear layers that have 8-bit weights.
         full: dtype of the model before.
         least_cosine: the lowest cosine between the vectors of `TEXTS` before and after.
     """
@@ -111,7 +112,7 @@ class Quantization:
 
 
 def check(name: str, device: torch.device) -> None:
-    """Refuse what a device cannot do, before anything is loaded.
+    """Refuse a quantization that the device does not support, before anything is loaded.
 
     Raises:
         ModelError: an unknown name, or another device than a CPU.
@@ -127,18 +128,19 @@ def check(name: str, device: torch.device) -> None:
 
 @torch.no_grad()
 def quantize(encoder: SentenceTransformer, trunk: nn.Module, name: str) -> Quantization:
-    """Put the linear layers of a trunk into 8 bits in place, and measure the effect on vectors.
+    """Quantize the linear layers of a trunk to 8 bits in place, and measure the effect on vectors.
 
-    Experts that lie in one three-dimensional weight, and layers whose sides are not multiples of
-    16, stay as they are. The cost is two encodings of nine texts.
+    Experts in one three-dimensional weight, and layers whose dimensions are not multiples of 16,
+    stay as they are. The cost is two encodings of nine texts.
 
     Args:
-        encoder: made of the trunk, on the device where it will run; it cannot be trained any more.
+        encoder: the encoder that contains the trunk, on its final device; it can no longer be
+            trained.
         trunk: a bare transformer.
         name: ``int8``.
 
     Raises:
-        ModelError: as `check` does; or the trunk has no such layers, or does not run with them.
+        ModelError: as in `check`; or the trunk has no such layers, or does not run with them.
     """
     check(name, encoder.device)
     if precision.int8_instructions() is None:
@@ -155,7 +157,7 @@ def quantize(encoder: SentenceTransformer, trunk: nn.Module, name: str) -> Quant
     ]
     if not chosen:
         raise ModelError(
-            f"{type(trunk).__name__} has no linear layers (nn.Linear) to put into 8 bits. "
+            f"{type(trunk).__name__} has no linear layers (nn.Linear) that can have 8 bits. "
             "Fix: leave out quantize."
         )
     full = str(next(trunk.parameters()).dtype).removeprefix("torch.")
@@ -171,9 +173,9 @@ def quantize(encoder: SentenceTransformer, trunk: nn.Module, name: str) -> Quant
             f"{str(error)[:100]}). Fix: leave out quantize."
         ) from error
     least = float(nn.functional.cosine_similarity(before, after, dim=1).min())
-    done = Quantization(name, len(chosen), full, least)
-    logger.warning("%s", done)
-    return done
+    result = Quantization(name, len(chosen), full, least)
+    logger.warning("%s", result)
+    return result
 
 
 def _encode(encoder: SentenceTransformer) -> Tensor:

@@ -1,11 +1,11 @@
-"""How much of the time of `encode` the device had nothing to do.
+"""How much of the time of `encode` the device is idle.
 
-A device that waits is waiting for the host: for texts to be read and tokenised, or for vectors to
-be written. On a CPU the forward takes the time of the thread that asks for it, so a clock of the
-host around it says all. A GPU works behind the host's back: events in its own stream tell when a
-forward began and ended there. They are read some batches later, when the answer is there already,
-so that no forward waits for the measurement. Gaps between the kernels of one forward are not seen;
-`benchmarks/gpu.py` counts them with a profiler.
+An idle device waits for the host: for texts to be read and tokenised, or for vectors to be written.
+On a CPU the forward runs in the calling thread, so the host's clock measures it. A GPU runs
+asynchronously: events in its stream record when a forward begins and ends. They are read some
+batches later, when the GPU has passed them, so that no forward waits for the measurement. Gaps
+between the kernels of one forward are not measured; `benchmarks/gpu.py` counts them with a
+profiler.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class DeviceTime:
 
     @property
     def waited(self) -> float:
-        """The share of the time that the device waited for the host, from 0 to 1."""
+        """The share of the time in which the device waited for the host, from 0 to 1."""
         return max(0.0, 1 - self.worked / self.passed) if self.passed else 0.0
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """The time inside the block passes."""
+        """Add the time inside the block to `passed`."""
         begun = time.perf_counter()
         try:
             yield
@@ -41,11 +41,11 @@ class DeviceTime:
 
     @contextmanager
     def working(self, device: torch.device) -> Iterator[Callable[[], None]]:
-        """The block gives the device work.
+        """Add the device time of the work that is started inside the block to `worked`.
 
-        Returns:
-            A function to call once the result is wanted: it waits until the work is done, and
-            counts how long it took.
+        Yields:
+            A function to call before the result is used. On a GPU it waits for the work to end and
+            only then adds its time.
         """
         if device.type != "cuda":
             begun = time.perf_counter()

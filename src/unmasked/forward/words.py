@@ -1,11 +1,12 @@
 """A vector for every word of a sentence: the mean of the states of its sub-words.
 
 The word-level tasks of the paper (arXiv 2404.05961, section 4 and appendix D) take the states of a
-word's sub-words or, since masked next token prediction trains the state at i - 1 to know token i,
-the states one position before each of them. The words are joined by single spaces and tokenised as
-every other text, so nothing here can differ from what was trained.
+word's sub-words, or the states one position before each of them, because masked next token
+prediction trains the state at i - 1 to know token i. The words are joined by single spaces and
+tokenised as every other text, as in training.
 
-Costs `encode` without pooling, and 4 bytes x width x tokens for `CHUNK` sentences at a time.
+Cost: that of `encode` without pooling, and 4 bytes x width x tokens for `CHUNK` sentences at a
+time.
 
 Shapes: T tokens of a sentence, W words, D width.
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 CHUNK = 512
-"""Sentences whose token states are held at a time."""
+"""Number of sentences whose token states are in memory at a time."""
 
 
 def word_vectors(
@@ -37,43 +38,43 @@ def word_vectors(
     """Vectors of the words of sentences.
 
     Args:
-        model: gives token states (T, D) under ``output_value="token_embeddings"``.
+        model: returns token states (T, D) for ``output_value="token_embeddings"``.
         tokens: the tokenizer of that model.
         sentences: each a sequence of words, at least one.
-        previous: take the states one position earlier. The first token of a tokenizer without BOS
-            has none before it and keeps its own, so no word is ever lost.
+        previous: take the states one position earlier. Without BOS, the first token has no earlier
+            position and keeps its own state.
 
     Returns:
         One float32 array (W, D) per sentence.
 
     Raises:
         DataError: a sentence has no words, or is longer than the model reads.
-        ModelError: the model has a chat template, which would stand around every sentence.
+        ModelError: the model has a chat template, which would be put around every sentence.
     """
     if tokens.template.prefix or tokens.template.suffix:
         raise ModelError(
             "words are encoded without a chat template, and this model has one. "
             "Fix: load it with template='none'."
         )
-    found: list[np.ndarray] = []
+    vectors: list[np.ndarray] = []
     for start in range(0, len(sentences), CHUNK):
         part = sentences[start : start + CHUNK]
         spans = list(_word_tokens(tokens, part, start))
         texts = [" ".join(words) for words in part]
         states = model.encode(texts, output_value="token_embeddings", show_progress_bar=False)
-        for of_sentence, (positions, firsts) in zip(states, spans, strict=True):
-            known = of_sentence.float().cpu().numpy()  # (T, D)
-            chosen = known[np.maximum(positions - previous, 0)]
+        for sentence_states, (positions, firsts) in zip(states, spans, strict=True):
+            of_tokens = sentence_states.float().cpu().numpy()  # (T, D)
+            chosen = of_tokens[np.maximum(positions - previous, 0)]  # (sub-words, D)
             sums = np.add.reduceat(chosen, firsts, axis=0)  # (W, D)
-            counts = np.diff(np.append(firsts, len(positions)))
-            found.append((sums / counts[:, None]).astype(np.float32))
-    return found
+            counts = np.diff(np.append(firsts, len(positions)))  # sub-words per word
+            vectors.append((sums / counts[:, None]).astype(np.float32))
+    return vectors
 
 
 def _word_tokens(
     tokens: TextTokenizer, sentences: Sequence[Sequence[str]], first: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Positions of each sentence's sub-words, word by word, and where those of each word begin."""
+    """Per sentence: the positions of its sub-words, word by word, and where each word begins."""
     texts = [" ".join(words) for words in sentences]
     backend = tokens.backend
     encodings = backend.encode_batch([MARK + text for text in texts], add_special_tokens=False)
@@ -84,7 +85,7 @@ def _word_tokens(
         kept = len(row.ids) - len(tokens.prefix) - len(tokens.suffix)
         if kept < len(encoding.ids):
             raise DataError(
-                f"sentence {index} has {len(encoding.ids)} tokens and the model reads {kept}: "
+                f"sentence {index} has {len(encoding.ids)} tokens and the model reads only {kept}: "
                 f"'{text[:60]}'. Fix: split it, or load with a larger max_length."
             )
         yield _align(words, encoding.offsets, len(tokens.prefix))
@@ -93,15 +94,16 @@ def _word_tokens(
 def _align(
     words: Sequence[str], offsets: Sequence[tuple[int, int]], shift: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens that overlap each word or the space before it; every word has at least one."""
-    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T  # of the tokens, in order
-    lengths = np.array([1 + len(word) for word in words])  # with the space
-    stops = len(MARK) - 1 + lengths.cumsum()
-    low = np.searchsorted(ends, stops - lengths, side="right")
-    high = np.searchsorted(starts, stops, side="left")
+    """The tokens that overlap each word or the space before it; every word has at least one."""
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T  # characters of each token
+    lengths = np.array([1 + len(word) for word in words])  # with the space before the word
+    word_ends = len(MARK) - 1 + lengths.cumsum()  # MARK is where the first word's space would be
+    first_tokens = np.searchsorted(ends, word_ends - lengths, side="right")
+    stop_tokens = np.searchsorted(starts, word_ends, side="left")
     positions: list[int] = []
     firsts: list[int] = []
-    for begin, stop in zip(low, high, strict=True):
+    for first, stop in zip(first_tokens, stop_tokens, strict=True):
         firsts.append(len(positions))
-        positions += range(begin, stop) if stop > begin else [max(begin - 1, 0)]  # no own token
+        # A word without a token of its own shares the one before.
+        positions += range(first, stop) if stop > first else [max(first - 1, 0)]
     return shift + np.array(positions), np.array(firsts)

@@ -1,1 +1,1 @@
-"""How do many inputs of `encode` become vectors without the device waiting for the host?"""
+"""How does `encode` turn many inputs into vectors without the device waiting for the host?"""

@@ -1,7 +1,7 @@
-"""What `encode` is asked for, and how its inputs become batches ahead of the device.
+"""The options of `encode`, and how its inputs become batches ahead of the device.
 
-Inputs come in windows; while one is run, the next is tokenised in one thread and collated, packed
-and pinned in another. Tokenising and copying leave the interpreter free meanwhile. Cost: one
+Inputs come in windows. While one window runs, the next is tokenised in one thread and collated,
+packed and pinned in another; tokenising and copying release the interpreter lock. Cost: one
 tokenisation per distinct text, and a sort per window of texts.
 """
 
@@ -25,21 +25,22 @@ from unmasked.text.tokens import TokenRow
 SENTENCE = "sentence_embedding"
 TOKENS = "token_embeddings"
 OUTPUTS = (SENTENCE, TOKENS, None)
-"""What `encode` can be asked for; None is every output of the model."""
+"""Allowed values of the option ``output_value`` of `encode`; None is every output of the model."""
 TOKENISED_AHEAD = 2
-"""Windows that wait, tokenised, to be collated."""
+"""Largest number of tokenised windows that wait to be collated."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `encode` asks of a pass over its inputs, by the names of `SentenceTransformer.encode`.
+    """The options of one pass over the inputs, named as in `SentenceTransformer.encode`.
 
     Attributes:
         output_value: one of `OUTPUTS`.
-        save_to_cpu: copy vectors to the host as they come.
-        by_tokens: fill forwards up to a number of tokens; otherwise `batch_size` rows make one.
+        save_to_cpu: copy vectors to the host as they are computed.
+        by_tokens: limit a forward by its number of tokens; otherwise it has `batch_size` rows.
         processing_kwargs, task: see `Backbone.preprocess`.
-        stock_features: hand on what other people's modules read: padded states, prompt_length.
+        stock_features: pass on what stock modules after the pooling may read: padded states and
+            prompt_length.
     """
 
     device: torch.device
@@ -57,10 +58,14 @@ class Request:
 
     @classmethod
     def of(cls, device: torch.device, options: Mapping[str, Any]) -> Request:
-        """The request of a call of `encode`, which may have options for other modules as well."""
+        """The request of a call of `encode`; options that are meant for other modules are ignored.
+
+        Raises:
+            DataError: `truncate_dim` is less than 1.
+        """
         if (width := options.get("truncate_dim")) is not None and width < 1:
             raise DataError(
-                f"truncate_dim {width}: that many numbers of a vector are to be kept. "
+                f"truncate_dim {width}: it is the number of dimensions to keep of each vector. "
                 "Fix: truncate_dim=1 or more, None for all."
             )
         names = {field.name for field in fields(cls)}
@@ -68,13 +73,14 @@ class Request:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the host works beside the device."""
+        """Whether the device runs asynchronously."""
         return self.device.type == "cuda"
 
     def plan(self, lengths: Sequence[int], padded: bool) -> list[np.ndarray]:
-        """Which of some rows, by their numbers of tokens, share a forward."""
+        """Divide rows with these numbers of tokens into batches; returns the indices of each."""
         if self.by_tokens:
-            # On a CPU a batch is what it ever was: its composition moves the last bits of a vector.
+            # On a CPU padding always counts, so that batches are the same whether packed or not:
+            # the composition of a batch moves the last bits of a vector.
             budget = token_budget(self.device)
             return plan_batches(lengths, budget, padded=padded or not self.on_gpu)
         return plan_batches(lengths, batch_size=self.batch_size)
@@ -82,13 +88,14 @@ class Request:
 
 @dataclass
 class TextWindow:
-    """Inputs whose vectors are wanted together.
+    """Inputs whose vectors are returned together.
 
     Attributes:
-        inputs: those that differ from one another.
-        inverse: for each of the N inputs asked for, its place among these; None if all differ.
+        inputs: n distinct inputs.
+        inverse: for each of the N requested inputs, its index in `inputs`; None if all differ.
         left: how many of `inputs` have no vector yet.
-        vectors: of `inputs`, (n, D), once the first of them has come.
+        vectors: (n, D), the vectors of `inputs`; None until the first of them is computed.
+        copies: (n,) how often each of `inputs` was requested.
     """
 
     inputs: list[Any]
@@ -98,18 +105,18 @@ class TextWindow:
 
     def __post_init__(self) -> None:
         self.left = len(self.inputs)
-        places = np.arange(self.left) if self.inverse is None else self.inverse
-        self.copies = np.bincount(places, minlength=self.left)
+        indices = np.arange(self.left) if self.inverse is None else self.inverse
+        self.copies = np.bincount(indices, minlength=self.left)
 
     def take(self, places: np.ndarray, vectors: Tensor) -> None:
-        """Put (B, D) vectors in their places."""
+        """Store the (B, D) vectors of the inputs at (B,) places."""
         if self.vectors is None:
             self.vectors = vectors.new_empty(len(self.inputs), vectors.shape[1])
         self.vectors[torch.from_numpy(places).to(vectors.device, non_blocking=True)] = vectors
         self.left -= len(places)
 
     def finished(self, request: Request) -> Tensor:
-        """(N, D) vectors of the inputs asked for; () if there is none."""
+        """(N, D) vectors of the requested inputs; an empty tensor if there are none."""
         if self.vectors is None:
             return torch.empty(0, device="cpu" if request.save_to_cpu else request.device)
         if self.inverse is None or len(self.inverse) == len(self.inputs):
@@ -119,7 +126,7 @@ class TextWindow:
 
 @dataclass(frozen=True)
 class TokenisedRows:
-    """Some inputs of a window, as token rows; `first` is the place of the first of them."""
+    """The token rows of some consecutive inputs of a window; `first` is the index of the first."""
 
     window: TextWindow
     first: int
@@ -130,8 +137,8 @@ class TokenisedRows:
 class PreparedBatch:
     """Inputs that share a forward: their places in their window, token counts and features.
 
-    `cut` has the places of those that are longer than an input. An empty window is one batch
-    without inputs, so that its turn is known.
+    `cut` has the places of truncated inputs. An empty window becomes one batch without inputs, so
+    that its (empty) result comes at the right place among those of the other windows.
     """
 
     window: TextWindow
@@ -144,7 +151,7 @@ class PreparedBatch:
 def tokenised(
     backbone: Backbone, wanted: Iterable[TextWindow], request: Request
 ) -> Iterator[TokenisedRows]:
-    """The windows' token rows, in pieces; meant to run in a thread."""
+    """Tokenise windows piece by piece; meant to run in a thread."""
     limit = backbone.limit(request.processing_kwargs, task=request.task)
     for window in wanted:
         if not window.inputs:
@@ -161,6 +168,7 @@ def prepare_batches(
     padded = backbone.unpackable is not None
     stock = request.stock_features or request.output_value is None
     collate = backbone.features_of if stock else backbone.collate
+    # Dummy rows at the end of a batch may be added only where nothing but our pooling sees them.
     filled = request.on_gpu and request.output_value == SENTENCE and not padded
     filled &= not request.stock_features
     for piece in pieces:
@@ -171,7 +179,7 @@ def prepare_batches(
             own = [lengths[i] for i in chosen]
             together = [rows[i] for i in chosen]
             if filled:
-                ids = together[0].ids  # the longest text, once more and cut
+                ids = together[0].ids  # beginnings of the longest text
                 together += [TokenRow(ids[:length], 0, length) for length in filling(own)]
             features: dict[str, Any] = collate(together)
             if not padded:
@@ -189,7 +197,7 @@ def prepare_batches(
 def prepared_ahead(
     backbone: Backbone, wanted: Iterable[TextWindow], request: Request
 ) -> Generator[PreparedBatch, None, None]:
-    """The batches of all windows, made in two threads, which end when this generator is closed."""
+    """The batches of all windows, prepared in two threads, which end when the generator closes."""
 
     def batches() -> Iterator[PreparedBatch]:
         rows = tokenised(backbone, wanted, request)

@@ -1,8 +1,8 @@
-"""The inner loop of `encode`: prepared batches are run, and vectors put back in input order.
+"""The inner loop of `encode`: it runs prepared batches and puts vectors back in input order.
 
-Nothing in the loop waits for the device: what a forward needs to know of a batch is known on the
-host, inputs are copied from pinned memory, and a vector is looked at `BEHIND` batches after the one
-it comes from. `DeviceTime` counts what the device had to wait for.
+The loop does not wait for the device: everything that a forward needs to know about a batch is on
+the host, inputs are copied from pinned memory, and a vector is read only `BEHIND` batches after the
+batch that it comes from. `DeviceTime` measures how long the device is idle.
 
 Shapes: N inputs, B rows of a batch, T tokens of a row, D width.
 """
@@ -37,17 +37,17 @@ from unmasked.text.tokens import TokenRow
 T = TypeVar("T")
 
 BEHIND = {"cuda": 8}
-"""Batches that a device may have to do, while the host prepares others; none on a CPU."""
+"""Largest number of batches in the queue of a device; on a CPU there is no queue."""
 
 
 def run(model: nn.Module, backbone: Backbone, inputs: list[Any], request: Request) -> Any:
-    """Vectors (N, D) of N inputs, or what else is requested, in input order.
+    """Vectors (N, D) of N inputs, or the other requested outputs, in input order.
 
     Args:
-        model: features of a batch to features with its outputs; put into evaluation mode meanwhile.
+        model: adds outputs to the features of a batch; it is put into evaluation mode meanwhile.
         backbone: its first module, for the preprocessing.
         inputs: texts or pairs.
-        request: what is asked for.
+        request: the options of this call.
     """
     if request.output_value != SENTENCE:
         return row_outputs(model, backbone, inputs, request)
@@ -67,20 +67,20 @@ def sentence_vectors(
 
     Args:
         model, backbone, request: as in `run`.
-        wanted: lists of inputs; read in a thread, a few of them ahead of the vectors.
-        landed: is told how many more inputs have their vectors.
+        wanted: lists of inputs; read in a thread, a few lists ahead of the vectors.
+        landed: called with the number of inputs whose vectors have just arrived.
     """
-    flying: deque[tuple[PreparedBatch, Tensor, Callable[[], None]]] = deque()
+    in_flight: deque[tuple[PreparedBatch, Tensor, Callable[[], None]]] = deque()
     waiting: deque[TextWindow] = deque()
     behind, cut = BEHIND.get(request.device.type, 0), 0
 
     def result(batch: PreparedBatch, outputs: dict[str, Any]) -> Tensor:
-        vectors = outputs[SENTENCE][: len(batch.places)].float()
+        vectors = outputs[SENTENCE][: len(batch.places)].float()  # without those of dummy rows
         vectors = finish(vectors, request.truncate_dim, request.normalize_embeddings)
         return _to_host(vectors) if request.save_to_cpu else vectors
 
     def land() -> None:
-        batch, vectors, done = flying.popleft()
+        batch, vectors, done = in_flight.popleft()
         done()
         batch.window.take(batch.places, vectors)
         landed(int(batch.window.copies[batch.places].sum()))
@@ -91,13 +91,13 @@ def sentence_vectors(
             if not waiting or waiting[-1] is not batch.window:
                 waiting.append(batch.window)
             if vectors is not None:
-                flying.append((batch, vectors, done))
+                in_flight.append((batch, vectors, done))
                 cut += int(batch.window.copies[list(batch.cut)].sum()) if batch.cut else 0
-            while len(flying) > behind:
+            while len(in_flight) > behind:
                 land()
             while waiting and not waiting[0].left:
                 yield waiting.popleft().finished(request)
-        while flying:
+        while in_flight:
             land()
     backbone.count_cut(cut)
     while waiting:
@@ -108,14 +108,14 @@ def sentence_vectors(
 def encode_windows(
     model: nn.Module, backbone: Backbone, wanted: Iterable[list[Any]], **options: Any
 ) -> Generator[np.ndarray, None, None]:
-    """(N, D) float32 vectors of one list of N texts after another, as `encode` gives for each.
+    """(N, D) float32 vectors of one list of N texts after another, as `encode` returns for each.
 
-    Lists are tokenised while those before them are run, so the device need not wait between two.
+    A list is tokenised while earlier ones run, so the device need not wait between two lists.
 
     Args:
-        model, backbone: as in `run`; the model is where it runs.
+        model, backbone: as in `run`; the model must be on the device where it is to run.
         wanted: the lists; read in a thread.
-        options: ``prompt``, ``batch_size`` (None fills forwards with tokens),
+        options: ``prompt``, ``batch_size`` (None limits forwards by tokens),
             ``normalize_embeddings`` and ``truncate_dim``, as in `encode`.
     """
     rows = options.pop("batch_size", None)
@@ -133,16 +133,16 @@ def encode_windows(
 def encode_rows(
     model: nn.Module, backbone: Backbone, rows: Sequence[TokenRow], device: torch.device
 ) -> Tensor:
-    """(N, D) float32 vectors on the host of N rows of ids, in order, as `encode` has them.
+    """(N, D) float32 vectors, on the host, of N rows of ids, in order; the same as from `encode`.
 
-    For a caller that tokenises elsewhere and bounds the tokens of a call: no thread is started, all
-    rows share a forward unless it has to be padded, and `finish` shortens and scales what comes.
-    The model has to be in evaluation mode.
+    For a caller that tokenises elsewhere and limits the tokens of a call: no thread is started, and
+    all rows share a forward unless batches are padded. The vectors are neither truncated nor
+    normalised; `finish` does that. The model must be in evaluation mode.
     """
     padded = backbone.unpackable is not None
     request = Request(device, batch_size=len(rows), by_tokens=padded)
     vectors = torch.empty(len(rows), backbone.get_embedding_dimension())
-    whole = TokenisedRows(TextWindow([]), 0, list(rows))
+    whole = TokenisedRows(TextWindow([]), 0, list(rows))  # the window itself is not used here
     for batch in prepare_batches(backbone, [whole], request):
         outputs = model(_on_device(batch.features, device))
         backbone.tokens_encoded += sum(batch.lengths)
@@ -163,8 +163,8 @@ def row_outputs(
             states = zip(outputs[TOKENS], batch.lengths, strict=True)
             return [row[:length].float() for row, length in states]
         if request.truncate_dim is not None:
-            cut = truncate_embeddings(outputs[SENTENCE], request.truncate_dim)
-            outputs = {**outputs, SENTENCE: cut}
+            short = truncate_embeddings(outputs[SENTENCE], request.truncate_dim)
+            outputs = {**outputs, SENTENCE: short}
         own = {k: v for k, v in outputs.items() if not k.startswith(("packed", "repad"))}
         rows = len(batch.lengths)
         by_row = {k for k, v in own.items() if isinstance(v, Tensor) and v.ndim and len(v) == rows}
@@ -182,11 +182,12 @@ def row_outputs(
 
 
 def no_vectors(like: Any, width: int, options: Mapping[str, Any]) -> Any:
-    """(0, D) vectors, the answer to an empty list: a tensor if `like` is one, else an array.
+    """(0, D) vectors, the result for an empty list: a tensor if `like` is one, else an array.
 
     Args:
-        like: what the stock loop returned.
-        width: of the model; ``truncate_dim`` and ``precision`` of the `options` make it smaller.
+        like: what the stock `encode` returned.
+        width: that of the model; ``truncate_dim`` and ``precision`` may reduce it.
+        options: the options of the call of `encode`.
     """
     kinds = {"int8": np.int8, "uint8": np.uint8, "binary": np.int8, "ubinary": np.uint8}
     width = min(options.get("truncate_dim") or width, width)
@@ -198,7 +199,7 @@ def no_vectors(like: Any, width: int, options: Mapping[str, Any]) -> Any:
 
 
 def _bar(texts: int, shown: bool) -> Any:
-    """A progress bar; where it is wanted, the variable TQDM_DISABLE still switches it off."""
+    """A progress bar; the environment variable TQDM_DISABLE switches it off even if it is shown."""
     return tqdm(total=texts, unit="text", **({} if shown else {"disable": True}))
 
 
@@ -209,9 +210,9 @@ def _forwards(
     request: Request,
     result: Callable[[PreparedBatch, dict[str, Any]], T],
 ) -> Generator[tuple[PreparedBatch, T | None, Callable[[], None]], None, None]:
-    """Each batch, the result of its outputs, and a function that waits until that is there.
+    """Each batch, the result of its outputs, and a function that waits until the result is ready.
 
-    The model is in evaluation mode until the last one is taken. An empty batch has no result.
+    The model is in evaluation mode until the generator ends. An empty batch has no result.
     """
     was_training, clock = model.training, backbone.device_time
     model.eval()
@@ -238,7 +239,7 @@ def _on_device(features: dict[str, Any], device: torch.device) -> dict[str, Any]
 
 
 def _to_host(vectors: Tensor) -> Tensor:
-    """A copy on the host; from a GPU it is under way, and there when the forward is done."""
+    """A copy on the host; from a GPU it is asynchronous and complete when the forward is done."""
     if vectors.device.type != "cuda":
         return vectors.cpu()
     host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
@@ -246,7 +247,7 @@ def _to_host(vectors: Tensor) -> Tensor:
 
 
 def finish(vectors: Tensor, truncate_dim: int | None, normalize: bool) -> Tensor:
-    """(N, D) vectors cut to the first numbers of each, then scaled to length 1, as asked."""
+    """(N, D) vectors, truncated to their first dimensions, then normalised, each if requested."""
     if truncate_dim is not None:
         vectors = truncate_embeddings(vectors, truncate_dim)
     return nn.functional.normalize(vectors, dim=1) if normalize else vectors

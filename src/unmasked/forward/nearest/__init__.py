@@ -1,5 +1,5 @@
-"""Which vectors are nearest to a query, when not all of them fit into memory?
+"""Which vectors are nearest to a query, if not all of them fit into memory?
 
-What mining and searching share: `best_scores`, the highest scores while blocks of vectors pass by.
-Cost: one product of all queries with all vectors.
+Mining and searching share `best_scores`, which keeps the highest scores while the vectors are read
+block by block. Cost: one product of all queries with all vectors.
 """

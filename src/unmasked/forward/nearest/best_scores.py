@@ -1,7 +1,7 @@
-"""The highest scores of queries, kept while all vectors pass by in blocks.
+"""The highest scores of queries, updated while all vectors are read block by block.
 
-It is what an exact search needs that must not hold all its scores: the product of queries and one
-block at a time, on the device that is given, through FAISS where that is installed, else numpy.
+An exact search that does not keep all scores in memory: queries are multiplied with one block at a
+time, on a GPU by torch, on a CPU by FAISS if it is installed, otherwise by numpy.
 
 Cost: the product, and one comparison for each score.
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 MANY = 20
-"""Queries from which FAISS is used: for one, the product alone is many times faster than FAISS."""
+"""Number of queries from which FAISS is used: for a single one numpy is many times faster."""
 
 
 class Best(NamedTuple):
@@ -29,9 +29,9 @@ class Best(NamedTuple):
 
 
 class BestScores:
-    """The best of what was seen so far, for each query; of equal scores, the first place.
+    """The K best scores so far for each of Q queries; of equal scores, the first place.
 
-    What may belong to them is collected, and sorted when there is as much of it as is kept.
+    Candidates are collected, and sorted only when there are more new ones than the Q x K to keep.
 
     Args:
         queries: Q.
@@ -40,21 +40,22 @@ class BestScores:
 
     def __init__(self, queries: int, count: int) -> None:
         self.queries, self.count = queries, count
-        self._least = np.full(queries, -np.inf, np.float32)  # what a score has to be above
-        self._seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self._kept = self._collected = 0
+        self._least = np.full(queries, -np.inf, np.float32)  # a new score must be above this
+        self._seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # (rows, places, scores)
+        self._kept = self._collected = 0  # entries of `_seen` after the last sort, and now
 
     def add_all(self, scores: np.ndarray, place: int, first: int = 0) -> None:
-        """Scores (q, n) of all vectors from a place on, of the queries from `first` on."""
+        """Add scores (q, n) of the n vectors from `place` on and the q queries from `first` on."""
         least = self._least[first : first + len(scores), None]
-        good = scores > least  # of equal ones the first was there before
+        good = scores > least  # not equal: an earlier place has that score already
         if scores.shape[1] > self.count and not np.isfinite(least).all():
+            # Some query has fewer than K scores, so `least` excludes nothing: take the K best.
             good &= scores >= np.partition(scores, -self.count, axis=1)[:, -self.count, None]
         rows, columns = np.nonzero(good)
         self._collect(rows + first, columns + place, scores[rows, columns])
 
     def add(self, scores: np.ndarray, places: np.ndarray, first: int = 0) -> None:
-        """Scores (q, n) of the vectors at places (q, n), of the queries from `first` on."""
+        """Add scores (q, n) of the vectors at places (q, n) and the q queries from `first` on."""
         rows, columns = np.nonzero(scores > self._least[first : first + len(scores), None])
         self._collect(rows + first, places[rows, columns], scores[rows, columns])
 
@@ -65,19 +66,19 @@ class BestScores:
             self._sort()
 
     def _sort(self) -> None:
-        """Leave what is best so far, query by query, the best first."""
+        """Keep only the best scores of each query, query by query, the best first."""
         rows, places, scores = map(np.concatenate, zip(*self._seen, strict=True))
-        order = np.lexsort((places, -scores, rows))
+        order = np.lexsort((places, -scores, rows))  # the last key is the first to sort by
         rows, places, scores = rows[order], places[order], scores[order]
-        starts = np.searchsorted(rows, np.arange(self.queries + 1))
-        kept = np.arange(len(rows)) - starts[rows] < self.count
-        full = np.flatnonzero(np.diff(starts) >= self.count)
+        starts = np.searchsorted(rows, np.arange(self.queries + 1))  # of each query's entries
+        kept = np.arange(len(rows)) - starts[rows] < self.count  # rank below K
+        full = np.flatnonzero(np.diff(starts) >= self.count)  # queries that have K scores
         self._least[full] = scores[starts[full] + self.count - 1]
         self._seen = [(rows[kept], places[kept], scores[kept])]
         self._kept = self._collected = int(kept.sum())
 
     def result(self) -> Best:
-        """Everything has been added; where fewer than K were, the others have place -1."""
+        """The best scores, once all are added; a query with too few scores has places -1."""
         best = Best(
             np.full((self.queries, self.count), -np.inf, np.float32),
             np.full((self.queries, self.count), -1, np.int64),
@@ -102,29 +103,30 @@ def add_products(
     """Multiply all queries (Q, D) with a block (n, D) of vectors, and keep the best products.
 
     Args:
-        best: of as many queries.
-        queries, block: float32, of length 1 where cosines are wanted.
-        place: of the first vector of the block.
+        best: made for Q queries.
+        queries, block: float32, normalised if the scores are to be cosines.
+        place: the index of the first vector of the block among all.
         scale: (n,) factors of the vectors of the block.
         device: where the product is computed.
     """
     count = min(best.count, len(block))
-    compiled = torch.device(device).type != "cpu" or faiss_for(len(queries)) is not None
-    if scale is not None and compiled:
-        block = block * scale[:, None]
-    if torch.device(device).type != "cpu":
-        parts = (torch.as_tensor(part, device=device) for part in (queries, block))
-        scores, found = torch.topk(torch.matmul(next(parts), next(parts).T), count)
+    on_cpu = torch.device(device).type == "cpu"
+    faiss = faiss_for(len(queries)) if on_cpu else None
+    if scale is not None and (faiss or not on_cpu):
+        block = block * scale[:, None]  # these return the best scores only, so scale before
+    if not on_cpu:
+        products = torch.as_tensor(queries, device=device) @ torch.as_tensor(block, device=device).T
+        scores, found = torch.topk(products, count)
         best.add(scores.cpu().numpy(), found.cpu().numpy() + place)
-    elif faiss := faiss_for(len(queries)):
+    elif faiss:
         block = np.ascontiguousarray(block)
         scores, found = faiss.knn(queries, block, count, metric=faiss.METRIC_INNER_PRODUCT)
         best.add(scores, found + place)
     else:
-        products = queries @ block.T
-        best.add_all(products if scale is None else products * scale, place)
+        all_scores = queries @ block.T
+        best.add_all(all_scores if scale is None else all_scores * scale, place)
 
 
 def faiss_for(queries: int) -> Any:
-    """FAISS, or None where it is not installed or the queries are few."""
+    """The module of FAISS; None if it is not installed or there are few queries."""
     return import_module("faiss") if queries >= MANY and find_spec("faiss") else None

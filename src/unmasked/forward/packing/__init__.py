@@ -1,8 +1,8 @@
 """Attention over texts laid end to end, so that padding never reaches the network.
 
-`layout` says where the texts of a batch lie, `attending` keeps them apart, and `check` lets a model
-be packed only if that gives the same states. How attention is computed is in `dense` (everywhere),
-`ragged` and `dropout` (on a GPU). `benchmarks/encode.py` measures the speed.
+`layout` says where the texts of a batch are, `attending` keeps them apart, and `check` allows
+packing for a model only if that gives the same states. Attention itself is computed in `dense`
+(everywhere), `ragged` and `dropout` (on a GPU). `benchmarks/encode.py` measures the speed.
 """
 
 from unmasked.forward.packing.attending import NAME, attention, checkpoint_contexts, run_packed

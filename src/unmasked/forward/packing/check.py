@@ -1,20 +1,20 @@
 """Whether a loaded model may be packed: packed and single forwards are compared as they will run.
 
-No list says which families can be packed. `enable_packing` runs a few texts of 1 to 200 tokens one
-by one through the family's own attention, and packed through ours, at the precision of the moment
-(autocast included) and with the kernel that this precision gets. Two things are asked:
+There is no list of families that can be packed. `enable_packing` runs a few texts of 1 to 200
+tokens one by one through the family's own attention, and packed through ours, in the current
+precision (autocast included) and with the kernel for that precision. It asks two questions:
 
-* Are the states of a text those that it has alone? Not closer than the model rounds: in bfloat16 a
-  sound decoder of 32 layers gives states that differ by 0.05 between one text alone and the same
-  text in a padded batch. So the limit is relative to exactly that difference, measured beside it.
-* Do the states of a text change when the others beside it do? Nothing but the words of the others
-  is changed, so a sound model rounds alike and nothing changes at all, at any depth and precision,
-  except where other texts change which numbers are multiplied together (mixtures of experts). This
-  finds a leak of a hundredth, which the first question cannot see in a deep model.
+* Are the states of a text the same as when it runs alone? They can only agree up to rounding: in
+  bfloat16 the states of a sound decoder of 32 layers differ by 0.05 between a text alone and the
+  same text in a padded batch. So that difference is measured too, and the limit is relative to it.
+* Do the states of a text change if the other texts do? Only the tokens of the others change, so a
+  sound model rounds in the same way and the states do not change at all, at any depth and
+  precision, except where the other texts change which numbers are multiplied together (mixtures of
+  experts). This finds a leak of a hundredth, which the first question misses in a deep model.
 
-The cost is eleven forwards, of a thousand tokens in all, once for each device and precision. Where
-a kernel of the GPU fails or differs, texts go one length at a time; where that differs, batches
-stay padded.
+The cost is eleven forwards, of a thousand tokens in all, once for each device and precision. If a
+GPU kernel fails or differs, attention runs once for each length of text; if that differs too,
+batches stay padded.
 """
 
 from __future__ import annotations
@@ -45,20 +45,21 @@ from unmasked.mask.proof import evaluating
 LENGTHS = (9, 5, 200, 1, 64, 9, 2)
 """Tokens of the texts: two of equal length, and not in the order in which they are packed."""
 PADDED = (0, 1, 4)
-"""The texts that are also run in a padded batch, to see how the model rounds."""
+"""Indices of the texts that also run in a padded batch, to measure how the model rounds."""
 
 FLOOR = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Differences of packed and single states that are always accepted; 2e-2 in other precisions."""
 SLACK = 2
-"""Packed states may differ from single ones by this many times what padded ones do."""
+"""Packed states may differ from single ones by this many times as much as padded ones do."""
 
 CHECKED, UNPACKED = "packed_checked", "unpacked_attention"
+"""Attributes of a model: (device, dtype) pairs that passed, and the family's own attention."""
 
 FAILURES = (RuntimeError, ModelError, ValueError, TypeError, AttributeError, IndexError)
 
 
 def running_as(model: Any) -> tuple[str, torch.dtype]:
-    """Kind of device and dtype of the attention of a model, here and now."""
+    """Device type and dtype in which a model's attention would run now."""
     weight = model.get_input_embeddings().weight
     kind = weight.device.type
     if torch.is_autocast_enabled(kind):
@@ -67,7 +68,7 @@ def running_as(model: Any) -> tuple[str, torch.dtype]:
 
 
 def is_checked(model: Any) -> bool:
-    """Whether `enable_packing` has accepted a model as it runs here and now."""
+    """Whether `enable_packing` has accepted a model on its current device and precision."""
     return running_as(model) in getattr(model, CHECKED, ())
 
 
@@ -75,11 +76,11 @@ def enable_packing(model: Any) -> str | None:
     """Switch a bidirectional transformer to packed attention, if it gives the same states.
 
     Args:
-        model: a bare transformer, perhaps switched before, at another precision. It has the
-            attention of its family if it cannot be packed.
+        model: a bare transformer, perhaps switched before, in another precision. If it cannot be
+            packed, it gets the attention of its family back.
 
     Returns:
-        None, or why it is not packed.
+        None, or the reason why it is not packed.
     """
     before = attention_name(model)
     before = getattr(model, UNPACKED, before) if before == NAME else before
@@ -102,7 +103,7 @@ def enable_packing(model: Any) -> str | None:
 
 @torch.no_grad()
 def _compare(model: Any, before: str) -> str | None:
-    """Why the packed states of a few texts are not what they should be; None if they are."""
+    """Why the packed states of a few texts are not accepted; None if they are."""
     ids, mask = sample_texts(model)
     packed = pack(mask).to(ids.device)
     with evaluating(model):
@@ -115,23 +116,29 @@ def _compare(model: Any, before: str) -> str | None:
         model.set_attn_implementation(NAME)
         reaches = _confirmed_reaches(model, ids[:1, : LENGTHS[0]])
         setattr(model, REACHES, reaches)
-        together = run_packed(model, ids, packed).float()
+        together = run_packed(model, ids, packed).float()  # (N, D)
+        # Change every second text in the packed order, so that each other one has new neighbours.
         others = torch.zeros(len(mask), dtype=torch.bool)
         others[mask.sum(dim=1).argsort(descending=True, stable=True)[::2]] = True
         changed = ids.where(~others.to(ids.device)[:, None], ids.flip(1).roll(1, dims=0))
         again = run_packed(model, changed, packed).float()
-    places = [packed.rows == row for row in range(len(mask))]
-    own = _largest([_apart(beside[i, : len(alone[row])], alone[row]) for i, row in enumerate(rows)])
-    drift = _largest([_apart(together[at], one) for at, one in zip(places, alone, strict=True)])
-    kept = [places[row] for row in range(len(mask)) if not others[row]]
-    leak = _largest([_apart(again[at], together[at]) for at in kept])
+    tokens_of = [packed.rows == row for row in range(len(mask))]
+    rounding = _largest(
+        [_difference(beside[i, : len(alone[row])], alone[row]) for i, row in enumerate(rows)]
+    )
+    drift = _largest(
+        [_difference(together[at], one) for at, one in zip(tokens_of, alone, strict=True)]
+    )
+    unchanged = [tokens_of[row] for row in range(len(mask)) if not others[row]]
+    leak = _largest([_difference(again[at], together[at]) for at in unchanged])
     floor = FLOOR.get(running_as(model)[1], 2e-2)
-    if not drift <= (limit := max(floor, SLACK * own)):
+    limit = max(floor, SLACK * rounding)
+    if not drift <= limit:  # also for NaN
         return (
             f"packed and single forwards differ by {drift:.1e} (limit {limit:.0e}; padded and "
-            f"single ones by {own:.1e})"
+            f"single ones by {rounding:.1e})"
         )
-    if not leak <= (limit := max(floor / 10, own)):
+    if not leak <= max(floor / 10, rounding):
         return (
             f"packed texts see each other: the states of one change by {leak:.1e} with the others"
         )
@@ -139,27 +146,28 @@ def _compare(model: Any, before: str) -> str | None:
 
 
 def sample_texts(model: Any) -> tuple[Tensor, Tensor]:
-    """Random ids (B, T) on the model's device, and their mask on the host."""
-    words, config = model.get_input_embeddings().weight, model.config.get_text_config()
-    highest = min(config.vocab_size, len(words))
-    most = getattr(config, "max_position_embeddings", None) or max(LENGTHS)
-    lengths = torch.tensor(LENGTHS).clamp(max=most)
+    """Random ids (B, T) on the model's device, and their mask (B, T) on the host."""
+    embeddings, config = model.get_input_embeddings().weight, model.config.get_text_config()
+    vocabulary = min(config.vocab_size, len(embeddings))
+    positions = getattr(config, "max_position_embeddings", None) or max(LENGTHS)
+    lengths = torch.tensor(LENGTHS).clamp(max=positions)
     generator = torch.Generator().manual_seed(0)
     width = int(lengths.max())
-    ids = torch.randint(highest, (len(lengths), width), generator=generator)
-    return ids.to(words.device), (torch.arange(width) < lengths[:, None]).long()
+    ids = torch.randint(vocabulary, (len(lengths), width), generator=generator)
+    return ids.to(embeddings.device), (torch.arange(width) < lengths[:, None]).long()
 
 
 @contextmanager
 def _attending(model: Any, name: str) -> Iterator[None]:
-    now = attention_name(model)
-    if name != now:
+    """Run a model with another attention implementation inside the block."""
+    current = attention_name(model)
+    if name != current:
         model.set_attn_implementation(name)
     try:
         yield
     finally:
-        if name != now:
-            model.set_attn_implementation(now)
+        if name != current:
+            model.set_attn_implementation(current)
 
 
 def _states(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -168,17 +176,17 @@ def _states(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     return states
 
 
-def _apart(found: Tensor, wanted: Tensor) -> Tensor:
-    apart: Tensor = (found - wanted).norm() / wanted.norm()
-    return apart
+def _difference(found: Tensor, expected: Tensor) -> Tensor:
+    relative: Tensor = (found - expected).norm() / expected.norm()
+    return relative
 
 
 def _largest(numbers: list[Tensor]) -> float:
-    return float(torch.stack(numbers).max())  # not Python's largest: NaN must win
+    return float(torch.stack(numbers).max())  # unlike Python's max, this returns NaN if one is NaN
 
 
 def _confirmed_reaches(model: Any, ids: Tensor) -> Reaches:
-    """How far windows reach, as read off the family's own mask, where a kernel agrees."""
+    """The reaches of windows, read from the family's own mask and confirmed for the kernel."""
     probe = torch.empty(1, 1, 1, 64, device=ids.device, dtype=running_as(model)[1])
     if not getattr(model, AT_ONCE) or find_kernel(probe, Extras()) is None:
         return {}
@@ -190,12 +198,12 @@ def _confirmed_reaches(model: Any, ids: Tensor) -> Reaches:
 
 
 def _kernel_agrees(probe: Tensor, reach: tuple[int, int]) -> bool:
-    """Whether the kernel's window is that of a mask, for texts that are longer than it reaches."""
+    """Whether the kernel's window is the same as a mask's, for texts longer than the window."""
     lengths = torch.tensor([sum(reach) + 9, max(reach) + 2, 3])
     packed = pack((torch.arange(int(lengths.max())) < lengths[:, None]).long()).to(probe.device)
     generator = torch.Generator().manual_seed(0)
     shape = (3, 1, 1, len(packed.rows), probe.shape[-1])
-    q, k, v = torch.randn(shape, generator=generator).to(probe)
+    q, k, v = torch.randn(shape, generator=generator).to(probe)  # (1, 1, N, d) each
     extras = Extras(reach=reach)
     kernel = find_kernel(q, extras)
     if kernel is None:
@@ -204,6 +212,5 @@ def _kernel_agrees(probe: Tensor, reach: tuple[int, int]) -> bool:
         found = attend_at_once(kernel, q, k, v, packed, extras)
     except (RuntimeError, TypeError, ValueError):
         return False
-    return (
-        float(_apart(found.float(), attend_by_text(q, k, v, None, packed, extras).float())) < 0.02
-    )
+    expected = attend_by_text(q, k, v, None, packed, extras)
+    return float(_difference(found.float(), expected.float())) < 0.02

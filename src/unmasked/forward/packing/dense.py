@@ -1,8 +1,8 @@
-"""Attention without a kernel for texts of any length: one batch of SDPA per length of text.
+"""Attention without a variable-length kernel: one call of SDPA for each length of text.
 
-It runs everywhere, takes every extra that a family asks for, and is what the kernels of a GPU
-(`ragged`) are measured against. On a CPU it is the fastest way; on a GPU each length of a batch is
-a product of its own, too small to fill it.
+It runs everywhere, supports every option of every family, and is the reference for the GPU kernels
+in `ragged`. On a CPU it is the fastest way; on a GPU the call for a single length is too small to
+keep the device busy.
 
 Shapes: B texts, T tokens of the longest, N tokens of all, H query heads, G key-value heads of
 width d.
@@ -19,19 +19,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from unmasked.forward.packing.layout import Packed
 
 LONG = 64
-"""Tokens from which bfloat16 attention on a CPU is faster as two matrix products than as SDPA."""
+"""Length from which bfloat16 attention on a CPU is faster as two matrix products than as SDPA."""
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What a family hands over beside queries, keys and values, as transformers names it.
+    """Options of attention besides queries, keys and values, as transformers passes them.
 
     Attributes:
-        scaling: of the scores; None for ``d**-0.5``.
-        dropout: probability of dropping a weight.
-        softcap: largest size of a score; None for none.
-        sinks: (H,) scores that take part in the softmax and have no value.
-        reach: tokens that a query sees to its left and right, itself not counted; None for all.
+        scaling: factor of the scores; None for ``d**-0.5``.
+        dropout: probability of dropping an attention weight.
+        softcap: limit of the absolute value of a score; None for none.
+        sinks: (H,) scores that take part in the softmax but have no value.
+        reach: tokens that a query sees to its left and right, without itself; None for all.
     """
 
     scaling: float | None = None
@@ -43,9 +43,8 @@ class Extras:
 
 def band(length: int, reach: tuple[int, int], device: torch.device) -> Tensor:
     """(length, length) bool, true where a query (row) may look at a key (column)."""
-    to_the_right = (
-        torch.arange(length, device=device) - torch.arange(length, device=device)[:, None]
-    )
+    positions = torch.arange(length, device=device)
+    to_the_right = positions - positions[:, None]
     return (to_the_right >= -reach[0]) & (to_the_right <= reach[1])
 
 
@@ -55,11 +54,11 @@ def attend_by_text(
     """(1, N, H, d) attention of (1, heads, N, d), each text by itself.
 
     Args:
-        query, key, value: of H, G and G heads.
-        mask: (1, 1, T, T) for the longest text; windows look the same from every token, so shorter
-            texts take its upper left corner. None for none.
-        packed: where the texts lie.
-        extras: of the family; a reach is drawn where there is no mask.
+        query, key, value: with H, G and G heads.
+        mask: (1, 1, T, T) for the longest text; a window is the same for every token, so shorter
+            texts use its upper left corner. None for no mask.
+        packed: where the texts are.
+        extras: the options of the family; a mask is drawn for its reach if none is given.
     """
     if mask is None and extras.reach is not None:
         mask = band(packed.longest, extras.reach, query.device)
@@ -77,19 +76,19 @@ def attend_by_text(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extras: Extras
 ) -> Tensor:
-    """(B, H, T, d) attention: SDPA, or written out for what SDPA does not have or does slowly."""
-    half = query.dtype == torch.bfloat16 and query.shape[2] >= LONG
-    slow = query.device.type == "cpu" and (extras.dropout > 0 or half)
-    if extras.softcap is None and extras.sinks is None and not slow:
+    """(B, H, T, d) attention: SDPA, or matrix products for what SDPA lacks or does slowly."""
+    long_bfloat16 = query.dtype == torch.bfloat16 and query.shape[2] >= LONG
+    sdpa_is_slow = query.device.type == "cpu" and (extras.dropout > 0 or long_bfloat16)
+    if extras.softcap is None and extras.sinks is None and not sdpa_is_slow:
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(
             query, key, value, mask, extras.dropout, scale=extras.scaling, enable_gqa=grouped
         )
     batch, heads, tokens, width = query.shape
     shared = batch * key.shape[1]
-    # The queries that share a key stand one below the other, so that no key is repeated.
+    # The queries of all heads that share a key head form one matrix, so no key is repeated.
     queries = query.reshape(shared, -1, width)  # (B * G, H / G * T, d)
-    keys = key.reshape(shared, tokens, width).transpose(1, 2)
+    keys = key.reshape(shared, tokens, width).transpose(1, 2)  # (B * G, d, T)
     # baddbmm scales inside the product; beta=0 ignores the (empty) first argument.
     scale = extras.scaling or width**-0.5
     scores = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=scale)

@@ -1,12 +1,12 @@
 """Attention with dropout over all texts at once, on a GPU without flash-attn: for SimCSE.
 
-Decoders are trained without dropout, and `varlen_attn` has none. The kernel beneath it has:
-`torch.ops.aten._flash_attention_forward`, which SDPA itself calls, is differentiable and takes the
-offsets of the texts. Its name is private to torch, so its schema is read first, and one small batch
-is compared with plain attention. Where it is not as expected, nested tensors take its place, which
-are public and slower; where these fail as well, texts go one length at a time (`dense`).
+Decoders are trained without dropout, and `varlen_attn` does not support it. The operator that it
+calls does: `torch.ops.aten._flash_attention_forward`, which SDPA calls too, is differentiable and
+takes the offsets of the texts. Its name is private to torch, so its schema is checked first, and
+one small batch is compared with plain attention. If either is not as expected, nested tensors are
+used, which are public and slower; if these fail too, attention runs once for each length (`dense`).
 
-The comparison costs a few small kernels per kind of heads and device, once a process.
+The comparison costs a few small kernels for each head width, dtype and device, once per process.
 
 Shapes: N tokens of all texts, H query heads, G key-value heads of width d.
 """
@@ -40,20 +40,20 @@ FLASH_ARGUMENTS = (
     "is_causal",
     "return_debug_mask",
 )
-"""The first arguments of the kernel, in order; the others are given by name or not at all."""
+"""The first arguments of the operator, in order; others are passed by name or not at all."""
 WINDOW_ARGUMENTS = ("window_size_left", "window_size_right")
 LENGTHS = (64, 9, 64, 1, 33)
-"""Tokens of the texts on which a kernel is compared."""
+"""Lengths of the texts on which a kernel is compared."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Packed, Extras], Tensor]
 
 
 def find_dropping_kernel(query: Tensor, extras: Extras) -> Kernel | None:
-    """The fastest kernel with dropout whose results are right here; None if there is none.
+    """The fastest kernel with dropout whose results are right on this device; None without one.
 
     Args:
         query: (1, H, N, d).
-        extras: of the family.
+        extras: the options of the family.
     """
     windows = extras.reach is not None
     return checked_kernel(query.device, query.dtype, query.shape[-1], windows)
@@ -63,7 +63,7 @@ def find_dropping_kernel(query: Tensor, extras: Extras) -> Kernel | None:
 def checked_kernel(
     device: torch.device, dtype: torch.dtype, width: int, windows: bool
 ) -> Kernel | None:
-    """What `find_dropping_kernel` finds for heads of a width, windows included if so."""
+    """The kernel for heads of a width; with `windows`, one that also has sliding windows."""
     for kernel in (attend_flash_operator, attend_nested):
         if kernel is attend_nested and windows:
             continue
@@ -77,7 +77,7 @@ def checked_kernel(
 
 
 def flash_operator() -> Any:
-    """The overload of torch's own flash attention that takes offsets of texts.
+    """The overload of torch's flash attention that takes the offsets of texts.
 
     Raises:
         AttributeError: this release of torch has none.
@@ -94,7 +94,7 @@ def _schema_fits(windows: bool) -> bool:
 def attend_flash_operator(
     q: Tensor, k: Tensor, v: Tensor, packed: Packed, extras: Extras
 ) -> Tensor:
-    """A `Kernel`: what SDPA itself calls, with the offsets of the texts."""
+    """A `Kernel`: the operator that SDPA calls, with the offsets of the texts."""
     options: dict[str, Any] = {"scale": extras.scaling}
     if extras.reach is not None:
         options |= dict(zip(WINDOW_ARGUMENTS, extras.reach, strict=True))
@@ -104,9 +104,9 @@ def attend_flash_operator(
 
 
 def attend_nested(q: Tensor, k: Tensor, v: Tensor, packed: Packed, extras: Extras) -> Tensor:
-    """A `Kernel`: SDPA over a nested tensor of the texts; it has no windows."""
+    """A `Kernel`: SDPA over a nested tensor of the texts, without sliding windows."""
     share = q.shape[1] // k.shape[1]
-    if share > 1:  # nested tensors know no heads that share a key
+    if share > 1:  # nested tensors do not support grouped heads
         k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
     offsets = packed.ends.long()
     shortest = packed.groups[-1][2]
@@ -128,10 +128,10 @@ def _agrees(
     width: int,
     reach: tuple[int, int] | None,
 ) -> bool:
-    """Whether a kernel attends as `dense` does, drops what it should, and has a gradient.
+    """Whether a kernel agrees with `dense`, drops at the right rate, and has a gradient.
 
-    Without dropout its states and their gradient are those of `dense`. With dropout, two draws
-    differ, and where all values are 1, states and the gradient of the values are 1 on average.
+    Without dropout its states and gradients must be those of `dense`. With dropout, two runs must
+    differ; and if all values are 1, the states and the gradient of the values must average to 1.
     """
     here = [device] if device.type == "cuda" else []
     with torch.enable_grad(), torch.random.fork_rng(devices=here):
@@ -143,26 +143,28 @@ def _agrees(
             torch.randn(tokens, heads, width, device=device, dtype=dtype, requires_grad=True)
             for heads in (8, 4, 4)
         )
-        still = Extras(reach=reach)
-        found = kernel(q, k, v, packed, still)
-        turned = (x.transpose(0, 1)[None] for x in (q, k, v))
-        wanted = attend_by_text(next(turned), next(turned), next(turned), None, packed, still)[0]
-        pairs = [(found, wanted)]
-        ways = (
-            torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (found, wanted)
+        plain = Extras(reach=reach)
+        found = kernel(q, k, v, packed, plain)  # (N, H, d)
+        queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, N, d)
+        expected = attend_by_text(queries, keys, values, None, packed, plain)[0]
+        pairs = [(found, expected)]
+        gradients = (
+            torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (found, expected)
         )
-        pairs += zip(*ways, strict=True)
+        pairs += zip(*gradients, strict=True)
         if not all(_near(one, other) for one, other in pairs):
             return False
         noisy, ones = Extras(dropout=0.5, reach=reach), torch.ones_like(v).requires_grad_()
+        # Queries of 0 give equal attention weights.
         first, second = (kernel(q * 0, k, ones, packed, noisy).float() for _ in range(2))
         (gradient,) = torch.autograd.grad(first.sum(), ones)
-        means = (first.mean(), second.mean(), gradient.float().mean() / 2)  # 2 queries to a key
+        means = (first.mean(), second.mean(), gradient.float().mean() / 2)  # 2 queries per key
         return not torch.equal(first, second) and all(
             abs(float(m.detach()) - 1) < 0.1 for m in means
         )
 
 
-def _near(found: Tensor, wanted: Tensor) -> bool:
-    apart = (found.detach().float() - wanted.float()).norm() / wanted.float().norm()
-    return float(apart.detach()) < 0.03  # bfloat16 rounds to three digits; another text would be 1
+def _near(found: Tensor, expected: Tensor) -> bool:
+    difference = (found.detach().float() - expected.float()).norm() / expected.float().norm()
+    # bfloat16 rounds to three digits; attention over another text would differ by about 1.
+    return float(difference.detach()) < 0.03

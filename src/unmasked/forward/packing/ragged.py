@@ -1,16 +1,15 @@
-"""Kernels of a GPU that attend over all texts of a batch at once, and which of them may run.
+"""GPU kernels that attend over all texts of a batch at once, and the choice between them.
 
-Text by text (`dense`), every length in a batch is a product of its own, too small for a GPU. These
-take all texts with the offsets at which they begin:
+In `dense` every length of a batch is a call of its own, too small for a GPU. These kernels take all
+texts and the offsets at which they begin:
 
 * `torch.nn.attention.varlen.varlen_attn`, without dropout and soft cap. Its arguments differ from
-  release to release, so it is called with what its signature takes: 2.10 has no ``scale``, 2.10 and
-  2.11 have no ``enable_gqa`` (heads that share a key need no flag there), 2.10 has no
-  ``window_size``.
-* flash-attn, where it is installed, with dropout or a soft cap, not both.
-* For dropout without flash-attn, the ways of `dropout`.
+  release to release, so it gets those that its signature has: 2.10 has no ``scale``, 2.10 and 2.11
+  have no ``enable_gqa`` (grouped heads need no flag there), 2.10 has no ``window_size``.
+* flash-attn, if it is installed, with dropout or a soft cap, not both.
+* For dropout without flash-attn, the kernels in `dropout`.
 
-Whatever runs was compared first with `dense` on the loaded model (`check`).
+A kernel is used only after its results agreed with single texts on the loaded model (`check`).
 
 Shapes: N tokens of all texts, H query heads, G key-value heads of width d.
 """
@@ -31,23 +30,23 @@ from unmasked.forward.packing.dense import Extras
 from unmasked.forward.packing.layout import Packed
 
 WIDEST_DROPPED = 192
-"""Widest heads for which every GPU has the backward pass of attention with dropout."""
+"""Largest head width d with which every GPU has a backward pass of attention with dropout."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Packed, Extras], Tensor]
-"""(N, H, d) attention of (N, H, d), (N, G, d) and (N, G, d)."""
+"""(N, H, d) attention of queries (N, H, d), keys (N, G, d) and values (N, G, d)."""
 
 
 def on_half_gpu(query: Tensor) -> bool:
-    """Whether a tensor is where these kernels run, and of a dtype that they take."""
+    """Whether a tensor is on a GPU and in half precision, as these kernels need it."""
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def find_kernel(query: Tensor, extras: Extras) -> Kernel | None:
-    """The kernel that takes all texts at once; None if they have to go text by text.
+    """The kernel that takes all texts at once; None if `dense` has to be used.
 
     Args:
         query: (1, H, N, d).
-        extras: of the family.
+        extras: the options of the family.
     """
     if extras.sinks is not None or not on_half_gpu(query):
         return None
@@ -77,7 +76,7 @@ def _varlen() -> Callable[..., Any]:
 
 @cache
 def arguments_of(function: Callable[..., Any]) -> frozenset[str]:
-    """The names that a function's signature takes, looked at once."""
+    """The names of a function's parameters."""
     return frozenset(inspect.signature(function).parameters)
 
 
@@ -88,7 +87,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, extras: Extra
     if extras.scaling is not None and "scale" in known:
         options["scale"] = extras.scaling
     elif extras.scaling is not None:
-        q = q * (extras.scaling * q.shape[-1] ** 0.5)  # the kernel divides by the root itself
+        q = q * (extras.scaling * q.shape[-1] ** 0.5)  # the kernel itself multiplies by d**-0.5
     if "enable_gqa" in known:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     if extras.reach is not None:
