@@ -109,6 +109,6 @@ def test_late_is_refused_where_a_passage_has_no_place(tokens):
         TextTokenizer(made, 128, skip_instruction=False),
     ):
         Chunks(32).check(other)
-        with pytest.raises(DataError, match="no place inside a document. Fix: leave out --late"):
+        with pytest.raises(DataError, match="inside a document cannot have. Fix: leave out --late"):
             Chunks(32, late=True).check(other, positions=128)
     Chunks(32, late=True).check(TextTokenizer(made, 128, template=Template("Text: ")))

@@ -1,10 +1,10 @@
 """Take the causal mask off a decoder: first in its config, then in its loaded modules.
 
-transformers (5.2 and later) leaves the mask out of almost every family when ``config.is_causal`` is
-``False``, and a saved config carries that to every stock loader: `open_config`. What the flag does
-not reach is repaired in the loaded model, in this process only: layers that lose it on the way to
-attention (StableLM, Nemotron), attention with a causal triangle in a buffer of its own (GPT-Neo),
-and forwards that fail when there is no mask (MPT). No list of architectures decides what is
+With ``config.is_causal = False`` transformers (5.2 and later) leaves out the causal mask of almost
+every family, and a saved config carries the flag to every stock loader: `open_config`. Where the
+flag has no effect, the loaded model is repaired, in this process only: layers that do not pass it
+on to attention (StableLM, Nemotron), attention with a causal triangle in a buffer of its own
+(GPT-Neo), and forwards that fail without a mask (MPT). No list of architectures decides what is
 repaired: `proof.prove` shows what helped. The cost is one walk over the modules and buffers.
 """
 
@@ -26,17 +26,18 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 NATIVE_KEY = "use_bidirectional_attention"
-"""The config key of families that have their own, and what text-embeddings-inference reads."""
+"""The config key of families with a key of their own; text-embeddings-inference reads it too."""
 
 _AS_STOCK: ContextVar[bool] = ContextVar("as_stock", default=False)
+"""True inside of `as_stock`: the hook `full_mask` does nothing."""
 
 
 def open_config(config: PretrainedConfig) -> PretrainedConfig:
     """A copy of ``config`` that loads a bidirectional model and survives ``save_pretrained``.
 
     Families with a working key of their own (Gemma 3 and 4) get that key, because it also halves
-    their sliding windows. All others get ``is_causal=False``. A config that is bidirectional
-    already is left as it is, so that a saved folder loads here as it does elsewhere.
+    their sliding windows. All others get ``is_causal=False``. A config that is already
+    bidirectional stays as it is, so that a saved folder loads here as it does elsewhere.
     """
     opened = copy.deepcopy(config)
     set_flag(opened, rebuild=True)
@@ -44,17 +45,22 @@ def open_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def set_flag(config: PretrainedConfig, *, rebuild: bool) -> None:
-    """Make ``config`` bidirectional in place; if ``rebuild``, its windows may still change."""
+    """Make ``config`` bidirectional in place.
+
+    Args:
+        config: to change.
+        rebuild: whether the model is built from it later, so that its windows may still change.
+    """
     text: Any = config.get_text_config()
     config.use_cache = text.use_cache = False  # otherwise every forward fills a key-value cache
     types = getattr(text, "layer_types", None) or []
     if "chunked_attention" in types:
-        # The mask of these layers (Llama 4) ignores every flag. For texts within one chunk, full
+        # The mask of chunked layers (Llama 4) ignores every flag. For texts within one chunk, full
         # attention is the same.
         text.layer_types = [t.replace("chunked_attention", "full_attention") for t in types]
     native = _native_fields(text)
     if native and getattr(text, NATIVE_KEY) == native[NATIVE_KEY]:
-        return  # open already; is_causal on top of it would widen the windows of Gemma 3
+        return  # already open; is_causal in addition would widen the windows of Gemma 3
     if native and rebuild and getattr(text, "is_causal", True):
         for name, value in native.items():
             setattr(text, name, value)
@@ -65,16 +71,16 @@ def set_flag(config: PretrainedConfig, *, rebuild: bool) -> None:
 def _native_fields(text: PretrainedConfig) -> dict[str, Any]:
     """The fields that the family's own bidirectional key changes; empty if it has no such key.
 
-    A config class that acts on the key converts its sliding window when it is built with the key,
-    and that is the test: Gemma 1 declares the key, but stays causal in padded batches. Gemma 3
-    takes True, Gemma 4 "all".
+    The test is whether the config class converts its sliding window when it is built with the key:
+    Gemma 1 declares the key too, but stays causal in padded batches. Gemma 3 takes True, Gemma 4
+    "all".
     """
     stored = text.to_dict()
     stored.pop("is_causal", None)
     for value in (True, "all") if NATIVE_KEY in stored else ():
         try:
             rebuilt = type(text).from_dict({**stored, NATIVE_KEY: value})
-        except (StrictDataclassError, TypeError):  # the key has other values, or there is no window
+        except (StrictDataclassError, TypeError):  # not a value of this key, or there is no window
             continue
         if getattr(rebuilt, "sliding_window", None) != stored.get("sliding_window"):
             names = (NATIVE_KEY, "sliding_window", "is_causal")
@@ -85,7 +91,7 @@ def _native_fields(text: PretrainedConfig) -> dict[str, Any]:
 def window(config: PretrainedConfig) -> int | None:
     """Tokens to each side that the sliding layers of an open model see; None without such layers.
 
-    This is what eager attention and SDPA draw; flash attention's window is one token narrower on
+    This holds for eager attention and SDPA; the window of flash attention is one token narrower on
     each side.
     """
     text: Any = config.get_text_config()
@@ -98,11 +104,12 @@ def window(config: PretrainedConfig) -> int | None:
 
 
 def learned_positions(model: Any) -> int | None:
-    """The longest input of a model with a table of positions; None where they are computed."""
+    """The longest input of a model with learned position embeddings; None without them."""
     text = decoder_of(model).config.get_text_config()
     most = getattr(text, "max_position_embeddings", None) or 0
     tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
     offset = 8  # some tables begin with a few rows that belong to no position (OPT: 2)
+    # If both sizes are the same, the table cannot be told from that of the vocabulary.
     learned = any(most <= size <= most + offset for size in tables if most != text.vocab_size)
     return int(most) if learned else None
 
@@ -129,12 +136,12 @@ def decoder_of(model: Any) -> Any:
 def layers_of(decoder: nn.Module, depth: int) -> nn.ModuleList:
     """The decoder's layers; those of all its stacks, if it has several and runs them in cycles."""
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    whole = next((found for found in lists if len(found) == depth), None)
+    whole = next((layers for layers in lists if len(layers) == depth), None)
     if whole is not None:
         return whole
     longest = max(map(len, lists), default=0)
-    stacks = [found for found in lists if len(found) == longest]
-    if len({type(found[0]) for found in stacks}) != 1:
+    stacks = [layers for layers in lists if len(layers) == longest]
+    if len({type(stack[0]) for stack in stacks}) != 1:
         stacks = []
     return nn.ModuleList(layer for stack in stacks for layer in stack)
 
@@ -161,10 +168,10 @@ def _set_flags(model: nn.Module, names: list[str], value: bool) -> None:
 def mirror_triangles(model: nn.Module) -> None:
     """Make causal masks that modules keep in buffers symmetric.
 
-    A local layer's band is mirrored as well: its window then reaches as far to the right.
+    The band of a local layer is mirrored too: its window then reaches as far to the right.
     """
     for buffer in model.buffers():
-        if _is_mask(buffer) and not buffer.triu(1).any():
+        if _is_mask(buffer) and not buffer.triu(1).any():  # nothing above the diagonal: causal
             buffer.copy_(buffer.maximum(buffer.mT))
 
 
@@ -175,10 +182,10 @@ def _is_mask(buffer: Tensor) -> bool:
 
 
 def full_mask(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """A pre-hook that hands a full mask (B, 1, T, T) to every forward of a bare model.
+    """A forward pre-hook that passes a full mask (B, 1, T, T) to a bare model.
 
-    For families that fail where transformers leaves the mask out. It is the last resort, because
-    it would lift sliding windows, and a dense mask keeps fast kernels away.
+    For families whose forward fails when transformers leaves the mask out. It is the last resort,
+    because it would lift sliding windows, and fast kernels do not take a dense mask.
     """
     mask = kwargs.get("attention_mask")
     if _AS_STOCK.get() or (mask is not None and mask.dim() != 2):
@@ -195,18 +202,18 @@ def full_mask(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[
 
 @contextmanager
 def as_stock(decoder: Any) -> Iterator[str]:
-    """Run a bare model as a fresh instance of its class would, without the repairs made here.
+    """Inside the block, a bare model runs as a stock loader would load it, without our repairs.
 
     Yields:
         The attention implementation that the stock loader would pick.
     """
-    # What a stock loader reads is the saved form of the config, which names no attention.
+    # The stock loader reads the saved form of the config, which names no attention.
     config = type(decoder.config).from_dict(decoder.config.to_dict())
-    with torch.device("meta"):  # no memory for weights
+    with torch.device("meta"):  # allocates no memory for weights
         stock = type(decoder)(config)
     causal = (name for name, m in stock.named_modules() if getattr(m, "is_causal", None))
     flags = [name for name in causal if decoder.get_submodule(name).is_causal is False]
-    triangles = [b for b in decoder.buffers() if _is_mask(b) and b.equal(b.mT)]
+    triangles = [b for b in decoder.buffers() if _is_mask(b) and b.equal(b.mT)]  # mirrored
     here, token = attention_name(decoder), _AS_STOCK.set(True)
     try:
         _set_flags(decoder, flags, True)

@@ -1,8 +1,8 @@
 """Prove with forward passes that a decoder's causal mask is off.
 
-Opening a model (`opening`) fails silently: some families obey the flag in padded batches only, some
-keep single layers causal. So `prove` trusts no config and looks at what the model does: it changes
-tokens, or the states that enter a layer, and watches which states to the left of them follow. This
+Opening a model (`opening`) can fail silently: some families obey the flag in padded batches only,
+some keep single layers causal. So `prove` trusts no config and observes the model: it changes
+tokens, or the states that enter a layer, and checks which states to the left of them change. This
 costs eleven forwards of at most 12 rows by 16 tokens, 0.03 s for a tiny model.
 
 Shapes: R rows, T tokens of a row, D width of a state.
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 Verdict = Literal["full", "partial", "impossible"]
 
-# Hooks recognise states by their (R, T) axes, so 11 and 13 tokens are no likely number of heads.
+# Hooks recognise states by their (R, T) axes; no model is likely to have 11 or 13 heads.
 TOKENS, PADS = 11, 2
-LENGTHS = (TOKENS, 9, 6, 3)  # their ends fall anywhere in blocks of 2, 4 or 8 tokens
+LENGTHS = (TOKENS, 9, 6, 3)  # they end at different places in blocks of 2, 4 or 8 tokens
 
 NOT_FINITE = "the states are not finite"
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What the forwards showed.
+    """The result of the forwards.
 
     Attributes:
         verdict: ``full``: every layer looks both ways. ``partial``: every token sees the next one,
@@ -55,10 +55,10 @@ class Proof:
             states depend on padding, or the forward fails.
         reason: the verdict in words.
         causal_layers: the layers that stay left-to-right: a number, or ``"0 (conv)"`` with the
-            type that the config declares or the part of the layer that stays so.
+            layer type in the config or the part of the layer that stays so.
         layers: number of decoder layers probed one by one; 0 if no list of layers was found.
-        padding_drift: relative difference of a text's states alone and beside a longer text; NaN
-            if the forward fails.
+        padding_drift: relative difference between a text's states alone and in a batch with a
+            longer text; NaN if the forward fails.
         attention: the attention implementation that ran.
         model_type: the family, as its config names it.
         window: tokens to each side that sliding layers see; None without such layers.
@@ -74,7 +74,7 @@ class Proof:
     window: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields for strict JSON: a list in place of the tuple, None in place of NaN."""
+        """The fields as strict JSON has them: a list instead of a tuple, None instead of NaN."""
         drift = self.padding_drift if math.isfinite(self.padding_drift) else None
         return asdict(self) | {"causal_layers": list(self.causal_layers), "padding_drift": drift}
 
@@ -88,8 +88,8 @@ class Proof:
 def open_mask(model: nn.Module) -> Proof:
     """Make a loaded model bidirectional and prove it.
 
-    `open_config` before loading is the better way for Gemma 3 and 4, whose windows are built in: a
-    loaded one gets ``is_causal=False``, which gives it twice the reach of its own key.
+    For Gemma 3 and 4 `open_config` before loading is better, because their windows are fixed when
+    they are built: a loaded one gets ``is_causal=False``, with twice the reach of its own key.
     """
     decoder = decoder_of(model)
     set_flag(decoder.config, rebuild=False)
@@ -97,7 +97,7 @@ def open_mask(model: nn.Module) -> Proof:
     mirror_triangles(model)
     report = prove(model)
     if report.verdict != "impossible" or report.attention != "eager" or report.window:
-        return report
+        return report  # `full_mask` cannot help: it needs eager attention and lifts windows
     handle = decoder.register_forward_pre_hook(full_mask, with_kwargs=True)
     masked = prove(model)
     if masked.verdict != "impossible":
@@ -123,7 +123,7 @@ def prove(model: nn.Module) -> Proof:
     except torch.cuda.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        # Some families fail in their own forward once the mask is gone. That is a verdict as well.
+        # Some families fail in their own forward without a mask. That is a verdict too.
         reason = f"the forward fails: {type(error).__name__}: {error}"
         return Proof("impossible", reason, (), 0, math.nan, *about)
     verdict: Verdict = "impossible"
@@ -170,14 +170,14 @@ def require(report: Proof, *, allow_partial: bool = False) -> None:
 
 
 def stock_loading(model: nn.Module) -> Literal["same", "eager", "causal"]:
-    """What a stock loader makes of the model once it is saved.
+    """How a stock loader will load the model once it is saved.
 
-    This is proved as well: for a moment the model runs as a fresh instance of its class would,
-    without the repairs of this process, which no folder carries.
+    This is proved too: inside `as_stock` the model runs without the repairs that exist only in this
+    process and are not saved.
 
     Returns:
-        ``same``: what it is here. ``eager``: the same, if ``config.json`` names
-        ``"attn_implementation": "eager"``. ``causal``: only this package opens it.
+        ``same``: as it is here. ``eager``: the same, if ``config.json`` has
+        ``"attn_implementation": "eager"``. ``causal``: only this package can open it.
     """
     decoder = decoder_of(model)
     here = prove(decoder)
@@ -186,15 +186,15 @@ def stock_loading(model: nn.Module) -> Literal["same", "eager", "causal"]:
     with as_stock(decoder) as default:
         for attention in dict.fromkeys((default, "eager")):
             decoder.set_attn_implementation(attention)
-            there = prove(decoder)
-            if (there.verdict, there.causal_layers) == (here.verdict, here.causal_layers):
+            stock = prove(decoder)
+            if (stock.verdict, stock.causal_layers) == (here.verdict, here.causal_layers):
                 return "same" if attention == default else "eager"
     return "causal"
 
 
 @contextmanager
 def evaluating(decoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; then every module's training flag is as it was."""
+    """Evaluation mode inside the block; afterwards every module's training flag is restored."""
     training = [module for module in decoder.modules() if module.training]
     decoder.eval()
     try:
@@ -205,10 +205,10 @@ def evaluating(decoder: nn.Module) -> Iterator[None]:
 
 
 def _states(decoder: PreTrainedModel, rows: list[list[int]], pads: int = 0) -> Tensor:
-    """Last states (R, T, D) of rows, right-padded to the longest of them and by ``pads`` more.
+    """Last states (R, T, D) of rows, right-padded to the longest row plus ``pads`` tokens.
 
-    The numbers in a row, all below 22, stand for distinct tokens of the vocabulary's middle half,
-    where families keep no special tokens.
+    The numbers in a row, all below 22, stand for distinct tokens from the middle of the vocabulary,
+    where no family has special tokens.
     """
     vocabulary = decoder.config.get_text_config().vocab_size
     width, device = max(map(len, rows)) + pads, decoder.device
@@ -222,36 +222,36 @@ def _states(decoder: PreTrainedModel, rows: list[list[int]], pads: int = 0) -> T
 def _changed(states: Tensor) -> Tensor:
     """Which states of (R, T, ...) differ from those of row 0, as (R, T) booleans.
 
-    The last row has the input of row 0, so that what differs there is the noise of the kernels.
+    The last row has the same input as row 0, so its difference is the noise of the kernels.
     """
-    # Measured on 17 families on a CPU, in float32 and bfloat16: noise is at most 5e-7, mostly 0;
-    # a change that reaches a state is at least 0.01, and 1e-4 in the mixers of Falcon-H1.
+    # Measured on 17 families on a CPU, in float32 and bfloat16: the noise is at most 5e-7, mostly
+    # 0; a change that reaches a state is at least 0.01, and 1e-4 in the mixers of Falcon-H1.
     flat = states.float().flatten(2)
     change: Tensor = (flat - flat[:1]).norm(dim=-1) / flat[:1].norm(dim=-1).clamp_min(1e-30)
     return change.gt((4 * change[-1].max()).clamp_min(1e-6))
 
 
 def _sees_next(decoder: PreTrainedModel, pads: int) -> bool:
-    """Whether the state of every token changes with the token behind it.
+    """Whether the state of every token changes when the next token changes.
 
-    It is the next token and not a far one, because a sliding window may be shorter than the text.
+    A more distant token would not do, because a sliding window may be shorter than the text.
     """
     text = list(range(TOKENS))
     others = [[*text[:t], t + TOKENS, *text[t + 1 :]] for t in range(1, TOKENS)]
     changed = _changed(_states(decoder, [text, *others, text], pads)[:, :TOKENS])
-    return bool(changed[1:-1].diagonal().all())  # in row t, token t is another: is state t - 1?
+    return bool(changed[1:-1].diagonal().all())  # token t differs in row t: does state t - 1?
 
 
 def _padding_drift(decoder: PreTrainedModel) -> tuple[float, float]:
-    """Relative difference of texts alone and right-padded beside longer ones; the limit of it."""
+    """Relative difference of states of texts alone and in a padded batch, and the limit for it."""
     texts = [list(range(length)) for length in LENGTHS]
     together, drifts = _states(decoder, [*texts, list(range(6, 2 * TOKENS))]), []
-    for beside, text in zip(together, texts, strict=False):
+    for padded, text in zip(together, texts, strict=False):
         alone = _states(decoder, [text])[0].float()
-        drifts.append((beside[: len(text)].float() - alone).norm() / alone.norm())
+        drifts.append((padded[: len(text)].float() - alone).norm() / alone.norm())
     drift = float(torch.stack(drifts).max())
-    # Kernels with and without a mask round differently: 0.04 in 32 sound layers in bfloat16, where
-    # unsound families start at 0.28 (measured). Deeper ones are asked how they round.
+    # Kernels with and without a mask round differently: 0.04 in 32 sound layers in bfloat16, while
+    # unsound families start at 0.28 (measured). For deeper models the rounding is measured.
     if torch.finfo(together.dtype).bits > 16:
         return drift, 1e-4
     return drift, min(0.25, max(0.1, 2 * _rounding(decoder) if drift > 0.1 else 0))
@@ -277,11 +277,11 @@ def _left_to_right(decoder: PreTrainedModel, depth: int) -> tuple[int, tuple[int
     """How many layers were probed, and which are left-to-right, wholly or in a part.
 
     The layers of a parallel hybrid look both ways through their attention, while a mixer beside or
-    inside it does not (Falcon-H1). So the parts of the layers are probed as well, one depth of the
-    tree of modules at a time: the fresh input of a part hides what happens inside the part.
+    inside it does not (Falcon-H1). So the parts of the layers are probed too, one level of the
+    module tree at a time: perturbing the input of a part hides what happens inside the part.
     """
     layers = layers_of(decoder, depth)
-    probed, causal = 0, list[str]()
+    probed, causal = 0, list[str]()  # causal: paths such as "3" or "3.mixer"
     for dots, pads in ((0, 0), (0, PADS), (1, 0), (2, 0)):
         named = layers.named_modules(remove_duplicate=False)
         modules = {path: part for path, part in named if path and path.count(".") == dots}
@@ -303,9 +303,9 @@ def _both_ways(
 ) -> dict[str, bool]:
     """Whether each module that ran looks both ways, or does not mix tokens at all.
 
-    One forward of four equal rows serves all modules. On entry to each, the rows are made equal
-    again; then the right half of row 1 and the left half of row 2 get other states. On exit, the
-    other halves of these rows show what reached them. Row 3 shows the noise.
+    One forward of four equal rows serves all modules. At the entry of a module, the rows are made
+    equal again; then the right half of row 1 and the left half of row 2 get other states. At its
+    exit, a change in the other half of these rows has crossed over. Row 3 shows the noise.
     """
     half, size, found = TOKENS // 2, (4, TOKENS + pads), dict[str, bool]()
 
@@ -327,7 +327,7 @@ def _both_ways(
             if (states := _rows(value, size)) is not None:
                 changed = _changed(states[:, :TOKENS])
                 leftward, rightward = changed[1, :half].any(), changed[2, half:].any()
-                # A module that moves nothing to the right either works on single tokens (an MLP).
+                # A module that moves nothing to the right either treats tokens singly (an MLP).
                 found[name] = found.get(name, True) and bool(leftward or not rightward)
                 return
 
@@ -342,7 +342,7 @@ def _both_ways(
 
 
 def _rows(value: object, size: tuple[int, int]) -> Tensor | None:
-    """A view (R, T, ...) of states; some families stack several streams in front of the rows."""
+    """A view (R, T, ...) of states; some families stack several streams before the rows."""
     if isinstance(value, Tensor) and value.is_floating_point():
         for at in range(value.dim() - 2):
             if value.shape[at : at + 2] == size:

@@ -1,7 +1,7 @@
-"""What may be given to `encode`: strings or pairs, in a list; anything else is refused by name.
+"""Checks the inputs of `encode`: a list of strings or of pairs; anything else is refused by name.
 
-A frame, a set or a mapping can be passed through too, and would give vectors of its column names,
-or vectors that nobody can assign. Cost: one pass over the inputs.
+A data frame or a mapping can be iterated too, but would yield the vectors of its column names; a
+set would yield vectors in no known order. Cost: one pass over the inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unmasked.text.templates import PLAIN
 
 
 def listed(inputs: Any) -> list[Any]:
-    """The inputs of `encode` as a list, also where they are a tuple, an array or a generator.
+    """The inputs of `encode` as a list; they may be a tuple, an array or a generator.
 
     Raises:
         DataError: they are not a sequence of inputs.
@@ -26,7 +26,7 @@ def listed(inputs: Any) -> list[Any]:
     if isinstance(inputs, np.ndarray) and inputs.ndim:
         inputs = inputs.tolist()  # a row of a two-dimensional array is a pair
     if isinstance(inputs, Iterable) and not isinstance(inputs, bytes):
-        with suppress(TypeError):  # an array without an axis
+        with suppress(TypeError):  # from an array of zero dimensions
             return list(inputs)
     raise DataError(
         f"inputs are {_describe(inputs)}. Allowed: a string, a list of strings, or a list of "
@@ -35,11 +35,11 @@ def listed(inputs: Any) -> list[Any]:
 
 
 def _refuse_container(inputs: Any) -> None:
-    """Refuse what can be passed through and is no list of texts: columns, and sets."""
+    """Refuse iterables that are not lists of texts: sets, mappings, data frames and data sets."""
     if isinstance(inputs, set | frozenset):
         raise DataError(
-            f"inputs are a {type(inputs).__name__}, which has no order, so nobody knows which "
-            "vector is whose. Fix: encode(sorted(texts))."
+            f"inputs are a {type(inputs).__name__}, which has no order, so vectors could not be "
+            "matched to texts. Fix: encode(sorted(texts))."
         )
     names = inputs.keys() if isinstance(inputs, Mapping) else getattr(inputs, "column_names", None)
     if names is None:
@@ -60,7 +60,7 @@ def split_pairs(
 
     Args:
         inputs: the inputs.
-        join: how an instruction becomes a prompt.
+        join: turns an instruction into a prompt.
 
     Raises:
         DataError: an input is neither, or strings and pairs are mixed; names the index.
@@ -81,12 +81,12 @@ def split_pairs(
                 "Allowed: all strings, or all [instruction, text] pairs. "
                 "Fix: give texts without an instruction as ['', text]."
             )
-        if not (prompts[-1].isascii() and texts[-1].isascii()):
-            _check_whole(index, prompts[-1] + texts[-1])
+        if not (prompts[-1].isascii() and texts[-1].isascii()):  # isascii is much faster
+            _check_surrogates(index, prompts[-1] + texts[-1])
     return texts, prompts
 
 
-def _check_whole(index: int, text: str) -> None:
+def _check_surrogates(index: int, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -97,20 +97,20 @@ def _check_whole(index: int, text: str) -> None:
 
 
 def _is_pair(item: Sequence[Any]) -> bool:
-    # The original package also passed [instruction, text, 0]; its third item has no meaning.
+    # The original package also passed [instruction, text, 0]; the third item has no meaning.
     return len(item) in (2, 3) and isinstance(item[0], str) and isinstance(item[1], str)
 
 
 def _describe(item: Any) -> str:
-    of = f" of {len(item)}" if isinstance(item, list | tuple) else ""
-    return f"{type(item).__name__}{of}"
+    length = f" of {len(item)}" if isinstance(item, list | tuple) else ""
+    return f"{type(item).__name__}{length}"
 
 
 def requested_length(options: Mapping[str, Any] | None) -> int | None:
-    """The limit of an input among the `processing_kwargs` of a call; None if they name none.
+    """The ``max_length`` in the `processing_kwargs` of a call; None if there is none.
 
     Raises:
-        DataError: they name anything else.
+        DataError: there is another option, or a value that is not supported.
     """
     length: int | None = None
     for kind, values in (options or {}).items():
@@ -121,7 +121,7 @@ def requested_length(options: Mapping[str, Any] | None) -> int | None:
             if not (name == "max_length" and isinstance(value, int)) and value not in (True, None):
                 raise DataError(
                     f"processing_kwargs: {kind}.{name}={value!r} is not supported. "
-                    f"Fix: leave {name} out; texts are cut and padded as the encoder needs it."
+                    f"Fix: leave {name} out; the encoder truncates and pads as it needs to."
                 )
             length = value if name == "max_length" else length
     return length

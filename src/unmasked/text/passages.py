@@ -1,12 +1,12 @@
-"""Where a long text is divided: passages of so many tokens, along the ends of sentences.
+"""Divides a long text into passages with a limited number of tokens, at the ends of sentences.
 
-A passage is a span of characters of its document. It ends behind the last sentence that fits; where
-none does, at the end of a line, then between words, and at the border of a token at last. Tokens
-are counted as the passage has them alone, and only as much of the document is tokenised as the next
-passage can hold, so a document of any size costs the memory of one passage.
+A passage is a span of characters of its document. It ends after the last sentence that fits; if
+none does, at the end of a line, else between words, else between tokens. Its tokens are counted as
+if it were a text of its own. Only as much of the document is tokenised at a time as the next
+passage can hold, so a document of any size takes the memory of one passage.
 
-For late pooling (`windows_of`) the tokens of the whole document are laid into one input, or into
-overlapping ones if it is longer than the model's positions, and each passage is a span of them.
+For late pooling (`windows_of`) the tokens of the whole document become one input, or overlapping
+ones if the document is longer than the model's positions, and each passage is a span of them.
 
 Cost: about three tokenisations of the text; two more, of the whole document, for late pooling.
 """
@@ -28,27 +28,29 @@ _CLOSING = "\"'”’»)\\]"
 _BORDERS = tuple(
     re.compile(pattern)
     for pattern in (
-        # The end of a sentence, unless a small letter follows; of a paragraph; of a CJK sentence.
+        # The end of a sentence, unless a lower-case letter follows; of a paragraph; of a CJK
+        # sentence.
         rf"[.!?…]+[{_CLOSING}]*(?=\s+[^\sa-z])|\S(?=[^\S\n]*\n\s*?\n)|[。！？]+[{_CLOSING}」』）]*",
-        r"\S(?=[^\S\n]*\n)",  # of a line
-        r"\S(?=\s)",  # of a word
+        r"\S(?=[^\S\n]*\n)",  # the end of a line
+        r"\S(?=\s)",  # the end of a word
     )
 )
+"""The ends at which a passage may stop, best ones first."""
 _AHEAD = 16
-"""Tokens behind a passage that are looked at, to see how a sentence goes on."""
+"""Number of tokens after a passage that are looked at to see whether a sentence has ended."""
 _SPARE = 16
-"""Positions that late pooling leaves free: in its document a passage may have a token more."""
+"""Positions that late pooling leaves free, as a passage may have more tokens in its document."""
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """How documents become passages.
+    """How documents are divided into passages.
 
     Attributes:
         tokens: the most tokens of a passage.
         overlap: the most tokens that a passage shares with the one before it.
-        late: pool each passage from one forward over its whole document, so that it knows what
-            stands around it (late chunking, arXiv 2409.04701), and not from a forward of its own.
+        late: pool each passage from one forward over its whole document instead of a forward of its
+            own, so that its vector depends on its context (late chunking, arXiv 2409.04701).
     """
 
     tokens: int
@@ -56,28 +58,28 @@ class Chunks:
     late: bool = False
 
     def check_sizes(self) -> None:
-        """Refuse an overlap that leaves nothing of a passage.
+        """Refuse an overlap that is as long as a passage.
 
         Raises:
-            DataError: says what can be given.
+            DataError: the sizes do not fit each other.
         """
         if self.tokens < 1 or not 0 <= self.overlap < self.tokens:
             raise DataError(
                 f"an overlap of {self.overlap} tokens should be at least 0 and less than the "
-                f"{self.tokens} of a passage. Fix: --chunk 256 --overlap 32."
+                f"{self.tokens} tokens of a passage. Fix: --chunk 256 --overlap 32."
             )
 
     def check(self, tokens: TextTokenizer, prompt: str = "", positions: int | None = None) -> None:
-        """Refuse what would leave nothing of a passage, cut it, or misplace it.
+        """Refuse sizes that the model would truncate, and late pooling that it does not support.
 
         Args:
             tokens: the tokenizer of the model.
-            prompt: what stands before every text.
-            positions: the most tokens of an input for late pooling; None for those of the model's
+            prompt: put before every text.
+            positions: the most tokens of an input for late pooling; None for the model's
                 ``max_length``.
 
         Raises:
-            DataError: says what can be given.
+            DataError: the message says what is allowed.
         """
         self.check_sizes()
         if self.late:
@@ -85,7 +87,6 @@ class Chunks:
         most = tokens.room(prompt, positions) - (_SPARE if self.late else 0)
         if self.tokens > most:
             limit = positions if self.late and positions else tokens.max_length
-            # A model without any room says so itself, with its instruction.
             fix = f"--chunk {most}" if most > 0 else "a shorter instruction"
             more = "" if self.late else ", or a model that is loaded with a larger max_length"
             raise DataError(
@@ -98,41 +99,43 @@ class Chunks:
         if type(tokens) is not TextTokenizer:
             why = "this model counts the tokens of a text from the end (compat llm2vec-0.2)"
         elif template.suffix and template.pool_suffix:
-            why = f"the template of this model ends a text with {template.suffix!r} and pools that"
+            why = f"the template of this model ends a text with {template.suffix!r} and pools it"
         elif not tokens.skip_instruction:
-            why = "this model pools what stands before a text as well (skip_instruction=False)"
+            why = "this model pools BOS and the instruction too (skip_instruction=False)"
         if why is not None:
-            raise DataError(f"{why}, which has no place inside a document. Fix: leave out --late.")
+            raise DataError(
+                f"{why}, which passages inside a document cannot have. Fix: leave out --late."
+            )
 
 
 def divide(tokens: TextTokenizer, text: str, chunks: Chunks) -> list[tuple[int, int]]:
-    """The passages of a text, in order, as spans of characters without white space around.
+    """The passages of a text, in order, as spans of characters without surrounding white space.
 
-    A text that is one passage is the whole text, white space included.
+    A text that fits into one passage is one span, white space included.
 
     Args:
-        tokens: counts.
+        tokens: counts the tokens.
         text: the document.
         chunks: the sizes.
     """
     spans: list[tuple[int, int]] = []
-    begin = reached = 0
-    while (begin := _skip(text, begin)) < len(text):
+    reached = 0  # end of the last passage
+    begin = _skip_space(text, 0)
+    while begin < len(text):
         found = _next(tokens, text, begin, chunks)
-        if found.end <= reached:  # the shared part is all that fits: go on behind it
-            begin = reached
-            found = _next(tokens, text, _skip(text, begin), chunks)
-            begin = _skip(text, begin)
+        if found.end <= reached:  # nothing but the overlap fits: continue after it
+            begin = _skip_space(text, reached)
+            found = _next(tokens, text, begin, chunks)
         spans.append((begin, found.end))
         reached = found.end
-        if _skip(text, reached) == len(text):
+        if _skip_space(text, reached) == len(text):
             break
-        begin = found.following
+        begin = _skip_space(text, found.following)
     return [(0, len(text))] if len(spans) < 2 else spans
 
 
 class Passage(NamedTuple):
-    """A part of a document: the place of that among others, and a span of its characters."""
+    """A part of a document: the index of the document, and a span of its characters."""
 
     document: int
     begin: int
@@ -147,10 +150,10 @@ class _Found(NamedTuple):
 
 
 def _next(tokens: TextTokenizer, text: str, begin: int, chunks: Chunks) -> _Found:
-    """The longest passage from a character on that ends well and has not too many tokens."""
+    """The longest passage that begins at a character, fits, and stops at the best kind of end."""
     encode, limit = tokens.tokenizer.backend_tokenizer.encode, chunks.tokens
     size = (limit + _AHEAD) * CHARACTERS
-    while True:
+    while True:  # tokenise more of the text until it is longer than the passage
         head = text[begin : begin + size]
         encoding = encode(head, add_special_tokens=False)
         if len(head) < size or len(encoding.ids) > limit + _AHEAD:
@@ -159,21 +162,21 @@ def _next(tokens: TextTokenizer, text: str, begin: int, chunks: Chunks) -> _Foun
     if len(encoding.ids) <= limit:
         return _Found(begin + len(head.rstrip()), len(text))
     most = limit
-    while True:
-        end = max(_border(head, encoding.offsets[most][0]), 1)
+    while True:  # a passage may have more tokens alone than inside the text
+        end = max(_last_end(head, encoding.offsets[most][0]), 1)
         count = len(encode(head[:end], add_special_tokens=False).ids)
         if count <= limit or most == 0:
             break
-        most = max(most - (count - limit), 0)  # alone it has more tokens than in its text
+        most = max(most - (count - limit), 0)
     following = end
     if chunks.overlap:
-        last = bisect_left(encoding.offsets, end, key=itemgetter(0))
-        least = encoding.offsets[max(last - chunks.overlap, 0)][0]
-        following = _start(head, least, end)
+        stop = bisect_left(encoding.offsets, end, key=itemgetter(0))
+        earliest = encoding.offsets[max(stop - chunks.overlap, 0)][0]
+        following = _first_begin(head, earliest, end)
     return _Found(begin + end, begin + following)
 
 
-def _border(head: str, most: int) -> int:
+def _last_end(head: str, most: int) -> int:
     """The last good end of a passage at or before a character; that character if there is none."""
     for pattern in _BORDERS:
         last = 0
@@ -186,18 +189,18 @@ def _border(head: str, most: int) -> int:
     return most
 
 
-def _start(head: str, least: int, end: int) -> int:
-    """The first good beginning between two characters; the second one if there is none."""
+def _first_begin(head: str, earliest: int, end: int) -> int:
+    """The first good beginning from `earliest` on: of a sentence, else of a word, else `end`."""
     for pattern in (_BORDERS[0], _BORDERS[-1]):
-        for match in pattern.finditer(head, max(least - 1, 0), end):
-            begin = _skip(head, match.end())
-            if least <= begin < end:
+        for match in pattern.finditer(head, max(earliest - 1, 0), end):
+            begin = _skip_space(head, match.end())
+            if earliest <= begin < end:
                 return begin
     return end
 
 
-def _skip(text: str, begin: int) -> int:
-    """The first character from `begin` on that is no white space, or the length of the text."""
+def _skip_space(text: str, begin: int) -> int:
+    """The first character from `begin` on that is not white space, or the length of the text."""
     found = _VISIBLE.search(text, begin)
     return found.start() if found else len(text)
 
@@ -209,9 +212,9 @@ class Window(NamedTuple):
     """An input for late pooling.
 
     Attributes:
-        row: ids of the document, or of a part of it, behind the prompt.
-        passages: which passages of the document are pooled from it.
-        spans: their tokens in the row, (start, stop) each.
+        row: ids of the document, or of a part of it, after the prompt.
+        passages: indices of the passages that are pooled from it.
+        spans: (start, stop) of their tokens in the row.
     """
 
     row: TokenRow
@@ -222,15 +225,16 @@ class Window(NamedTuple):
 def windows_of(
     tokens: TextTokenizer, text: str, passages: Sequence[tuple[int, int]], prompt: str, limit: int
 ) -> Iterator[Window]:
-    """The inputs that the passages of a document are pooled from: one, or overlapping ones.
+    """The inputs from which the passages of a document are pooled: one, or overlapping ones.
 
-    Beyond the limit, each passage is pooled from the window in which it has the most around it.
+    In a document beyond the limit, each passage is pooled from the window in which it has the most
+    context.
 
     Args:
         tokens: the tokenizer of the model.
         text: the document.
-        passages: spans of its characters, as `divide` gives them.
-        prompt: what stands before it.
+        passages: spans of its characters, from `divide`.
+        prompt: put before the document.
         limit: the most tokens of an input.
     """
     found = tokens.locate(text, prompt)
@@ -239,7 +243,7 @@ def windows_of(
     room = limit - len(tokens.prefix) - len(tokens.suffix) - len(context) - len(ending)
     spans = [_tokens_of(found.offsets, span, count) for span in passages]
     starts = [0]
-    if count > room:
+    if count > room:  # overlap by a quarter, or by more so that some window holds each passage
         longest = max(stop - start for start, stop in spans)
         step = max(min(3 * room // 4, room - longest), 1)
         starts = [*range(0, count - room, step), count - room]
@@ -249,7 +253,7 @@ def windows_of(
     for start, inside in sorted(members.items()):
         row = tokens.around(own[start : start + room], context, ending)
         shift = len(tokens.prefix) + len(context) - start
-        # What ends every input and is pooled with a text (EOS) belongs to the last passage.
+        # The last passage includes the tokens after a text that are pooled with it (EOS).
         ends = [row.stop if spans[i][1] == count else spans[i][1] + shift for i in inside]
         begins = [row.start if spans[i][0] == 0 else spans[i][0] + shift for i in inside]
         yield Window(row, inside, list(zip(begins, ends, strict=True)))
@@ -258,7 +262,7 @@ def windows_of(
 def _tokens_of(
     offsets: Sequence[tuple[int, int]], span: tuple[int, int], count: int
 ) -> tuple[int, int]:
-    """The tokens that stand for some characters; at least one, where there is any."""
+    """The tokens of a span of characters; at least one, if the text has any."""
     start = bisect_right(offsets, span[0], key=itemgetter(1))
     stop = bisect_left(offsets, span[1], key=itemgetter(0))
     start = max(min(start, count - 1), 0)
@@ -266,11 +270,12 @@ def _tokens_of(
 
 
 def _best_window(starts: Sequence[int], span: tuple[int, int], room: int, count: int) -> int:
-    """The start of the window in which a passage has the most tokens on its poorer side."""
+    """The start of the window in which the shorter of a passage's two contexts is longest."""
 
-    def around(start: int) -> int:
+    def shorter_context(start: int) -> int:
+        # At either end of the document nothing is missing, so that side does not count.
         before = count if start == 0 else span[0] - start
-        behind = count if start + room >= count else start + room - span[1]
-        return min(before, behind)
+        after = count if start + room >= count else start + room - span[1]
+        return min(before, after)
 
-    return max(starts, key=around)
+    return max(starts, key=shorter_context)

@@ -1,12 +1,12 @@
-"""What a tokenizer puts around every text, and the copy of it that a stock loader reads alike.
+"""Special tokens around a text, and a copy of the tokenizer that works alike in stock loaders.
 
-The same tokenizer is used in the process and written into the saved folder, where stock
-sentence-transformers has to reach the same result. It excludes "the prompt" from pooling and
-measures it by tokenising it alone, so with a prompt BOS is left out, and without one it is pooled.
-`prepare_tokenizer` closes that gap with `MARK`: one leading noncharacter that the normalizer
-removes. A prompt made of it alone is no text at all, yet it is a prompt: BOS is left out. BOS is
-also no longer *named* (it keeps its id and is still added), because the stock loader does not count
-a named special token at a prompt's end.
+The tokenizer that we use is also written into the saved folder, where stock sentence-transformers
+must reach the same result. That loader excludes the prompt from pooling and finds its length by
+tokenising the prompt alone. So with a prompt BOS is left out of pooling, but without one it is
+pooled. `prepare_tokenizer` closes that gap with `MARK`, a noncharacter that the normalizer removes
+at the beginning of a text. A prompt of `MARK` alone has no tokens but BOS, so BOS is left out. For
+this, BOS loses its *name* as a special token (it keeps its id and is still added), because the
+stock loader does not count a named special token at the end of a prompt.
 
 Cost: a copy of the tokenizer, once for a model.
 """
@@ -29,21 +29,22 @@ MARK = "\ufdd0"
 def prepare_tokenizer(
     tokenizer: PreTrainedTokenizerBase, append_eos: bool = False, ending: Sequence[int] = ()
 ) -> PreTrainedTokenizerFast:
-    """A copy of a tokenizer that yields the same ids in ours and in the stock loader.
+    """A copy of a tokenizer that yields the same ids in our loader and in the stock one.
 
-    For every text it gives exactly the ids of the original: the tokens the original puts before a
-    text, then the text. What it would put behind is left out, but for the separator that base
-    encoders (BERT) never saw a text without; EOS is appended once if asked.
+    For every text it yields the ids of the original: the special tokens before the text, then the
+    text. Special tokens after the text are left out, except the separator of base encoders such as
+    BERT, which never saw a text without it. EOS is appended once on request.
 
     Args:
         tokenizer: any fast tokenizer; it is not changed.
         append_eos: end every input with EOS (for ``eos_token`` pooling).
-        ending: ids that end every input, before EOS (a template's suffix); named special, so that
-            the stock loader does not count the last of them to a prompt.
+        ending: ids at the end of every input, before EOS (a template's suffix). The last one
+            becomes a named special token, so that the stock loader does not count it as part of a
+            prompt.
 
     Raises:
-        ModelError: the tokenizer is slow, EOS is wanted and there is none, or its post-processor
-            was made for another vocabulary.
+        ModelError: the tokenizer is slow, it has no EOS although EOS is needed, or its
+            post-processor was made for another vocabulary.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -52,8 +53,8 @@ def prepare_tokenizer(
             "Fix: load it with AutoTokenizer from a folder that has a tokenizer.json."
         )
     _check_processor(backend)
-    prefix, behind = surrounding_ids(tokenizer)
-    suffix = [*ending, *(i for i in behind if i == tokenizer.sep_token_id)]
+    prefix, after = surrounding_ids(tokenizer)
+    suffix = [*ending, *(i for i in after if i == tokenizer.sep_token_id)]
     if append_eos and (eos := _eos_id(tokenizer)) not in suffix[len(ending) :]:
         suffix.append(eos)
     copy = Tokenizer.from_str(backend.to_str())
@@ -77,7 +78,7 @@ def prepare_tokenizer(
 
 
 def surrounding_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special ids a tokenizer puts before every text (BOS, mostly) and behind it."""
+    """The special ids that a tokenizer puts before every text (usually BOS) and after it."""
     probe = probe_text(tokenizer)
     bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
     full = tokenizer(probe)["input_ids"]
@@ -88,7 +89,7 @@ def surrounding_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 
 
 def probe_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text of which this tokenizer keeps something: "a", or else a word of its vocabulary."""
+    """A text that has tokens in this tokenizer: "a", or else a word of its vocabulary."""
     if tokenizer("a", add_special_tokens=False)["input_ids"]:
         return "a"
     plain = sorted(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys())
@@ -98,9 +99,9 @@ def probe_text(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _check_processor(backend: Tokenizer) -> None:
-    """Refuse special tokens around a text whose ids are those of another vocabulary.
+    """Refuse a post-processor that adds special tokens with the ids of another vocabulary.
 
-    A tokenizer that was trained anew keeps the post-processor of the old one.
+    A tokenizer that was trained from another one keeps the post-processor of that one.
     """
     post = json.loads(backend.post_processor.__getstate__()) if backend.post_processor else {}
     for part in (post, *post.get("processors", ())):
@@ -109,8 +110,8 @@ def _check_processor(backend: Tokenizer) -> None:
                 if (known := backend.token_to_id(token)) != number:
                     raise ModelError(
                         f"the tokenizer puts token {number} around a text as '{token}', which is "
-                        f"{known} in its vocabulary: its post-processor is that of another one. "
-                        "Fix: set tokenizer.backend_tokenizer.post_processor anew, and save it."
+                        f"{known} in its vocabulary: its post-processor is for another vocabulary. "
+                        "Fix: set another tokenizer.backend_tokenizer.post_processor, and save it."
                     )
 
 
@@ -141,14 +142,14 @@ def _template(
 
 
 def _token_names(tokenizer: PreTrainedTokenizerBase, hidden: int | None) -> dict[str, str]:
-    """Names of special tokens to keep; padding needs one, and `hidden` must have none."""
+    """The named special tokens of the copy: without the id `hidden`, and always a padding token."""
     names: dict[str, str] = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "mask_token"):
         token = getattr(tokenizer, name, None)
         if token is not None and tokenizer.convert_tokens_to_ids(token) != hidden:
             names[name] = str(token)
     if "pad_token" not in names:
-        # Any token does: padding is masked everywhere. Prefer EOS, as the original package does.
+        # Any token will do: padding is masked everywhere. Prefer EOS, as the original package does.
         fallback = names.get("eos_token") or names.get("unk_token")
         names["pad_token"] = fallback or str(tokenizer.convert_ids_to_tokens(int(hidden == 0)))
     return names

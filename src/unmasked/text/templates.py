@@ -1,9 +1,9 @@
-"""What stands around a text, as data: `templates.yaml` is read here and chosen from.
+"""Chat templates around a text, read from `templates.yaml`, and the choice between them.
 
-A template is chosen by what a tokenizer says of itself (its chat template and its vocabulary) and
-never by a name, so a copy, a fork or a merged checkpoint gets the template that its original got. A
-model saved by this package carries the template itself, not a reference to the table. The cost is
-one small file, read once.
+A template is chosen by the tokenizer's own chat template and vocabulary and never by a model name,
+so a copy, a fork or a merged checkpoint gets the same template as its original. A model saved by
+this package contains the template itself, not a reference to the table. The cost is one small file,
+read once.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from unmasked.errors import ModelError, unknown
 
 @dataclass(frozen=True)
 class Template:
-    """What stands around an instruction and a text.
+    """The strings around an instruction and a text.
 
     Attributes:
-        prefix: before the instruction, or before the text without one; never pooled.
-        suffix: behind the text.
-        joint: ends an instruction that does not end in white space. A newline keeps the border to
-            the text in every tokenizer; a space, which the published models use, merges into the
-            text's first word.
+        prefix: put before the instruction, or before the text without one; never pooled.
+        suffix: put after the text.
+        joint: put after an instruction that does not end in white space. A newline keeps the border
+            to the text in every tokenizer; a space, which the published models use, merges with the
+            first word of the text.
         pool_suffix: whether the suffix is pooled with the text.
     """
 
@@ -38,7 +38,7 @@ class Template:
     pool_suffix: bool = True
 
     def join(self, instruction: str) -> str:
-        """The prompt of an instruction: itself and the joint, unless it ends in white space."""
+        """The prompt for an instruction: with the joint, unless it ends in white space."""
         if not instruction or instruction[-1].isspace():
             return instruction
         return instruction + self.joint
@@ -57,7 +57,7 @@ def shipped() -> dict[str, dict[str, Any]]:
 
 
 def named(name: str) -> Template:
-    """The template of a name in `templates.yaml`, or of ``none``.
+    """The template with a name in `templates.yaml`, or ``none``.
 
     Raises:
         ModelError: no template has that name.
@@ -70,7 +70,7 @@ def named(name: str) -> Template:
 
 
 def detect(chat_template: Any, vocabulary: Mapping[str, int]) -> Template | None:
-    """The template of a tokenizer; None if no row of `templates.yaml` is that tokenizer's.
+    """The template of a tokenizer; None if no row of `templates.yaml` matches it.
 
     Args:
         chat_template: the tokenizer's own: a string, several by name, or None.
@@ -78,14 +78,14 @@ def detect(chat_template: Any, vocabulary: Mapping[str, int]) -> Template | None
     """
     text = str(chat_template or "")
     for row in shipped().values():
-        lacking = not any(token in vocabulary for token in row["lacks"])
-        if lacking and all(token in text for token in row["needs"]):
+        has_all = all(token in text for token in row["needs"])
+        if has_all and not any(token in vocabulary for token in row["lacks"]):
             return read_template(row)
     return None
 
 
 def read_template(given: Template | Mapping[str, Any] | str | None) -> Template:
-    """A template given as itself, as a mapping (saved, or a row), or by name; None is `PLAIN`."""
+    """A template from itself, from a mapping (saved, or a row), or from its name; None: `PLAIN`."""
     if isinstance(given, Template):
         return given
     if isinstance(given, str):

@@ -1,12 +1,12 @@
-"""From texts to token ids, and the exact answer to "which of them are the text?".
+"""Turns texts into token ids, and finds exactly which of them are the text.
 
-Context (BOS, the instruction) steers the model but is not pooled. Earlier implementations looked
-for the border with a separator string or by counting tokens of the text alone, and were wrong
-whenever a token spans the border. Here instruction and text are tokenised together and the border
-is read from the character offsets. Truncation shortens the text only.
+Context (BOS, the instruction) steers the model but is not pooled. Earlier implementations found the
+border by a separator string or by counting the tokens of the text alone, and were wrong whenever a
+token spans the border. Here instruction and text are tokenised together and the border is read from
+the character offsets. Truncation shortens the text only.
 
-Cost: one tokenisation per text, of what an input can hold. Rows with an instruction or a template
-need character offsets, which halves the speed of the tokenizer.
+Cost: one tokenisation per text, of as much as an input can hold. Rows with an instruction or a
+template need character offsets, which halves the speed of the tokenizer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from unmasked.text.templates import PLAIN, Template
 class TokenRow:
     """The ids of one input; those in ``[start, stop)`` are pooled.
 
-    `cut` tokens of the text do not fit and are left out; of a very long text, at least so many.
+    `cut` is the number of tokens of the text that do not fit and are left out; for a very long text
+    it is a lower bound.
     """
 
     ids: list[int]
@@ -38,12 +39,12 @@ class TokenRow:
 
 
 class Located(NamedTuple):
-    """The ids of instruction and text, and where the text is among them.
+    """The ids of instruction and text, and which of them are the text.
 
     Attributes:
-        ids: without the special ids around.
+        ids: without the special ids around them.
         first, last: the text's ids are ``ids[first:last]``.
-        offsets: the characters of the text that each of those ids stands for, (begin, end).
+        offsets: (begin, end) characters of the text for each of its ids.
     """
 
     ids: list[int]
@@ -58,9 +59,9 @@ class TextTokenizer:
     Args:
         tokenizer: as made by `prepare_tokenizer`.
         max_length: most tokens of an input, context included.
-        doc_max_length: most tokens of the text itself; None for whatever `max_length` leaves.
+        doc_max_length: most tokens of the text itself; None for no limit besides `max_length`.
         skip_instruction: pool the text only; if False, everything (BOS and instruction too).
-        template: what stands around instruction and text.
+        template: the strings around instruction and text.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class TextTokenizer:
 
     @property
     def backend(self) -> Tokenizer:
-        """What tokenises, and neither pads nor cuts: a call of the tokenizer leaves both behind."""
+        """The backend without padding and truncation, which a call of the tokenizer turns on."""
         backend: Tokenizer = self.tokenizer.backend_tokenizer
         if backend.padding or backend.truncation:
             backend.no_padding()
@@ -88,7 +89,7 @@ class TextTokenizer:
         return backend
 
     def check_mode(self, pooling_mode: str) -> None:
-        """Refuse a pooling mode that needs a token this tokenizer does not add."""
+        """Refuse a pooling mode that needs a token that this tokenizer does not add."""
         if pooling_mode == "bos_token" and not self.prefix:
             raise ModelError(
                 "pooling 'bos_token' needs a tokenizer that puts BOS before every text; this one "
@@ -102,12 +103,12 @@ class TextTokenizer:
     def __call__(
         self, texts: Sequence[str], prompts: str | Sequence[str] = "", max_length: int | None = None
     ) -> list[TokenRow]:
-        """Tokenise texts, each behind its prompt.
+        """Tokenise texts, each after its prompt.
 
         Args:
             texts: N texts, taken verbatim.
-            prompts: one for all, or one a text; put directly before the text, verbatim.
-            max_length: overrides the tokenizer's own limit for this call.
+            prompts: one for all, or one per text; put directly before the text, verbatim.
+            max_length: overrides the limit for this call.
 
         Returns:
             N rows, in order.
@@ -121,6 +122,7 @@ class TextTokenizer:
         start, end = self.template.prefix, self.template.suffix
         contexts = [start + prompt.removeprefix(MARK) for prompt in prompts]
         bare = not any(contexts) and not end
+        # The normalizer removes one leading MARK: with ours there, one in a text is kept.
         encodings = encode_beginnings(
             self.backend,
             texts,
@@ -136,14 +138,17 @@ class TextTokenizer:
         return rows
 
     def _borders(self, encoding: Encoding, context: str, length: int) -> tuple[int, int]:
-        """Where the text begins and ends among the tokens of context, text and suffix."""
+        """(first, last): the text's ids are ``ids[first:last]`` of context, text and suffix.
+
+        A token that spans the border between context and text counts as text.
+        """
         before, ids = len(MARK) + len(context), encoding.ids
         first = reaching(encoding.offsets, before) if context else 0
         last = starting(encoding.offsets, before + length) if self.template.suffix else len(ids)
         return first, max(first, last)
 
     def locate(self, text: str, prompt: str = "") -> Located:
-        """The tokens of a whole text behind its prompt, however long it is."""
+        """The tokens of a whole text after its prompt, without any limit."""
         context = self.template.prefix + prompt.removeprefix(MARK)
         joined = MARK + context + text + self.template.suffix
         encoding = self.tokenizer.backend_tokenizer.encode(joined, add_special_tokens=False)
@@ -156,14 +161,14 @@ class TextTokenizer:
         return Located(encoding.ids, first, last, offsets)
 
     def room(self, prompt: str = "", max_length: int | None = None) -> int:
-        """The most tokens that a text behind a prompt may have; below 1 if there is no room."""
+        """The most tokens that a text after a prompt may have; below 1 if there is no room."""
         found = self.locate("a", prompt)
-        around = len(found.ids) - found.last + found.first
-        room = (max_length or self.max_length) - around - len(self.prefix) - len(self.suffix)
+        context = len(found.ids) - (found.last - found.first)
+        room = (max_length or self.max_length) - context - len(self.prefix) - len(self.suffix)
         return room if self.doc_max_length is None else min(room, self.doc_max_length)
 
     def _row(self, ids: list[int], first: int, last: int, limit: int) -> TokenRow:
-        """Cut the text (`ids[first:last]`) to what fits, and make it a row."""
+        """Truncate the text, ``ids[first:last]``, to the tokens that fit, and make a row of it."""
         fixed = len(self.prefix) + first + len(ids) - last + len(self.suffix)
         room = limit - fixed
         if room < 1 and last > first:
@@ -179,15 +184,15 @@ class TextTokenizer:
     def of_ids(
         self, ids: Sequence[int], prompt: str = "", max_length: int | None = None
     ) -> TokenRow:
-        """The row of a text that comes as token ids, behind its prompt.
+        """The row of a text that is given as token ids, after its prompt.
 
-        The prompt is tokenised alone, so the row is that of the text itself where the prompt ends
-        in a newline, or where there is none. Fixed tokens (BOS, EOS) are added; those that the ids
-        begin or end with already are not doubled.
+        The prompt is tokenised alone, so the row equals that of the text itself only if there is no
+        prompt or the prompt ends in a newline. Fixed tokens (BOS, EOS) are added, unless the ids
+        already begin or end with them.
 
         Args:
-            ids: of the text, with or without the fixed tokens.
-            prompt, max_length: as for `__call__`.
+            ids: the ids of the text, with or without the fixed tokens.
+            prompt, max_length: as in `__call__`.
 
         Raises:
             DataError: the prompt leaves no room for any token of the text.
@@ -197,52 +202,51 @@ class TextTokenizer:
             del text[: len(self.prefix)]
         if self.suffix and text[-len(self.suffix) :] == self.suffix:
             del text[-len(self.suffix) :]
-        around = self.template.prefix + prompt.removeprefix(MARK), self.template.suffix
-        encode = self.backend.encode
-        before, after = (encode(a, add_special_tokens=False).ids if a else [] for a in around)
+        before = self._ids(self.template.prefix + prompt.removeprefix(MARK))
+        whole = [*before, *text, *self._ids(self.template.suffix)]
         last = len(before) + len(text)
-        whole = [*before, *text, *after]
         return self._row(whole, len(before), last, max_length or self.max_length)
+
+    def _ids(self, part: str) -> list[int]:
+        """The ids of a string without special tokens."""
+        return list(self.backend.encode(part, add_special_tokens=False).ids) if part else []
 
     def around(
         self, text: list[int], context: list[int], ending: list[int], cut: int = 0
     ) -> TokenRow:
-        """The row of a text's ids, with context before, ending behind, and the fixed ids around."""
-        kept = [*self.prefix, *context, *text, *ending, *self.suffix]
+        """The row of a text's ids, with its context before, its ending after, and the fixed ids."""
+        ids = [*self.prefix, *context, *text, *ending, *self.suffix]
         start = len(self.prefix) + len(context)
-        pooled_end = self.template.pool_suffix or bool(self.suffix)
-        return self.marked(kept, start, len(kept) if pooled_end else start + len(text), cut)
+        pools_end = self.template.pool_suffix or bool(self.suffix)
+        return self.marked(ids, start, len(ids) if pools_end else start + len(text), cut)
 
     def marked(self, kept: list[int], start: int, stop: int, cut: int = 0) -> TokenRow:
         """A row of which ``[start, stop)`` is pooled, or everything if that is empty."""
         if not kept:
-            kept = [self.tokenizer.pad_token_id]  # "" without BOS: one token to look at
+            kept = [self.tokenizer.pad_token_id]  # "" without BOS still needs one token to pool
             stop = 1
         if start >= stop or not self.skip_instruction:
-            start, stop = 0, len(kept)  # an empty text has the vector of its context
+            start, stop = 0, len(kept)  # an empty text gets the vector of its context
         return TokenRow(kept, start, stop, cut)
 
     def for_stock(self) -> tuple[PreTrainedTokenizerFast, bool]:
         """The tokenizer to save, and whether the stock loader can reach the same vectors with it.
 
-        A template's suffix is appended by the saved tokenizer, its prefix is part of every saved
-        prompt. The stock loader measures a prompt by tokenising it alone, less one special token
-        at its end, so that the suffix has to be one token, and the prefix must not merge.
+        The saved tokenizer appends a template's suffix; the prefix is part of every saved prompt.
+        The stock loader finds the length of a prompt by tokenising it alone, without one special
+        token at its end, so the suffix must be one token and the prefix must not merge with a text.
         """
-        if not (self.template.prefix or self.template.suffix):
+        prefix, suffix = self.template.prefix, self.template.suffix
+        if not (prefix or suffix):
             return self.tokenizer, True
-        encode = self.backend.encode
-        ending = encode(self.template.suffix, add_special_tokens=False).ids
+        ending = self._ids(suffix)
         exact = len(ending) + len(self.suffix) <= 1 and self.template.pool_suffix
-        prefix = self.template.prefix
         exact &= not prefix or prefix.endswith("\n")
         append_eos = self.tokenizer.eos_token_id in self.suffix
         return prepare_tokenizer(self.tokenizer, append_eos, ending), exact
 
     @property
     def fixed_tokens(self) -> int:
-        """Tokens of an input that are neither instruction nor text."""
-        around = self.template.prefix, self.template.suffix
-        encode = self.backend.encode
-        lengths = [len(encode(part, add_special_tokens=False).ids) for part in around if part]
-        return len(self.prefix) + len(self.suffix) + sum(lengths)
+        """Number of tokens of an input that are neither instruction nor text."""
+        parts = self.prefix, self.suffix, self._ids(self.template.prefix)
+        return sum(map(len, (*parts, self._ids(self.template.suffix))))
