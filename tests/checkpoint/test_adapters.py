@@ -156,8 +156,8 @@ NEW = LoraConfig(**LORA, modules_to_save=["embed_tokens"])
     [
         (HEAD, AutoModelForCausalLM, 0, "changes that too"),
         (HEAD_LORA, AutoModelForCausalLM, 0, "changes that too"),
-        (NEW, AutoModel, 8, "vocabulary that was resized"),
-        (LoraConfig(**LORA, lora_bias=True), AutoModel, 0, "cannot become part of the weights"),
+        (NEW, AutoModel, 8, "resized vocabulary"),
+        (LoraConfig(**LORA, lora_bias=True), AutoModel, 0, "cannot be merged into the weights"),
         (
             PromptTuningConfig(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION"),
             AutoModel, 0, "PROMPT_TUNING: it puts trained tokens",
@@ -180,7 +180,7 @@ def test_one_that_cannot_be_merged_says_why(tiny_decoder, tmp_path, config, cls,
     [
         ("adapter_config.json", b"{", "is not JSON"),
         ("adapter_config.json", b"[]", "not a JSON object"),
-        ("adapter_config.json", b'{"peft_type": "NEW"}', "PEFT reads"),
+        ("adapter_config.json", b'{"peft_type": "NEW"}', "by this version of PEFT"),
         ("adapter_config.json", b"{}", "names no peft_type"),
         ("adapter_model.safetensors", b"", "is broken"),
         ("adapter_model.safetensors", b"\x10\x00", "is broken"),

@@ -108,7 +108,7 @@ def test_what_is_in_the_cache_needs_no_hub(asked, monkeypatch):
 @pytest.mark.parametrize("name", ["", " "])
 def test_no_name_is_refused(name):
     """As an unset variable gives it; it would stand for the root of the disk."""
-    with pytest.raises(ModelError, match="the name of a model is .*not set.*Fix: a folder"):
+    with pytest.raises(ModelError, match="the name of a model is .*not set.*Fix: give a folder"):
         locate(name)
 
 

@@ -198,8 +198,8 @@ class Twice(torch.nn.Module):
     ("module", "said"),
     [
         (Twice(), "cannot be saved"),
-        (Dense(32, 8, activation_function=torch.nn.LeakyReLU(0.3)), "would not come back"),
-        (Dense(32, 8, activation_function=torch.nn.functional.gelu), "would not come back"),
+        (Dense(32, 8, activation_function=torch.nn.LeakyReLU(0.3)), "would be loaded differently"),
+        (Dense(32, 8, activation_function=torch.nn.functional.gelu), "would be loaded differently"),
     ],
     ids=["of-the-user", "with-arguments", "a-function"],
 )
@@ -221,8 +221,8 @@ def test_other_peoples_pooling_sees_states_and_where_the_text_begins(model):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda row: row | {"type": "os.path"}, "code of others"),
-        (lambda row: row | {"path": "../saved/2_Dense"}, "code of others"),
+        (lambda row: row | {"type": "os.path"}, "code of other packages"),
+        (lambda row: row | {"path": "../saved/2_Dense"}, "code of other packages"),
         (lambda row: row | {"path": "3_Missing"}, "cannot be read"),
     ],
 )
@@ -269,7 +269,7 @@ def test_what_another_model_left_is_removed_and_all_else_stays(model, tmp_path, 
         close(other.encode(TEXTS), model.encode(TEXTS))
     assert [name for name in LEFT if (folder / name).exists()] == []
     assert [name for name in kept if not (folder / name).exists()] == []
-    assert "removed what another model had left" in caplog.text
+    assert "removed files of another model" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
 
 

@@ -97,7 +97,7 @@ def test_a_pointer_of_git_lfs_is_told_how_to_fetch_the_weights(folder):
 def test_weights_of_other_shapes_are_named(folder):
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**said, "intermediate_size": 48}))
-    with pytest.raises(ModelError, match=r"6 weights have other shapes .*\(64, 96\) there"):
+    with pytest.raises(ModelError, match=r"6 weights have other shapes .*\(64, 96\) in the file"):
         LLM2Vec.from_pretrained(folder)
 
 

@@ -75,7 +75,7 @@ def test_the_trainer_resumes_exactly_with_an_adapter_attached(how, tiny_decoder,
     found = train(resumed, tmp_path / "cut", 4, resume_from_checkpoint=True)
     assert abs(whole - load(tiny_decoder).encode(TEXTS)).max() > 1e-3
     close(found, whole)
-    assert "training goes on with a new one" not in caplog.text
+    assert "training continues with a new one" not in caplog.text
     frozen = [name for name, p in resumed.named_parameters() if not p.requires_grad]
     assert len(frozen) > 10 and not any("lora" in name for name in frozen)
 
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_another_base_goes_below_a_new_lora(tiny_decoder, tmp_pa
     model = with_lora(tiny_decoder, 1)
     model.load_state_dict(type(model)(str(checkpoint), device="cpu").state_dict())
     close(model.encode(TEXTS), load(checkpoint).encode(TEXTS))
-    assert "training goes on with a new one" in caplog.text
+    assert "training continues with a new one" in caplog.text
 
 
 @pytest.mark.parametrize("how", [None, "add_adapter", "get_peft_model"])

@@ -1,7 +1,7 @@
 """The model card: README.md of a saved folder, in the format of sentence-transformers and the hub.
 
-The front matter (library, tags, base model, data, scores as ``model-index``) is what the hub reads;
-below it stands what a person needs. Cost: importing huggingface_hub.
+The front matter (library, tags, base model, data, scores as ``model-index``) is for the hub; the
+text below it is for people. Cost: importing huggingface_hub.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ with an error, because they would compute causally.
 
 Where this loader differs from `unmasked`, which made the model:
 
-- A prompt should end in a newline, or in a colon with nothing behind it: after a space, the text's
-  first word merges with the prompt, and this loader then leaves it out of the vector. So does a
-  text that begins with white space behind a prompt.
+- A prompt should end in a newline, or in a colon without a space after it: after a space, the first
+  word of the text merges with the prompt, and this loader then leaves it out of the vector. The
+  same happens to a text that begins with white space.
 - An empty text has a vector of zeros, so that its cosine to anything is 0; `unmasked` gives it the
   vector of its context.
 - Texts without a prompt get the default prompt, one character that the tokenizer removes, so that
-  BOS is left out of the vector; the loader says so as it loads. A call with `prompt=""`, which some
+  BOS is left out of the vector; the loader logs that. A call with `prompt=""`, which some
   frameworks make, switches that off, and BOS is averaged in: leave `prompt` out, or pass
-  `prompt_name="document"`. A framework that brings empty prompts of its own, as LlamaIndex does, is
-  given those under `prompts` in `config_sentence_transformers.json`.
+  `prompt_name="document"`. A framework that sets empty prompts of its own, as LlamaIndex does,
+  needs the ones under `prompts` in `config_sentence_transformers.json` instead.
 """
 PLACEHOLDER = "sentence_transformers_model_id"
-"""What stands for the name of a model without one; `SentenceTransformer` puts a later one there."""
+"""Placeholder for the name of a model without one; `SentenceTransformer` replaces it later."""
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "llm2vec", "unmasked")
 TRAINED_ON = "training_datasets"
-"""The key of the front matter that names all data, also what is not on the hub."""
+"""The key of the front matter that names all data sets, also those that are not on the hub."""
 LIBRARIES = ("sentence-transformers", "transformers", "torch", "peft")
 _DATA = {".csv", ".gz", ".jsonl", ".parquet", ".tsv", ".txt", ".zst"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -59,16 +59,16 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Card:
-    """What the model card says beyond the settings.
+    """The content of a model card beyond the settings.
 
     Attributes:
         base: hub name or folder of the decoder.
         bidirectional: the proof, in a sentence.
-        sections: title → Markdown, put below the rest.
-        datasets: what it was trained on, hub names or files.
-        stages: ``{"name": ..., "scores": {"TASK.METRIC": fraction}}``, in order; the last is the
-            model itself.
-        name: what this model is called, where it has a name.
+        sections: title → Markdown, put after the rest.
+        datasets: the training data, hub names or files.
+        stages: ``{"name": ..., "scores": {"TASK.METRIC": fraction}}``, in order; the last one is
+            the model itself.
+        name: the name of this model, if it has one.
     """
 
     base: str = "a decoder-only language model"
@@ -96,16 +96,16 @@ def render(
     """The whole README.md.
 
     Args:
-        card: what to say.
+        card: the content.
         pooling_mode: how token states become a vector.
-        width: D, the numbers of a vector.
+        width: D, the dimension of a vector.
         limit: number of tokens at which an input is cut.
         similarity: how vectors are compared: ``cosine``, ``dot``, ``euclidean``, ``manhattan``.
-        task_limits: those of queries and documents, by the name that stock settings have for them.
-        text_limit: number of tokens at which a text is cut behind its prompt, if that is less.
+        text_limit: number of tokens at which a text is cut without its prompt, if that is less.
+        task_limits: limits for queries and documents, by their name in the stock settings.
     """
     sections = {**card.sections, "Scores": _scores(card)} if card.stages else card.sections
-    told = "\n".join(f"\n## {title}\n\n{text}" for title, text in sections.items())
+    further = "\n".join(f"\n## {title}\n\n{text}" for title, text in sections.items())
     name = _public_name(card.base)
     base = f"[{name}](https://huggingface.co/{name})" if name else Path(card.base).name or card.base
     data = "".join(f"\n    - {name}" for name in names_shown(card.datasets))
@@ -148,7 +148,7 @@ vectors = model.encode(["a text", "another text"])
 print(model.similarity(vectors, vectors))
 ```
 
-{DIFFERENCES}{_cut(limit, text_limit)}{told}
+{DIFFERENCES}{_cut(limit, text_limit)}{further}
 
 ## Framework Versions
 
@@ -204,24 +204,24 @@ def _front_matter(card: Card) -> str:
 
 
 def _metric_type(metric: str) -> str:
-    """A metric's name as a word of the hub: letters, digits and underscores."""
+    """A metric's name as the hub allows it: letters, digits and underscores."""
     return re.sub(r"\W+", "_", metric.replace("@", "_at_"))
 
 
 def _public_name(given: str) -> str | None:
-    """The name if it can be one of the hub; None for a file or folder of this machine."""
+    """The name if it can be a hub name; None for a file or folder of this machine."""
     local = Path(given).exists() or Path(given).suffix in _DATA
     return given if _HUB_NAME.fullmatch(given) and not local else None
 
 
 def names_shown(datasets: Sequence[str]) -> list[str]:
-    """Data sets as others may see them: hub names, and files without their folders."""
+    """Names of data sets for the public: hub names, and files without their folders."""
     names = (_public_name(given) or Path(given).name for given in datasets)
     return list(dict.fromkeys(names))
 
 
 def _scores(card: Card) -> str:
-    """Every stage's scores times 100, a column a metric."""
+    """A table of the scores times 100: a row per stage, a column per metric."""
     rows = [(str(stage["name"]), stage["scores"]) for stage in card.stages]
     first = rows[0][1]
     assert isinstance(first, dict)

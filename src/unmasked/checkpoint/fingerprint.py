@@ -1,6 +1,6 @@
 """A digest that tells one model from another, so that scores and vectors are never mixed up.
 
-Cost: milliseconds; of each weight, `SAMPLED` values are read.
+Cost: milliseconds; about `SAMPLED` values of each weight are read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 SAMPLED = 1024
-"""Values, evenly spaced, that are read of each weight; no training step leaves all as they were."""
+"""Number of evenly spaced values read of each weight; a training step changes some of them."""
 _PLAIN = (bool, bytes, float, int, str, torch.dtype, type(None))
 
 
@@ -23,8 +23,9 @@ def fingerprint(state: Mapping[str, object], tokenizer: Any, settings: list[Any]
 
     Args:
         state: its `state_dict`.
-        tokenizer: its tokenizer; what changes while it is used (padding, truncation) is left out.
-        settings: anything else that decides the vectors, as JSON can hold it.
+        tokenizer: its tokenizer; padding and truncation, which change while it is used, are left
+            out.
+        settings: everything else that determines the vectors, as JSON values.
     """
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
@@ -32,19 +33,19 @@ def fingerprint(state: Mapping[str, object], tokenizer: Any, settings: list[Any]
         for part in _parts(value):
             digest.update(part)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    content = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     if backend is not None:
-        words.pop("truncation", None)
-        words.pop("padding", None)
-    digest.update(json.dumps([words, *settings], sort_keys=True, default=str).encode())
+        content.pop("truncation", None)
+        content.pop("padding", None)
+    digest.update(json.dumps([content, *settings], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
 def _parts(value: object) -> Iterator[bytes]:
-    """The bytes that stand for an entry of a state dict; quantized layers pack theirs.
+    """The bytes that represent an entry of a state dict; quantized layers have nested entries.
 
-    Of an object that is neither a tensor nor a plain value only the type counts, because its
-    representation may differ from process to process.
+    An object that is neither a tensor nor a plain value is represented by its type alone, because
+    its ``repr`` may differ from process to process.
     """
     if isinstance(value, Mapping):
         value = sorted(value.items())
@@ -55,7 +56,7 @@ def _parts(value: object) -> Iterator[bytes]:
         yield repr(value if isinstance(value, _PLAIN) else type(value)).encode()
     else:
         yield f"{tuple(value.shape)} {value.dtype}".encode()
-        if hasattr(value, "__tensor_flatten__"):  # a subclass made of other tensors
+        if hasattr(value, "__tensor_flatten__"):  # a tensor subclass that wraps other tensors
             yield from _parts([getattr(value, name) for name in value.__tensor_flatten__()[0]])
             return
         plain = value.detach().dequantize() if value.is_quantized else value.detach()

@@ -1,21 +1,21 @@
 """The saved folder: plain files that stock loaders read, without this package or remote code.
 
 It is written for transformers (`AutoModel`, still bidirectional), sentence-transformers, and
-servers that parse the older sentence-transformers schema. The compact schema that version 6 writes
-makes some servers silently pool the wrong token, so the files here follow the older one.
+servers that parse the older sentence-transformers schema. With the compact schema that version 6
+writes, some servers silently pool the wrong token, so the files here follow the older one.
 
     config.json, model.safetensors       the transformer, `is_causal: false`
     tokenizer.json, tokenizer_config.json
     modules.json, 1_Pooling/config.json, sentence_bert_config.json, 2_Normalize/, 2_Dense/ ...
     config_sentence_transformers.json    prompts; an empty one is `special_tokens.MARK`, see there
-    attached/                            adapters that were attached, to train on with them
-    llm2vec_config.json                  what only this package and the original read
+    attached/                            adapters that were attached, to continue training them
+    llm2vec_config.json                  settings that only this package and the original read
     README.md                            model card
 
-A folder is written aside and moved into place, so an interrupted save leaves the old one whole.
-What another model left in it, and a loader would read, is removed first.
-Cost: the weights are written once; the tokenizer is loaded twice to see what `AutoTokenizer` makes
-of it.
+A folder is written next to the old one and then moved into place, so an interrupted save leaves the
+old one whole. Files of another model that a loader would read are removed (`leftovers`).
+Cost: the weights are written once; the tokenizer is loaded twice to see how `AutoTokenizer` loads
+it.
 """
 
 from __future__ import annotations
@@ -52,32 +52,33 @@ SETTINGS_NAME = "llm2vec_config.json"
 MODULES_NAME = "modules.json"
 LENGTHS_NAME = "sentence_bert_config.json"
 LENGTHS = ("query_length", "document_length")
-"""Limits for the inputs of `encode_query` and `encode_document` alone, where there are any."""
+"""The keys of length limits for `encode_query` and `encode_document` alone."""
 TRUSTED = "sentence_transformers."
-"""Where the classes of modules may come from: no other package's code is run to load a folder."""
+"""The package of all allowed module classes: loading a folder runs no other package's code."""
 OLDEST = "5.2"
 """The first transformers that computes a saved folder bidirectionally."""
 PROMPTS_NAME = "config_sentence_transformers.json"
 _STOPS_OLDER = "pruned_heads"
+"""A config key that older transformers fail on, see `_complete_config`."""
 _TOKENIZER_CLASS = "PreTrainedTokenizerFast"
-"""The name of the generic class that older transformers know as well."""
+"""The name of the generic class, which older transformers have too."""
 GENERIC_TOKENIZER = "glm"
-"""A model type whose tokenizer is, in transformers, the generic class: tokenizer.json as it is."""
+"""A model type for which transformers uses the generic class: it loads tokenizer.json unchanged."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a folder says about turning texts into vectors, in `llm2vec_config.json`.
+    """How texts become vectors, as saved in `llm2vec_config.json`.
 
     The first four keys are those of the original package; its folders have no ``template``.
 
     Attributes:
         pooling_mode: how token states become a vector.
         max_length: maximum number of tokens of an input, instruction and special tokens included.
-        doc_max_length: maximum number of tokens of a text; None for whatever `max_length` leaves.
+        doc_max_length: maximum number of tokens of a text; None for no limit besides `max_length`.
         skip_instruction: whether only the tokens of the text are pooled.
-        template: what stands around a text.
-        compat: name of the rules by which another package found and cut the text; None for ours.
+        template: the strings around a text.
+        compat: name of another package's rules for finding and truncating a text; None for ours.
     """
 
     pooling_mode: str = "mean"
@@ -112,28 +113,29 @@ def write_folder(
         tokenizer: as made by `special_tokens.prepare_tokenizer`.
         settings: pooling and lengths.
         stock_pooling: ``pooling_mode`` and ``include_prompt`` of the stock `Pooling` module.
-        options: ``prompts`` (name → prompt; an empty prompt leaves BOS out of pooling all the
-            same), ``default_prompt_name``, ``similarity_fn_name``, perhaps ``truncate_dim``.
+        options: ``prompts`` (name → prompt; with an empty prompt, too, BOS is not pooled),
+            ``default_prompt_name``, ``similarity_fn_name``, optionally ``truncate_dim``.
         fixed_tokens: number of tokens of an input that are not its text (BOS, EOS).
-        lengths: by name of `LENGTHS`: tokens of an input of `encode_query`, `encode_document`.
-        behind: the modules behind the pooling.
+        lengths: by name of `LENGTHS`: most tokens of an input of `encode_query`, `encode_document`.
+        behind: the modules after the pooling.
         needs_eager: stock loaders must use eager attention for this family.
-        closed: the mask is closed, and is to stay so.
-        attached: the weights of adapters that were merged, to train on with them (`attached`).
-        card: what the README says; None leaves the README that is there.
+        closed: the causal mask is on and stays on.
+        attached: the weights of adapters that were merged, to continue training (`attached`).
+        card: content of the README; None keeps the README of the old folder.
         with_settings: write `llm2vec_config.json`.
 
     Raises:
-        ModelError: a module behind the pooling that would not come back as it is.
+        ModelError: a module after the pooling would not be loaded as it is.
         OutputError: the folder cannot be written.
     """
     with folder_aside(Path(path)) as folder:
         with without_bars():
             model.save_pretrained(folder)  # type: ignore[operator]
         write_attached(folder, attached)
-        _share(folder)
+        _share_weights(folder)
         native = hasattr(model.config, NATIVE_KEY)
         _complete_config(folder / "config.json", native, needs_eager, closed)
+        # Stock loaders have one limit for the whole input: take the shorter of the two.
         limit, text_limit = settings.max_length, settings.doc_max_length
         if text_limit is not None and text_limit + fixed_tokens < limit:
             limit = text_limit + fixed_tokens
@@ -141,17 +143,16 @@ def write_folder(
             text_limit = None
         tokenizer.model_max_length = limit
         tokenizer.save_pretrained(folder)
-        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        _write_json(
-            folder / "tokenizer_config.json", {**named, "tokenizer_class": _TOKENIZER_CLASS}
-        )
+        saved = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        saved["tokenizer_class"] = _TOKENIZER_CLASS
+        _write_json(folder / "tokenizer_config.json", saved)
         width = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
         (folder / "1_Pooling").mkdir()
         _write_json(folder / "1_Pooling" / "config.json", _pooling(stock_pooling, width))
         further = [_write_module(folder, n, module) for n, module in enumerate(behind, start=2)]
         _write_json(folder / MODULES_NAME, [*_modules(), *further])
-        asked = {name: length for name, length in lengths.items() if length is not None}
-        loading = {"max_seq_length": limit, "do_lower_case": False, **asked}
+        own_limits = {name: length for name, length in lengths.items() if length is not None}
+        loading = {"max_seq_length": limit, "do_lower_case": False, **own_limits}
         _write_json(folder / LENGTHS_NAME, loading | _tokenizer_args(folder))
         _write_json(folder / PROMPTS_NAME, _stock_options(options, _empty_prompt(tokenizer)))
         if with_settings:
@@ -164,7 +165,7 @@ def write_folder(
                 limit,
                 str(options["similarity_fn_name"]),
                 text_limit,
-                asked,
+                own_limits,
             )
             (folder / "README.md").write_text(text, encoding="utf-8")
         remove_leftovers(Path(path), folder)
@@ -175,26 +176,27 @@ def read_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Setting
 
     Args:
         saved: content of a `llm2vec_config.json`.
-        given: by name; what is None, or ``...`` for `doc_max_length`, was not given.
+        given: by name; None stands for "not given". For `doc_max_length`, where None is a value,
+            ``...`` does.
 
     Raises:
-        ModelError: a template that does not exist.
+        ModelError: the template is unknown.
     """
     names = [field.name for field in fields(Settings)]
-    found = {name: saved[name] for name in names if name in saved}
+    values = {name: saved[name] for name in names if name in saved}
     for name, value in given.items():
         if value is not (... if name == "doc_max_length" else None):
-            found[name] = value
-    return Settings(**found | {"template": read_template(found.get("template"))})
+            values[name] = value
+    return Settings(**values | {"template": read_template(values.get("template"))})
 
 
 def within_positions(settings: Settings, positions: int | None) -> Settings:
-    """Settings whose `max_length` a model with so many positions can take (None: any number)."""
+    """The settings with `max_length` reduced to the positions of a model (None: no limit)."""
     if positions is None or settings.max_length <= positions:
         return settings
-    asked = settings.max_length != Settings().max_length
+    is_default = settings.max_length == Settings.max_length
     logger.log(
-        logging.WARNING if asked else logging.INFO,
+        logging.INFO if is_default else logging.WARNING,
         "max_length %d: this model has %d positions, texts are cut there.",
         settings.max_length,
         positions,
@@ -210,25 +212,24 @@ def _complete_config(path: Path, has_native_key: bool, needs_eager: bool, closed
     config = json.loads(path.read_text(encoding="utf-8"))
     config["use_cache"] = False
     if closed:
-        config["is_causal"] = True  # it stays closed where it is loaded here
+        config["is_causal"] = True  # so that our own loader keeps it closed
         return _write_json(path, config)
     if config.get("is_causal") is False and not has_native_key:
-        config[NATIVE_KEY] = True  # what text-embeddings-inference reads; others ignore it
+        config[NATIVE_KEY] = True  # text-embeddings-inference reads this key; others ignore it
     if needs_eager:
         config["attn_implementation"] = "eager"
     if config.get("is_causal") is False or has_native_key:
-        # Older versions read neither key and would compute causally without a word. They turn the
-        # keys of this field into numbers, and so fail with this sentence; later ones have no such
-        # field.
+        # Older versions ignore both keys and would silently compute causally. They convert the keys
+        # of this field to numbers, and so fail with this sentence; later ones do not have it.
         config[_STOPS_OLDER] = {f"this encoder needs transformers {OLDEST} or later": []}
     _write_json(path, config)
 
 
 def _tokenizer_args(folder: Path) -> dict[str, Any]:
-    """What stock sentence-transformers must be told to load the tokenizer as it was saved.
+    """Arguments with which stock sentence-transformers loads the tokenizer as it was saved.
 
     For a few families (`qwen2`) `AutoTokenizer` builds a class of its own from the vocabulary and
-    drops the saved normalizer, so that it would keep `MARK`.
+    drops the saved normalizer, so `MARK` would not be removed.
     """
     saved = PreTrainedTokenizerFast.from_pretrained(folder)
     probe = MARK + probe_text(saved)
@@ -246,7 +247,7 @@ def _modules() -> list[dict[str, Any]]:
 
 
 def _pooling(stock: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """The stock pooling in the older schema, one flag per mode."""
+    """The config of the stock pooling in the older schema, with one flag per mode."""
     flags = {
         "pooling_mode_cls_token": "cls",
         "pooling_mode_mean_tokens": "mean",
@@ -264,7 +265,7 @@ def _pooling(stock: Mapping[str, Any], width: int) -> dict[str, Any]:
 
 
 def _empty_prompt(tokenizer: PreTrainedTokenizerFast) -> str:
-    """`MARK`, if there is a BOS to be left out of pooling: some tokenizer classes keep the mark."""
+    """`MARK` if there is a BOS to leave out of pooling; some tokenizer classes do not remove it."""
     return MARK if surrounding_ids(tokenizer)[0] else ""
 
 
@@ -282,45 +283,45 @@ def _stock_options(options: Mapping[str, Any], empty: str) -> dict[str, Any]:
 
 
 def _width(module: nn.Module) -> int | None:
-    """Numbers of a vector behind a module; None if it leaves that as it is."""
-    found = getattr(module, "get_embedding_dimension", None)
-    return None if found is None else int(found())
+    """Dimension of a module's output vectors; None if the module does not change it."""
+    method = getattr(module, "get_embedding_dimension", None)
+    return None if method is None else int(method())
 
 
 def _write_module(folder: Path, number: int, module: nn.Module) -> dict[str, Any]:
-    """Write a module behind the pooling, see that it comes back, and return its row."""
+    """Write a module after the pooling, check that it is loaded unchanged, and return its row."""
     kind = type(module)
     path = f"{number}_{kind.__name__}"
-    known = f"{TRUSTED}models.{kind.__name__}"  # as the older schema, and other servers, name it
+    older = f"{TRUSTED}models.{kind.__name__}"  # the name in the older schema and in servers
     try:
-        reference = known if import_module_class(known) is kind else ""
+        reference = older if import_module_class(older) is kind else ""
     except (ImportError, AttributeError):
         reference = f"{kind.__module__}.{kind.__qualname__}"
     if not reference.startswith(TRUSTED):
         raise ModelError(
-            f"module {number}, a {kind.__module__}.{kind.__qualname__}, cannot be saved: a folder "
-            "is loaded without code of others. Allowed behind the pooling: modules of "
-            f"sentence-transformers. Fix: del model[{number}] before saving, and put it back on."
+            f"module {number}, a {kind.__module__}.{kind.__qualname__}, cannot be saved: loading "
+            "a folder runs no code of other packages. Allowed after the pooling: modules of "
+            f"sentence-transformers. Fix: del model[{number}] before saving, and add it again."
         )
     (folder / path).mkdir()
     module.save(str(folder / path), safe_serialization=True)  # type: ignore[operator]
-    _share(folder / path)
-    again = kind.load(str(folder / path))  # type: ignore[attr-defined]
-    before, after = module.state_dict(), again.state_dict()
-    same = before.keys() == after.keys() and all(
+    _share_weights(folder / path)
+    loaded = kind.load(str(folder / path))  # type: ignore[attr-defined]
+    before, after = module.state_dict(), loaded.state_dict()
+    same_weights = before.keys() == after.keys() and all(
         torch.equal(before[name].cpu(), after[name]) for name in before
     )
-    parts, found = (list(map(repr, each.modules())) for each in (module, again))
-    if parts != found or not same:
+    parts, loaded_parts = (list(map(repr, each.modules())) for each in (module, loaded))
+    if parts != loaded_parts or not same_weights:
         raise ModelError(
-            f"module {number} would not come back as it is: {parts} is read as {found}. "
+            f"module {number} would be loaded differently: {parts} as {loaded_parts}. "
             "Fix: an activation function of torch.nn with its default arguments."
         )
     return {"idx": number, "name": str(number), "path": path, "type": reference}
 
 
-def _share(folder: Path) -> None:
-    """Let all read the weights who may read the folder's other files: safetensors hides them."""
+def _share_weights(folder: Path) -> None:
+    """Give the weights the file mode of the other files; safetensors makes them private."""
     for weights in folder.glob("*.safetensors"):
-        plain = next(file for file in folder.iterdir() if file.suffix == ".json")
-        shutil.copymode(plain, weights)
+        other = next(file for file in folder.iterdir() if file.suffix == ".json")
+        shutil.copymode(other, weights)

@@ -1,7 +1,7 @@
-"""What another model has left in a folder that is written again.
+"""Removes the files of another model from a folder that is overwritten.
 
-A loader would read such files beside, or instead of, those that were written: an adapter's
-configuration, an older vocabulary, the weights under another name. Files that no loader reads stay.
+A loader would read such files in addition to the new ones or instead of them: an adapter's
+configuration, an older vocabulary, weights under another name. Files that no loader reads stay.
 Cost: one listing of the folder.
 """
 
@@ -29,24 +29,24 @@ _READ_BY_LOADERS = (
 
 
 def remove_leftovers(path: Path, written: Path) -> None:
-    """Remove from a folder what a loader would read beside, or instead of, what was written.
+    """Remove the files and folders of an old model that a loader would read.
 
     Args:
         path: the folder that is replaced, if it exists.
-        written: the new one, complete.
+        written: the new folder, complete.
     """
     if not path.is_dir():
         return
-    inside = [place for place in path.iterdir() if place.is_dir() and _OF_MODULE.match(place.name)]
-    found = {place for name in _READ_BY_LOADERS for place in path.glob(name)} | {*inside}
+    modules = {old for old in path.iterdir() if old.is_dir() and _OF_MODULE.match(old.name)}
+    found = {old for name in _READ_BY_LOADERS for old in path.glob(name)} | modules
     removed = []
-    for place in sorted(found):
-        new = written / place.name
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place)
-        elif not new.is_file():
-            place.unlink()
+    for old in sorted(found):
+        new = written / old.name
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        elif not new.is_file():  # otherwise the new file replaces it
+            old.unlink()
         if not new.exists():
-            removed.append(place.name)
+            removed.append(old.name)
     if removed:
-        logger.warning("%s: removed what another model had left: %s", path, ", ".join(removed))
+        logger.warning("%s: removed files of another model: %s", path, ", ".join(removed))

@@ -1,8 +1,8 @@
-"""From a name to a transformer with an open, proved mask: hub, folders, adapters, ``nano``.
+"""Loads a transformer by name with an open, proved mask: hub, folders, adapters, ``nano``.
 
-Nothing from a repository is executed: no remote code, and no pickles unless they are asked for.
-Whatever goes wrong is raised as a `ModelError` with the fix. Loading has two steps, because the
-dtype is chosen by the config: `find` reads everything but weights, `load_transformer` these.
+Nothing from a repository is executed: no remote code, and pickles only on request. Every failure is
+raised as a `ModelError` with the fix. Loading has two steps, because the dtype depends on the
+config: `find` reads everything but the weights, `load_transformer` reads the weights.
 
 Cost: reading the weights once, and the proof (eleven forwards of a few tokens).
 """
@@ -47,20 +47,20 @@ from unmasked.mask.proof import Proof, open_mask, require
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint of which everything but the weights was read.
+    """Everything of a checkpoint but its weights.
 
     Attributes:
-        given: what was named: a decoder, an encoder or an adapter.
+        given: the location that was named: a decoder, an encoder or an adapter.
         trunk: the decoder below all adapters.
-        chain: the adapters between `trunk` and `given`, first trained first.
-        added: the adapters that were given beside it, to be merged after those.
-        config: of the decoder, with its mask as it is there.
-        tokenizer: as it is there.
-        settings: content of the first `llm2vec_config.json` among the added adapters, last first,
-            and `given`; empty if none has one.
+        chain: the adapters between `trunk` and `given`, in the order they were trained.
+        added: the adapters that were given in addition, to be merged after `chain`.
+        config: that of the decoder, unchanged.
+        tokenizer: that of the checkpoint, unchanged.
+        settings: content of the first `llm2vec_config.json` that exists, of the added adapters
+            (last first), `given` and `trunk`; empty if there is none.
         options: content of `config_sentence_transformers.json`; empty if there is none.
-        encoder: where the modules behind the pooling are, if there are any.
-        layers: how many first layers were asked for; None for all.
+        encoder: the location of the modules after the pooling, if there are any.
+        layers: how many of the first layers to keep; None for all.
     """
 
     given: Location
@@ -76,16 +76,16 @@ class Found:
 
     @property
     def lengths(self) -> tuple[int | None, int | None]:
-        """Limits for queries and for documents, where the encoder has such."""
-        said = self.encoder.read_json(LENGTHS_NAME)
-        query, document = (said.get(name) for name in LENGTHS)
+        """Length limits for queries and for documents; None where the encoder has no own limit."""
+        saved = self.encoder.read_json(LENGTHS_NAME)
+        query, document = (saved.get(name) for name in LENGTHS)
         return query, document
 
     @property
     def closed(self) -> bool:
-        """Whether it is an encoder, and no adapter on one, that was saved with its mask closed."""
-        encoder = self.settings and not [*self.chain, *self.added]
-        return bool(encoder) and getattr(self.config, "is_causal", None) is True
+        """Whether this is an encoder (not an adapter on one) that was saved with a closed mask."""
+        is_encoder = bool(self.settings) and not [*self.chain, *self.added]
+        return is_encoder and getattr(self.config, "is_causal", None) is True
 
 
 def find(
@@ -98,14 +98,15 @@ def find(
     """Read all of a checkpoint but its weights.
 
     Args:
-        name: ``nano``, a folder or a hub name; one with an adapter stands for its base plus it.
-        peft: adapter or adapters to merge, in this order; ``OWNER/NAME@REVISION`` is a revision.
-        base: where the base of an adapter is, if not where the adapter says.
-        layers: keep only this many layers, the first ones; None keeps all.
+        name: ``nano``, a folder or a hub name; an adapter is loaded together with its base.
+        peft: an adapter or several to merge, in this order; ``OWNER/NAME@REVISION`` names a
+            revision.
+        base: the base of an adapter, if it is not where the adapter's config says.
+        layers: keep only this many of the first layers; None keeps all.
         hub: ``revision`` (of `name`), ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
-        ModelError: not found, or there is no tokenizer, or there are not so many layers.
+        ModelError: the checkpoint is not found, or has no tokenizer or too few layers.
     """
     given = locate(name, **hub).require()
     listed = peft if isinstance(peft, list) else [] if peft is None else [peft]
@@ -115,13 +116,12 @@ def find(
     if layers is not None:
         config = with_first_layers(trunk.name, config, layers)
     tokenizer = _load_tokenizer(given if chain and given.has_tokenizer() else trunk)
-    stated = (location.read_json(SETTINGS_NAME) for location in [*reversed(added), given, trunk])
-    settings = next(filter(None, stated), {})
-    # an adapter on an encoder says nothing of prompts and modules that the encoder has
+    saved = (location.read_json(SETTINGS_NAME) for location in [*reversed(added), given, trunk])
+    settings = next(filter(None, saved), {})
+    # An adapter on an encoder does not repeat the prompts and modules of the encoder.
     encoder = given if given.fetch(MODULES_NAME) else trunk
     options = given.read_json(PROMPTS_NAME) or trunk.read_json(PROMPTS_NAME)
-    read = (given, trunk, chain, added, config, tokenizer, settings, options, encoder)
-    return Found(*read, layers)
+    return Found(given, trunk, chain, added, config, tokenizer, settings, options, encoder, layers)
 
 
 def load_transformer(
@@ -135,13 +135,13 @@ def load_transformer(
     """Load the bare transformer, open its mask, prove it, and merge the adapters into it.
 
     Args:
-        found: as `find` gives it.
-        dtype: of the weights.
+        found: the result of `find`.
+        dtype: the dtype of the weights.
         attention: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None lets transformers choose,
-            and eager is tried where that choice stays causal.
+            and tries eager if the model stays causal with that choice.
         enable_bidirectional: False leaves the model as it was trained; None opens it unless it is
             an encoder that was saved with its mask closed.
-        allow_partial: accept a model with causal mixing layers beside attention.
+        allow_partial: accept a model in which some layers, or parts of them, stay causal.
         allow_pickle: read weights that exist only as pickles (tensors only, no code).
 
     Returns:
@@ -151,13 +151,18 @@ def load_transformer(
         ModelError: pickled or missing weights, or an adapter that does not fit.
         NotBidirectionalError: the proof failed.
     """
-    weights = {"use_safetensors": None if allow_pickle else True}
     attempts = [attention] if attention else [None, "eager"]
     opens = not found.closed if enable_bidirectional is None else enable_bidirectional
     for number, implementation in enumerate(attempts, start=1):
         config = open_config(found.config) if opens else found.config
         try:
-            model, missing = load_model(found.trunk, config, dtype, implementation, **weights)
+            model, missing = load_model(
+                found.trunk,
+                config,
+                dtype,
+                implementation,
+                use_safetensors=None if allow_pickle else True,
+            )
         except ModelError as error:
             if found.layers is None:
                 raise
@@ -180,20 +185,20 @@ def load_transformer(
 
 
 def load_config(name: str | Path, layers: int | None = None, **hub: Any) -> PretrainedConfig:
-    """The config of a decoder, mask open, perhaps with its first layers only; nothing else is read.
+    """The config of a decoder with its mask open, with all or its first layers; reads no weights.
 
     Raises:
-        ModelError: there is none here or on the hub, or it has not so many layers.
+        ModelError: the model is not found, or has too few layers.
     """
     config = open_config(_load_config(locate(name, **hub).require()))
     return config if layers is None else with_first_layers(str(name), config, layers)
 
 
 def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a decoder, as it is; nothing else is fetched.
+    """The tokenizer of a decoder, unchanged; nothing else is fetched.
 
     Raises:
-        ModelError: there is none here or on the hub.
+        ModelError: the tokenizer is not found.
     """
     return _load_tokenizer(locate(name, **hub).require())
 
@@ -201,10 +206,10 @@ def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
 def load_causal_lm(
     name: str | Path, dtype: torch.dtype, attention: str | None = None, **hub: Any
 ) -> PreTrainedModel:
-    """A decoder with its language-model head, mask open (for MNTP); its trunk must be proved.
+    """A decoder with its language-model head and an open mask, for MNTP; the caller proves it.
 
     Raises:
-        ModelError: the folder has no head, as one that was saved as an encoder.
+        ModelError: the folder has no head, because it was saved as an encoder.
     """
     from transformers import AutoModelForCausalLM
 
@@ -220,20 +225,22 @@ def load_causal_lm(
 
 
 def _resolve_chain(given: Location, base: str | Path | None) -> tuple[Location, list[Location]]:
-    """The decoder behind a name, and the adapters on the way to it, first trained first."""
+    """The decoder below a location, and the adapters in between, in the order of training."""
     trunk, chain = given, list[Location]()
     while adapters.is_adapter(trunk):
         chain.insert(0, trunk)
         config = adapters.read_adapter_config(trunk)
-        stated = base or config.base_model_name_or_path
-        if not stated:
+        below = base or config.base_model_name_or_path
+        if not below:
             raise ModelError(
                 f"{trunk.name} is an adapter that does not name its base. "
                 "Fix: give the base first and the adapter as `peft`."
             )
-        rest = {key: value for key, value in given.hub.items() if key != "revision"}
-        revision = None if base else config.revision
-        trunk = locate(stated, **rest, **({"revision": revision} if revision else {}))
+        # The revision that was given is that of `given`; an adapter's config names its base's.
+        hub = {key: value for key, value in given.hub.items() if key != "revision"}
+        if config.revision and not base:
+            hub["revision"] = config.revision
+        trunk = locate(below, **hub)
         if any(trunk.name == passed.name for passed in chain):
             raise ModelError(
                 f"{chain[-1].name} names itself as its base. "
@@ -247,7 +254,7 @@ def _load_config(location: Location, adapter: Location | None = None) -> Pretrai
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(
             f"{name} is a folder without a config.json, so it does not hold a model. "
-            "Fix: give the folder that save_pretrained wrote."
+            "Fix: give the folder that save_pretrained has written."
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -262,7 +269,7 @@ def _load_config(location: Location, adapter: Location | None = None) -> Pretrai
             ) from error
         raise _unknown_family(location) or location.unreadable(error) from error
     if hasattr(config, "auto_map"):
-        del config.auto_map  # code from the hub is neither run nor pointed to
+        del config.auto_map  # code from the hub is not run, and a saved config does not name it
     return config
 
 

@@ -1,7 +1,7 @@
-"""Where a checkpoint is: a folder here, or a repository on the hub, and single files of it.
+"""Where a checkpoint is: a local folder or a repository on the hub, and single files of it.
 
-Cost: for a repository, a request to see whether it can be reached, and one for each file that is
-not in the hub's cache.
+Cost: for a repository, one request to check whether it can be reached, and one for each file that
+is not in the hub's cache.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ BUNDLED = "nano"
 """The name of the decoder that comes with the package."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PASTED = re.compile(r"(?:hf:|https?://(?:huggingface|hf)\.co/)([\w.-]+/[\w.-]+)(?:/.*)?")
-"""A name of the hub with what stands before it in an address, or for a data set."""
+"""A hub name inside a pasted address, or with the ``hf:`` of a data set."""
 PARTS_OF_A_MODEL = ("config.json", "adapter_config.json")
-"""Files of which a model has one."""
+"""Every model folder has one of these files."""
 _AGAIN = "Fix: download or save it again."
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder or hub repository, and how the hub is asked for it.
+    """A folder or a hub repository.
 
     Attributes:
         name: path of the folder, or ``OWNER/NAME``.
-        hub: options of the hub by name, see `HUB_OPTIONS`.
+        hub: options of requests to the hub, see `HUB_OPTIONS`.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Location:
         """The JSON list of objects in one file; empty if the file does not exist.
 
         Raises:
-            ModelError: the file is not that.
+            ModelError: the file is not a list of JSON objects.
         """
         content = self._read(filename)
         if content is not None and not isinstance(content, list):
@@ -92,16 +92,17 @@ class Location:
             raise ModelError(f"{self.name}/{filename} is not JSON: {error}. {_AGAIN}") from error
 
     def has_tokenizer(self) -> bool:
-        """Whether the files of a tokenizer are there."""
+        """Whether there are files of a tokenizer."""
         return any(map(self.fetch, ("tokenizer.json", "tokenizer.model", "vocab.json")))
 
     def require(self) -> Location:
-        """Itself, if it is here, in the hub's cache, or the hub can be reached.
+        """Return this location if it exists, is in the hub's cache, or the hub can be reached.
 
-        The libraries below ask an unreachable hub for half a minute, for each file; this asks once.
+        The hub's own library retries an unreachable hub for half a minute per file; this method
+        tries once.
 
         Raises:
-            ModelError: it is none of these; the message names the nearest folder.
+            ModelError: none of these is true; the message names the most similar folder.
         """
         if Path(self.name).is_file():
             raise ModelError(
@@ -122,13 +123,13 @@ class Location:
         try:
             get_hf_file_metadata(url, token=self.hub.get("token"))
         except HfHubHTTPError:
-            pass  # the hub has answered; what it lacks is told where it is asked for
-        except Exception as error:  # the layers below have errors of their own
+            pass  # the hub can be reached; a missing file is reported when it is fetched
+        except Exception as error:  # each network layer has errors of its own
             raise self.unreadable(error) from error
         return self
 
     def unreadable(self, error: Exception) -> ModelError:
-        """What is raised where this location cannot be loaded because of `error`."""
+        """The error to raise if this location cannot be loaded because of `error`."""
         first = first_line(error)
         if Path(self.name).exists():
             return ModelError(f"cannot load {self.name}: {first} Fix: save or download it again.")
@@ -140,21 +141,21 @@ class Location:
         )
 
     def hint(self) -> str:
-        """``, did you mean './encoder'?`` for a folder of a model whose name is much like this."""
+        """``, did you mean './encoder'?`` if a model folder has a similar name, else ``.``."""
         given = Path(self.name)
-        beside = given.parent.iterdir() if given.parent.is_dir() else ()
-        models = [_shown(path) for path in beside if path.is_dir() and _inside(path) is not None]
-        near = nearest(str(given), [BUNDLED])  # first: a slip of the most used name
-        return near if near != "." else nearest(_shown(given), models)
+        siblings = given.parent.iterdir() if given.parent.is_dir() else ()
+        models = [_shown(path) for path in siblings if path.is_dir() and _model_in(path)]
+        hint = nearest(str(given), [BUNDLED])  # first: a typing error in the most used name
+        return hint if hint != "." else nearest(_shown(given), models)
 
 
 def _shown(path: Path) -> str:
-    """A path that cannot be taken for a name of the hub."""
+    """A path in a form that cannot be mistaken for a hub name."""
     return str(path) if path.is_absolute() else f"./{path}"
 
 
-def _inside(folder: Path) -> Path | None:
-    """The folder itself if it holds a model; or, for a run folder, the model that was made."""
+def _model_in(folder: Path) -> Path | None:
+    """The folder itself if it holds a model; for a run folder, the folder of its final model."""
     for path in (folder, folder / "model"):
         if any((path / part).is_file() for part in PARTS_OF_A_MODEL):
             return path
@@ -162,35 +163,36 @@ def _inside(folder: Path) -> Path | None:
 
 
 def bundled_path() -> Path:
-    """Folder of the bundled decoder."""
+    """The folder of the bundled decoder."""
     return Path(str(files("unmasked"))) / BUNDLED
 
 
 def locate(name: str | Path, **hub: Any) -> Location:
     """The location of a name; ``nano`` is the bundled decoder, ``./nano`` a folder.
 
-    A `Path` that is there is a folder, whatever it is called: it cannot say ``./``. A run
-    folder stands for the encoder that was made in it.
+    A `Path` that exists is a folder, also one called ``nano``, because it cannot begin with ``./``.
+    The name of a run folder stands for the encoder in it.
 
     Raises:
-        ModelError: there is no name.
+        ModelError: the name is empty.
     """
     if not str(name).strip():
         raise ModelError(
-            f"the name of a model is {str(name)!r}, as of a variable that is not set. "
-            f"Fix: a folder, a hub name, or {BUNDLED}."
+            f"the name of a model is {str(name)!r} (perhaps from a variable that is not set). "
+            f"Fix: give a folder, a hub name, or {BUNDLED}."
         )
     if str(name) == BUNDLED and not (isinstance(name, Path) and name.is_dir()):
         return Location(str(bundled_path()), hub)
     given = str(name).rstrip("/") or "/"
-    inside = _inside(Path(given)) if Path(given).is_dir() else None
-    return Location(given if inside in (None, Path(given)) else str(inside), hub)
+    model = _model_in(Path(given)) if Path(given).is_dir() else None
+    # Without need the name is not changed: `Path` would turn "./folder" into "folder".
+    return Location(given if model in (None, Path(given)) else str(model), hub)
 
 
 def locate_adapter(name: str | Path, **hub: Any) -> Location:
-    """The same for an adapter beside a base: its revision is written ``OWNER/NAME@REVISION``."""
-    rest = {key: value for key, value in hub.items() if key != "revision"}
+    """The location of an adapter; ``OWNER/NAME@REVISION`` names a revision of its own."""
+    options = {key: value for key, value in hub.items() if key != "revision"}
     bare_name, _, revision = str(name).partition("@")
     if revision and not Path(name).exists():
-        return Location(bare_name, {**rest, "revision": revision})
-    return locate(name, **rest)
+        return Location(bare_name, {**options, "revision": revision})
+    return locate(name, **options)

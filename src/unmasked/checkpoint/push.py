@@ -1,7 +1,7 @@
 """Uploads a saved model folder to the Hugging Face hub: private unless told otherwise.
 
-Only what is part of a model is sent, never training checkpoints or anything else that lies beside
-it. Cost: the upload.
+Only files that are part of a model are uploaded, never training checkpoints or anything else in the
+folder. Cost: the upload.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ PARTS = (
     "config_sentence_transformers.json", "sentence_bert_config.json", "llm2vec_config.json",
     "README.md", "LICENSE*",
 )  # fmt: skip
-"""What a model is made of, beside the modules that `modules.json` names."""
+"""The files of a model, apart from the folders of the modules in `modules.json`."""
 OF_A_MODULE = (*PARTS, "sentence_*_config.json")
-"""What is in the folder of one of them."""
+"""The files in the folder of a module."""
 MODULES = "modules.json"
 
 
@@ -54,16 +54,16 @@ def list_files(folder: Path) -> list[tuple[str, int]]:
 
 
 def push(folder: Path, repository: str, private: bool = True, message: str = "Add model") -> str:
-    """Upload a model folder; the repository is made if it does not exist.
+    """Upload a model folder; the repository is created if it does not exist.
 
     Args:
         folder: as `TextEncoder.save` writes it.
         repository: ``NAME`` or ``ORGANISATION/NAME``.
-        private: who may see a repository that is made now; an existing one stays as it is.
-        message: of the commit.
+        private: whether a new repository is private; an existing one stays as it is.
+        message: the message of the commit.
 
     Returns:
-        The address of what was uploaded.
+        The address of the repository.
 
     Raises:
         ModelError: the folder does not hold a model.
@@ -83,7 +83,7 @@ def push(folder: Path, repository: str, private: bool = True, message: str = "Ad
         )
     except Exception as error:  # every layer below (http, auth, xet) has errors of its own
         answered = isinstance(error, HfHubHTTPError | LocalTokenNotFoundError)
-        what = "the hub did not take it" if answered else "the hub cannot be reached"
+        what = "the hub refused the upload" if answered else "the hub cannot be reached"
         login = "log in with 'hf auth login' or set HF_TOKEN, with the right to write there"
         network = "connect to the network (and unset HF_HUB_OFFLINE), and run the same command"
         raise OutputError(
@@ -94,10 +94,10 @@ def push(folder: Path, repository: str, private: bool = True, message: str = "Ad
 
 
 def check_name(repository: str) -> None:
-    """Refuse what cannot be the name of a repository, by the hub's own rule.
+    """Refuse an invalid name of a repository, by the hub's own rule.
 
     Raises:
-        OutputError: it cannot.
+        OutputError: the name is not valid.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

@@ -1,11 +1,11 @@
-"""What an encoder says at this moment, as a folder, and back: settings, prompts, further modules.
+"""Saves the current state of an encoder to a folder, and reads settings, prompts and modules back.
 
 A user may have changed anything since the encoder was loaded: lengths, prompts, the similarity, an
-adapter, a `Normalize` or `Dense` behind the pooling. All of it is saved, or saving refuses, so that
-the folder gives the vectors that the object gives. Nothing of this computes a vector.
+adapter, a `Normalize` or `Dense` after the pooling. Everything is saved, or saving is refused, so
+that the folder gives the same vectors as the object. Nothing here computes a vector.
 
-Cost: a copy of the model in memory where an adapter is attached; a module behind the pooling is
-read once more to see that it comes back as it is.
+Cost: a copy of the model in memory if an adapter is attached; a module after the pooling is loaded
+once more to check that it is the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _PICKLED = "pytorch_model.bin"
 _BLANK = ("default", "blank", "no_prompt")
-"""Names for the prompt of texts without one; the first that the user has not taken."""
+"""Names for the empty default prompt; the first one that the user has no prompt of is used."""
 
 
 def save_encoder(
@@ -49,13 +49,13 @@ def save_encoder(
     Args:
         encoder: a `TextEncoder`.
         path: folder to write; None writes nothing.
-        card: what the README says.
+        card: content of the README.
         with_card: False writes no README.
         with_settings: False leaves `llm2vec_config.json` out.
         safe: only True: weights are always safetensors.
 
     Raises:
-        ModelError: something of it cannot be in a folder, or pickles are asked for.
+        ModelError: a part of the encoder cannot be saved, or `safe` is False.
         OutputError: the folder cannot be written.
     """
     if path is None:
@@ -68,11 +68,11 @@ def save_encoder(
     tokens, settings = encoder.backbone.tokens, encoder.settings
     tokenizer, exact = tokens.for_stock()
     if tokenizer.truncation_side != "right":
-        logger.warning("truncation_side has no effect: texts are cut at their end, and so saved.")
+        logger.warning("truncation_side has no effect: texts are always cut at their end.")
         tokenizer.truncation_side = "right"
     model = merged(encoder.backbone.auto_model)
     stock = stock_loading(model)
-    _tell_differences(settings, tokens.template, exact, stock)
+    _log_differences(settings, tokens.template, exact, stock)
     folder.write_folder(
         path,
         model,
@@ -92,7 +92,7 @@ def save_encoder(
 
 
 def settings_now(tokens: Any, pooling: Any, rules: str | None) -> folder.Settings:
-    """The settings that a `TextTokenizer` and a `TextPooling` have at this moment."""
+    """The current settings of a `TextTokenizer` and a `TextPooling`."""
     pools_all = pooling.include_prompt and pooling.mode != "bos_token"
     return folder.Settings(
         pooling.mode,
@@ -105,34 +105,34 @@ def settings_now(tokens: Any, pooling: Any, rules: str | None) -> folder.Setting
 
 
 def deciding(encoder: Any) -> list[Any]:
-    """What decides an encoder's vectors beside weights and tokenizer, as JSON can hold it.
+    """Everything besides weights and tokenizer that determines the vectors, as JSON values.
 
-    A decoder has the same weights with its mask closed as with it open, and a `Normalize` has none.
-    What is as it mostly is stays out, so that folders of earlier versions can be continued.
+    The weights do not tell whether the mask is open, and a `Normalize` has no weights. Usual values
+    are left out, so that the fingerprints of earlier versions stay valid.
     """
     settings, proof, backbone = encoder.settings, encoder.report, encoder.backbone
-    seen = (proof.verdict, proof.causal_layers, proof.window)
+    mask = (proof.verdict, proof.causal_layers, proof.window)
     rare = {
         "truncate_dim": encoder.truncate_dim,
         "lengths": [getattr(backbone, name) for name in folder.LENGTHS],
         "behind": [str(module) for module in list(encoder)[2:]],
-        "mask": [] if seen == ("full", (), None) else seen,
+        "mask": [] if mask == ("full", (), None) else mask,
     }
-    there = {name: value for name, value in rare.items() if value not in (None, [], [None, None])}
-    return [asdict(settings), settings.compat is not None, *filter(None, [there])]
+    unusual = {name: value for name, value in rare.items() if value not in (None, [], [None, None])}
+    return [asdict(settings), settings.compat is not None, *filter(None, [unusual])]
 
 
 def named_card(card: Card, encoder: Any, name: str | None) -> Card:
-    """A card with the name of the model: as given, unless that is a path, or as its data says."""
+    """A card with the model's name: `name`, or the one in `model_card_data` if that is a path."""
     if not name or Path(name).exists():
         name = encoder.model_card_data.model_id
     return replace(card, name=name)
 
 
-def _tell_differences(
+def _log_differences(
     settings: folder.Settings, template: Template, exact: bool, stock: str
 ) -> None:
-    """Log what a stock loader will make of the folder that differs from the encoder."""
+    """Log how vectors from a stock loader will differ from those of the encoder."""
     if not exact:
         logger.warning(
             "Stock loaders cannot pool this template exactly (%r ... %r): load the folder with "
@@ -144,23 +144,24 @@ def _tell_differences(
         logger.warning("Only unmasked opens the mask of this family; stock loaders do not.")
     if settings.doc_max_length is not None and settings.doc_max_length < settings.max_length:
         logger.info(
-            "doc_max_length %d: stock loaders know one limit for prompt and text together, so that "
-            "they cut a long text behind a prompt shorter, by the tokens of the prompt.",
+            "doc_max_length %d: stock loaders have one limit for prompt and text together, so they "
+            "cut a long text after a prompt shorter, by the length of the prompt.",
             settings.doc_max_length,
         )
 
 
 def _options(encoder: Any, prefix: str) -> dict[str, Any]:
-    """What `SentenceTransformer` saves of an encoder, for a loader that puts the prompts first.
+    """The options that `SentenceTransformer` saves: prompts, similarity and truncation.
 
-    A text without a prompt needs one in the folder: the stock loader leaves BOS out of pooling only
-    behind a prompt.
+    Every text gets a prompt, if only an empty one: the stock loader leaves BOS out of pooling only
+    after a prompt.
     """
-    default, now = encoder.default_prompt_name, encoder.prompts
+    default, own = encoder.default_prompt_name, encoder.prompts
+    # Stock loaders add an empty prompt for each role, which would replace the prompt that the role
+    # uses now. So that one is saved under the name of the role.
     roles = {"query": ("query",), "document": ("document", "passage", "corpus")}
-    # Loaders give each role a prompt of its own; it has the one that acts for it now.
-    acting = {r: next((n for n in names if n in now), default) for r, names in roles.items()}
-    prompts = {role: now.get(name, "") for role, name in acting.items()} | now
+    used = {role: next((n for n in names if n in own), default) for role, names in roles.items()}
+    prompts = {role: own.get(name, "") for role, name in used.items()} | own
     if default is None:
         default = next(name for name in _BLANK if not prompts.get(name))
     prompts = {default: "", **prompts}
@@ -169,19 +170,19 @@ def _options(encoder: Any, prefix: str) -> dict[str, Any]:
         "default_prompt_name": default,
         "similarity_fn_name": encoder.similarity_fn_name,
     }
-    cut = encoder.truncate_dim
-    return options if cut is None else {**options, "truncate_dim": cut}
+    width = encoder.truncate_dim
+    return options if width is None else {**options, "truncate_dim": width}
 
 
 def read_options(saved: Mapping[str, Any], template: Template) -> dict[str, Any]:
-    """Arguments of `SentenceTransformer` that a `config_sentence_transformers.json` asks for.
+    """Arguments of `SentenceTransformer` from a `config_sentence_transformers.json`.
 
     Args:
         saved: content of the file; empty if there is none.
-        template: what stands around a text; it is part of every saved prompt.
+        template: the strings around a text; its prefix is part of every saved prompt.
 
     Returns:
-        ``prompts`` without the template and the mark of an empty one, and, where the file has them,
+        ``prompts`` without template and `MARK`, and, if the file has them,
         ``default_prompt_name``, ``similarity_fn_name`` and ``truncate_dim``.
     """
     prompts = {
@@ -190,7 +191,7 @@ def read_options(saved: Mapping[str, Any], template: Template) -> dict[str, Any]
     }
     default = saved.get("default_prompt_name")
     if default in _BLANK and not prompts.get(default):
-        prompts.pop(default, None)  # made by `save`, for texts without a prompt
+        prompts.pop(default, None)  # `save` has added it for texts without a prompt
     names = ("similarity_fn_name", "truncate_dim")
     options = {name: saved[name] for name in names if saved.get(name) is not None}
     if default in prompts:
@@ -199,10 +200,10 @@ def read_options(saved: Mapping[str, Any], template: Template) -> dict[str, Any]
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """The bare transformer; where adapters are attached, a copy with the active ones merged.
+    """The bare transformer; if adapters are attached, a copy with the active ones merged.
 
-    Adapters that are switched off (`disable_adapter()`, `disable_adapters()`) do not act on the
-    vectors, so they are left out.
+    Disabled adapters (`disable_adapter()`, `disable_adapters()`) have no effect on the vectors, so
+    they are left out.
     """
     if not adapters.has_adapters(model):
         return model
@@ -210,30 +211,31 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 def load_behind(location: Location, allow_pickle: bool = False) -> list[nn.Module]:
-    """The modules behind the pooling of a saved encoder, such as `Normalize` and `Dense`.
+    """The modules after the pooling of a saved encoder, such as `Normalize` and `Dense`.
 
     Args:
         location: folder or hub repository; without a `modules.json` there are none.
-        allow_pickle: read weights that are there as a pickle only.
+        allow_pickle: read weights that exist only as a pickle.
 
     Raises:
-        ModelError: a class that is not of sentence-transformers, pickled, broken or missing files.
+        ModelError: a class that is not from sentence-transformers; pickled, broken or missing
+            files.
     """
     rows = location.read_list(folder.MODULES_NAME)
     types = [str(row.get("type", "")).rpartition(".")[2] for row in rows]
-    pooled = types.index("Pooling") + 1 if "Pooling" in types else 2
-    if strange := [name for name in types[1:pooled] if name != "Pooling"]:
-        logger.warning("%s: %s between transformer and pooling left out.", location.name, strange)
-    return [_load_one(location, row, allow_pickle) for row in rows[pooled:]]
+    first = types.index("Pooling") + 1 if "Pooling" in types else 2
+    if others := [name for name in types[1:first] if name != "Pooling"]:
+        logger.warning("%s: %s between transformer and pooling left out.", location.name, others)
+    return [_load_module(location, row, allow_pickle) for row in rows[first:]]
 
 
-def _load_one(location: Location, row: Mapping[str, Any], allow_pickle: bool) -> nn.Module:
+def _load_module(location: Location, row: Mapping[str, Any], allow_pickle: bool) -> nn.Module:
     kind, path = str(row.get("type", "")), str(row.get("path", ""))
     if not kind.startswith(folder.TRUSTED) or Path(path).is_absolute() or ".." in Path(path).parts:
         raise ModelError(
-            f"{location.name} has a module {kind or row} in '{path}' behind its pooling. Allowed: "
-            "classes of sentence-transformers, in a folder inside; code of others is never run. "
-            "Fix: a copy without it in modules.json, if its vectors are not needed as they were."
+            f"{location.name} has a module {kind or row} in '{path}' after its pooling. Allowed: "
+            "classes of sentence-transformers, in a folder inside; code of other packages is never "
+            "run. Fix: remove it from modules.json in a copy; the vectors will be different ones."
         )
     weights = [location.fetch(f"{path}/{name}") for name in ("model.safetensors", _PICKLED)]
     if weights[1] and not weights[0] and not allow_pickle:
@@ -242,11 +244,11 @@ def _load_one(location: Location, row: Mapping[str, Any], allow_pickle: bool) ->
             "Fix: convert them to safetensors, or, if you trust them, allow_pickle=True."
         )
     hub = dict(location.hub)
-    if "cache_dir" in hub:
+    if "cache_dir" in hub:  # sentence-transformers has another name for it
         hub["cache_folder"] = hub.pop("cache_dir")
     try:
-        kept: Any = import_module_class(kind)
-        module: nn.Module = kept.load(location.name, subfolder=path, **hub)
+        module_class: Any = import_module_class(kind)
+        module: nn.Module = module_class.load(location.name, subfolder=path, **hub)
     except Exception as error:  # each class has errors of its own
         raise ModelError(
             f"{location.name}/{path}: the module {kind} cannot be read: {first_line(error)} "

@@ -1,8 +1,7 @@
-"""Reads the weights of a checkpoint: all of them and of the right shapes, or it is an error.
+"""Reads the weights of a checkpoint; missing weights and wrong shapes are errors.
 
-transformers fills what a checkpoint lacks with random numbers and only logs it. A model of which
-half is random passes every proof and encodes nonsense, so missing weights and truncated files are
-errors here.
+transformers fills missing weights with random numbers and only logs it. A model with random weights
+passes every proof and encodes nonsense, so missing weights and truncated files are errors here.
 
 Cost: that of `from_pretrained`.
 """
@@ -23,15 +22,15 @@ from transformers.utils import logging as notes
 from unmasked.checkpoint.location import Location
 from unmasked.errors import ModelError, first_line
 
-_BEHIND = "pooler."
-"""Where base encoders keep what comes after the last states; it is never run."""
+_NEVER_RUN = "pooler."
+"""Prefix of weights that base encoders use after the last states; we never run them."""
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """In the block, transformers draws no bars and prints no reports, unless it was told to.
+    """Inside the block, transformers shows no progress bars and reports, unless it is verbose.
 
-    What matters in its reports is an error here. Downloads from the hub still show.
+    What matters in its reports is an error here. Downloads from the hub are still shown.
     """
     level, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
     if level < logging.WARNING:
@@ -55,22 +54,24 @@ def load_model(
     auto: Any = AutoModel,
     use_safetensors: bool | None = True,
 ) -> tuple[Any, list[str]]:
-    """A transformer, and the names of those of its weights that the checkpoint lacks.
+    """A transformer, and the names of its weights that the checkpoint lacks.
 
     Args:
         source: folder or hub repository.
-        config: of the model to build.
-        dtype: of the weights.
+        config: the config of the model to build.
+        dtype: the dtype of the weights.
         attention: as in transformers; None lets it choose.
         auto: the auto class.
-        use_safetensors: None allows pickles, too.
+        use_safetensors: None also allows pickles.
 
     Raises:
-        ModelError: no weights, half a file, or weights of other shapes than the config says.
+        ModelError: no weights, a truncated file, or shapes that differ from the config.
     """
     extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    # the auto classes look for an adapter too, and ask the hub unless they are told here as well
-    asked = {k: v for k, v in source.hub.items() if k in ("cache_dir", "local_files_only")}
+    # The auto classes also look for an adapter, and ask the hub for it without these options.
+    adapter_options = {
+        key: source.hub[key] for key in ("cache_dir", "local_files_only") if key in source.hub
+    }
     try:
         with without_bars():
             model, info = auto.from_pretrained(
@@ -79,9 +80,9 @@ def load_model(
                 dtype=dtype,
                 use_safetensors=use_safetensors,
                 trust_remote_code=False,
-                adapter_kwargs=asked,
+                adapter_kwargs=adapter_options,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, by name
+                ignore_mismatched_sizes=True,  # they are an error below, with their names
                 **extra,
                 **source.hub,
             )
@@ -104,29 +105,29 @@ def load_model(
                 f"(tensors only). ({first_line(error)})"
             ) from error
         raise source.unreadable(error) from error
-    if other := sorted(info["mismatched_keys"]):
-        name, there, here = other[0]
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, saved, built = mismatched[0]
         raise ModelError(
-            f"{source.name}: {len(other)} weights have other shapes than its config.json says, "
-            f"first {name}: {tuple(there)} there, {tuple(here)} by the config. Fix: the "
-            "config.json that was saved with these weights."
+            f"{source.name}: {len(mismatched)} weights have other shapes than its config.json "
+            f"says, first {name}: {tuple(saved)} in the file, {tuple(built)} by the config. Fix: "
+            "use the config.json that was saved with these weights."
         )
     return model, sorted(info["missing_keys"])
 
 
 def with_first_layers(name: str, config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """A copy of a config that has only the first layers; the weights of the others are not read.
+    """A copy of a config with only the first layers; the weights of the others are not read.
 
     Args:
-        name: of the model, for errors.
-        config: of a decoder.
-        layers: how many to keep.
+        name: name of the model, for errors.
+        config: the config of a decoder.
+        layers: how many layers to keep.
 
     Raises:
-        ModelError: it has not so many, or its family ties their number to something else.
+        ModelError: it has fewer layers, or its family derives their number from something else.
     """
-    before: Any = config.get_text_config()
-    depth = int(getattr(before, "num_hidden_layers", 0) or 0)
+    full: Any = config.get_text_config()
+    depth = int(getattr(full, "num_hidden_layers", 0) or 0)
     if not 1 <= layers <= depth:
         raise ModelError(
             f"layers {layers}: {name} has {depth} layers, of which the first 1 to {depth} can be "
@@ -134,32 +135,32 @@ def with_first_layers(name: str, config: PretrainedConfig, layers: int) -> Pretr
         )
     cut = copy.deepcopy(config)
     text: Any = cut.get_text_config()
-    for key, value in vars(before).items():
+    for key, value in vars(full).items():
         if isinstance(value, list | tuple) and len(value) == depth:
-            setattr(text, key, value[:layers])  # such as layer_types: one entry of each layer
-    if shared := getattr(before, "num_kv_shared_layers", 0):  # the last ones, as Gemma 4 has them
+            setattr(text, key, value[:layers])  # such as layer_types, with an entry for each layer
+    if shared := getattr(full, "num_kv_shared_layers", 0):  # in Gemma 4, the last layers
         text.num_kv_shared_layers = max(0, shared - (depth - layers))
     try:
         text.num_hidden_layers = layers
-        again = type(cut).from_dict(cut.to_dict())
-        same = int(again.get_text_config().num_hidden_layers) == layers
+        saved = type(cut).from_dict(cut.to_dict())
+        is_kept = int(saved.get_text_config().num_hidden_layers) == layers
     except Exception as error:  # each family checks its config in its own way
         raise ModelError(
             f"layers {layers}: the config of {name} cannot have fewer layers "
             f"({first_line(error)}). Fix: keep all of them."
         ) from error
-    if not same:
+    if not is_kept:
         raise ModelError(f"layers {layers}: {name} sets their number itself. Fix: keep all.")
     return cut
 
 
 def require_whole(name: str, missing: Sequence[str]) -> None:
-    """Refuse a checkpoint that lacks weights which the states depend on.
+    """Refuse a checkpoint that lacks weights on which the states depend.
 
     Raises:
-        ModelError: it does; names the first ones.
+        ModelError: weights are missing; the message names the first ones.
     """
-    if lacking := [key for key in missing if not key.startswith(_BEHIND)]:
+    if lacking := [key for key in missing if not key.startswith(_NEVER_RUN)]:
         raise ModelError(
             f"{name} lacks {len(lacking)} weights of its model ({', '.join(lacking[:3])}), which "
             "would be random. Fix: download or save it again, whole; an adapter is given as `peft`."
@@ -167,12 +168,12 @@ def require_whole(name: str, missing: Sequence[str]) -> None:
 
 
 def require_finite(state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Refuse weights with a NaN or an infinity: vectors would be NaN, or some of them.
+    """Refuse weights with NaN or infinity, with which all or some vectors would be NaN.
 
     Raises:
-        ModelError: there are such; names the first ones.
+        ModelError: there are such weights; the message names the first ones.
     """
-    broken = [  # a sum reads every number once, and makes no tensor of the same size
+    broken = [  # a sum is not finite if a number is not, and needs no second tensor of that size
         name
         for name, value in state.items()
         if value.is_floating_point() and not bool(value.sum(dtype=torch.float32).isfinite())
@@ -180,5 +181,5 @@ def require_finite(state: Mapping[str, torch.Tensor], source: str) -> None:
     if broken:
         raise ModelError(
             f"{source}: {len(broken)} weights hold NaN or infinity ({', '.join(broken[:3])}), as "
-            "those of a training that diverged. Fix: an earlier checkpoint, or download it again."
+            "after a diverged training. Fix: use an earlier checkpoint, or download it again."
         )

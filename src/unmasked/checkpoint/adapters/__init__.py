@@ -1,4 +1,4 @@
-"""What trains: put on a trunk (`attaching`), merged into it (`merging`), kept (`attached`)."""
+"""Adapters: attached to a trunk (`attaching`), merged into it (`merging`), saved (`attached`)."""
 
 from unmasked.checkpoint.adapters.attached import (
     FOLDER,

@@ -1,11 +1,12 @@
-"""Adapters that were attached when an encoder was saved, beside the weights they are merged into.
+"""Saves the adapters of an encoder beside the merged weights, so that training can continue.
 
-The trainer of sentence-transformers goes on from a checkpoint by loading it anew, and its state
-dict into the model that is trained. A saved folder has the adapters merged; to train on exactly as
-before, their own weights are needed as well. They lie in a folder that no loader of models reads.
+To resume, the trainer of sentence-transformers loads the checkpoint as a new model, and then the
+state dict of that into the model that is trained. A saved folder has the adapters merged; to
+continue training exactly, their own weights are needed too. They are saved in a subfolder that no
+loader of models reads.
 
-Cost: saving writes them once; loading below an attached adapter merges a copy, to be sure that the
-weights below are those they were trained on.
+Cost: saving writes them once; loading them merges a copy, to be sure that the weights below them
+are those they were trained on.
 """
 
 from __future__ import annotations
@@ -28,29 +29,29 @@ from unmasked.errors import ModelError
 logger = logging.getLogger(__name__)
 
 FOLDER = "attached"
-"""Where they lie in a saved folder."""
+"""The subfolder of a saved folder in which the adapters are."""
 _WEIGHTS = f"{FOLDER}/adapters.safetensors"
 _SAVED = "saved_in"
-"""The attribute of a state dict that says where the encoder was loaded from."""
-_EXACT = 1e-5  # of the length of a weight; products differ that much between devices
+"""An attribute of a state dict: the location from which the encoder was loaded."""
+_EXACT = 1e-5  # relative to the norm of a weight; products differ that much between devices
 
 
 def attached_weights(trunk: nn.Module, merged: nn.Module) -> dict[str, Tensor]:
-    """The adapters' own weights by their name in a trunk; none where no adapter acts.
+    """The adapters' own weights by their name in a trunk; empty if no adapter is active.
 
     Args:
         trunk: a transformer, perhaps with adapters.
-        merged: the bare one, in which they are merged.
+        merged: the bare transformer with the adapters merged.
     """
-    off = (getattr(module, "disable_adapters", False) is True for module in trunk.modules())
-    if not has_adapters(trunk) or any(off):
+    disabled = (getattr(module, "disable_adapters", False) is True for module in trunk.modules())
+    if not has_adapters(trunk) or any(disabled):
         return {}
-    own, plain = trunk.state_dict(), merged.state_dict().keys()
-    return {key: value for key, value in own.items() if _plain(key) not in plain}
+    own, bare = trunk.state_dict(), merged.state_dict().keys()
+    return {key: value for key, value in own.items() if _bare_name(key) not in bare}
 
 
 def write_attached(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write what `attached_weights` gave into a folder that is saved."""
+    """Write the result of `attached_weights` into a folder."""
     if weights:
         (folder / FOLDER).mkdir()
         copies = {key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}
@@ -58,79 +59,80 @@ def write_attached(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def remember(encoder: Any, saved: Location) -> None:
-    """From now on a state dict of the encoder says where its weights were loaded from."""
-    encoder.register_state_dict_post_hook(partial(_say_where, saved))
+    """Make every later state dict of the encoder name the location from which it was loaded."""
+    encoder.register_state_dict_post_hook(partial(_name_location, saved))
 
 
-def _say_where(saved: Location, _: Any, state: Any, prefix: str, __: Any) -> None:
-    if not prefix:
+def _name_location(saved: Location, _: Any, state: Any, prefix: str, __: Any) -> None:
+    if not prefix:  # the state dict of the encoder itself, not of a module around it
         setattr(state, _SAVED, saved)
 
 
 def below_adapters(encoder: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict to load where a saved folder, in which adapters are merged, is loaded back.
+    """The state dict to load into an encoder with adapters, from one with merged adapters.
 
-    With an adapter attached, the folder's own adapter goes into it, if together with the weights
-    below it gives the weights of the folder. If it does not, or the folder has none, what the
-    folder holds goes into the weights below, and a LoRA begins anew, so that the vectors are those
-    of the folder.
+    If the folder that `state` comes from has saved its adapters, and they give the merged weights
+    together with the weights below, they are loaded into the attached ones. Otherwise the merged
+    weights are loaded below the attached LoRA, which is reset, so that the vectors are those of the
+    folder.
 
     Raises:
-        ModelError: adapters of another kind would have to begin anew.
+        ModelError: an adapter of another kind would have to be reset.
     """
     own, trunk = encoder.state_dict(), encoder.backbone.auto_model
     if not has_adapters(trunk) or own.keys() <= state.keys():
         return state
-    prefix = _prefix(encoder)
+    prefix = _trunk_prefix(encoder)
     saved: Location | None = getattr(state, _SAVED, None)
     if saved is not None and (path := saved.fetch(_WEIGHTS)):
         attached = load_file(path)
-        if _gives(trunk, attached, {k.removeprefix(prefix): v for k, v in state.items()}):
+        merged = {key.removeprefix(prefix): value for key, value in state.items()}
+        if _merge_to(merged, trunk, attached):
             return {**own, **{prefix + key: value for key, value in attached.items()}}
     found = {}
     for key, value in own.items():
         inside = key.startswith(prefix)
-        plain = prefix + _plain(key.removeprefix(prefix)) if inside else key
-        if plain in state:
-            found[key] = state[plain]
+        saved_key = prefix + _bare_name(key.removeprefix(prefix)) if inside else key
+        if saved_key in state:
+            found[key] = state[saved_key]
         elif ".lora_A." in key:
             found[key] = value
         elif ".lora_B." in key:
-            found[key] = torch.zeros_like(value)
+            found[key] = torch.zeros_like(value)  # so that the new adapter changes nothing at first
         else:
             raise ModelError(
-                f"a saved encoder cannot be loaded below this adapter ({key}): only plain LoRA "
-                "begins anew. Fix: load the folder, and attach a new adapter to it."
+                f"a saved encoder cannot be loaded below this adapter ({key}): only a plain LoRA "
+                "can be reset. Fix: load the folder, and attach a new adapter to it."
             )
-    logger.warning("The adapter of this checkpoint is merged; training goes on with a new one.")
+    logger.warning("The adapter of this checkpoint is merged; training continues with a new one.")
     return found
 
 
-def _prefix(encoder: Any) -> str:
-    """What stands before the names of a trunk's weights in those of its encoder."""
+def _trunk_prefix(encoder: Any) -> str:
+    """The prefix of the names of a trunk's weights in the state dict of its encoder."""
     names = {id(module): name for name, module in encoder.named_children()}
     return f"{names[id(encoder.backbone)]}.auto_model."
 
 
-def _gives(trunk: nn.Module, attached: Mapping[str, Tensor], state: Mapping[str, Any]) -> bool:
-    """Whether these adapters, on the weights that a trunk has, give those of a folder."""
-    own = {key: value for key, value in trunk.state_dict().items() if _plain(key) not in state}
-    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in attached.items()}:
+def _merge_to(merged: Mapping[str, Any], trunk: nn.Module, attached: Mapping[str, Tensor]) -> bool:
+    """Whether saved adapters on the weights of a trunk give the merged weights."""
+    own = {k: v.shape for k, v in trunk.state_dict().items() if _bare_name(k) not in merged}
+    if own != {key: value.shape for key, value in attached.items()}:
         return False
     trial = copy.deepcopy(trunk)
     trial.load_state_dict(attached, strict=False)
-    merged = merge_attached(trial).state_dict()
-    return all(_same(value, state.get(key)) for key, value in merged.items())
+    result = merge_attached(trial).state_dict()
+    return all(_is_close(value, merged.get(key)) for key, value in result.items())
 
 
-def _same(found: Tensor, wanted: Tensor | None) -> bool:
-    if wanted is None or found.shape != wanted.shape:
+def _is_close(found: Tensor, expected: Tensor | None) -> bool:
+    if expected is None or found.shape != expected.shape:
         return False
     allowed = max(_EXACT, 4 * torch.finfo(found.dtype).eps) if found.is_floating_point() else 0.0
-    expected = wanted.to(found.device).double()
-    return bool((found.double() - expected).norm() <= allowed * expected.norm())
+    wanted = expected.to(found.device).double()
+    return bool((found.double() - wanted).norm() <= allowed * wanted.norm())
 
 
-def _plain(key: str) -> str:
-    """The name that a weight of a trunk has where no adapter is attached."""
+def _bare_name(key: str) -> str:
+    """The name that a trunk's weight has without adapters."""
     return key.removeprefix("base_model.model.").replace(".base_layer.", ".")

@@ -1,10 +1,10 @@
-"""Reads saved adapters and makes them part of the weights below: all of an adapter, or an error.
+"""Reads saved adapters and merges them into the weights below, completely or with an error.
 
 Merging is done in float32, layer by layer, and cast back at the end, because merging in bfloat16
-moves weights by up to 4e-3. Nothing else is cast: a rotary embedding in bfloat16 loses its
-positions. PEFT silently loads nothing from an adapter whose keys do not fit; here that is an error,
-as are weights that are cut short or not finite. A pickled adapter is read only where it is asked
-for. Cost of merging: one float32 copy of each adapted layer.
+changes weights by up to 4e-3. Nothing else is cast: a rotary embedding in bfloat16 loses its
+positions. PEFT silently loads nothing from an adapter whose keys do not match; here that is an
+error, as are truncated files and weights that are not finite. A pickled adapter is read only on
+request. Cost of merging: one float32 copy of each adapted layer.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from unmasked.errors import ModelError, first_line
 from unmasked.mask.opening import layers_of
 
 PICKLED_NAME = "adapter_model.bin"
-_TAKES_ITSELF_OFF = "unload_and_optionally_merge_module"
-"""The method of those wrappers of PEFT that are no layers (of an embedding, a saved module)."""
+_UNLOAD = "unload_and_optionally_merge_module"
+"""The method of those PEFT wrappers that are not layers (of an embedding, of a saved module)."""
 
 
 def merge(
@@ -43,32 +43,32 @@ def merge(
 
     Args:
         model: a bare transformer; changed and returned.
-        adapters: where they are, in the order they were trained.
-        allow_pickle: read an adapter that is there as a pickle only.
-        layers: how many first layers were kept of the trunk; None for all. What an adapter has for
-            the others is left out with them.
+        adapters: their locations, in the order in which they were trained.
+        allow_pickle: read an adapter that exists only as a pickle.
+        layers: how many of the first layers the trunk has kept; None for all. The weights of an
+            adapter for the other layers are left out.
 
     Raises:
-        ModelError: no adapter there, not safetensors, or made for another base.
+        ModelError: there is no adapter, it is not in safetensors, or it was made for another base.
     """
     with _kept_dtypes(model):
         for adapter in adapters:
             config = read_adapter_config(adapter)
             config.inference_mode = True
             saved = _read_weights(adapter, allow_pickle)
-            state = _of_trunk(saved, model, adapter.name)
+            state = _trunk_names(saved, model, adapter.name)
             if state.keys() != saved.keys():
-                _aim_at_trunk(config, model)
+                _rename_targets(config, model)
             if layers is not None:
-                state = _of_layers(state, model, layers)
-            peft_model = _wrapped(model, config, adapter.name)
+                state = _of_first_layers(state, model, layers)
+            peft_model = _with_empty_adapter(model, config, adapter.name)
             load_adapter_state(peft_model, state, adapter.name)
             try:
-                _take_off(model)
+                _merge_and_detach(model)
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 raise ModelError(
-                    f"{adapter.name} cannot become part of the weights of this model: "
-                    f"{first_line(error)} Fix: an adapter without that option."
+                    f"{adapter.name} cannot be merged into the weights of this model: "
+                    f"{first_line(error)} Fix: use an adapter without that option."
                 ) from error
     return model
 
@@ -79,33 +79,33 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def merge_attached(model: nn.Module) -> nn.Module:
-    """Add the attached adapters to the weights below them, in float32, and take them off.
+    """Add the attached adapters to the weights below them, in float32, and detach them.
 
-    Adapters that are switched off are only taken off.
+    Disabled adapters are only detached.
     """
     trunk = bare(model)
     with _kept_dtypes(trunk):
-        _take_off(trunk)
+        _merge_and_detach(trunk)
     return trunk
 
 
 def _is_wrapper(module: nn.Module) -> bool:
-    """Whether a module stands in the place of one that an adapter changes."""
-    return isinstance(module, BaseTunerLayer) or hasattr(module, _TAKES_ITSELF_OFF)
+    """Whether a module is PEFT's wrapper around a module that an adapter changes."""
+    return isinstance(module, BaseTunerLayer) or hasattr(module, _UNLOAD)
 
 
-def _take_off(trunk: nn.Module) -> None:
-    """Merge the active adapters of a bare transformer in place, and put its own modules back."""
+def _merge_and_detach(trunk: nn.Module) -> None:
+    """Merge the active adapters of a bare transformer in place, and restore its own modules."""
     found = [(name, module) for name, module in trunk.named_modules() if _is_wrapper(module)]
     done: list[str] = []
     for name, wrapper in found:
         if any(name.startswith(f"{outer}.") for outer in done):
-            continue
+            continue  # inside a wrapper that is gone already
         done.append(name)
         layer: Any = wrapper
         active = not layer.disable_adapters
-        if hasattr(layer, _TAKES_ITSELF_OFF):
-            own = getattr(layer, _TAKES_ITSELF_OFF)(active, False, None)
+        if hasattr(layer, _UNLOAD):
+            own = getattr(layer, _UNLOAD)(active, False, None)  # merge, safe_merge, adapter_names
         else:
             layer.get_base_layer().float()
             if active:
@@ -114,20 +114,24 @@ def _take_off(trunk: nn.Module) -> None:
                 layer.unmerge()
             own = layer.get_base_layer()
         trunk.set_submodule(name, own)
-    # what load_adapter leaves: names under which `save_pretrained` would write the whole model
+    # `load_adapter` leaves these; with them, `save_pretrained` would write the weights under the
+    # names of a model with an adapter.
     vars(trunk).pop("_weight_conversions", None)
     if names := list(getattr(trunk, "peft_config", {})):
         try:
             trunk.delete_adapter(names)  # type: ignore[operator]
-        except (AttributeError, ValueError):  # it has none of its own: a PeftModel attached them
+        except (
+            AttributeError,
+            ValueError,
+        ):  # a `PeftModel` had attached them, not the model itself
             del trunk.peft_config
 
 
-def _wrapped(model: nn.Module, config: PeftConfig, source: str) -> PeftModel:
-    """A trunk with an empty adapter of a config.
+def _with_empty_adapter(model: nn.Module, config: PeftConfig, source: str) -> PeftModel:
+    """A trunk with a new adapter for a config.
 
     Raises:
-        ModelError: PEFT cannot attach it, or it cannot become part of the weights.
+        ModelError: PEFT cannot attach it, or it cannot be merged.
     """
     if config.is_prompt_learning:
         raise ModelError(
@@ -149,10 +153,10 @@ def _kind(config: PeftConfig) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def _of_trunk(
+def _trunk_names(
     state: dict[str, torch.Tensor], model: nn.Module, source: str
 ) -> dict[str, torch.Tensor]:
-    """Weights under the names that they have on a bare transformer.
+    """An adapter's weights under the names that they have on a bare transformer.
 
     An adapter that was trained on the causal language model has the trunk's name in its keys.
     """
@@ -163,36 +167,39 @@ def _of_trunk(
         return state
     others = [key for key in state if not key.startswith(longer)]
     if any(hasattr(model, key.removeprefix(own).split(".")[0]) for key in others):
-        return state  # names of both kinds: `load_adapter_state` says which do not fit
-    if heads := others:
+        return state  # names of both kinds: `load_adapter_state` reports those that do not match
+    if others:
         raise ModelError(
             f"{source} was trained on the model with its head, and changes that too "
-            f"({', '.join(heads[:3])}), but an encoder has none. Fix: merge it into the causal "
+            f"({', '.join(others[:3])}), but an encoder has none. Fix: merge it into the causal "
             "language model (merge_and_unload), save that, and give its folder."
         )
     return {own + key.removeprefix(longer): value for key, value in state.items()}
 
 
-def _aim_at_trunk(config: PeftConfig, model: nn.Module) -> None:
-    """Name the layers of an adapter of the causal language model as the bare transformer has them.
+def _rename_targets(config: PeftConfig, model: nn.Module) -> None:
+    """Change the layer names in the config of a causal model's adapter to those of the trunk.
 
     ``all-linear`` on a small model, and patterns, are saved with the trunk's name in them.
     """
     settings, trunk = vars(config), f"{model.base_model_prefix}."
     if settings.get("target_modules"):
         every = [name for name, _ in model.named_modules() if name]
-        aimed = {name for name in every if check_target_module_exists(config, trunk + name)}
-        left = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-        settings |= {"target_modules": aimed} | {k: v for k, v in left.items() if k in settings}
+        targets = {name for name in every if check_target_module_exists(config, trunk + name)}
+        settings["target_modules"] = targets
+        # These have been applied in choosing the targets.
+        for option in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            if option in settings:
+                settings[option] = None
     for option in ("modules_to_save", "feedforward_modules"):
         if isinstance(names := settings.get(option), list | set):
             settings[option] = [name.removeprefix(trunk) for name in names]
     for option in ("rank_pattern", "alpha_pattern"):
-        if found := settings.get(option):
-            settings[option] = {name.removeprefix(trunk): v for name, v in found.items()}
+        if patterns := settings.get(option):
+            settings[option] = {name.removeprefix(trunk): v for name, v in patterns.items()}
 
 
-def _of_layers(
+def _of_first_layers(
     state: dict[str, torch.Tensor], model: nn.Module, layers: int
 ) -> dict[str, torch.Tensor]:
     """The weights of an adapter without those of layers that the trunk does not have."""
@@ -200,14 +207,14 @@ def _of_layers(
     name = next((name for name, module in model.named_modules() if module is stack), None)
     if name is None:
         return state
-    behind = re.compile(rf"(?:^|\.){re.escape(name)}\.(\d+)\.")
-    found = {key: behind.search(key) for key in state}
+    layer_number = re.compile(rf"(?:^|\.){re.escape(name)}\.(\d+)\.")
+    found = {key: layer_number.search(key) for key in state}
     return {key: state[key] for key, match in found.items() if not match or int(match[1]) < layers}
 
 
 @contextmanager
 def _kept_dtypes(model: nn.Module) -> Iterator[None]:
-    """Parameters that the block makes float32 get the dtype back that they had."""
+    """Restore the dtype of parameters that the block converts to float32."""
     before = {id(p): p.dtype for p in model.parameters()}
     yield
     for parameter in model.parameters():
@@ -233,8 +240,8 @@ def _read_weights(adapter: Location, allow_pickle: bool) -> dict[str, torch.Tens
     path = adapter.fetch(PICKLED_NAME)
     if path is None:
         raise ModelError(
-            f"{adapter.name} does not hold the weights of an adapter. "
-            f"Looked for: {WEIGHTS_NAME}, {PICKLED_NAME}. Fix: copy or download them too."
+            f"{adapter.name} does not hold the weights of an adapter "
+            f"({WEIGHTS_NAME} or {PICKLED_NAME}). Fix: copy or download them too."
         )
     try:
         weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
@@ -255,7 +262,7 @@ def read_adapter_config(location: Location) -> PeftConfig:
     """The `adapter_config.json` of a folder or hub repository.
 
     Raises:
-        ModelError: it has none.
+        ModelError: there is none, or this version of PEFT cannot read it.
     """
     path = location.fetch(CONFIG_NAME)
     if path is None:
@@ -263,26 +270,31 @@ def read_adapter_config(location: Location) -> PeftConfig:
             f"{location.name} does not hold an adapter ({CONFIG_NAME} is missing). "
             "Fix: give the folder that has it, or leave the adapter out."
         )
-    stated = location.read_json(CONFIG_NAME)
+    saved = location.read_json(CONFIG_NAME)
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(Path(path).parent))
-    except Exception as error:  # PEFT checks by building, each kind in its own way
+    except Exception as error:  # each kind of PEFT config checks itself in its own way
         raise ModelError(
-            f"{location.name}/{CONFIG_NAME} is not one that this version of PEFT reads: "
+            f"{location.name}/{CONFIG_NAME} cannot be read by this version of PEFT: "
             f"{first_line(error)} Fix: download or save it again, or update peft."
         ) from error
     if config.peft_type is None:
         raise ModelError(f"{location.name}/{CONFIG_NAME} names no peft_type. Fix: save it again.")
     if not config.base_model_name_or_path:
-        config.base_model_name_or_path = stated.get("base_model_name_or_path")
+        config.base_model_name_or_path = saved.get("base_model_name_or_path")
     return config
 
 
 def load_adapter_state(model: PeftModel, state: dict[str, torch.Tensor], source: str) -> None:
-    """Put the weights of a saved adapter into the one that is attached.
+    """Load the weights of a saved adapter into the attached one.
+
+    Args:
+        model: the model with the adapter.
+        state: the saved weights.
+        source: the name of the saved adapter, for errors.
 
     Raises:
-        ModelError: they do not fit; names `source`, where they are from.
+        ModelError: the weights do not match the adapter.
     """
     base = model.peft_config["default"].base_model_name_or_path
     missing = sorted(set(adapter_state(model)) - state.keys())
@@ -295,7 +307,7 @@ def load_adapter_state(model: PeftModel, state: dict[str, torch.Tensor], source:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise ModelError(
             f"the adapter {source} was made for another base ({base}), or for this one with a "
-            f"vocabulary that was resized: {len(lines)} weights differ in shape, first "
+            f"resized vocabulary: {len(lines)} weights differ in shape, first "
             f"{lines[0] if lines else error} Fix: load it on that base; if its vocabulary was "
             "resized, merge it there (merge_and_unload), save that, and give its folder."
         ) from error
@@ -309,7 +321,7 @@ def load_adapter_state(model: PeftModel, state: dict[str, torch.Tensor], source:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The transformer inside however many `PeftModel`s."""
+    """The transformer inside any number of nested `PeftModel`s."""
     while isinstance(model, PeftModel):
         model = model.get_base_model()
     return model
