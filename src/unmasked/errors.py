@@ -1,11 +1,11 @@
-"""Every error a user can meet, each with the fix in its message.
+"""Every error that a user can meet, each with the fix in its message.
 
     UnmaskedError
     ├── RecipeError            a recipe key or value
     ├── DataError              a file of texts, pairs or scores; names file and line
     ├── ModelError             a model folder, its tokenizer, its adapter
     │   └── NotBidirectionalError    the proof failed; carries the report
-    ├── OutputError            where to write
+    ├── OutputError            an output path
     └── MissingExtraError      an optional dependency
 
 The command line prints the message without a traceback and exits with status 2.
@@ -25,17 +25,17 @@ from urllib.request import url2pathname
 
 
 class UnmaskedError(Exception):
-    """Base of every error that the user, rather than the program, can correct.
+    """Base class of every error that the user can correct.
 
-    It comes back whole from another process, whatever its constructor takes: an error that cannot
-    be read there leaves a pool of workers waiting for ever.
+    It is pickled without calling its constructor, whose arguments differ between subclasses. A
+    pool of workers would wait forever for an error that cannot be unpickled.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made_again, (type(self), self.args, vars(self))
+        return _rebuilt, (type(self), self.args, vars(self))
 
 
-def _made_again(kind: Any, args: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
+def _rebuilt(kind: Any, args: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
     error = kind.__new__(kind)
     error.args = args
     vars(error).update(attributes)
@@ -47,7 +47,7 @@ class RecipeError(UnmaskedError, ValueError):
 
 
 class DataError(UnmaskedError, ValueError):
-    """A data file cannot be read as what it was given as."""
+    """A data file or an input cannot be used for what it was given for."""
 
 
 class ModelError(UnmaskedError, ValueError):
@@ -58,7 +58,7 @@ class NotBidirectionalError(ModelError):
     """The forward pass shows that some layer still hides the tokens to the right.
 
     Attributes:
-        report: the `unmasked.mask.proof.Proof` that shows it.
+        report: the failed `unmasked.mask.proof.Proof`.
     """
 
     def __init__(self, message: str, report: Any) -> None:
@@ -67,7 +67,7 @@ class NotBidirectionalError(ModelError):
 
 
 class OutputError(UnmaskedError, OSError):
-    """The place to write to exists already, belongs to something else or cannot be written."""
+    """The output path already exists, belongs to something else or cannot be written."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -81,30 +81,30 @@ class MissingExtraError(UnmaskedError, ImportError):
 
 
 def pip_install(extra: str) -> str:
-    """The command that installs this package with an extra, from where it came."""
+    """The command that installs this package with an extra, from where it was installed."""
     origin = origin_of_package()
-    what = f"unmasked[{extra}]"
+    requirement = f"unmasked[{extra}]"
     if origin.startswith("git+"):
-        what = f"{what} @ {origin}"
+        requirement = f"{requirement} @ {origin}"
     elif not origin.startswith("http"):
-        what = f"{origin}[{extra}]"
-    return f"pip install {shlex.quote(what)}"
+        requirement = f"{origin}[{extra}]"
+    return f"pip install {shlex.quote(requirement)}"
 
 
 def origin_of_package() -> str:
-    """Where this package was installed from: the folder of a source tree, ``git+...``, or its page.
+    """Where this package was installed from: a source folder, a ``git+`` address, or its web page.
 
-    pip notes it for everything that is not from an index (PEP 610). A package that runs without
-    having been installed is in the tree above this file.
+    pip records the origin of everything that does not come from an index (PEP 610). If the package
+    runs without being installed, this file is in its source tree.
     """
-    here = Path(__file__).resolve().parents[2]
+    source_tree = Path(__file__).resolve().parents[2]
     try:
-        noted = json.loads(distribution("unmasked").read_text("direct_url.json") or "{}")
+        recorded = json.loads(distribution("unmasked").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
-        return str(here)
-    url = str(noted.get("url", ""))
-    if "vcs_info" in noted:
-        return f"{noted['vcs_info'].get('vcs', 'git')}+{url}"
+        return str(source_tree)
+    url = str(recorded.get("url", ""))
+    if "vcs_info" in recorded:
+        return f"{recorded['vcs_info'].get('vcs', 'git')}+{url}"
     if url.startswith("file:"):
         return url2pathname(urlparse(url).path)
     return url or "https://pypi.org/project/unmasked"
@@ -114,36 +114,37 @@ def nearest(given: str | Sequence[str], allowed: Iterable[str], end: str = ".") 
     """The end of a sentence about an unknown word: ``, did you mean 'x'?``, or else `end`.
 
     Args:
-        given: the unknown word, or several that would do.
-        allowed: the words of which the most similar one is named.
-        end: what is returned if none of them is similar.
+        given: the unknown word, or several: the closest match of any of them counts.
+        allowed: the words to compare it with; of equally similar ones, the first is named.
+        end: returned if no allowed word is similar.
     """
 
-    def likeness(word: str) -> float:
-        several = [given] if isinstance(given, str) else given
-        words = [(word.casefold(), one.casefold()) for one in several]
-        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in words)
+    def similarity(word: str) -> float:
+        others = [given] if isinstance(given, str) else given
+        pairs = [(word.casefold(), other.casefold()) for other in others]
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    best = max(allowed, key=likeness, default="")  # the first of those that are alike
-    return f", did you mean '{best}'?" if likeness(best) >= 0.6 else end
+    best = max(allowed, key=similarity, default="")
+    return f", did you mean '{best}'?" if similarity(best) >= 0.6 else end
 
 
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
     """The message for a word that is not one of the allowed ones."""
     allowed = list(allowed)
-    said = f"unknown {what} '{given}'{nearest(given, allowed)}"
+    message = f"unknown {what} '{given}'{nearest(given, allowed)}"
     if not allowed:
-        return f"{said} There is none. Fix: leave it out."
-    return f"{said} Allowed: {', '.join(allowed)}. Fix: give one of these."
+        return f"{message} There is none. Fix: leave it out."
+    return f"{message} Allowed: {', '.join(allowed)}. Fix: give one of these."
 
 
 def no_such_path(path: str | Path) -> str:
-    """The message for a path where nothing is, with the most similar name in its folder."""
-    place = Path(path)
-    siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+    """The message for a path that does not exist, with the most similar name in its folder."""
+    missing = Path(path)
+    siblings = [p.name for p in missing.parent.iterdir()] if missing.parent.is_dir() else []
     fix = f"check the path, from {Path.cwd()}"
-    fix = f"give {place.expanduser()}" if str(path).startswith("~/") else fix
-    return f"{path} is not a file or folder{nearest(place.name, siblings)} Fix: {fix}."
+    if str(path).startswith("~/"):  # a quoted path, which the shell did not expand
+        fix = f"give {missing.expanduser()}"
+    return f"{path} is not a file or folder{nearest(missing.name, siblings)} Fix: {fix}."
 
 
 def first_line(error: BaseException) -> str:

@@ -1,12 +1,13 @@
 """`TextEncoder`: a decoder-only language model as a text encoder; the place where the rooms meet.
 
 It is a `SentenceTransformer`, so prompts, similarity, evaluators, losses, trainers and every
-library that takes a `SentenceTransformer` work with it. What differs is inside: the mask is open
-and proved to be, each row's own instruction is left out of pooling exactly, forwards are filled by
-tokens, and `save` writes a folder that stock loaders read to the same vectors.
+library that takes a `SentenceTransformer` work with it. It differs inside: the causal mask is off,
+which is proved, exactly the row's own instruction is left out of pooling, batches are filled up to
+a number of tokens, and stock loaders compute the same vectors from the folder that `save` writes.
 
-Users get it as `unmasked.LLM2Vec` (`compat.llm2vec`), which adds the calls of the original package.
-Cost of loading: reading the weights, and some thirty forwards of a few tokens (proof, packing).
+Users get it as `unmasked.LLM2Vec` (`compat.llm2vec`), which adds the methods of the original
+package. Cost of loading: reading the weights, and some thirty forwards of a few tokens (proof,
+packing).
 """
 
 from __future__ import annotations
@@ -48,28 +49,28 @@ class TextEncoder(SentenceTransformer):
     """A bidirectional text encoder made from a decoder (LLM2Vec, arXiv 2404.05961).
 
     Args:
-        model: a bare transformer (`AutoModel`, perhaps a `PeftModel`).
+        model: a transformer without a head (from `AutoModel`), perhaps inside a `PeftModel`.
         tokenizer: its tokenizer.
         settings: pooling, lengths and template.
-        device: where to run; by default the best there is (CUDA, then MPS, then CPU).
-        report: the proof, if it was made already; otherwise the model is proved now.
-        base_name: what the model card calls the base model.
-        behind: modules behind the pooling, such as `Normalize`.
+        device: where to run; by default the best available one (CUDA, then MPS, then CPU).
+        report: the proof, if there is one already; otherwise the model is proved now.
+        base_name: the name of the base model in the model card.
+        behind: modules after the pooling, such as `Normalize`.
         stock: further arguments of `SentenceTransformer`: ``prompts``, ``default_prompt_name``,
             ``similarity_fn_name``, ``truncate_dim``, ``model_card_data``.
 
     Attributes:
-        rules: name of another package's rules for finding a text, as ``compat`` in the settings.
+        rules: the ``compat`` setting: the name of another package's rules for finding a text.
         report: the proof of the open mask.
-        precision: dtype of the weights and why, where it was loaded by name.
-        quantization: what 8-bit weights do to the vectors, where it was loaded with such.
+        precision: dtype of the weights and the reason for it, if the model was loaded by name.
+        quantization: the effect of 8-bit weights on the vectors, if the model was loaded with them.
 
     Raises:
-        ModelError: a pooling mode that does not exist, or that the tokenizer cannot serve.
+        ModelError: an unknown pooling mode, or one that the tokenizer does not support.
     """
 
     precision: Precision | None = None
-    compiles: str = "auto"  # when `encode` compiles the decoder layers (`forward.compiling`)
+    compiles: str = "auto"  # whether `encode` compiles the decoder layers (`forward.compiling`)
     quantization: Quantization | None = None
 
     def __init__(
@@ -88,8 +89,8 @@ class TextEncoder(SentenceTransformer):
         check_mode(settings.pooling_mode)
         settings = folder.within_positions(settings, learned_positions(model))
         self.base_name = base_name or str(model.config.name_or_path or "a decoder")  # type: ignore[union-attr]
-        find, pool = self.text_rules(settings)
-        tokens = find(
+        tokenizer_class, pooling_class = self.text_rules(settings)
+        tokens = tokenizer_class(
             prepare_tokenizer(tokenizer, append_eos=settings.pooling_mode == "eos_token"),
             settings.max_length,
             settings.doc_max_length,
@@ -100,12 +101,12 @@ class TextEncoder(SentenceTransformer):
         self.report = report or prove(model)
         backbone = Backbone(model, tokens)
         width = backbone.get_embedding_dimension()
-        pooling = pool(width, settings.pooling_mode, settings.skip_instruction)
+        pooling = pooling_class(width, settings.pooling_mode, settings.skip_instruction)
         super().__init__(modules=[backbone, pooling, *behind], device=device, **stock)
         self.rules = settings.compat
         if (verdict := self.report.verdict) != "full":
             backbone.unpackable = f"it is not bidirectional throughout ({verdict})"
-        backbone.packs_here()  # on the device and in the precision that it will run in
+        backbone.packs_here()  # checks packing now, on the final device and in the final precision
 
     @classmethod
     def load_encoder(
@@ -129,18 +130,18 @@ class TextEncoder(SentenceTransformer):
         """Load a decoder, open its mask, prove it, and merge adapters.
 
         Args:
-            name, peft, base, hub (with ``layers``): what to load, as in `loading.find`.
-            given: fields of `Settings` by name that go before what the folder says.
-            enable_bidirectional, attention, allow_partial, allow_pickle: how, as in
+            name, peft, base, hub: what to load (``layers`` is in `hub`); see `loading.find`.
+            given: fields of `Settings` by name; they take precedence over those of the folder.
+            enable_bidirectional, attention, allow_partial, allow_pickle: see
                 `loading.load_transformer`.
             dtype: see `precision.pick`.
             quantize: ``int8``, on a CPU; see `quantization.quantize`.
-            compile: ``auto`` (a GPU and long work), ``always``, ``never``: see `compiling`.
-            device, stock: as in the constructor; they go before what the folder says, and prompts
-                are added to those of the folder.
+            compile: ``auto`` (on a GPU, for long work), ``always`` or ``never``; see `compiling`.
+            device, stock: as in the constructor; they take precedence over those of the folder,
+                but prompts are added to its prompts.
 
         Raises:
-            ModelError: it cannot be loaded or quantized, or the proof failed.
+            ModelError: the model cannot be loaded or quantized, or the proof failed.
         """
         device, compile = device or get_device_name(), check_choice(compile)
         if quantize is not None:
@@ -177,7 +178,7 @@ class TextEncoder(SentenceTransformer):
     def read_checkpoint(
         cls, found: loading.Found, given: Mapping[str, Any]
     ) -> tuple[PreTrainedTokenizerBase, folder.Settings]:
-        """Tokenizer and settings of a checkpoint; what is given goes before what it says.
+        """Tokenizer and settings of a checkpoint; `given` takes precedence over its settings.
 
         A subclass may read checkpoints of another package (`compat`).
         """
@@ -185,7 +186,7 @@ class TextEncoder(SentenceTransformer):
 
     @classmethod
     def text_rules(cls, settings: folder.Settings) -> tuple[type[TextTokenizer], type[TextPooling]]:
-        """The classes that find and pool a text; a subclass may know other rules (`compat`).
+        """The classes that find and pool a text; a subclass may return others (`compat`).
 
         Raises:
             ModelError: the settings name rules that this class does not know.
@@ -203,12 +204,12 @@ class TextEncoder(SentenceTransformer):
 
     @property
     def settings(self) -> folder.Settings:
-        """Pooling, lengths and template as they are now, whatever was set since loading."""
+        """Pooling, lengths and template as they are now, with what was changed since loading."""
         return snapshot.settings_now(self.backbone.tokens, own_pooling(self), self.rules)
 
     @property
     def tokens_encoded(self) -> int:
-        """Number of real tokens that went through `encode` so far, for measuring speed."""
+        """Number of tokens, without padding, that `encode` has processed; for measuring speed."""
         return self.backbone.tokens_encoded
 
     def fingerprint(self) -> str:
@@ -219,19 +220,19 @@ class TextEncoder(SentenceTransformer):
         """As in torch.
 
         Raises:
-            ModelError: to train a quantized model.
+            ModelError: the model is quantized and `mode` is True.
         """
         if mode:
             self._require_full_precision("trained")
         return super().train(mode)
 
-    def _require_full_precision(self, done: str) -> None:
+    def _require_full_precision(self, action: str) -> None:
         if self.quantization is not None:
             kind = self.quantization.name
-            raise ModelError(f"{kind} weights cannot be {done}. Fix: load without quantize.")
+            raise ModelError(f"{kind} weights cannot be {action}. Fix: load without quantize.")
 
     def preprocess(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As `Backbone.preprocess`, which takes ``[instruction, text]`` pairs too."""
+        """As `Backbone.preprocess`: takes ``[instruction, text]`` pairs as well as strings."""
         return self.backbone.preprocess(inputs, *args, **kwargs) if len(inputs) else {}
 
     def encode(  # type: ignore[override]
@@ -250,27 +251,28 @@ class TextEncoder(SentenceTransformer):
             prompt_name, prompt: the prompt put before every input, by its name or as text.
             batch_size: maximum number of rows of a forward; by default a forward is filled up to a
                 number of tokens.
-            compile: as `load_encoder` has it; None takes what was given there.
-            kwargs: as there: ``show_progress_bar``, ``output_value``, ``precision``, ``device``,
-                ``convert_to_tensor``, ``normalize_embeddings``, ``truncate_dim``.
+            compile: as in `load_encoder`; None takes the value given there.
+            kwargs: other options of `SentenceTransformer.encode`: ``show_progress_bar``,
+                ``output_value``, ``precision``, ``device``, ``convert_to_tensor``,
+                ``normalize_embeddings``, ``truncate_dim``.
 
         Returns:
             (N, D) float32 array; (D,) for a single string; (0, D) for an empty list.
 
         Raises:
-            DataError: an input is neither a string nor a pair, or both kinds are mixed; or an
-                ``output_value`` that does not exist.
+            DataError: an input is neither a string nor a pair, both kinds are mixed, or
+                ``output_value`` is unknown.
         """
         inputs = kwargs.pop("sentences", inputs)
         if not isinstance(inputs, str):
             inputs = listed(inputs)
-            split_pairs(inputs)  # names the faulty index before any work is done
+            split_pairs(inputs)  # refuses a faulty input, with its index, before any work is done
         if (output := kwargs.get("output_value", SENTENCE)) not in OUTPUTS:
             raise DataError(unknown("output_value", str(output), map(str, OUTPUTS)))
         self.backbone.prepare_for(inputs, check_choice(compile or self.compiles))
-        rows = {BY_TOKENS: True} if batch_size is None else {"batch_size": batch_size}
+        batching = {BY_TOKENS: True} if batch_size is None else {"batch_size": batch_size}
         stock: Any = super().encode
-        vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, **rows, **kwargs)
+        vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, **batching, **kwargs)
         if isinstance(inputs, list) and not inputs and not isinstance(vectors, list):
             return running.no_vectors(vectors, self.backbone.get_embedding_dimension(), kwargs)
         return vectors
@@ -281,20 +283,20 @@ class TextEncoder(SentenceTransformer):
         """Vectors (W, D) of the W words of each sentence; see `words.word_vectors`."""
         return word_vectors(self, self.backbone.tokens, sentences, previous)
 
-    # In the place of the loop of `SentenceTransformer.encode` and of its worker processes. Under
-    # another name `encode` would be slower, with the same vectors (`docs/upstream.md`).
+    # Overrides the inner loop of `SentenceTransformer.encode` and of its worker processes. If an
+    # upgrade renames it there, `encode` gets slower and the vectors stay (`docs/upstream.md`).
     @torch.inference_mode()
     def _inference(
         self, inputs: list[Any], *, device: str | torch.device | None = None, **options: Any
     ) -> Any:
-        target = torch.empty(0, device=device or self.device).device
+        target = torch.empty(0, device=device or self.device).device  # "cuda" becomes "cuda:0"
         if any(weight.device != target for weight in self.parameters()):
             self.to(target)
         options["stock_features"] = len(self) > 2 or not isinstance(self[1], TextPooling)
         return running.run(self, self.backbone, inputs, Request.of(target, options))
 
     def set_pooling_include_prompt(self, include_prompt: bool) -> None:
-        """As in `SentenceTransformer`: whether BOS, template and prompt are pooled as well."""
+        """As in `SentenceTransformer`: whether BOS, template and prompt are pooled too."""
         self.backbone.tokens.skip_instruction = not include_prompt
         super().set_pooling_include_prompt(include_prompt or own_pooling(self).mode == "bos_token")
 
@@ -311,20 +313,20 @@ class TextEncoder(SentenceTransformer):
     ) -> None:
         """Write a folder that stock sentence-transformers and transformers load (see `folder`).
 
-        It says what the encoder is now, whatever was set since loading; attached adapters are
-        merged into a copy, unless they are switched off. What another model left there is removed.
+        Everything that was changed since loading is saved. Attached adapters are merged into a
+        copy, unless they are disabled. Files that another model left in the folder are removed.
 
         Args:
             path: where to write; None writes nothing.
-            model_name: what the model card calls the model.
+            model_name: the name of the model in the model card.
             create_model_card: False leaves the README as it is.
-            train_datasets: data that the model card names.
+            train_datasets: data sets that the model card names.
             safe_serialization: only True; weights are always safetensors.
-            card: what the model card says, instead of the three above.
+            card: content of the model card, in place of `model_name` and `train_datasets`.
             save_config: False leaves `llm2vec_config.json` out.
 
         Raises:
-            ModelError: quantized, or a module that cannot be in a folder.
+            ModelError: the model is quantized, or has a module that cannot be saved.
             OutputError: the folder cannot be written.
         """
         self._require_full_precision("saved")
@@ -341,7 +343,7 @@ class TextEncoder(SentenceTransformer):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As in torch; a saved folder goes below and into attached adapters (`attached`)."""
+        """As in torch; a saved folder is loaded into attached adapters and the weights below."""
         return super().load_state_dict(adapters.below_adapters(self, state_dict), strict, assign)
 
     def save_pretrained(self, path: str | Path | None, *args: Any, **kwargs: Any) -> None:

@@ -84,7 +84,7 @@ def test_an_adapter_that_goes_on_needs_one_to_go_on_from(recipe_file):
     assert "mntp.lora.start continue: the adapter of the stage before does not exist" in message
     load_recipe("nano", ["simcse.lora.start=continue"])
     other = ["simcse.lora.start=continue", "simcse.lora.rank=4"]
-    assert "is of another shape" in error_of("nano", other)
+    assert "has other settings" in error_of("nano", other)
 
 
 def test_unknown_key_names_the_nearest_and_the_line(recipe_file):

@@ -319,7 +319,7 @@ def test_b36_embedding_dropout_is_noise_where_attention_has_none(encoder):
 
 
 def test_no_noise_at_all_is_refused():
-    with pytest.raises(ValueError, match="the two views would be one"):
+    with pytest.raises(ValueError, match="the two views would be identical"):
         SimCSE(attention_dropout=0, lora={"dropout": 0})
 
 
@@ -489,7 +489,7 @@ def test_nothing_is_written_before_all_inputs_are_read(recipe, tmp_path, stage):
         ("simcse", {"trainer": {"optim": "sdg"}}, r"simcse\.trainer cannot be used: .*sdg"),
         ("simcse", {"trainer": {"adam_beta": 1}}, "'adam_beta', did you mean 'adam_beta"),
         ("simcse", {"trainer": {"output_dir": "x"}}, "output_dir is set by the run. Fix: -o"),
-        ("simcse", {"lora": Lora(targets=["q_porj"])}, "fit no layer. Allowed: .*q_proj"),
+        ("simcse", {"lora": Lora(targets=["q_porj"])}, "match no layer. Allowed: .*q_proj"),
     ],
 )
 def test_what_a_later_stage_could_not_use_is_refused_at_once(

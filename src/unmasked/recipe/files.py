@@ -1,4 +1,4 @@
-"""Recipe files: YAML in, single settings changed, every fault told with its line, YAML out."""
+"""Reads and writes recipe files in YAML, applies overrides, and reports errors with their line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from unmasked.recipe.teaching import named_teacher
 logger = logging.getLogger(__name__)
 
 Place = tuple[str | int, ...]
-"""The way to a key: ``("supervised", "data", 0, "path")``."""
+"""The path of a key: ``("supervised", "data", 0, "path")``."""
 _DEEPEST = 4
+"""The number of levels of keys whose lines are looked up."""
 _COMMA = re.compile(r",(?![^()]*\))")
 """A comma between values, not one inside of ``MTEB(kor, v2)``."""
 _COMMA_OF_PAIRS = re.compile(r",(?!\s*\w+=)")
@@ -34,18 +35,18 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, change single settings, and check the whole.
+    """Read a recipe, apply overrides, and check it.
 
     Args:
-        path_or_name: A YAML file, or the name of a shipped recipe, which takes precedence (write
-            ``./name`` for a file called so). Paths inside are relative to the current folder.
+        path_or_name: a YAML file, or the name of a shipped recipe, which takes precedence (write
+            ``./name`` for a file of that name). Paths inside are relative to the current folder.
         overrides: ``section.key=value`` with the value in YAML: ``mntp.steps=50``,
             ``simcse=null`` to leave a stage out; a list with or without brackets,
             ``mntp.data=a.txt,b.txt``.
 
     Raises:
-        RecipeError: No such file, not YAML, an unknown key or an unusable value. The message
-            names every such key with its line or override.
+        RecipeError: there is no such file, it is not YAML, a key is unknown or a value cannot be
+            used. The message names every such key with its line or override.
     """
     path = shipped_recipes().get(str(path_or_name), Path(path_or_name))
     data, lines = _parse(_read(path, str(path_or_name)), path.name)
@@ -54,17 +55,17 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def make_recipe(settings: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a command's flags; `overrides` and errors are those of `load_recipe`."""
+    """The recipe for the flags of a command; `overrides` and errors as in `load_recipe`."""
     return _checked(dict(settings), overrides, {}, "from the command line")
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe as YAML, with every default written out; ``load_recipe`` reads an equal one."""
+    """The recipe as YAML with all defaults written out; `load_recipe` reads an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def as_published(recipe: Recipe) -> Recipe:
-    """The recipe with the published texts in every stage that names no data."""
+    """The recipe with the published texts in every stage without data."""
     texts: dict[str, list[str]] = {
         str(name): files for name, files in recipe.published_data.items()
     }
@@ -74,9 +75,9 @@ def as_published(recipe: Recipe) -> Recipe:
 
 
 def recipe_differences(a: Recipe, b: Recipe) -> list[str]:
-    """What changed from ``a`` to ``b``, one line per setting: ``mntp.steps: 100 -> 200``.
+    """The changes from ``a`` to ``b``, one line per setting: ``mntp.steps: 100 -> 200``.
 
-    Notes for the reader, the licence and what was published, are no settings.
+    The licence and the published figures and data are left out: they do not change a run.
     """
     notes: Any = {"anchors": True, "published_data": True, "model": {"licence"}}
 
@@ -94,17 +95,19 @@ def recipe_differences(a: Recipe, b: Recipe) -> list[str]:
 def _checked(
     data: dict[str, Any], overrides: Sequence[str], places: dict[Place, str], name: str
 ) -> Recipe:
+    """Apply overrides to settings and check them; `places` says where each key was given."""
     own = {name: dict(section) for name, section in data.items() if isinstance(section, dict)}
     changed: set[Place] = set()
     for override in overrides:
         place = _apply(override, data)
         changed.add(place)
+        # The override replaces what the file says at this place and below it.
         places = {p: text for p, text in places.items() if p[: len(place)] != place}
         for end in range(1, len(place) + 1):
             places.setdefault(place[:end], f"override '{override}'")
     _shorten_warmup(data, own, changed)
     if ("model", "base") in changed and ("model", "licence") not in changed:
-        data["model"].pop("licence", None)  # it is that of the base before
+        data["model"].pop("licence", None)  # the licence of another base
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -115,21 +118,21 @@ def _checked(
 def _shorten_warmup(
     data: dict[str, Any], own: dict[str, dict[str, Any]], changed: set[Place]
 ) -> None:
-    """Fewer steps than the warm-up of the recipe, or of the schema, get a tenth of them instead.
+    """Shorten a warm-up that is not shorter than the steps, to a tenth of the steps.
 
-    A warm-up that was asked for together with the steps stays, and is refused if it is too long.
+    A warm-up that was given together with the steps stays, and is refused later if it is too long.
     """
     for name in ("mntp", "simcse", "supervised"):
         section = data.get(name)
         if not isinstance(section, dict) or (name, "warmup_steps") in changed:
             continue
-        fewer = {(name, "steps"), (name, "schedule_steps")} & changed
+        steps_changed = {(name, "steps"), (name, "schedule_steps")} & changed
         given = section if (name,) in changed else own.get(name, {})
-        if "warmup_steps" in given and not fewer:
+        if "warmup_steps" in given and not steps_changed:
             continue
         fields = section_of(Recipe.model_fields[name]).model_fields
-        settings = {key: field.default for key, field in fields.items()} | section
-        steps, warmup = settings["schedule_steps"] or settings["steps"], settings["warmup_steps"]
+        values = {key: field.default for key, field in fields.items()} | section
+        steps, warmup = values["schedule_steps"] or values["steps"], values["warmup_steps"]
         if isinstance(steps, int) and isinstance(warmup, int) and 0 < steps <= warmup:
             data[name] = section | {"warmup_steps": steps // 10}
             logger.warning(
@@ -168,13 +171,13 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
         at = f" line {mark.line + 1}" if mark else ""
         raise RecipeError(
             f"{name}{at} is not YAML: {getattr(error, 'problem', None) or error}. "
-            "Fix: mend that line; unmasked recipes show nano prints a recipe."
+            "Fix: correct that line; unmasked recipes show nano prints a recipe."
         ) from None
     if not isinstance(data, dict) or not isinstance(node, yaml.MappingNode):
         found = "is empty" if data is None else f"holds a {type(data).__name__}, not keys"
         raise RecipeError(
             f"{name} {found}. A recipe needs at least its name and model.base. "
-            "Fix: begin with one that unmasked recipes copy nano writes."
+            "Fix: start from a recipe that unmasked recipes copy nano writes."
         )
     lines: dict[Place, int] = {}
     for place, line in _key_lines(node, ()):
@@ -188,6 +191,7 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
 
 
 def _key_lines(node: yaml.Node, above: Place) -> Iterator[tuple[Place, int]]:
+    """Every key below a node, with its line; a key that is given twice comes twice."""
     if len(above) == _DEEPEST:
         return
     if isinstance(node, yaml.MappingNode):
@@ -201,7 +205,7 @@ def _key_lines(node: yaml.Node, above: Place) -> Iterator[tuple[Place, int]]:
 
 
 def _apply(override: str, data: dict[str, Any]) -> Place:
-    """Set what ``section.key=value`` says; returns the place of the key."""
+    """Apply ``section.key=value`` to the settings; returns the place of the key."""
     dotted, equals, text = override.partition("=")
     *sections, last = place = tuple(dotted.strip().split("."))
     if not equals or not all(place):
@@ -210,20 +214,20 @@ def _apply(override: str, data: dict[str, Any]) -> Place:
     for depth, key in enumerate(sections, start=1):
         inner = section.get(key) or {}
         if isinstance(inner, str) and place[:depth] == ("supervised", "teacher"):
-            inner = named_teacher(inner)  # the one section that a name may stand for
+            inner = named_teacher(inner)  # the only section that may be given as a name
         if not isinstance(inner, dict):
             raise RecipeError(
                 f"{'.'.join(place[:depth])} has no keys (override '{override}'). "
                 f"Fix: {'.'.join(place[:depth])}={text}."
             )
-        section[key] = section = dict(inner)  # a copy: an alias may stand in several places
+        copied = dict(inner)  # a YAML alias may have put the same section in several places
+        section[key] = copied
+        section = copied
     try:
         value = yaml.safe_load(text)
         if isinstance(value, str) and takes_list(place) and not Path(value).exists():
-            items = (
-                _COMMA_OF_PAIRS.split(value) if place[0] == "supervised" else _COMMA.split(value)
-            )
-            value = [yaml.safe_load(item) for item in items if item.strip()]
+            comma = _COMMA_OF_PAIRS if place[0] == "supervised" else _COMMA
+            value = [yaml.safe_load(item) for item in comma.split(value) if item.strip()]
         section[last] = value
     except (yaml.YAMLError, ValueError):
         message = f"override '{override}': the value is not YAML. Fix: put it in quotes."
@@ -232,10 +236,10 @@ def _apply(override: str, data: dict[str, Any]) -> Place:
 
 
 def _explain(error: Any, places: dict[Place, str], name: str) -> str:
-    """One finding of pydantic as a line: key, given value, what is allowed, where."""
+    """One error of pydantic as a line: key, given value, what is allowed, where."""
     place: Place = error["loc"]
-    nearby = (places.get(place[:end]) for end in range(len(place), 0, -1))
-    where = next(filter(None, nearby), name)
+    known_places = (places.get(place[:end]) for end in range(len(place), 0, -1))
+    where = next(filter(None, known_places), name)  # of the key, or of the section above it
     key, given = ".".join(map(str, place)), error["input"]
     if error["type"] == "extra_forbidden":
         allowed = _keys(place[:-1])
@@ -255,22 +259,22 @@ def _explain(error: Any, places: dict[Place, str], name: str) -> str:
 
 
 def _explained_by(error: ValidationError, problems: Sequence[str]) -> list[str]:
-    """A line with the commands that say what is allowed, where the findings name no fix."""
-    known, commands = {one.name for one in settings()}, []
+    """A line with the commands that explain the settings of all problems without a fix."""
+    known, commands = {setting.name for setting in settings()}, []
     for found, problem in zip(error.errors(include_url=False), problems, strict=True):
         keys = [str(key) for key in found["loc"] if isinstance(key, str)]
         while keys and ".".join(keys) not in known:
             keys.pop()
         if "Fix: " not in problem:
-            commands.append(" ".join(["unmasked recipes explain", *[".".join(keys)][: len(keys)]]))
-    named = list(dict.fromkeys(commands))
-    return [f"Fix: see what is allowed: {'; '.join(named)}"] if named else []
+            commands.append(f"unmasked recipes explain {'.'.join(keys)}".rstrip())
+    distinct = list(dict.fromkeys(commands))
+    return [f"Fix: see what is allowed: {'; '.join(distinct)}"] if distinct else []
 
 
 def _keys(place: Place) -> list[str]:
     """The keys of the section at a place."""
     section: type[BaseModel] = Recipe
     for key in place:
-        if isinstance(key, str):  # a number is an item of the list before it
+        if isinstance(key, str):  # a number is an index into the list before it
             section = section_of(section.model_fields[key])
     return list(section.model_fields)

@@ -15,11 +15,11 @@ class Lora(BaseModel):
     model_config = STRICT
 
     method: Literal["lora", "dora", "qlora", "full"] = "lora"
-    """``dora`` also trains the length of each row of a weight; ``qlora`` keeps the frozen weights
-    in 4 bits (needs bitsandbytes); ``full`` trains all weights and no adapter, best in float32."""
+    """``dora`` also trains the norm of each row of a weight; ``qlora`` keeps the frozen weights in
+    4 bits (needs bitsandbytes); ``full`` trains all weights and no adapter, best in float32."""
     start: Literal["new", "continue"] = "new"
-    """``continue`` goes on training the adapter of the stage before, as the paper does from SimCSE
-    to supervised training; ``new`` merges that one first and begins another."""
+    """``continue`` keeps training the adapter of the stage before, as the paper does from SimCSE to
+    supervised training; ``new`` merges that adapter first and starts another."""
     rank: Count = 16
     """Rank of the two matrices of an adapter."""
     alpha: Count = 32

@@ -1,4 +1,4 @@
-"""What can be set in a recipe: the settings of the schema, described one by one.
+"""Lists and describes the settings of a recipe.
 
 Everything here is read from the schema itself: the text below a setting is its description. Cost:
 importing the schema.
@@ -29,11 +29,11 @@ class Setting:
     """One setting, or a section of settings.
 
     Attributes:
-        name: ``mntp.learning_rate``.
-        about: what it does, in a line.
+        name: the full name, such as ``mntp.learning_rate``.
+        about: its description, in one line.
         default: in YAML; empty if it must be given.
-        allowed: which values, in words.
-        section: whether settings follow below it.
+        allowed: the allowed values, in words.
+        section: whether it is a section of settings.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Setting:
 
 
 def settings(below: str = "") -> list[Setting]:
-    """Every setting of a recipe, or those at and below a name, in the order of the schema.
+    """All settings of a recipe, or those at and below a name, in the order of the schema.
 
     Raises:
         RecipeError: there is no such setting.
@@ -52,14 +52,14 @@ def settings(below: str = "") -> list[Setting]:
     every = list(_walk(Recipe, ()))
     if not below:
         return every
-    found = [one for one in every if one.name == below or one.name.startswith(f"{below}.")]
+    found = [s for s in every if s.name == below or s.name.startswith(f"{below}.")]
     if not found:
-        raise RecipeError(_unknown(below, [one.name for one in every]))
+        raise RecipeError(_unknown(below, [setting.name for setting in every]))
     return found
 
 
 def takes_list(place: Sequence[str | int]) -> bool:
-    """Whether the setting at a place is a list."""
+    """Whether the setting with this path of keys is a list."""
     section: type[BaseModel] | None = Recipe
     field: FieldInfo | None = None
     for key in place:
@@ -71,37 +71,38 @@ def takes_list(place: Sequence[str | int]) -> bool:
 
 
 def section_of(field: FieldInfo) -> type[BaseModel]:
-    """The section that a field holds, or holds a list of."""
+    """The section in a field, or the section that a list in a field is made of."""
     kinds = (*_kinds(field), *(inner for kind in _kinds(field) for inner in get_args(kind)))
-    found: type[BaseModel] = next(kind for kind in kinds if _is_model(kind))
-    return found
+    section: type[BaseModel] = next(kind for kind in kinds if _is_model(kind))
+    return section
 
 
 def explained(text: str) -> str:
-    """A recipe in YAML with what each of its settings means above it, as comments."""
-    known = {one.name: one for one in settings()}
+    """A recipe in YAML, with the description of each setting as a comment above it."""
+    known = {setting.name: setting for setting in settings()}
     lines: list[str] = []
-    above: list[tuple[int, str]] = []  # indent and name of the sections that a line is in
+    above: list[tuple[int, str]] = []  # indent and name of the sections that contain a line
     for line in text.splitlines():
         bare = line.strip()
         key = bare.partition(":")[0]
         indent = len(line) - len(line.lstrip())
         if bare and not bare.startswith(("#", "-")) and ":" in bare:
             above = [(at, name) for at, name in above if at < indent]
-            one = known.get(".".join([*(name for _, name in above), key]))
+            setting = known.get(".".join([*(name for _, name in above), key]))
             above.append((indent, key))
-            if one is not None:
-                allowed = "" if one.section else f" ({_remark(one)})"
+            if setting is not None:
+                remark = "" if setting.section else f" ({_remark(setting)})"
                 lead = f"{' ' * indent}# "
                 lines += textwrap.wrap(
-                    f"{one.about}{allowed}", WIDTH, initial_indent=lead, subsequent_indent=lead
+                    f"{setting.about}{remark}", WIDTH, initial_indent=lead, subsequent_indent=lead
                 )
         lines.append(line)
     return "\n".join(lines) + "\n"
 
 
-def _remark(one: Setting) -> str:
-    return f"{one.allowed}; default {one.default}" if one.default else f"{one.allowed}; no default"
+def _remark(setting: Setting) -> str:
+    default = f"default {setting.default}" if setting.default else "no default"
+    return f"{setting.allowed}; {default}"
 
 
 def _walk(section: type[BaseModel], above: tuple[str, ...]) -> Iterator[Setting]:
@@ -126,8 +127,8 @@ def _is_model(kind: Any) -> bool:
 
 
 def _kinds(field: FieldInfo) -> tuple[Any, ...]:
-    """The types of a field, one by one."""
-    return tuple(_bare(kind)[0] for kind in _alternatives(field))
+    """The alternative types of a field, without what is attached to them."""
+    return tuple(_unwrapped(kind)[0] for kind in _alternatives(field))
 
 
 def _alternatives(field: FieldInfo) -> tuple[Any, ...]:
@@ -136,8 +137,8 @@ def _alternatives(field: FieldInfo) -> tuple[Any, ...]:
     return get_args(annotation) if union else (annotation,)
 
 
-def _bare(kind: Any) -> tuple[Any, list[Any]]:
-    """A type and what is attached to it."""
+def _unwrapped(kind: Any) -> tuple[Any, list[Any]]:
+    """A type without `Annotated`, and its annotations."""
     if get_origin(kind) is not Annotated:
         return kind, []
     inner, *attached = get_args(kind)
@@ -152,38 +153,40 @@ def _default(field: FieldInfo) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    """Which values a field takes, in words."""
-    said = []
+    """The allowed values of a field, in words."""
+    words = []
     for alternative in _alternatives(field):
-        kind, attached = _bare(alternative)
+        kind, annotations = _unwrapped(alternative)
         if get_origin(kind) is Literal:
-            said.append(", ".join(map(str, get_args(kind))))
+            words.append(", ".join(map(str, get_args(kind))))
         elif get_origin(kind) is list:
-            said.append("a list")
+            words.append("a list")
         elif get_origin(kind) is dict:
-            said.append("names and values")
+            words.append("names and values")
         elif kind is type(None):
-            said.append("null")
+            words.append("null")
         else:
-            bounds = _bounds([*attached, *field.metadata])
-            said.append(f"{_KINDS.get(kind, 'a section')} {bounds}".strip())
-    return " or ".join(said)
+            bounds = _bounds([*annotations, *field.metadata])
+            words.append(f"{_KINDS.get(kind, 'a section')} {bounds}".strip())
+    return " or ".join(words)
 
 
-def _bounds(attached: Sequence[Any]) -> str:
-    """Bounds in words; of two of one kind the later one, which narrows the first."""
+def _bounds(annotations: Sequence[Any]) -> str:
+    """Bounds in words; of two bounds of one kind the later one, which is the narrower."""
     found = {
         words: getattr(item, name)
-        for item in attached
+        for item in annotations
         for name, words in _BOUNDS.items()
         if getattr(item, name, None) is not None
     }
-    if any(getattr(item, "min_length", None) for item in attached):
+    if any(getattr(item, "min_length", None) for item in annotations):
         return "that is not empty"
     return " and ".join(f"{words} {bound}" for words, bound in found.items())
 
 
 def _unknown(name: str, every: Sequence[str]) -> str:
-    above = name.rpartition(".")[0]
-    beside = [one for one in every if one.rpartition(".")[0] == above] if above in every else []
-    return unknown("setting", name, beside or [one for one in every if "." not in one])
+    """The message for an unknown setting: compared with its section, or with the sections."""
+    section = name.rpartition(".")[0]
+    siblings = [other for other in every if other.rpartition(".")[0] == section]
+    top_level = [other for other in every if "." not in other]
+    return unknown("setting", name, siblings or top_level)

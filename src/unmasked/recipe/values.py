@@ -1,7 +1,7 @@
-"""How a value is written in a recipe or behind an option: numbers, one for a list, data sets.
+"""How values are written in a recipe or an option: numbers, lists, data sets.
 
-Each function is given what stands there, before the schema looks at it, and raises `ValueError` for
-what it cannot read. Cost: nothing worth a number.
+Each function converts a value before the schema checks it, and raises `ValueError` if it cannot.
+Cost: negligible.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 
 def number(value: object) -> object:
-    """PyYAML reads ``2e-4`` as text, and pydantic takes ``true`` for 1."""
+    """Convert text to a number, because PyYAML reads ``2e-4`` as text, and refuse booleans."""
     if isinstance(value, str):
         with suppress(ValueError):
             return float(value)
@@ -25,7 +25,7 @@ def number(value: object) -> object:
 
 
 def one_or_more(value: object) -> object:
-    """One path stands for a list of one."""
+    """Turn a single path or text into a list, and paths into strings."""
     if isinstance(value, str | os.PathLike):
         value = [value]
     if isinstance(value, list | tuple):
@@ -34,7 +34,7 @@ def one_or_more(value: object) -> object:
 
 
 def data_sets(value: object) -> object:
-    """A path stands for a data set whose other settings have their defaults."""
+    """Turn paths into the settings of data sets, with defaults for all but the path."""
     given = one_or_more(value)
     items = given if isinstance(given, list) else [given]
     return [_data_set(item) if isinstance(item, str) else item for item in items]
@@ -44,7 +44,7 @@ _WITH_COLUMNS = re.compile(r"(.+?):(\w+=[^,]+(?:,\w+=[^,]+)*)")
 
 
 def _data_set(text: str) -> dict[str, Any]:
-    """``FILE``, or ``FILE:query=anchor,positive=text`` with settings of `Pairs` behind it."""
+    """The settings in ``FILE``, or in ``FILE:query=anchor,positive=text``."""
     match = _WITH_COLUMNS.fullmatch(text)
     if match is None:
         return {"path": text}
@@ -69,4 +69,4 @@ Strings = Annotated[list[str], BeforeValidator(one_or_more)]
 
 
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-"""Of every section of a recipe: a key that it does not know is an error."""
+"""The configuration of every section of a recipe: an unknown key is an error."""
