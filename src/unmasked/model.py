@@ -1,13 +1,12 @@
 """`TextEncoder`: a decoder-only language model as a text encoder; the place where the rooms meet.
 
 It is a `SentenceTransformer`, so prompts, similarity, evaluators, losses, trainers and every
-library that takes a `SentenceTransformer` work with it. It differs inside: the causal mask is off,
-which is proved, exactly the row's own instruction is left out of pooling, batches are filled up to
-a number of tokens, and stock loaders compute the same vectors from the folder that `save` writes.
+library that takes a `SentenceTransformer` work with it. Inside, the causal mask is off, and proved
+to be off; pooling leaves out exactly the instruction of each row; batches are filled by tokens; and
+stock loaders compute the same vectors from the folder that `save` writes.
 
-Users get it as `unmasked.LLM2Vec` (`compat.llm2vec`), which adds the methods of the original
-package. Cost of loading: reading the weights, and some thirty forwards of a few tokens (proof,
-packing).
+Users get it as `unmasked.LLM2Vec` (`compat.llm2vec`), which adds the original package's methods.
+Cost of loading: reading the weights, and some thirty forwards of a few tokens (proof, packing).
 """
 
 from __future__ import annotations
@@ -148,7 +147,7 @@ class TextEncoder(SentenceTransformer):
             quantization.check(quantize, torch.device(device))
         found = loading.find(name, peft, base, **hub)
         asked = given.get("max_length")
-        if asked and asked != folder.Settings.max_length:  # that stands for what the model has
+        if asked and asked != folder.Settings.max_length:  # nobody has asked for the default
             check_length(asked, found.config)
         precision = pick(dtype, torch.device(device), found.config)
         tokenizer, settings = cls.read_checkpoint(found, given)

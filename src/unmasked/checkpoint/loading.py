@@ -274,10 +274,10 @@ def _load_config(location: Location, adapter: Location | None = None) -> Pretrai
 
 
 def _unknown_family(location: Location) -> ModelError | None:
-    """The error of a config whose family transformers does not have; None if it has it."""
-    stated = location.read_json("config.json")
-    family = stated.get("model_type")
-    if not stated or family in CONFIG_MAPPING:
+    """The error for a config with a family that transformers does not know; None if it does."""
+    saved = location.read_json("config.json")
+    family = saved.get("model_type")
+    if not saved or family in CONFIG_MAPPING:
         return None
     given = f"{location.name}/config.json has no model_type."
     fix = "write the one that the model was saved with (llama, qwen3, ...) into it"
@@ -285,8 +285,8 @@ def _unknown_family(location: Location) -> ModelError | None:
         given = f"transformers {transformers.__version__} does not know the model_type '{family}' "
         given += f"of {location.name}/config.json{nearest(str(family), CONFIG_MAPPING)}"
         fix = "a newer transformers (pip install -U transformers), if it is a newer family"
-    if "auto_map" in stated:
-        fix = "name another model: code that comes with one is not run here"
+    if "auto_map" in saved:
+        fix = "name another model: code that comes with a model is not run here"
     return ModelError(f"{given} Fix: {fix}.")
 
 

@@ -118,7 +118,7 @@ def check_length(asked: int, config: Any) -> None:
     """Refuse a length of inputs that is beyond the positions of a model.
 
     Raises:
-        ModelError: it is.
+        ModelError: the length is too large.
     """
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most and asked > most:
