@@ -49,9 +49,10 @@ you have trained. For models that are not in the LLM2Vec paper (arXiv 2404.05961
 the paper's for Llama 3: a starting point, not tuned for the model.
 
 For Korean, check the tokenizer first: `unmasked doctor MODEL` shows tokens per character of Korean
-and of English prose, and marks a tokenizer that splits letters into bytes. To evaluate on Korean, set
-`evaluate.tasks='MTEB(kor, v2)'` in a recipe or run `unmasked evaluate MODEL --tasks 'MTEB(kor, v2)'`;
-`'MTEB(kor, v2):KLUE-STS+Ko-StrategyQA'` selects two of its tasks.
+and of English prose, and marks a tokenizer that splits letters into bytes. To evaluate on Korean,
+set `evaluate.tasks='MTEB(kor, v2)'` in a recipe, or run
+`unmasked evaluate MODEL --tasks 'MTEB(kor, v2)'`; `'MTEB(kor, v2):KLUE-STS+Ko-StrategyQA'` selects
+two of its tasks.
 
 """
 COSTS = """## What they cost
