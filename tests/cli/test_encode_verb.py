@@ -37,7 +37,7 @@ def test_encode_files_and_standard_input(cli, tiny_decoder, tmp_path, sentences,
 
     before = listing(tmp_path)
     code, _, err = cli("encode", "no/such-model", "a.txt", "-o", "v.npy")
-    assert (code, err) == (2, "error: v.npy exists. Fix: another name, or --overwrite.\n")
+    assert (code, err) == (2, "error: v.npy exists. Fix: give another name, or --overwrite.\n")
     code, _, err = cli("encode", "no/such-model", "a.jsonl", "-o", "u.npy")
     assert code == 2
     assert "a.jsonl, line 1: no column 'text' among id, body" in err

@@ -88,7 +88,7 @@ def test_many_machines_and_kinds(cli, tiny_decoder, corpus):
         (["corpus/a.jsonl", "-o", "out", "--shard", "3/2"], "i from 1 to n"),
         (["corpus/a.jsonl", "-o", "out", "--keep", "yaer"], "did you mean 'year'"),
         (["corpus", "-o", "corpus/out"], "in the folder that is read"),
-        (["corpus/a.jsonl", "-o", "corpus"], "holds other things (a.jsonl, b.jsonl, notes.md)"),
+        (["corpus/a.jsonl", "-o", "corpus"], "has other files in it (a.jsonl, b.jsonl, notes.md)"),
         (["no/where", "-o", "out"], "cannot be read as a Hugging Face data set"),
     ],
 )

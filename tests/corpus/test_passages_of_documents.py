@@ -64,6 +64,14 @@ def test_late_is_plain_where_a_document_is_one_passage(tiny_decoder, sentences, 
     assert np.abs(late - plain).max() > 1e-2
 
 
+def test_late_vectors_have_the_width_of_a_truncated_model(tiny_decoder, sentences):
+    from unmasked import LLM2Vec
+
+    model = LLM2Vec.from_pretrained(tiny_decoder, max_length=64, device="cpu", truncate_dim=8)
+    for chunks in (Chunks(20), Chunks(20, late=True)):
+        assert encode_passages(model, [" ".join(sentences)], chunks)[1].shape[1] == 8
+
+
 def test_late_pools_the_states_of_the_documents_forward(model, sentences):
     text = " ".join(sentences[:3])
     spans, late = encode_passages(model, [text], Chunks(16, late=True))

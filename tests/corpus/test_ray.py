@@ -11,6 +11,7 @@ import pytest
 from support.shard_folders import contents
 
 from unmasked.corpus import Encoding, Local, OnRay, Shards, encode_folder
+from unmasked.corpus.ray import share_of_worker
 from unmasked.errors import DataError
 from unmasked.files.source import Source
 
@@ -46,6 +47,22 @@ def test_ray_writes_the_same_bytes(tiny_decoder, many_texts, tmp_path):
             encode_folder(engine, source, tmp_path / "x", Encoding(truncate_dim=99), shards)
         with pytest.raises(DataError, match="cannot be shared among workers"):
             encode_folder(engine, Source("-"), tmp_path / "x", None, shards)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "expected"),
+    [
+        ([{"CPU": 8}], 2, (4, 0)),
+        ([{"CPU": 8}] * 3, 2, (8, 0)),  # not 24 // 2: no node has 12
+        ([{"CPU": 8}] * 3, 4, (4, 0)),
+        ([{"CPU": 2}], 5, (1, 0)),
+        ([{"CPU": 8, "GPU": 2}], 2, (4, 1)),
+        ([{"CPU": 8, "GPU": 2}], 3, (2, 1 / 2)),  # not 2 / 3: each would need a GPU of its own
+        ([{"CPU": 8, "GPU": 1}, {"CPU": 64}], 2, (4, 1 / 2)),
+    ],
+)
+def test_all_workers_fit_into_the_nodes(nodes, workers, expected):
+    assert share_of_worker(nodes, workers) == expected
 
 
 @pytest.mark.slow

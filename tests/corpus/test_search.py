@@ -114,15 +114,21 @@ def test_what_cannot_be_searched_is_refused(model, texts, tmp_path, tiny_decoder
     source = Source(str(texts))
     encode_folder(Local(lambda: model), source, folder, shards=Shards(rows=4, skip=True))
     other = LLM2Vec.from_pretrained(tiny_decoder, max_length=33, device="cpu")
-    with pytest.raises(DataError, match="another model.*Fix: --model"):
+    with pytest.raises(DataError, match="another model.*Fix: give --model"):
         search_in(other, folder)
     (tmp_path / "o.txt").write_text("other\n")
-    with pytest.raises(DataError, match="is not what .* was made of. Fix: --texts"):
+    with pytest.raises(DataError, match="is not what .* was made from. Fix: give --texts"):
         search_in(model, folder, texts=Source(str(tmp_path / "o.txt")))
+    encode_corpus(model, source, tmp_path / "v.npy", skip=True)  # has no manifest to compare
+    search = search_in(model, tmp_path / "v.npy", texts=Source(str(tmp_path / "o.txt")))
+    with pytest.raises(DataError, match="is not what .* was made from. Fix: give --texts"):
+        search(sentences[3:4])
     manifest = folder / "_manifest.jsonl"
-    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:-1]))
-    with pytest.raises(DataError, match="is not finished, 3 shards are there. Fix: the unmasked"):
-        open_vectors(folder)
+    *lines, _ = manifest.read_bytes().splitlines(keepends=True)
+    for left in (lines, [*lines, b'{"shard": 3, "fi']):  # the second one was cut off in a line
+        manifest.write_bytes(b"".join(left))
+        with pytest.raises(DataError, match="not finished, 3 shards are there. Fix: run the unm"):
+            open_vectors(folder)
     with pytest.raises(DataError, match="does not exist. Fix: unmasked encode"):
         open_vectors(tmp_path / "none")
     np.save(tmp_path / "c.npy", np.zeros((2, 3), complex))
@@ -131,6 +137,21 @@ def test_what_cannot_be_searched_is_refused(model, texts, tmp_path, tiny_decoder
     (tmp_path / "d.npy").write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot be opened as vectors"):
         open_vectors(tmp_path / "d.npy")
+
+
+def test_a_folder_without_all_its_shards_is_refused(model, texts, tmp_path):
+    source, folder = Source(str(texts)), tmp_path / "v"
+    for part in ((1, 2), (2, 2)):
+        encode_folder(
+            Local(lambda: model), source, folder, None, Shards(rows=4, part=part, skip=True)
+        )
+        if part[0] == 1:
+            with pytest.raises(DataError, match="machine 2 of 2 are missing. Fix: .* --shard 2/2"):
+                open_vectors(folder)
+    assert len(open_vectors(folder))
+    (folder / "part-000001.parquet").unlink()
+    with pytest.raises(DataError, match="part-000001.parquet cannot be opened as vectors"):
+        open_vectors(folder)
 
 
 def test_the_verb(cli, tiny_decoder, tmp_path, sentences, monkeypatch):

@@ -1,17 +1,17 @@
 """How do texts of any number become vectors on disk, when neither fit in memory?
 
-The answer is one file, which exists once it is whole, or a folder of shards with a manifest, which
-the same command continues, on one machine or many. Row i of the output is row i of the input, or
-its number stands beside the vector; a row without a vector is an error or is listed, so nothing is
-lost silently.
+The output is one file, which appears only when it is complete, or a folder of shards with a
+manifest, written by one machine or many; the same command resumes it. Row i of the output is row i
+of the input, or the row's number is stored beside the vector. A row without a vector is an error,
+or is listed, so nothing is lost silently.
 
-The way of a row: `files.source` reads it; an engine (`Local` here, `OnRay` in many processes) has
-its shard written; `shards` encodes it in a window of rows; `stored_vectors` says how, and in which
-numbers it is stored; `writers` puts it into the file; `manifest` records the shard.
+The path of a row: `files.source` reads it; an engine (`Local` in this process, `OnRay` in many) has
+its shard written; `shards` encodes it in a window of rows; `stored_vectors` decides how, and in
+which precision it is stored; `writers` puts it into the file; `manifest` records the shard.
 
 Cost: files are read once more beforehand, to check and count every row (a few hundred thousand rows
-per second), and one window of texts and vectors is in memory. Within a window, texts are sorted by
-length, so larger windows waste less on padding.
+per second), and memory holds one window of texts and vectors. Texts are sorted by length within a
+window, so larger windows waste less computation on padding.
 
 Others may use the names below.
 """

@@ -1,4 +1,4 @@
-"""Where models run: the engine of this process. `ray` holds the one of many processes."""
+"""The engine that runs the model in this process; `ray` has the one for many processes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Load = Callable[[], "TextEncoder"]
 Progress = Callable[[int, "int | None"], None]
-"""Is told how many rows are done, and how many tokens were encoded if that is known."""
+"""Called with the number of rows done and the number of tokens encoded, if that is known."""
 
 
 class Local:
-    """The engine of one process, whose model is loaded when it is first needed.
+    """The engine of one process; the model is loaded when it is first needed.
 
     Attributes:
-        needs_counts: whether an engine reads the rows elsewhere and in any order, so that those of
-            every file have to be counted beforehand.
+        needs_counts: whether the engine reads rows in other processes and in any order, so that the
+            rows of every file must be counted beforehand.
     """
 
     needs_counts = False
@@ -31,13 +31,13 @@ class Local:
         self._load = cache(load)
 
     def ask(self, question: Callable[[TextEncoder], T]) -> T:
-        """What `question` returns for a model, asked where that model is."""
+        """Call `question` with the model, in the process that has it, and return the result."""
         return question(self._load())
 
     def shards(
         self, job: CorpusJob, stream: Stream, todo: Iterable[int], progress: Progress
     ) -> Iterator[dict[str, Any]]:
-        """Write the shards `todo`, in rising order; gives the line of the manifest for each."""
+        """Write the shards `todo`, in rising order, and yield the manifest entry of each."""
         model, done = self._load(), 0
 
         def told(seen: int) -> None:

@@ -1,11 +1,11 @@
-"""The record of a folder of shards: what it was made of and how, and which shards are whole.
+"""The manifest of a folder of shards: its inputs, its settings, and which shards are complete.
 
 ``_manifest.jsonl`` (``_manifest-2-of-4.jsonl`` for the second of four machines) begins with the
 settings and the inputs. One line per shard follows, appended and flushed to the disk once the shard
-is in its place: file, first row, rows, bytes, SHA-256, a digest of the texts that were read, every
-skipped row with its reason, and, if there are any, how many texts were longer than an input. The
-last line says that everything is done. No times are written, so the same work always gives the same
-bytes. Programs that read a folder of Parquet files pass over names that begin with ``_``.
+has its final name: file, first row, rows, bytes, SHA-256, a digest of the texts that were read,
+every skipped row with its reason, and, if there are any, the number of truncated texts. The last
+line says that everything is done. No times are written, so the same work always gives the same
+bytes. Programs that read a folder of Parquet files ignore names that begin with ``_``.
 
 Memory: a few numbers per shard; the skipped rows stay on the disk.
 """
@@ -29,13 +29,14 @@ FORMAT = 1
 Part = tuple[int, int]
 """(i, n): the i-th of n machines, counted from 1."""
 _OURS = ("part-", ".part-", "_manifest", "._manifest", "_ranges", "._ranges")
+"""Beginnings of the names of all files in a folder of shards."""
 
 
 def parse_part(text: str) -> Part:
     """``2/4`` → (2, 4).
 
     Raises:
-        OutputError: it is something else.
+        OutputError: the text has another form, or i is not from 1 to n.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     part = (int(match[1]), int(match[2])) if match else (0, 0)
@@ -45,11 +46,15 @@ def parse_part(text: str) -> Part:
 
 
 class WholeShard(NamedTuple):
-    """A shard that is in its place: its vectors and skipped rows, and the digest of what was read.
+    """A shard that is complete.
 
-    `line` is where its line stands in the manifest: the first byte, and the length in bytes.
-    `documents` have the vectors (one each, unless they were divided), and `cut` of them were longer
-    than an input.
+    Attributes:
+        rows: the number of its vectors.
+        skipped: the number of rows without a vector.
+        texts: the digest of all rows that were read.
+        line: the place of its line in the manifest: offset and length in bytes.
+        documents: the number of texts with a vector, or several if texts were divided.
+        cut: how many of these texts were truncated.
     """
 
     rows: int
@@ -62,14 +67,14 @@ class WholeShard(NamedTuple):
 
 @dataclass
 class Manifest:
-    """The record of one machine; `locked` gives one.
+    """The manifest of one machine; `locked` opens it.
 
     Attributes:
         folder: where the shards are.
-        part: the machine whose record it is.
+        part: the machine.
         header: settings and inputs; empty before `begin`.
-        done: the shards that are whole, by number.
-        finished: whether its last line says so.
+        done: the shards that are complete, by number.
+        finished: whether the last line says that everything is done.
     """
 
     folder: Path
@@ -86,7 +91,7 @@ class Manifest:
         return self.folder / f"{name}.jsonl"
 
     def read(self) -> None:
-        """Take up what an earlier run left; an incomplete last line is dropped.
+        """Read what an earlier run wrote, and drop an incomplete last line.
 
         Raises:
             OutputError: the file is not a manifest.
@@ -94,7 +99,7 @@ class Manifest:
         start = 0
         with self.path.open("rb") as file:
             for line in file:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n"):  # the run was killed while it wrote the line
                     break
                 self._take(line, start)
                 start += len(line)
@@ -103,21 +108,22 @@ class Manifest:
 
     def _take(self, line: bytes, start: int) -> None:
         try:
-            said = json.loads(line)
+            entry = json.loads(line)
         except ValueError as error:
-            raise OutputError(f"{self.path} is not a manifest. Fix: another folder.") from error
+            fix = "name another folder"
+            raise OutputError(f"{self.path} is not a manifest. Fix: {fix}.") from error
         if start == 0:
-            if said.get("format") != FORMAT:
+            if (version := entry.get("format")) != FORMAT:
                 raise OutputError(
-                    f"{self.path}: unknown format {said.get('format')!r}. Fix: another folder."
+                    f"{self.path}: unknown format {version!r}. Fix: name another folder."
                 )
-            self.header = said
-        elif "finished" in said:
+            self.header = entry
+        elif "finished" in entry:
             self.finished = True
         else:
-            file = self.folder / said["file"]
-            if file.is_file() and file.stat().st_size == said["bytes"]:
-                self._keep(said, (start, len(line)))
+            file = self.folder / entry["file"]
+            if file.is_file() and file.stat().st_size == entry["bytes"]:
+                self._keep(entry, (start, len(line)))
 
     def _keep(self, entry: dict[str, Any], line: tuple[int, int]) -> None:
         skipped = len(entry["skipped"])
@@ -128,11 +134,12 @@ class Manifest:
     def begin(self, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Write the first line, or compare it with the one that is there.
 
-        A record without a whole shard binds nobody: the settings of a run that failed at once may
-        be changed.
+        A manifest of this machine without a complete shard is not compared but replaced, so that
+        settings may be changed after a run that failed at once.
 
         Raises:
-            OutputError: the folder holds work of other settings, inputs or another division.
+            OutputError: the folder was begun with other settings or inputs, or is divided
+                differently.
         """
         header = {"format": FORMAT, "settings": settings, "inputs": inputs}
         for path in sorted(self.folder.glob("_manifest*.jsonl")):
@@ -141,7 +148,7 @@ class Manifest:
                     _compare(self.folder, json.loads(file.readline() or b"{}"), header)
         if not self.done:
             place, machines = self.part
-            # What a run renamed before it was killed, and did not record.
+            # Shards that have their final name but no line, as the run was killed in between.
             for path in self.folder.glob("part-*"):
                 if path.stem[5:].isdecimal() and int(path.stem[5:]) % machines == place - 1:
                     path.unlink()
@@ -150,7 +157,7 @@ class Manifest:
             self.header, self.finished = header, False
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Record a shard that is in its place."""
+        """Record a shard that has its final name."""
         line = _line(entry)
         try:
             with self.path.open("ab") as file:
@@ -170,39 +177,39 @@ class Manifest:
                 start, length = done.line
                 old.seek(start)
                 file.write(old.read(length))
-            said = {"finished": True, "rows": self.rows, "skipped": self.skipped}
-            file.write(_line(said | ({"cut": self.cut} if self.cut else {})))
+            last = {"finished": True, "rows": self.rows, "skipped": self.skipped}
+            file.write(_line(last | ({"cut": self.cut} if self.cut else {})))
         self.finished = True
 
     @property
     def rows(self) -> int:
-        """Vectors in whole shards."""
+        """The number of vectors in complete shards."""
         return sum(done.rows for done in self.done.values())
 
     @property
     def documents(self) -> int:
-        """Texts that whole shards were made of, and that have a vector or several."""
+        """The number of texts in complete shards that have a vector, or several."""
         return sum(done.documents for done in self.done.values())
 
     @property
     def cut(self) -> int:
-        """Texts of whole shards that were longer than an input."""
+        """The number of texts in complete shards that were truncated."""
         return sum(done.cut for done in self.done.values())
 
     @property
     def skipped(self) -> int:
-        """Rows of whole shards that have no vector."""
+        """The number of rows in complete shards without a vector."""
         return sum(done.skipped for done in self.done.values())
 
 
 @contextmanager
 def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manifest]:
-    """The manifest of a folder, which is made if need be and no other process may write to.
+    """The manifest of a folder, which is created if needed and locked against other processes.
 
-    A new folder is gone again where an error comes before anything is written to it.
+    A new folder is removed again if an error comes before anything is written to it.
 
     Raises:
-        OutputError: another process writes to it, or it holds something else.
+        OutputError: another process writes to the folder, or other files are in it.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file. Fix: name a folder, or end the name in .npy.")
@@ -211,14 +218,14 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
     strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(_OURS))
     if strangers:
         raise OutputError(
-            f"{folder} holds other things ({', '.join(strangers[:3])}). Fix: name a new folder."
+            f"{folder} has other files in it ({', '.join(strangers[:3])}). Fix: name a new folder."
         )
     manifest = Manifest(folder, part)
     fix = "name another folder, or divide the work with --shard 1/2 and --shard 2/2"
     try:
         with ExitStack() as locks:
             locks.enter_context(lock(folder / f".{manifest.path.name}.lock", folder, fix))
-            if overwrite:
+            if overwrite:  # no other machine may be writing to it
                 for other in folder.glob("._manifest-*.lock"):
                     locks.enter_context(lock(other, folder, fix))
                 for path in folder.iterdir():
@@ -229,12 +236,12 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
             yield manifest
     except BaseException:
         if made:
-            _remove_if_bare(folder)
+            _remove_if_unused(folder)
         raise
 
 
-def _remove_if_bare(folder: Path) -> None:
-    """Remove a folder that has nothing but locks in it: what was refused leaves nothing behind."""
+def _remove_if_unused(folder: Path) -> None:
+    """Remove a folder that has nothing but locks in it, so that a refused call leaves nothing."""
     files = list(folder.iterdir())
     if all(file.suffix == ".lock" for file in files):
         with suppress(OSError):  # another process may have begun in it
@@ -247,7 +254,7 @@ def lock(path: Path, output: Path, fix: str) -> AbstractContextManager[object]:
     """Hold a lock file, which keeps other processes from writing to the same output.
 
     Raises:
-        OutputError: another process holds it; says to wait, or `fix`.
+        OutputError: another process holds the lock. The fix is to wait, or `fix`.
     """
     from filelock import FileLock, Timeout
 
@@ -267,13 +274,13 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _line(said: dict[str, Any]) -> bytes:
-    return json.dumps(said, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def _compare(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    # Through JSON, so that a tuple is a list and a number a number on both sides.
-    here = json.loads(_line(here))
+    """Refuse a header that differs from the one that is in the folder."""
+    here = json.loads(_line(here))  # so that both sides have lists and no tuples
     old, new = there.get("settings", {}), here["settings"]
     differing = [
         f"{key}: {json.dumps(old.get(key))} there, {json.dumps(new.get(key))} now"
@@ -285,7 +292,7 @@ def _compare(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     if differing:
         raise OutputError(
             f"{folder} was begun with something else; {'; '.join(differing)}. "
-            "Fix: the same settings and inputs, another folder, or --overwrite."
+            "Fix: give the same settings and inputs, another folder, or --overwrite."
         )
 
 

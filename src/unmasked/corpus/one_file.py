@@ -1,12 +1,13 @@
-"""From a source to one file of vectors, which exists once it is whole.
+"""Encodes a source into one file of vectors, which appears only when it is complete.
 
-An interrupted run begins again, so a long corpus belongs in a folder of shards.
+An interrupted run starts again from the beginning, so a long corpus belongs in a folder of shards.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -34,13 +35,13 @@ def check_output(path: Path, overwrite: bool = False) -> None:
     if path.suffix not in OUTPUTS:
         named = shlex.quote(str(path.with_suffix(OUTPUTS[0])))
         raise OutputError(
-            f"{path}: unknown kind of output. Allowed: {', '.join(OUTPUTS)}; or a folder, which is "
-            f"a name without a suffix or with a / at its end. Fix: -o {named}."
+            f"{path}: unknown kind of output. Allowed: {', '.join(OUTPUTS)}; or a folder, whose "
+            f"name has no suffix or ends in /. Fix: -o {named}."
         )
     if path.is_dir():
         raise OutputError(f"{path} is a folder. Fix: name a file in it.")
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists. Fix: another name, or --overwrite.")
+        raise OutputError(f"{path} exists. Fix: give another name, or --overwrite.")
 
 
 def encode_corpus(
@@ -58,14 +59,14 @@ def encode_corpus(
     """Encode every text of a source into one file.
 
     Args:
-        model: encodes the texts.
+        model: the encoder.
         source: the texts.
-        output: a .npy, .parquet or .safetensors file. The ranges of int8 go to
-            ``NAME.ranges.npy`` beside it, the rows that were skipped to ``NAME.skipped.jsonl``.
+        output: a .npy, .parquet or .safetensors file. The ranges of int8 are written to
+            ``NAME.ranges.npy`` beside it, and skipped rows are listed in ``NAME.skipped.jsonl``.
         encoding: prompt, normalisation, precision and so on.
         overwrite: replace the output if it exists.
         window, skip, ranges: see `Shards`.
-        progress: is told of the rows done so far.
+        progress: called with the numbers of rows and tokens done so far.
 
     Raises:
         DataError: see `Source.records`; or a vector is not finite.
@@ -78,28 +79,29 @@ def encode_corpus(
     encoding.check_sizes()
     source = replace(source, distinct=encoding.chunks is not None)
     output.parent.mkdir(parents=True, exist_ok=True)
-    held = output.with_name(f".{output.name}.lock")
+    lock_file = output.with_name(f".{output.name}.lock")
     with ExitStack() as stack:
-        stack.enter_context(lock(held, output, "or name another file"))
-        stack.callback(held.unlink, missing_ok=True)
-        check_output(output, overwrite)  # nobody else can make it from here on
+        stack.enter_context(lock(lock_file, output, "or name another file"))
+        stack.callback(lock_file.unlink, missing_ok=True)
+        check_output(output, overwrite)  # again: from here on, no other process can create it
         encoding.check(model)
         stream, width = Stream(source), encoding.width(model)
         window = shards.window_on(model.device.type, encoding.chunks is not None)
-        found = None
+        used = None
         if encoding.precision == "int8":
-            found = None if ranges is None else read_ranges(ranges, width)
-            if found is None:
-                found = encoding.measure_ranges(model, stream.head(), window)
-            save_ranges(output.with_suffix(".ranges.npy"), found)
-        job = CorpusJob(source, encoding, output.parent, shards, window, width, found)
+            if ranges is not None:
+                used = read_ranges(ranges, width)
+            else:
+                used = encoding.measure_ranges(model, stream.head(), window)
+            save_ranges(output.with_suffix(".ranges.npy"), used)
+        job = CorpusJob(source, encoding, output.parent, shards, window, width, used)
         return _write(job, model, stream, output, progress)
 
 
 def _write(
     job: CorpusJob, model: TextEncoder, stream: Stream, output: Path, progress: Progress
 ) -> Encoded:
-    """Write the vectors, and the list of the rows that have none."""
+    """Write the vectors, and the list of rows without one."""
 
     def told(rows: int) -> None:
         progress(rows, model.tokens_encoded)
@@ -107,8 +109,8 @@ def _write(
     if not stream.reaches(0):
         raise job.source.empty()
     told(0)
-    every = stream.take(0, 1 << 62)
-    done = write_vectors(job, model, output, every, 0, told)
+    rows = stream.take(0, sys.maxsize)  # all of them
+    done = write_vectors(job, model, output, rows, 0, told)
     listed = output.with_suffix(".skipped.jsonl")
     listed.unlink(missing_ok=True)  # it belonged to the file that was replaced
     if done.skipped:

@@ -1,13 +1,13 @@
-"""Where models run: the engine of many processes, on Ray Data, with one model per actor.
+"""The engine that runs models in many processes: Ray Data, with one model per actor.
 
-Numbers of shards go out, and lines of the manifest come back; texts and vectors never cross the
-cluster, because each actor writes its shards itself. So input and output must be on paths that
-every node sees. ``RAY_ADDRESS`` names the cluster to join; without it one is started on this
-machine, on the loopback interface and without a dashboard, and ended afterwards. Usage statistics
-are never sent.
+The numbers of shards are sent out, and their manifest entries come back. Texts and vectors never
+pass through the cluster, because each actor writes its shards itself, so input and output must be
+on paths that every node can reach. ``RAY_ADDRESS`` names the cluster to join; without it, one is
+started on this machine, on the loopback interface and without a dashboard, and ended afterwards.
+Usage statistics are never sent.
 
-Cost: each actor loads the model and reads on, from where it was, through the files its shards are
-in. The last bits of a vector depend on the number of threads, as they do everywhere.
+Cost: each actor loads the model once, and reads forward through the files of its shards. The last
+bits of a vector depend on the number of threads, as they do in one process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,21 +29,22 @@ if TYPE_CHECKING:
     from unmasked.model import TextEncoder
 
 T = TypeVar("T")
-_STORE = 128 << 20  # bytes of shared memory; only numbers and lines pass through it
+_STORE = 128 << 20  # bytes of shared memory; only numbers and manifest entries pass through it
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray reads this variable when it is imported; 0 keeps a local cluster on 127.0.0.1, as on macOS.
 
-`ray.init(_node_ip_address="127.0.0.1")` does not: Ray replaces it by the address of the machine.
+`ray.init(_node_ip_address="127.0.0.1")` has no such effect: Ray replaces it with the machine's
+address.
 """
 
 
 class OnRay:
-    """Encodes on a Ray cluster; use it as a context manager, which starts and ends a local one.
+    """Encodes on a Ray cluster; a context manager, which starts and ends a local cluster.
 
     Args:
-        load: gives a model, in the actor that asks for it.
-        workers: number of actors; 0 for one per GPU, or one where there is none.
-        threads: CPU threads of each; by default the CPUs are divided among the workers.
+        load: loads the model, in the actor.
+        workers: number of actors; 0 for one per GPU, or one if there is no GPU.
+        threads: CPU threads per actor; by default the CPUs are divided among the actors.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -70,12 +71,10 @@ class OnRay:
             options |= {"address": "local", **local}
         self._ray.init(**options)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        resources = self._ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        self.workers = self._workers or gpus or 1
-        self.threads = self._threads or max(1, int(resources.get("CPU", 1)) // self.workers)
-        # Workers that are more than the GPUs share them.
-        share = min(1.0, gpus / self.workers)
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        self.workers = self._workers or sum(int(node.get("GPU", 0)) for node in nodes) or 1
+        threads, share = share_of_worker(nodes, self.workers)
+        self.threads = self._threads or threads
         self._resources = {"num_cpus": self.threads, "num_gpus": share}
         return self
 
@@ -83,7 +82,7 @@ class OnRay:
         self._ray.shutdown()
 
     def ask(self, question: Callable[[TextEncoder], T]) -> T:
-        """What `question` returns for a model, asked where that model is."""
+        """Call `question` with a model, in a process of the cluster, and return the result."""
         remote = self._ray.remote(**self._resources, max_retries=0)(_ask)
         answer: T = _answer(self._ray.get(remote.remote(self._load, question, self.threads)))
         return answer
@@ -91,11 +90,11 @@ class OnRay:
     def shards(
         self, job: CorpusJob, stream: Stream, todo: Iterable[int], progress: Progress
     ) -> Iterator[dict[str, Any]]:
-        """Write the shards `todo`, in any order; gives the line of the manifest for each."""
+        """Write the shards `todo`, in any order, and yield the manifest entry of each."""
         numbers = [{"shard": shard} for shard in todo]
         if not numbers:
             return
-        # Actors have other working directories.
+        # Actors have another working directory.
         job = replace(job, source=job.source.absolute(), folder=job.folder.resolve())
         context = self._ray.data.DataContext.get_current()
         bars, context.enable_progress_bars = context.enable_progress_bars, False
@@ -109,8 +108,8 @@ class OnRay:
                 **self._resources,
             )
             rows = tokens = 0
-            for said in answers.iter_rows():
-                entry, more = _answer(json.loads(said["json"]))
+            for row in answers.iter_rows():
+                entry, more = _answer(json.loads(row["json"]))
                 rows += entry.get("documents", entry["rows"]) + len(entry["skipped"])
                 tokens += more
                 progress(rows, tokens or None)
@@ -119,15 +118,31 @@ class OnRay:
             context.enable_progress_bars = bars
 
 
+def share_of_worker(nodes: Sequence[Mapping[str, float]], workers: int) -> tuple[int, float]:
+    """CPU threads and part of a GPU per worker, such that all workers can run at once.
+
+    Ray starts an actor only where one node has all its CPUs, and one GPU has all its part.
+    """
+    cpus, gpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
+    per_gpu = -(-workers // sum(gpus)) if any(gpus) else 0
+    for threads in range(max(cpus), 1, -1):
+        fitting = [cpu // threads for cpu in cpus]
+        if per_gpu:
+            fitting = [min(n, gpu * per_gpu) for n, gpu in zip(fitting, gpus, strict=True)]
+        if sum(fitting) >= workers:
+            return threads, 1 / per_gpu if per_gpu else 0
+    return 1, 1 / per_gpu if per_gpu else 0
+
+
 class _Actor:
-    """A model, and where it is in the source."""
+    """The process of a worker: a model, and a position in the source."""
 
     def __init__(self, load: Load, job: CorpusJob, counts: list[int], threads: int) -> None:
         self.load, self.threads = cache(load), threads
         self.job, self.stream = job, Stream(job.source, counts)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """The line of one shard and the number of tokens in it, as JSON."""
+        """Write one shard; returns its manifest entry and its number of tokens, as JSON."""
         write = partial(self._write, shard=int(batch["shard"][0]))
         return {"json": [json.dumps(_ask(self.load, write, self.threads))]}
 
@@ -138,7 +153,7 @@ class _Actor:
 
 
 def _ask(load: Load, question: Callable[[TextEncoder], object], threads: int) -> dict[str, object]:
-    """A model's answer, or an error that the user can correct: Ray would wrap it in its own."""
+    """The result of `question`, or a user's error as data: Ray would wrap the exception."""
     import torch
 
     torch.set_num_threads(threads)
@@ -148,8 +163,9 @@ def _ask(load: Load, question: Callable[[TextEncoder], object], threads: int) ->
         return {"error": type(error).__name__, "message": str(error)}
 
 
-def _answer(said: dict[str, Any]) -> Any:
-    if "error" in said:
+def _answer(returned: dict[str, Any]) -> Any:
+    """The result that `_ask` returned; raises the error if it returned one."""
+    if "error" in returned:
         kinds = {"DataError": errors.DataError, "OutputError": errors.OutputError}
-        raise kinds.get(said["error"], errors.ModelError)(said["message"])
-    return said["answer"]
+        raise kinds.get(returned["error"], errors.ModelError)(returned["message"])
+    return returned["answer"]

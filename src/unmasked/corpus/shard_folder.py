@@ -1,4 +1,4 @@
-"""From a source to a folder of shards, which the same call continues, on one machine or many."""
+"""Encodes a source into a folder of shards on one machine or many; the same call resumes it."""
 
 from __future__ import annotations
 
@@ -43,26 +43,27 @@ def encode_folder(
     announce: Announce = lambda text: nullcontext(),
     begin: Begin = lambda done, total: lambda rows, tokens: None,
 ) -> Encoded:
-    """Encode every text of a source into a folder of shards; the same call continues.
+    """Encode every text of a source into a folder of shards; the same call resumes it.
 
     Args:
         engine: where the model runs.
         source: the texts.
         folder: a new folder, or one that the same call began.
         encoding: prompt, normalisation, precision and so on.
-        shards: how the folder is divided.
-        overwrite: begin again, whatever the folder holds.
-        announce: called with a description of each step before the first shard; the context that
-            it returns is entered for the step.
-        begin: called with the number of rows that are done already and that of all rows, if it is
-            known; what it returns is told of progress.
+        shards: how the rows are divided into shards.
+        overwrite: delete the shards that are there, and begin again.
+        announce: called with a description of each step before the first shard; returns a context
+            manager that is active during the step.
+        begin: called with the number of rows that are done and the total number, if it is known;
+            returns the function that is called with the progress.
 
     Returns:
-        What this machine's part of the folder holds now.
+        The totals of this machine's part of the folder, including shards of earlier calls.
 
     Raises:
         DataError: see `Source.records`; or a vector is not finite.
-        OutputError: the folder holds something else, or another process writes to it.
+        OutputError: the folder has other files in it, was begun with other settings or inputs, or
+            another process writes to it.
     """
     encoding, shards = (encoding or Encoding()).of(source), shards or Shards()
     folder = Path(folder)
@@ -74,10 +75,10 @@ def encode_folder(
         with announce(f"checking {source.name}"):
             inputs, counts = _survey(source, shards.skip, manifest, engine.needs_counts)
         with announce("loading the model"):
-            asked = partial(_model_settings, encoding=encoding, shards=shards)
-            settings, window, loss = engine.ask(asked)
+            question = partial(_model_settings, encoding=encoding, shards=shards)
+            settings, window, loss = engine.ask(question)
         if loss is not None and not isinstance(engine, Local):
-            logger.warning("%s", loss)  # nobody hears the warning of a model elsewhere
+            logger.warning("%s", loss)  # the warning in the actor's process is not shown here
         width, stream = settings["dimensions"], Stream(source, counts)
         job = CorpusJob(source, encoding, folder, shards, window, width)
         if encoding.precision == "int8":
@@ -91,7 +92,7 @@ def encode_folder(
 def _check_folder(source: Source, folder: Path, deletes_others: bool) -> None:
     root = source.root.resolve()
     if source.on_disk and root.is_dir() and folder.resolve().is_relative_to(root):
-        raise OutputError(f"{folder} is in the folder that is read. Fix: a folder outside it.")
+        raise OutputError(f"{folder} is in the folder that is read. Fix: name one outside it.")
     if deletes_others:
         given = "--overwrite would delete the shards of other machines"
         raise OutputError(f"{given}. Fix: name a new folder.")
@@ -100,10 +101,10 @@ def _check_folder(source: Source, folder: Path, deletes_others: bool) -> None:
 def _survey(
     source: Source, skip: bool, manifest: Manifest, needs_counts: bool
 ) -> tuple[list[dict[str, Any]], list[int] | None]:
-    """What the source is, for the manifest, and how many rows each file has, if that can be known.
+    """The manifest's list of inputs, and the number of rows of each file, if it can be known.
 
-    Files are read twice, for their digests and to check every row: a fault in the last line should
-    not come to light after days of encoding. A run that continues reads them once.
+    Files are read twice, once for their checksums and once to check every row: a fault in the last
+    line should not be found after days of encoding. A resumed run reads them once.
     """
     if not source.on_disk:
         if needs_counts and not source.again:
@@ -115,7 +116,7 @@ def _survey(
     ]
     known = [dict(entry) for entry in manifest.header.get("inputs", [])]
     counts = [entry.pop("rows", 0) for entry in known]
-    if known != inputs:
+    if known != inputs or not manifest.done:  # without a shard, the settings may be others now
         counts = source.survey(skip)
     return [entry | {"rows": n} for entry, n in zip(inputs, counts, strict=True)], counts
 
@@ -123,7 +124,7 @@ def _survey(
 def _model_settings(
     model: TextEncoder, encoding: Encoding, shards: Shards
 ) -> tuple[dict[str, Any], int, str | None]:
-    """Settings that the model decides, rows encoded at a time, and what 8-bit weights cost."""
+    """Settings that depend on the model, the rows of a window, and the loss by 8-bit weights."""
     encoding.check(model)
     quantization = model.quantization
     settings: dict[str, Any] = {
@@ -139,16 +140,16 @@ def _model_settings(
     chunks = encoding.chunks
     if chunks is not None:
         settings |= {"chunk": asdict(chunks)}
-    if encoding.compiled(model):  # named only then: folders of earlier versions can be continued
+    if encoding.compiled(model):  # absent if False, so folders of earlier versions can be resumed
         settings["compiled"] = True
     window = min(shards.rows, shards.window_on(model.device.type, chunks is not None))
     return settings, window, str(quantization) if quantization else None
 
 
 def _folder_settings(job: CorpusJob) -> dict[str, Any]:
-    """The other settings that a folder is compared by when a run continues."""
-    asked = {"file_column": job.with_files, "whole_files": job.source.whole}
-    return {name: True for name, there in asked.items() if there} | {
+    """The other settings that have to be the same when a folder is resumed."""
+    flags = {"file_column": job.with_files, "whole_files": job.source.whole}
+    return {name: True for name, given in flags.items() if given} | {
         "ranges": None if job.ranges is None else checksum(job.folder / RANGES),
         "format": job.shards.kind.removeprefix("."),
         "shard_rows": job.shards.rows,
@@ -161,42 +162,43 @@ def _folder_settings(job: CorpusJob) -> dict[str, Any]:
 
 
 def _shared_ranges(engine: Local | OnRay, job: CorpusJob, stream: Stream) -> np.ndarray:
-    """The ranges in the folder, which all machines share; the first one to come saves them."""
+    """The ranges in the folder, which all machines share; the first machine saves them."""
     path, chosen, (place, machines) = job.folder / RANGES, job.shards.ranges, job.shards.part
-    ranges = None if chosen is None else read_ranges(chosen, job.width)
-    mine = job.folder / f"._ranges-{place}-of-{machines}.npy"
-    mine.unlink(missing_ok=True)  # left by a run that was killed
+    given = None if chosen is None else read_ranges(chosen, job.width)
+    own = job.folder / f"._ranges-{place}-of-{machines}.npy"
+    own.unlink(missing_ok=True)  # left by a run that was killed
     if not path.is_file():
-        if ranges is None:
+        measured = given
+        if measured is None:
             texts, window = stream.head(), job.window
-            ranges = engine.ask(lambda model: job.encoding.measure_ranges(model, texts, window))
-        save_ranges(mine, ranges)
+            measured = engine.ask(lambda model: job.encoding.measure_ranges(model, texts, window))
+        save_ranges(own, measured)
         try:
-            os.link(mine, path)
+            os.link(own, path)  # unlike a rename, it fails if another machine was first
         except FileExistsError:
-            pass  # another machine was first
+            pass
         except OSError:  # a file system without hard links
-            mine.replace(path)
-        mine.unlink(missing_ok=True)
-    there = read_ranges(path, job.width)
-    if chosen is not None and not np.array_equal(read_ranges(chosen, job.width), there):
+            own.replace(path)
+        own.unlink(missing_ok=True)
+    shared = read_ranges(path, job.width)
+    if given is not None and not np.array_equal(given, shared):
         raise OutputError(f"{path} holds other ranges than {chosen}. Fix: name a new folder.")
-    return there
+    return shared
 
 
 def _fill(
     engine: Local | OnRay, job: CorpusJob, manifest: Manifest, stream: Stream, begin: Begin
 ) -> None:
-    """Write the shards of this machine that are not there."""
+    """Write the shards of this machine that are missing."""
     (place, step), size, total = job.shards.part, job.shards.rows, None
-    wanted: range | count[int] = count(place - 1, step)
+    wanted: range | count[int] = count(place - 1, step)  # to the end of a stream of unknown length
     if stream.counts is not None:
         rows = sum(stream.counts)
         wanted = range(place - 1, -(-rows // size), step)
         total = sum(min(size, rows - shard * size) for shard in wanted)
     before, added = manifest.documents + manifest.skipped, False
     progress = begin(before, total)
-    todo = _unwritten(job, manifest, stream, wanted, here=not engine.needs_counts)
+    todo = _unwritten(job, manifest, stream, wanted, reads_here=not engine.needs_counts)
     for entry in engine.shards(job, stream, todo, lambda n, tokens: progress(before + n, tokens)):
         manifest.add(entry)
         added = True
@@ -207,21 +209,25 @@ def _fill(
 
 
 def _unwritten(
-    job: CorpusJob, manifest: Manifest, stream: Stream, wanted: range | count[int], here: bool
+    job: CorpusJob, manifest: Manifest, stream: Stream, wanted: range | count[int], reads_here: bool
 ) -> Iterator[int]:
-    """The shards to write; rows that are not in files are read `here` again and compared."""
+    """The shards to write.
+
+    Standard input and data sets of the hub have no checksum. If this process reads them, the rows
+    of every finished shard are compared with those that it was made of.
+    """
     for shard in wanted:
         first = shard * job.shards.rows
         if shard not in manifest.done:
-            if here and not stream.reaches(first):
+            if reads_here and not stream.reaches(first):
                 return
             yield shard
-        elif here and not job.source.on_disk:
+        elif reads_here and not job.source.on_disk:
             digest = new_digest()
             add_rows(digest, stream.take(first, job.shards.rows))
             if digest.hexdigest() != manifest.done[shard].texts:
                 raise DataError(
                     f"{job.source.name}: rows {first} to {first + job.shards.rows - 1} are not "
-                    f"those that {job.path(shard)} was made of. Fix: give the same texts, or name "
-                    "another folder."
+                    f"those that {job.path(shard)} was made from. Fix: give the same texts, or "
+                    "name another folder."
                 )

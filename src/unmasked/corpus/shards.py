@@ -1,8 +1,8 @@
-"""One shard: a fixed range of the source's rows in one file, the same bytes whoever writes it.
+"""Encodes one shard, a fixed range of the source's rows, into one file.
 
 Shard k holds rows k·S to (k+1)·S - 1 and is encoded in windows counted from its first row. So its
-bytes depend neither on where a run was interrupted, nor on the machine, nor on the engine that
-writes it; only the device and its number of threads may change the last bits of a number.
+bytes do not depend on where a run was interrupted, or on the machine or engine that writes it; only
+the device and its number of threads may change the last bits of a number.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Skipped = list[dict[str, Any]]
 """Rows without a vector: their number, file, line and reason, as the manifest lists them."""
 new_digest = partial(hashlib.blake2b, digest_size=16)
 _PLACE = ("begin", "end")
-"""Columns of passages: the characters of the document that each is."""
+"""Columns of passages: the position of a passage in its document, in characters."""
 _NOT_FINITE: Fault = (
     "the vector is NaN or infinite",
     "--dtype float32 or bfloat16 (float16 overflows), --precision float32, or correct the text",
@@ -46,15 +46,15 @@ _NOT_FINITE: Fault = (
 
 @dataclass(frozen=True)
 class Shards:
-    """How the output is divided, and what happens to rows that have a fault.
+    """How the output is divided, and what happens to rows with a fault.
 
     Attributes:
         kind: ``.parquet``, ``.npy`` or ``.safetensors``.
         rows: rows of the source per shard, S.
-        window: rows encoded at a time; None chooses by the device.
-        part: (i, n) for the i-th of n machines; it writes every n-th shard.
-        skip: pass over rows with a fault and list them, instead of raising.
-        ranges: .npy file of (2, D) ranges of another run, for int8.
+        window: rows encoded at a time; by default it depends on the device.
+        part: (i, n) for the i-th of n machines, each of which writes every n-th shard.
+        skip: list rows with a fault and leave them out, instead of raising an error.
+        ranges: .npy file with the (2, D) ranges of another run, for int8.
     """
 
     kind: str = ".parquet"
@@ -65,7 +65,7 @@ class Shards:
     ranges: Path | None = None
 
     def check(self, keep: Sequence[str], precision: str, chunks: bool = False) -> None:
-        """Refuse columns that the output cannot hold, and ranges that nothing would use."""
+        """Refuse columns that the output cannot store, and ranges without int8."""
         if chunks and self.kind != ".parquet":
             given = f"{self.kind} holds vectors only, and a passage needs its document and place"
             raise OutputError(f"{given}. Fix: .parquet, or no --chunk.")
@@ -80,25 +80,25 @@ class Shards:
             raise OutputError(f"{given}. Fix: --precision int8, or no --ranges.")
 
     def window_on(self, device: str, chunks: bool = False) -> int:
-        """Rows encoded at a time: enough to sort by length, few enough to see progress.
-
-        Fewer documents, as each of them is many passages.
-        """
-        return self.window or (2048 if device == "cpu" else 16384) // (16 if chunks else 1)
+        """Rows encoded at a time: enough to sort by length, few enough to show progress."""
+        if self.window:
+            return self.window
+        rows = 2048 if device == "cpu" else 16384
+        return rows // 16 if chunks else rows  # a document is many passages
 
 
 @dataclass(frozen=True)
 class CorpusJob:
-    """All that the bytes of a shard depend on, besides the model and the device.
+    """Everything that the bytes of a shard depend on, apart from the model and the device.
 
     Attributes:
         source: the texts.
         encoding: how they become vectors.
-        folder: where the shards go.
-        shards: how the folder is divided.
+        folder: where the shards are written.
+        shards: how the rows are divided into shards.
         window: rows encoded at a time.
-        width: D, the numbers of a vector before bits are packed.
-        ranges: (2, D) ranges of int8.
+        width: D, the dimensions of a vector before bits are packed.
+        ranges: (2, D) ranges for int8.
     """
 
     source: Source
@@ -111,7 +111,7 @@ class CorpusJob:
 
     @property
     def with_files(self) -> bool:
-        """Whether a row says which file of a folder it is from; the id of a whole file says it."""
+        """Whether a column names the row's file in a folder; for whole files, the id is that."""
         folder = self.source.on_disk and self.source.root.is_dir() and not self.source.whole
         return folder and self.shards.kind == ".parquet" and "file" not in self.source.keep
 
@@ -121,9 +121,9 @@ class CorpusJob:
 
 
 class Encoded(NamedTuple):
-    """What was written: the number of vectors, their width D, and the rows that have no vector.
+    """What was written: the number of vectors, their width D, and the rows without a vector.
 
-    `cut` is the number of texts that were longer than an input, of which only the beginning counts.
+    `cut` is the number of texts that were longer than the model's input and so were truncated.
     """
 
     rows: int
@@ -137,7 +137,7 @@ class Stream:
 
     Args:
         source: what to read.
-        counts: rows of each of its files; without them no file can be passed over.
+        counts: the number of rows of each file; without it no file can be passed over.
     """
 
     def __init__(self, source: Source, counts: list[int] | None = None) -> None:
@@ -146,11 +146,11 @@ class Stream:
         self._rows = source.rows()
 
     def head(self) -> list[str]:
-        """The texts that the ranges of int8 are measured on; they stay the next."""
+        """The texts that the ranges of int8 are measured on; the stream does not advance."""
         return [row.text for row in self._peek(CALIBRATION) if row.fault is None]
 
     def reaches(self, start: int) -> bool:
-        """Whether row `start` exists; it is then the next one."""
+        """Whether row `start` exists; moves there."""
         self._seek(start)
         return self.position == start and bool(self._peek(1))
 
@@ -168,7 +168,8 @@ class Stream:
 
     def _seek(self, start: int) -> None:
         if self._starts is not None:
-            # The last file that begins at `start` or before: empty ones share their beginning.
+            # The last file that begins at or before `start`; an empty file begins where the next
+            # one does.
             file = bisect_right(self._starts, start) - 1
             if start < self.position or self._starts[file] > self.position:
                 self._rows, self.position = self.source.rows(file), self._starts[file]
@@ -179,7 +180,7 @@ class Stream:
 def write_shard(
     job: CorpusJob, model: TextEncoder, shard: int, stream: Stream, progress: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Encode a shard into its file; returns its line of the manifest.
+    """Encode a shard into its file, and return its entry of the manifest.
 
     Raises:
         DataError: a row has a fault, and faults are not skipped.
@@ -203,9 +204,9 @@ def write_shard(
 
 
 class Written(NamedTuple):
-    """What a file holds: vectors, of how many texts, the digest of the rows read, and the rest.
+    """The numbers of vectors and of texts in a file, and the digest of all rows that were read.
 
-    `skipped` are the rows that have no vector, `cut` the texts that were longer than an input.
+    `skipped` are the rows without a vector; `cut` is the number of texts that were truncated.
     """
 
     vectors: int
@@ -223,15 +224,15 @@ def write_vectors(
     first: int,
     progress: Callable[[int], None],
 ) -> Written:
-    """Encode rows, the first of which is number `first`, into one file, whole or not at all."""
+    """Encode rows, of which the first is number `first`, into a file, completely or not at all."""
     digest, written, seen = new_digest(), 0, 0
     skipped: Skipped = []
     columns = _columns(job)
     dtype, width = job.encoding.stored_type(job.width)
-    read: deque[RowWindow] = deque()
+    read: deque[RowWindow] = deque()  # windows that were read and are not written yet
 
     def texts() -> Iterator[list[str]]:
-        """Of the windows, which are read in a thread, while those before them are encoded."""
+        """The texts of each window; a thread reads ahead while earlier windows are encoded."""
         start = first
         while window := list(islice(rows, job.window)):
             add_rows(digest, window)
@@ -242,15 +243,16 @@ def write_vectors(
     before = model.backbone.texts_cut
     with (
         written_aside(path) as file,
-        # Closed before its file is, also when something fails: pyarrow's would complain later.
+        # Closed before its file, also after an error: pyarrow's writer writes when it is closed.
         closing(make_writer(job.shards.kind, file, dtype, width, columns)) as writer,
-        closing(job.encoding(model, texts())) as every,  # ends its threads
+        closing(job.encoding(model, texts())) as encoded,  # ends its threads
     ):
-        for passages, found in every:
+        for passages, computed in encoded:
             window = read.popleft()
-            good, vectors = window.stored(passages, found)
+            good, vectors = window.stored(passages, computed)
             if good:
-                writer.write(list(zip(*(_cells(job, *one) for one in good), strict=True)), vectors)
+                cells = (_cells(job, number, row, passage) for number, row, passage in good)
+                writer.write(list(zip(*cells, strict=True)), vectors)  # rows become columns
             written += len(good)
             skipped += window.skipped
             seen += window.rows
@@ -277,17 +279,17 @@ def _cells(job: CorpusJob, number: int, row: Row, passage: Passage) -> list[obje
 
 
 class RowWindow:
-    """Some rows that are encoded together.
+    """Rows that are encoded together.
 
     Args:
-        job: what to do with them.
+        job: the corpus that they belong to.
         first: number of the first row.
         rows: the rows.
 
     Attributes:
-        rows: how many there are.
-        good: those with a text, and their numbers.
-        skipped: those without a vector.
+        rows: how many rows there are.
+        good: the rows without a fault, each with its number.
+        skipped: the rows without a vector.
 
     Raises:
         DataError: a row has a fault, and faults are not skipped.
@@ -306,26 +308,26 @@ class RowWindow:
     def stored(
         self, passages: Sequence[Passage], vectors: np.ndarray
     ) -> tuple[list[tuple[int, Row, Passage]], np.ndarray]:
-        """Number, row and passage of each of N vectors, and these as they are stored.
+        """Number, row and passage of each finite vector, and the vectors as they are stored.
 
-        A document of which one passage has no vector is left out whole.
+        A document with a passage whose vector is not finite is left out as a whole.
 
         Args:
-            passages: P, of the texts of `good`.
+            passages: the P passages of the texts in `good`.
             vectors: (P, D) float32.
         """
         finite = np.isfinite(vectors).all(axis=1)
         stored = self.job.encoding.store(np.where(finite[:, None], vectors, 0), self.job.ranges)
-        finite &= np.isfinite(stored).all(axis=1)  # float16 overflows
-        owners = np.array([passage.document for passage in passages], dtype=np.int64)
+        finite &= np.isfinite(stored).all(axis=1)  # float16 may overflow
+        owners = np.array([passage.document for passage in passages], dtype=np.int64)  # (P,)
         bad = np.unique(owners[~finite])
         for i in bad:
             self._skip(self.good[i][0], self.good[i][1]._replace(fault=_NOT_FINITE))
         self.skipped.sort(key=itemgetter("row"))
         kept = ~np.isin(owners, bad)
         chosen = (passages[int(i)] for i in np.flatnonzero(kept))
-        found = [(*self.good[passage.document], passage) for passage in chosen]
-        return found, np.ascontiguousarray(stored[kept])
+        cells = [(*self.good[passage.document], passage) for passage in chosen]
+        return cells, np.ascontiguousarray(stored[kept])
 
     def _skip(self, number: int, row: Row) -> None:
         source = self.job.source
@@ -338,9 +340,10 @@ class RowWindow:
 
 
 def add_rows(digest: hashlib.blake2b, rows: Iterable[Row]) -> None:
-    """Take rows, faults included, into a digest: is a stream still the one that it was?
+    """Add rows to a digest, which shows later whether a stream still has the same rows.
 
-    The words of a fault are part of it, so other words make what an older version began refuse.
+    The wording of faults is part of it: if a version words a fault differently, it refuses to
+    resume a stream with such rows that an older version began.
     """
     for row in rows:
         digest.update(f"{row.text}\0{row.id}\0{row.fault}\1".encode(errors="replace"))

@@ -1,9 +1,9 @@
 """How texts become the vectors that are stored.
 
-A vector is cut to its first numbers and scaled to length 1 afterwards (Matryoshka, arXiv
-2205.13147), then stored as float32, float16, int8 or single bits. int8 needs ranges, the smallest
-and the largest value of each dimension; they are measured once, on the first texts, saved, and
-shared by all shards and machines.
+A vector is truncated to its first dimensions, then normalised (Matryoshka, arXiv 2205.13147), then
+stored as float32, float16, int8 or single bits. int8 needs ranges, the smallest and the largest
+value of each dimension; they are measured once, on the first texts, saved, and shared by all shards
+and machines.
 """
 
 from __future__ import annotations
@@ -34,20 +34,22 @@ CALIBRATION = 4096
 
 @dataclass(frozen=True)
 class Encoding:
-    """How texts become vectors: options of `TextEncoder.encode`; None leaves it to the model.
+    """How texts become vectors: options of `TextEncoder.encode`; None is the model's default.
 
     Attributes:
         prompt: text that is put before every input.
-        prompt_name: the same, by its name in the model.
+        prompt_name: the name of one of the model's prompts, instead of its text.
         batch_size: maximum number of texts per forward.
         normalize: scale every vector to length 1.
-        truncate_dim: keep only this many numbers of each vector, the first ones.
-        precision: ``float32``; ``float16``; ``int8``, (v - low) / (high - low) * 255 - 128 by the
-            ranges of each dimension, as sentence-transformers computes it; ``binary``, one bit per
-            number, set where v > 0, eight to a byte, the first one in the highest place
+        truncate_dim: keep only the first dimensions of each vector, this many.
+        precision: ``float32``; ``float16``; ``int8``, (v - low) / (high - low) * 255 - 128 with the
+            range of each dimension, as sentence-transformers computes it; ``binary``, one bit per
+            dimension, set if v > 0, eight to a byte, the first one in the highest place
             (`numpy.unpackbits` reverses it).
-        chunks: how a document becomes passages, each of which has a vector; None encodes it whole.
-        expected_tokens: roughly, of the whole source; do they pay for compiling the decoder layers?
+        chunks: how documents are divided into passages, each of which has a vector; None encodes
+            them whole.
+        expected_tokens: a rough number of tokens in the whole source, which decides whether
+            compiling the decoder layers is worth its time.
     """
 
     prompt: str | None = None
@@ -60,11 +62,12 @@ class Encoding:
     expected_tokens: int = 0
 
     def of(self, source: Source) -> Encoding:
-        """The same, for all of a source: its size on the disk says how many tokens it has.
+        """A copy whose `expected_tokens` are estimated from the source's size on the disk.
 
-        Where that is unknown (standard input, a data set on the hub) nothing is compiled unless the
-        model says ``always``. It is never the progress that decides: compiling moves the last bits
-        of a vector, and a shard has the same bytes wherever a run was interrupted.
+        If that is unknown (standard input, a data set on the hub), nothing is compiled unless the
+        model's setting is ``always``. The decision never depends on the progress of a run: compiled
+        layers change the last bits of a vector, and a shard must have the same bytes wherever a run
+        was interrupted.
         """
         from unmasked.forward.compiling import LETTERS
 
@@ -72,16 +75,16 @@ class Encoding:
         return replace(self, expected_tokens=size // LETTERS)
 
     def compiled(self, model: TextEncoder) -> bool:
-        """Whether the decoder layers are compiled, which is decided now if it was not before."""
+        """Compile the decoder layers if that saves time; returns whether they are compiled."""
         return model.backbone.compile_for(self.expected_tokens, model.compiles)
 
     def check_sizes(self) -> None:
-        """Refuse sizes of passages that cannot be, before a model is there."""
+        """Refuse impossible sizes of passages before a model is loaded."""
         if self.chunks is not None:
             self.chunks.check_sizes()
 
     def check(self, model: TextEncoder) -> None:
-        """Refuse what the model cannot do; the `DataError` says what it can do."""
+        """Refuse what the model cannot do, with a `DataError` that says what it can do."""
         if self.prompt is not None and self.prompt_name is not None:
             raise DataError("prompt and prompt_name were both given. Fix: give one of them.")
         if self.prompt_name is not None and self.prompt_name not in model.prompts:
@@ -100,7 +103,7 @@ class Encoding:
                 check_pooling(model)
 
     def width(self, model: TextEncoder) -> int:
-        """D, the numbers of a vector before bits are packed."""
+        """D, the dimensions of a vector before bits are packed."""
         return self.truncate_dim or model.get_embedding_dimension() or 0
 
     def resolved_prompt(self, model: TextEncoder) -> str | None:
@@ -113,7 +116,7 @@ class Encoding:
     ) -> Generator[tuple[list[Passage], np.ndarray], None, None]:
         """The passages of each list of N texts, P in all, and their (P, D) float32 vectors.
 
-        Without `chunks` each text is one passage. Lists are read ahead, in a thread.
+        Without `chunks`, each text is one passage. A thread reads the lists ahead.
         """
         from unmasked.forward.loop.running import encode_windows
 
@@ -121,14 +124,14 @@ class Encoding:
         if self.chunks is not None and self.chunks.late:
             yield from (self._late(model, texts) for texts in windows)
             return
-        divided: deque[list[Passage]] = deque()
+        divided: deque[list[Passage]] = deque()  # of the lists that are not encoded yet
 
         def parts() -> Iterator[list[str]]:
             for texts in windows:
-                divided.append(self._divided(model, texts))
+                divided.append(self._divide(model, texts))
                 yield [texts[i][begin:end] for i, begin, end in divided[-1]]
 
-        found = encode_windows(
+        encoded = encode_windows(
             model,
             model.backbone,
             parts(),
@@ -137,16 +140,16 @@ class Encoding:
             normalize_embeddings=self.normalize,
             truncate_dim=self.truncate_dim or model.truncate_dim,
         )
-        with closing(found):  # ends its threads
-            for vectors in found:
+        with closing(encoded):  # ends its threads
+            for vectors in encoded:
                 yield divided.popleft(), np.ascontiguousarray(vectors, dtype="<f4")
 
     def passages(self, model: TextEncoder, texts: list[str]) -> tuple[list[Passage], np.ndarray]:
         """The passages of N texts, P in all, and their (P, D) float32 vectors."""
-        (found,) = self(model, [texts])
-        return found
+        (result,) = self(model, [texts])
+        return result
 
-    def _divided(self, model: TextEncoder, texts: list[str]) -> list[Passage]:
+    def _divide(self, model: TextEncoder, texts: list[str]) -> list[Passage]:
         if self.chunks is None:
             return [Passage(i, 0, len(text)) for i, text in enumerate(texts)]
         tokens = model.backbone.tokens
@@ -154,23 +157,24 @@ class Encoding:
         return [Passage(i, *span) for i, parts in enumerate(spans) for span in parts]
 
     def _late(self, model: TextEncoder, texts: list[str]) -> tuple[list[Passage], np.ndarray]:
-        """The same, each pooled from one forward over its document."""
-        found, tokens = self._divided(model, texts), model.backbone.tokens
-        if not found:
-            return found, np.empty((0, self.width(model)), dtype="<f4")
+        """The same result, with each passage pooled from one forward over its document."""
+        passages, tokens = self._divide(model, texts), model.backbone.tokens
+        if not passages:
+            return passages, np.empty((0, self.width(model)), dtype="<f4")
         prompt, limit = self.resolved_prompt(model) or "", positions(model)
         windows, order, first = [], [], 0
-        for document, parts in groupby(found, key=lambda passage: passage.document):
+        for document, parts in groupby(passages, key=lambda passage: passage.document):
             spans = [(begin, end) for _, begin, end in parts]
             own = list(windows_of(tokens, texts[document], spans, prompt, limit))
             order += [first + place for window in own for place in window.passages]
             windows += own
             first += len(spans)
-        vectors = late_vectors(model, windows, self.normalize, self.truncate_dim)
-        return found, np.ascontiguousarray(vectors[np.argsort(order)], dtype="<f4")
+        vectors = late_vectors(model, windows, self.normalize, self.width(model))
+        # `order` has the passage of each vector; its argsort has the vector of each passage.
+        return passages, np.ascontiguousarray(vectors[np.argsort(order)], dtype="<f4")
 
     def stored_type(self, width: int) -> tuple[np.dtype[Any], int]:
-        """The type of the stored numbers, and how many of them a vector of `width` has."""
+        """The type of the stored numbers, and how many of them a vector of D = `width` takes."""
         if self.precision == "binary":
             return np.dtype("u1"), -(-width // 8)
         return np.dtype({"float32": "<f4", "float16": "<f2", "int8": "i1"}[self.precision]), width
@@ -188,14 +192,14 @@ class Encoding:
         return vectors
 
     def measure_ranges(self, model: TextEncoder, texts: list[str], window: int) -> np.ndarray:
-        """(2, D) float32: the smallest and the largest value of each dimension on some texts.
+        """(2, D) float32: the smallest and the largest value of each dimension over some texts.
 
         Raises:
             DataError: no text has a finite vector.
         """
-        starts = range(0, len(texts) or 1, window)
-        every = self(model, (texts[i : i + window] for i in starts))
-        vectors = np.concatenate([vectors for _, vectors in every])
+        starts = range(0, len(texts) or 1, window)  # at least one window, even if it is empty
+        encoded = self(model, (texts[i : i + window] for i in starts))
+        vectors = np.concatenate([vectors for _, vectors in encoded])
         vectors = vectors[np.isfinite(vectors).all(axis=1)]
         if not len(vectors):
             raise DataError(
@@ -208,20 +212,21 @@ class Encoding:
 def encode_passages(
     model: TextEncoder, texts: Sequence[str], chunks: Chunks, **options: Any
 ) -> tuple[list[Passage], np.ndarray]:
-    """Divide documents into passages, and encode each.
+    """Divide documents into passages, and encode each passage.
 
     Args:
-        model: encodes.
+        model: the encoder.
         texts: the documents.
-        chunks: the most tokens of a passage, their overlap, and whether a passage is pooled from
-            the forward of its document.
+        chunks: the maximum number of tokens of a passage, their overlap, and whether a passage is
+            pooled from the forward over its document.
         options: fields of `Encoding`: ``prompt``, ``normalize``, ``truncate_dim`` and so on.
 
     Returns:
         The passages, P in all, in order, and their (P, D) float32 vectors.
 
     Raises:
-        DataError: sizes that cannot be, or a model that cannot place a passage in its document.
+        DataError: the sizes of passages are impossible, or the model cannot find a passage in its
+            document.
     """
     encoding = Encoding(chunks=chunks, **options)
     encoding.check(model)
@@ -229,18 +234,22 @@ def encode_passages(
 
 
 def read_ranges(path: Path, width: int) -> np.ndarray:
-    """The (2, D) ranges of a file; `DataError` if it holds something else."""
+    """The (2, D) ranges in a file; a `DataError` if it has something else."""
     try:
         ranges = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} holds no ranges ({error}). Fix: _ranges.npy of a run.") from error
+        fix = "give the _ranges.npy of a run"
+        raise DataError(f"{path} holds no ranges ({error}). Fix: {fix}.") from error
     if ranges.shape != (2, width) or ranges.dtype.kind != "f" or not np.isfinite(ranges).all():
         given = f"{ranges.dtype} of shape {ranges.shape}"
-        raise DataError(f"{path} is {given}. Fix: (2, {width}) numbers, lowest and highest.")
+        raise DataError(
+            f"{path} is {given}, and the ranges of these vectors are finite floats of shape "
+            f"(2, {width}), lowest and highest. Fix: give the _ranges.npy of such a run."
+        )
     return np.ascontiguousarray(ranges, dtype="<f4")
 
 
 def save_ranges(path: Path, ranges: np.ndarray) -> None:
-    """Write ranges to a file, whole or not at all."""
+    """Write ranges to a file, completely or not at all."""
     with written_aside(path) as file:
         np.save(file, ranges)

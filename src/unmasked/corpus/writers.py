@@ -1,7 +1,7 @@
 """Files of vectors (.npy, .safetensors, .parquet), written window by window.
 
-Libraries write the first two only when all vectors are in memory; here the header is written first,
-and once more when the number of rows is known. Cost: one window in memory.
+The libraries of the first two formats write a file only if all vectors are in memory. Here the
+header is written first, and again when the number of rows is known. Cost: one window in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unmasked.errors import DataError
 
 OUTPUTS = (".npy", ".parquet", ".safetensors")
 Columns = Sequence[Sequence[object]]
-"""Values of the columns beside the vectors, N each."""
+"""Values of the columns beside the vectors, N per column."""
 
 
 def make_writer(
@@ -35,8 +35,8 @@ def make_writer(
         file: the open file to write to.
         dtype: type of the stored numbers.
         width: how many numbers a stored vector has.
-        columns: names and Arrow types (or their names) of the columns beside the vector, which
-            .parquet alone holds.
+        columns: names and Arrow types (or their names) of the columns beside the vector; only
+            .parquet has them, and the first is the row number.
     """
     if kind == ".parquet":
         return ParquetWriter(file, dtype, width, columns)
@@ -44,7 +44,10 @@ def make_writer(
 
 
 class FlatWriter:
-    """One vector after the other, behind a header that is rewritten when their number is known."""
+    """Writes vectors one after the other, after a header that is rewritten on closing.
+
+    The header must have the same length for every number of rows.
+    """
 
     def __init__(self, file: IO[bytes], header: Callable[[int], bytes]) -> None:
         self.file, self.header, self.rows = file, header, 0
@@ -62,7 +65,7 @@ class FlatWriter:
 def _npy(dtype: np.dtype[Any], width: int, rows: int) -> bytes:
     header = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(dtype)
-    # numpy pads the header so that the first axis can grow in place.
+    # numpy pads the header, so its length is the same for any number of rows.
     said = {"descr": descr, "fortran_order": False, "shape": (rows, width)}
     np.lib.format.write_array_header_1_0(header, said)
     return header.getvalue()
@@ -78,7 +81,7 @@ def _safetensors(dtype: np.dtype[Any], width: int, rows: int) -> bytes:
 
 
 class ParquetWriter:
-    """The columns, then ``vector``, a list of fixed size; one row group per window."""
+    """Writes the columns, then ``vector``, a fixed-size list; each window is a row group."""
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class ParquetWriter:
         import pyarrow as pa
 
         *fields, vector = self.schema
-        arrays = [_array(columns[0], *one) for one in zip(columns, fields, strict=True)]
+        arrays = [_array(columns[0], *pair) for pair in zip(columns, fields, strict=True)]
         flat = pa.array(vectors.reshape(-1))
         arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=vector.type))
         self.table_writer.write_table(pa.table(arrays, schema=self.schema))
@@ -120,14 +123,14 @@ class ParquetWriter:
 
 
 def _array(numbers: Sequence[object], values: Sequence[object], field: Any) -> Any:
-    """A column; the value that does not have its type is named with the number of its row."""
+    """An Arrow column; if a value cannot have its type, the error names the row."""
     import pyarrow as pa
 
     wrong = (pa.ArrowException, OverflowError, TypeError, UnicodeEncodeError)
     try:
         return pa.array(list(values), field.type)
     except wrong:
-        for number, value in zip(numbers, values, strict=True):
+        for number, value in zip(numbers, values, strict=True):  # finds the row
             try:
                 pa.array([value], field.type)
             except wrong as error:

@@ -1,8 +1,8 @@
-"""The nearest texts of an encoded corpus, for looking at what one got; a store serves many users.
+"""Finds the nearest texts in an encoded corpus, to look at the result; not a vector database.
 
 `stored_files` opens what `unmasked encode` wrote, without reading it into memory; `nearest` finds
 the closest vectors, exactly; `looking` puts model, vectors and texts together. Cost: one pass over
-the vectors per query, after a first one that also measures their lengths.
+the vectors per call; the first call makes another one, to measure their lengths.
 """
 
 from unmasked.corpus.search.looking import Hit, VectorSearch, search_in, search_texts

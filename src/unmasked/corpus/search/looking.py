@@ -1,7 +1,7 @@
-"""A query goes in, the nearest texts come out: a model, its vectors, and perhaps their texts.
+"""Finds the nearest texts to a query, with a model, its vectors, and perhaps their texts.
 
-The texts are those that stand beside the vectors (``--keep text``), those of a corpus that is
-encoded for the occasion, or those of the source, which is then read once and kept in memory.
+The texts are in a column beside the vectors (``--keep text``), or were just encoded for the search,
+or are read from the source, once, and kept in memory.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Hit(NamedTuple):
     """A text that was found.
 
     Attributes:
-        score: its cosine to the query.
+        score: its cosine similarity to the query.
         row: its number in the corpus, from 0.
-        id: its name, if it has one.
+        id: its id, if it has one.
         file: the file that it is from, if that is known.
-        begin, end: the characters of the document that a passage is.
+        begin, end: the position of a passage in its document, in characters.
         text: the text, or the passage, if it is known.
     """
 
@@ -53,13 +53,13 @@ class VectorSearch:
     """Finds the nearest texts.
 
     Args:
-        model: encodes queries; the one that made the vectors.
+        model: the model that made the vectors; it encodes the queries.
         stored: the vectors.
-        texts: where they are from, to show the texts as well.
+        texts: the source that the vectors were made from, to show the texts as well.
         prompt, prompt_name: put before a query; by default the model's prompt for queries.
 
     Raises:
-        DataError: the vectors are of another model, or the texts are others.
+        DataError: the vectors were made by another model, or from other texts.
     """
 
     def __init__(
@@ -79,22 +79,19 @@ class VectorSearch:
             dtype = stored.settings.get("dtype", "float32")
             raise DataError(
                 f"{stored.name} was made by another model, or in another number type ({dtype}), "
-                "so a score would mean nothing. Fix: --model with the one that made it, "
+                "so a score would mean nothing. Fix: give --model the model that made it, and "
                 f"--dtype {dtype}."
             )
         if texts is not None and stored.inputs and texts.on_disk:
-            there = [
-                (name, Path(f).stat().st_size)
-                for name, f in zip(texts.names, texts.files, strict=True)
+            given = [
+                (name, Path(file).stat().st_size)
+                for name, file in zip(texts.names, texts.files, strict=True)
             ]
-            if there != [(entry["file"], entry.get("bytes")) for entry in stored.inputs]:
-                raise DataError(
-                    f"{texts.name} is not what {stored.name} was made of. Fix: --texts with the "
-                    "same files, or leave it out."
-                )
+            if given != [(entry["file"], entry.get("bytes")) for entry in stored.inputs]:
+                raise self._other_texts(texts)
 
     def __call__(self, queries: Sequence[str], count: int = 10) -> list[list[Hit]]:
-        """The nearest texts of each query, best first; fewer than `count` if there are no more."""
+        """The nearest texts to each query, best first; fewer than `count` if there are no more."""
         vectors: Any = self.model.encode_query(
             list(queries),
             prompt=self.prompt,
@@ -104,23 +101,29 @@ class VectorSearch:
         )
         found = nearest_vectors(self.stored, np.asarray(vectors, dtype=np.float32), count)
         return [
-            [self._hit(float(score), int(place)) for score, place in zip(*row, strict=True)]
-            for row in zip(found.scores, found.places, strict=True)
+            [self._hit(float(score), int(place)) for score, place in zip(*best, strict=True)]
+            for best in zip(found.scores, found.places, strict=True)
         ]
 
     def _hit(self, score: float, place: int) -> Hit:
         cells = self.stored.cells(place)
         named = {name: cells[name] for name in Hit._fields if name in cells}
         if self.source is not None:
+            if named["row"] >= len(self._texts):
+                raise self._other_texts(self.source)
             named["text"] = self._texts[named["row"]].as_py()
         hit = Hit(score, **named)
         if hit.text is not None and hit.begin is not None:
             hit = hit._replace(text=hit.text[hit.begin : hit.end])
         return hit
 
+    def _other_texts(self, texts: Source) -> DataError:
+        given = f"{texts.name} is not what {self.stored.name} was made from"
+        return DataError(f"{given}. Fix: give --texts the same files, or leave it out.")
+
     @cached_property
     def _texts(self) -> Any:
-        """The texts of the source by row; Arrow holds them as bytes, without an object each."""
+        """The texts of the source by row; Arrow saves the memory of a Python object per text."""
         import pyarrow as pa
 
         assert self.source is not None
@@ -130,7 +133,7 @@ class VectorSearch:
 
 
 def search_in(model: TextEncoder, vectors: str | Path, **options: Any) -> VectorSearch:
-    """A search in a folder or file of vectors; options as those of `VectorSearch`."""
+    """A search in a folder or file of vectors; the options are those of `VectorSearch`."""
     return VectorSearch(model, open_vectors(vectors), **options)
 
 
@@ -142,13 +145,13 @@ def search_texts(
     progress: Callable[[int], None] = lambda rows: None,
     **options: Any,
 ) -> VectorSearch:
-    """A search in texts that are encoded now, into memory; for a corpus that is small.
+    """Encode the texts of a small corpus into memory, to search in them.
 
     Args:
-        model: encodes texts and queries.
+        model: the encoder of texts and queries.
         source: the texts; a row with a fault is an error.
-        chunks: how they become passages; None encodes them whole.
-        progress: is told of the rows done so far.
+        chunks: how texts are divided into passages; None encodes them whole.
+        progress: called with the number of rows done so far.
         options: those of `VectorSearch`.
     """
     import pyarrow as pa
@@ -166,8 +169,9 @@ def search_texts(
         parts.append(vectors)
         for document, begin, end in found:
             row = window[document]
-            own = {"row": done + document, "id": row.id, "file": source.names[row.file]}
-            cells.append(own | {"begin": begin if chunks else None, "end": end, "text": row.text})
+            span = {"begin": begin, "end": end} if chunks else {}
+            named = {"row": done + document, "id": row.id, "file": source.names[row.file]}
+            cells.append(named | span | {"text": row.text})
         done += len(window)
         progress(done)
     if not done:

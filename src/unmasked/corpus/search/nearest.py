@@ -1,14 +1,14 @@
-"""The vectors nearest to a query by cosine, exactly: one product with all of them, block by block.
+"""Exact search by cosine: the product of the queries with all vectors, block by block.
 
-int8 numbers are put back to scale in the product, so that only what was lost in storing is lost.
-Bits are compared by the number of them that differ, which is fast and coarse, and the best
-`RESCORED` times as many are scored again with the query's own numbers. Where FAISS is installed and
-there are many queries, it takes the products and the counts of bits, to the same result.
+int8 numbers are restored to their scale for the product, so nothing is lost beyond what storing
+them lost. Bit vectors are ranked by Hamming distance, which is fast and coarse, and the best
+`RESCORED` * K of them are scored again with the query's float32 numbers. If FAISS is installed and
+there are many queries, it computes the products and distances, with the same result.
 
-Cost: a pass over the stored bytes, the speed of memory: a million vectors of 256 float32 numbers in
-a fraction of a second. Memory: one block of `BLOCK` vectors as float32.
+Cost: a pass over the stored bytes at the speed of memory: a million vectors of 256 float32 numbers
+in a fraction of a second. Memory: one block of `BLOCK` vectors as float32.
 
-Shapes: Q queries, N vectors, D width, W stored numbers of a vector, K nearest ones.
+Shapes: Q queries, N vectors, n of a block, D width, W stored numbers of a vector, K results.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from unmasked.forward.nearest import best_scores
 from unmasked.forward.nearest.best_scores import Best, BestScores, add_products
 
 BLOCK = 16384
-"""Vectors of a block."""
+"""Vectors per block."""
 RESCORED = 32
-"""How many times as many bit vectors as are asked for are scored again."""
+"""For each bit vector that is requested, this many are scored again."""
 
 
 def nearest_vectors(stored: StoredVectors, queries: np.ndarray, count: int) -> Best:
-    """The vectors with the highest cosine to each query; of equal ones, the first.
+    """The vectors with the highest cosine to each query; of equal vectors, the first.
 
     Args:
         stored: the vectors.
@@ -58,34 +58,35 @@ def _numbers(stored: StoredVectors, part: np.ndarray) -> np.ndarray:
         return numbers
     low, high = stored.ranges
     step = (high - low) / 255
+    # Storing rounded down, so the middle of the interval is half a step higher.
     restored: np.ndarray = numbers * step + (low + 128.5 * step)
-    return restored  # the middle of what was rounded down to it
+    return restored
 
 
 def _by_bits(stored: StoredVectors, queries: np.ndarray, count: int) -> Best:
-    """The nearest bit vectors: by differing bits first, then by the query's own numbers."""
-    asked = np.packbits(queries > 0, axis=1)  # (Q, W)
+    """The nearest bit vectors: first by Hamming distance, then by the query's float32 numbers."""
+    query_bits = np.packbits(queries > 0, axis=1)  # (Q, W)
     rough = BestScores(len(queries), max(RESCORED * count, 256))
     for place, part in stored.parts(BLOCK):
-        if faiss := best_scores.faiss_for(len(asked)):
-            differing, found = faiss.knn_hamming(
-                asked, np.ascontiguousarray(part), min(rough.count, len(part))
+        if faiss := best_scores.faiss_for(len(query_bits)):
+            distances, found = faiss.knn_hamming(
+                query_bits, np.ascontiguousarray(part), min(rough.count, len(part))
             )
-            rough.add(-differing.astype(np.float32), found.astype(np.int64) + place)
+            rough.add(-distances.astype(np.float32), found.astype(np.int64) + place)
         else:
-            for query, bits in enumerate(asked):
-                differing = _set_bits(part ^ bits).sum(axis=1, dtype=np.int32)
-                rough.add_all(-differing[None].astype(np.float32), place, query)
+            for query, bits in enumerate(query_bits):
+                distances = _set_bits(part ^ bits).sum(axis=1, dtype=np.int32)  # (n,)
+                rough.add_all(-distances[None].astype(np.float32), place, query)
     best = BestScores(len(queries), count)
     for query, places in enumerate(rough.result().places):
         bits = np.unpackbits(stored.gather(places), axis=1)[:, : stored.width]
-        signs = bits.astype(np.float32) * 2 - 1  # (n, D)
+        signs = bits.astype(np.float32) * 2 - 1  # (candidates, D) of length √D each
         best.add((signs @ queries[query])[None] / stored.width**0.5, places[None], query)
     return best.result()
 
 
 def _set_bits(packed: np.ndarray) -> np.ndarray:
-    """How many bits are set in each byte."""
+    """The number of bits that are set in each byte."""
     if hasattr(np, "bitwise_count"):  # numpy 2
         counts: np.ndarray = np.bitwise_count(packed)
         return counts

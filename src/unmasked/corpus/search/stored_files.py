@@ -1,8 +1,8 @@
-"""What `unmasked encode` wrote, opened again: vectors that stay on the disk, and what each is of.
+"""Opens what `unmasked encode` wrote: vectors that stay on the disk, and the columns beside them.
 
-.npy and .safetensors are mapped as they lie. A Parquet file has its vectors in pages, so they are
-copied once into a temporary file that nobody else sees, as large as the vectors, and mapped there.
-What stands beside the vectors (ids, files, spans) is read into memory.
+.npy and .safetensors files are memory-mapped. A Parquet file has its vectors in pages, so they are
+copied into a temporary file without a name, as large as the vectors, which is mapped. The other
+columns (ids, files, positions of passages) are read into memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from unmasked.corpus.stored_vectors import read_ranges
-from unmasked.errors import DataError, first_line
+from unmasked.errors import DataError, OutputError, first_line
 from unmasked.files.writing import not_written
 
 _PRECISIONS = {"<f4": "float32", "<f2": "float16", "|i1": "int8", "|u1": "binary"}
@@ -26,18 +26,19 @@ VECTOR_FILES = (".npy", ".safetensors", ".parquet")
 
 @dataclass
 class StoredVectors:
-    """Vectors of a folder or a file, N in all.
+    """The vectors of a folder or a file, N in all.
 
     Attributes:
-        name: what they were opened from.
+        name: the folder or file.
         blocks: arrays (n, W) in order, on the disk or in memory.
-        precision: the kind of their numbers, as `Encoding.precision`.
-        width: D, the numbers of a vector before bits are packed.
-        columns: what each is of: a pyarrow table of N rows, or their row numbers (N,) alone.
+        precision: the precision of the stored numbers, as `Encoding.precision`.
+        width: D, the dimensions of a vector before bits are packed.
+        columns: the columns beside the vectors: a pyarrow table of N rows, or only the row numbers
+            as an array (N,).
         ranges: (2, D) ranges of int8.
-        settings: how they were made, where a manifest says it.
-        inputs: what they were made of, as the manifest lists it.
-        norms: (N,) their lengths, once a search has measured them.
+        settings: the settings that they were made with, if there is a manifest.
+        inputs: the files that they were made from, if there is a manifest.
+        norms: (N,) their lengths, after the first search.
     """
 
     name: str
@@ -54,7 +55,7 @@ class StoredVectors:
         return sum(map(len, self.blocks))
 
     def parts(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The vectors, at most `rows` at a time, each part with the place of its first one."""
+        """The vectors, at most `rows` at a time, each part with the place of its first vector."""
         place = 0
         for block in self.blocks:
             for start in range(0, len(block), rows):
@@ -64,19 +65,19 @@ class StoredVectors:
     def gather(self, places: np.ndarray) -> np.ndarray:
         """The stored vectors at some places, (n, W)."""
         ends = np.cumsum([len(block) for block in self.blocks])
-        of = np.searchsorted(ends, places, side="right")
-        found = [self.blocks[b][p - ends[b]] for b, p in zip(of, places, strict=True)]
-        return np.stack(found)  # a negative place counts from the end of its block
+        owners = np.searchsorted(ends, places, side="right")
+        # `place - ends[block]` is negative, so it counts from the end of the block.
+        return np.stack([self.blocks[b][p - ends[b]] for b, p in zip(owners, places, strict=True)])
 
     def cells(self, place: int) -> dict[str, Any]:
-        """What the vector at a place is of: its row, and id, file and span where they are known."""
+        """The columns of the vector at a place: its row, and id, file and position if known."""
         if isinstance(self.columns, np.ndarray):
             return {"row": int(self.columns[place])}
         return {name: self.columns[name][place].as_py() for name in self.columns.column_names}
 
 
 def are_vectors(path: Path) -> bool:
-    """Whether a path holds vectors, and not texts."""
+    """Whether a path has vectors and not texts."""
     if path.is_dir():
         return any(path.glob("_manifest*.jsonl"))
     if path.suffix == ".parquet" and path.is_file():
@@ -90,8 +91,8 @@ def open_vectors(path: str | Path) -> StoredVectors:
     """Open a folder of shards, or one file of vectors.
 
     Raises:
-        DataError: it holds no vectors, is not finished, or is damaged.
-        OutputError: there is no room for the copy of the vectors of Parquet files.
+        DataError: the path has no vectors, is not finished, or is damaged.
+        OutputError: there is no space for the copy of the vectors of Parquet files.
     """
     path = Path(path)
     if not path.exists():
@@ -110,14 +111,21 @@ def _folder(path: Path) -> StoredVectors:
     header: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
     for manifest in sorted(path.glob("_manifest*.jsonl")):
-        lines = [json.loads(line) for line in manifest.read_bytes().splitlines()]
-        header = lines[0]
+        lines = [json.loads(line) for line in _whole_lines(manifest)]
+        header = lines[0] if lines else {}
         entries += [line for line in lines[1:] if "shard" in line]
-        if "finished" not in lines[-1]:
-            raise DataError(
-                f"{path}: {manifest.name} is not finished, {len(lines) - 1} shards are there. Fix: "
-                "the unmasked encode command that began it, once more."
+        if not lines or "finished" not in lines[-1]:
+            shards = f"{max(len(lines) - 1, 0)} shards are there"
+            fix = "run the unmasked encode command that began it again"
+            raise DataError(f"{path}: {manifest.name} is not finished, {shards}. Fix: {fix}.")
+    machines = header.get("settings", {}).get("machines", 1)
+    for place in range(1, machines + 1) if machines > 1 else ():
+        if not (path / f"_manifest-{place}-of-{machines}.jsonl").is_file():
+            given = (
+                f"{path} is not finished, the shards of machine {place} of {machines} are missing"
             )
+            fix = f"run its unmasked encode command with --shard {place}/{machines}"
+            raise DataError(f"{given}. Fix: {fix}.")
     entries.sort(key=lambda entry: int(entry["shard"]))
     if not entries:
         raise DataError(f"{path} holds no vectors. Fix: unmasked encode MODEL TEXTS -o {path}")
@@ -135,7 +143,7 @@ def _opened(
     settings: dict[str, Any],
     inputs: list[dict[str, Any]],
 ) -> StoredVectors:
-    """The vectors of files, of which each begins at a row and lacks some."""
+    """The vectors of files; `rows` has the first row of each file and its rows without a vector."""
     columns: Any
     if files[0].suffix == ".parquet":
         blocks, columns = _parquet(files)
@@ -161,12 +169,18 @@ def _opened(
     return StoredVectors(name, blocks, precision, width, columns, known, settings, inputs)
 
 
+def _whole_lines(manifest: Path) -> list[bytes]:
+    """The lines without the last one if a run was killed, or is still active, while writing it."""
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    return [line for line in lines if line.endswith(b"\n")]
+
+
 def _not_stored(found: str) -> DataError:
-    return DataError(f"{found.rstrip('.')}. Fix: give what unmasked encode wrote, whole.")
+    return DataError(f"{found.rstrip('.')}. Fix: give the complete output of unmasked encode.")
 
 
 def _numbers(first: int, skipped: Sequence[int], count: int) -> np.ndarray:
-    """The row numbers of `count` vectors from row `first` on, without those that were skipped."""
+    """The row numbers of `count` vectors from row `first` on, without the skipped rows."""
     numbers = np.arange(first, first + count + len(skipped))
     return numbers[~np.isin(numbers, skipped)]
 
@@ -190,7 +204,7 @@ def _parquet(files: Sequence[Path]) -> tuple[list[np.ndarray], Any]:
     import pyarrow.parquet as pq
 
     tables, shapes = [], []
-    copy: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as what is mapped)
+    copy: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as its mapping)
     try:
         for path in files:
             with pq.ParquetFile(path) as file:
@@ -198,24 +212,31 @@ def _parquet(files: Sequence[Path]) -> tuple[list[np.ndarray], Any]:
                 for group in range(file.num_row_groups):
                     column = file.read_row_group(group, ["vector"]).column("vector")
                     for chunk in column.chunks:
-                        copy.write(chunk.flatten().to_numpy().data)
+                        _append(copy, chunk.flatten().to_numpy())
                 names = [name for name in file.schema_arrow.names if name != "vector"]
                 tables.append(file.read(names))
                 dtype = np.dtype(kind.value_type.to_pandas_dtype())
                 shapes.append((file.metadata.num_rows, kind.list_size))
+    except OutputError:
+        raise
+    except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
+        raise _not_stored(f"{path} cannot be opened as vectors: {first_line(error)}") from error
+    rows = sum(count for count, _ in shapes)
+    return [_mapped(copy, dtype, (rows, shapes[0][1]), 0)], pa.concat_tables(tables)
+
+
+def _append(copy: IO[bytes], numbers: np.ndarray) -> None:
+    try:
+        copy.write(numbers.data)
         copy.flush()
     except OSError as error:
         raise not_written(Path(tempfile.gettempdir()), error) from error
-    except (pa.ArrowException, KeyError, AttributeError) as error:
-        raise _not_stored(f"{path} holds no vectors of one width: {first_line(error)}") from error
-    rows = sum(count for count, _ in shapes)
-    return [_mapped(copy, dtype, (rows, shapes[0][1]), 0)], pa.concat_tables(tables)
 
 
 def _mapped(
     file: Path | IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...], begin: int
 ) -> np.ndarray:
-    """An array on the disk; an empty one cannot be mapped."""
+    """A memory-mapped array; an empty array, which cannot be mapped, is in memory."""
     if not np.prod(shape):
         return np.empty(shape, dtype)
     return np.memmap(file, dtype, mode="r", offset=begin, shape=shape)
