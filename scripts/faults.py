@@ -17,10 +17,11 @@ NAMED = re.compile(r"test_((?:b\d+_)+)(\w+)")
 
 HEAD = """# Faults of earlier implementations
 
-Found in the original `llm2vec` package, in the seed system and in LLM2Vec-Gen, and the tests that
-keep them out of this one. Written by `python scripts/faults.py` from the names of the tests.
+Faults found in the original `llm2vec` package, in the seed system (training-LLM2VEC-PyTorch) and in
+LLM2Vec-Gen, with the tests that keep them out of this package. Written by
+`python scripts/faults.py` from the names and docstrings of the tests.
 
-| fault | what holds | test |
+| fault | what the test checks | test |
 |---|---|---|
 """
 

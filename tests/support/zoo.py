@@ -346,24 +346,26 @@ def document(rows: list[Findings]) -> str:
 
 INTRODUCTION = """# Families
 
-What the proof says of every family that `AutoModelForCausalLM` of transformers {version} knows:
-{full} full, {partial} partial, {impossible} impossible, {none} that are not decoders of text.
-Written by `python tests/support/zoo.py > docs/models.md` from tiny random models, two layers or one
-of each kind; `tests/mask/test_zoo.py` holds the table to what it finds.
+The result of [the proof](concepts/proof.md) for every family that `AutoModelForCausalLM` of
+transformers {version} knows: {full} full, {partial} partial, {impossible} impossible, {none} none.
+Look up a model by the `model_type` in its config. The table is written by
+`python tests/support/zoo.py > docs/models.md` from tiny random models (two layers, or one of each
+kind), and `tests/mask/test_zoo.py` checks it.
 
-* **verdict**: `full`: every layer looks both ways. `partial`: attention does; other layers, or
-  parts of layers, stay left-to-right; refused unless `allow_partial`. `impossible`: refused.
-* **default**: the attention that transformers picks. **attentions**: which of eager and sdpa
-  reach the verdict.
-* **packed**: texts are laid end to end, so padding is never computed; else batches are padded, to
-  the same vectors.
-* **left padding**: whether it gives the same states without `position_ids`. This package pads on
-  the right, where all do.
-* **window**: tokens to each side that sliding layers see in the miniature, whose window is {size}
-  where the family has one. `is_causal: false` keeps the reach that a layer has to the left and
-  mirrors it; the own key of Gemma 3 and 4 halves it.
-* **stock**: what stock loaders make of a saved folder. `same`: the same vectors. `eager`: that too,
-  for its config names eager attention. `causal`: only this package opens it.
+* **verdict**: `full`: every layer is bidirectional. `partial`: attention is bidirectional, but
+  other layers or parts of layers stay left-to-right; refused unless `allow_partial` is given.
+  `impossible`: always refused. `none`: not a decoder of text alone, or not built.
+* **default**: the attention implementation that transformers chooses. **attentions**: which of
+  eager and sdpa reach the verdict.
+* **packed**: `yes`: texts are concatenated, so padding is never computed
+  ([packing](concepts/packing.md)). `no`: batches are padded, with the same vectors.
+* **left padding**: whether left padding gives the same states without `position_ids`. This package
+  pads on the right, where every family gives the same states.
+* **window**: how many tokens to each side the sliding-window layers see in the tiny model, whose
+  window is {size} if the family has one. `is_causal: false` keeps the reach to the left and mirrors
+  it; the own key of Gemma 3 and 4 halves it.
+* **stock**: what stock loaders compute from a saved folder. `same`: the same vectors. `eager`: the
+  same vectors, because the config names eager attention. `causal`: only this package opens it.
 """
 
 
