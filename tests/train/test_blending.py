@@ -98,7 +98,7 @@ def test_adapters_of_one_base_are_merged_with_it(tiny_decoder, tmp_path):
 
 def test_what_is_not_of_one_base_is_refused(parts, tiny_decoder, tiny_tokenizer, tmp_path):
     other = str(moved(tiny_decoder, tmp_path / "other", 7, size=50.0))
-    with pytest.raises(ModelError, match=r"other is not of the same base .* cosine of their"):
+    with pytest.raises(ModelError, match=r"other is not of the same base .* cosine between their"):
         merge_encoders([parts[0], other])
     config = AutoConfig.from_pretrained(tiny_decoder)
     config.num_hidden_layers = 1

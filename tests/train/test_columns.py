@@ -288,7 +288,7 @@ def test_labels_of_one_and_nought_say_which_pairs_match(rows, name):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"premise": "q", "hypothesis": "p", "label": 0}, "'label' is 0, and which pairs match"),
+        ({"premise": "q", "hypothesis": "p", "label": 0}, "'label' is 0, and the only labels"),
         ({"sentence1": "q", "sentence2": "p", "label": 3}, "'label' is 3, and"),
         ({"sentence1": "q", "sentence2": "p", "label": 0.8}, "'label' is 0.8, and"),
         ({"sentence1": "q", "sentence2": "p", "label": None}, "'label' is None, and"),

@@ -136,7 +136,7 @@ def test_other_texts_begin_anew_and_other_settings_use_the_vectors_again(pairs, 
     again = StandIn(8)
     with pytest.raises(KeyboardInterrupt):
         mine(again, pairs, tmp_path / "out.jsonl", corpus=["one more"], tell=said.append)
-    assert again.calls == 8 and "texts or model: begun anew" in said[-1]
+    assert again.calls == 8 and "texts or model: it is cleared" in said[-1]
     again = StandIn()
     settings = {"corpus": ["one more"], "depth": 20, "tell": said.append}
     mine(again, pairs, tmp_path / "out.jsonl", **settings)

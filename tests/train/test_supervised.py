@@ -320,7 +320,7 @@ def test_b40_an_answer_is_no_negative_wherever_it_stands(monkeypatch, world):
             gathered = iter([torch.cat(asked), torch.cat(keys)])
             monkeypatch.setattr(supervised, "_gathered", lambda _, all_of=gathered: next(all_of))
             own = rank * len(keys[0]) + torch.arange(rows)
-            found = supervised._same(asked[rank], keys[rank], own)
+            found = supervised._no_negatives(asked[rank], keys[rank], own)
             expected = [
                 [(int(q), int(d)) in answers or q == d for d in everything] for q in queries[rank]
             ]
@@ -334,7 +334,7 @@ def test_b40_an_answer_is_one_in_capitals_and_with_other_white_space_as_well(enc
         [dict(zip(("query", "positive", "negative"), row, strict=True)) for row in texts]
     )
     features, _ = features_of(encoder, rows)
-    found = supervised._same(*features["key"].split([3, 6]), torch.arange(3))
+    found = supervised._no_negatives(*features["key"].split([3, 6]), torch.arange(3))
     documents = [row[column] for column in (1, 2) for row in texts]
     seen = [[d for d, out in zip(documents, row, strict=True) if not out] for row in found]
     assert seen == [
@@ -723,7 +723,7 @@ def test_b40_an_answer_is_mined_for_no_row_of_its_query(encoder, tmp_path):
         assert not {row.query, *answers} & {*row.negatives}
     assert "n1" in found[0].negatives and {"p1", "p2"} <= {*found[2].negatives}
     assert [row.query_instruction for row in found] == ["", "Find: ", ""]
-    assert mined.answers >= 2 and "the search is without them" in said[1]
+    assert mined.answers >= 2 and "the search does not use them" in said[1]
 
 
 def test_too_few_documents_to_mine_are_named(encoder, tmp_path):

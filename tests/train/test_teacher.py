@@ -127,7 +127,9 @@ def test_a_column_of_scores_may_have_a_name_of_its_own(read):
 
 def test_scores_of_a_pair_without_negatives_teach_no_margin(read):
     rows = [{"query": "q", "positive": f"p{i}", "scores": [1]} for i in range(2)]
-    with pytest.raises(DataError, match="a row without negatives, of which margin_mse learns noth"):
+    with pytest.raises(
+        DataError, match="a row without negatives, from which the loss margin_mse learns"
+    ):
         read(rows, MARGIN)
 
 
@@ -383,7 +385,7 @@ def test_vectors_of_a_teacher_that_changed_are_all_computed_anew(
 def test_a_column_that_nothing_reads_is_refused(tiny_decoder, tmp_path):
     stage = stage_of(tmp_path, None)
     stage = stage.model_copy(update={"data": [stage.data[0].model_copy(update={"teacher": "ce"})]})
-    with pytest.raises(RecipeError, match="names the column 'ce' of a teacher, and nothing reads"):
+    with pytest.raises(RecipeError, match="names 'ce' as the column of a teacher, but nothing"):
         Run(recipe_of(tiny_decoder, stage), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
 
@@ -391,7 +393,7 @@ def test_a_column_that_nothing_reads_is_refused(tiny_decoder, tmp_path):
 @pytest.mark.parametrize(
     ("told", "settings", "said"),
     [
-        ({"scores": [2, 1]}, {"hard_negatives": 0}, "supervised.hard_negatives 0 leaves kl one"),
+        ({"scores": [2, 1]}, {"hard_negatives": 0}, "supervised.hard_negatives 0 leaves one"),
         ({"scores": [2, 1, 0]}, {}, "'scores' has 3 numbers, and the row has 2 documents"),
     ],
 )

@@ -1,18 +1,19 @@
-"""How does a decoder become an encoder: which stages, on what, and what does it cost?
+"""How does a decoder become an encoder: which stages, on which data, and at what cost?
 
-The answer is a run folder: `run.Run` does the stages of a recipe that are not done (MNTP, SimCSE,
-supervised), scores between them, and saves the merged encoder; the same call continues a run that
-was cut off, to the same weights. Cost: that of the stages, which `plan` tells beforehand.
+The answer is a run folder: `run.Run` trains the stages of a recipe that are not finished (MNTP,
+SimCSE, supervised), scores the encoder between them, and saves the merged encoder. The same call
+continues an interrupted run and ends with the same weights. Cost: that of the stages, which `plan`
+estimates beforehand.
 
 Others may use:
     run           `Run`, `Listener`
-    preflight     what is refused before anything is written
+    preflight     the checks that a recipe must pass before anything is written
     stages        one function per stage: its data, its loss, its trainer
-    fitting       what the stages share: adapters, the loop, what is kept
+    fitting       what the stages share: adapters, the training loop, saving the result
     trainer       transformers' `Trainer` through its public methods
-    callback      metrics that resume exactly, Ctrl-C, whole checkpoints
-    checkpoints   what is trained, on disk and back
-    devices       several processes: who writes, who waits, how work is shared
+    callback      metrics that resume exactly, Ctrl-C, complete checkpoints
+    checkpoints   the trained weights, to disk and back
+    devices       several processes: which one writes, which ones wait, how work is shared
     losses/       a new loss goes here
     data/         texts and rows, read, kept and dealt into batches
     checking/     is the data safe to train on?

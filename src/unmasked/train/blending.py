@@ -1,13 +1,13 @@
-"""Merges encoders of one base into one, weight by weight, against forgetting what another learned.
+"""Merges encoders of one base into one, weight by weight, so that it keeps what each has learned.
 
-A weighted mean of weights (model soups, Wortsman et al., arXiv 2203.05482), or, of two, the way
-along the sphere between them (Shoemake, 1985, doi 10.1145/325334.325242). An adapter counts as its
-base with the adapter merged. What was not trained from one base makes noise when it is averaged, so
-that is refused: by names, shapes, tokenizers, and by the weights, which are nearly parallel where
-they have one origin and at right angles where they have not.
+The result is a weighted mean of the weights (model soups, Wortsman et al., arXiv 2203.05482), or,
+for two encoders, their spherical interpolation (slerp; Shoemake, 1985, doi 10.1145/325334.325242).
+An adapter counts as its base with the adapter merged. The mean of encoders with different bases
+would be noise, so they are refused: by names, shapes and tokenizers, and by their weights, which
+are nearly parallel if both were trained from one base and orthogonal if not.
 
-Cost: the encoders are loaded one after the other; a copy of all weights in float32 beside two of
-them; and the proof.
+Cost: the encoders are loaded one after the other, so that memory holds two of them and a copy of
+all weights in float32; and the proof.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("linear", "slerp")
 LEAST_COSINE = 0.5
-"""Of the weights of two encoders of one base. Of two that have nothing in common it is near 0, and
-training moves it little: 0.97 is far from the base."""
-_PARALLEL = 1e-4  # radians below which the way along the sphere is a straight line
+"""Minimum cosine between the weights of two encoders of one base. Between unrelated encoders it is
+near 0, and training changes it little: 0.97 is already far from the base."""
+_PARALLEL = 1e-4  # radians; at a smaller angle, spherical interpolation is done linearly
 
 
 def merge_encoders(
@@ -46,29 +47,33 @@ def merge_encoders(
     method: str = "linear",
     **options: Any,
 ) -> LLM2Vec:
-    """One encoder of several of the same base.
+    """Merge several encoders of the same base into one.
 
     Args:
-        names: encoders or adapters: folders or hub names. The first gives settings and prompts.
-        weights: share of each; by default the same for all.
-        method: ``linear``, or ``slerp`` for two.
-        options: further ones of `LLM2Vec.from_pretrained`.
+        names: folders or hub names of encoders or adapters. The first one's settings are kept, and
+            its prompts take precedence.
+        weights: the share of each encoder; by default all are equal.
+        method: ``linear``, or ``slerp`` for two encoders.
+        options: further arguments of `LLM2Vec.from_pretrained`.
 
     Returns:
         The merged encoder, proved.
 
     Raises:
-        ModelError: weights or method do not fit, the encoders are not of one base, or pool
-            differently.
+        ModelError: the weights or the method cannot be used, or the encoders have different bases
+            or pool differently.
         NotBidirectionalError: the proof failed.
     """
     shares = check_weights(list(map(str, names)), weights, method)
     _check_bases(names)
-    options = {"dtype": "checkpoint", **options}
-    partial = bool(options.get("allow_partial"))
-    first = LLM2Vec.from_pretrained(names[0], **options)
-    others = ((str(n), lambda n=n: LLM2Vec.from_pretrained(n, **options)) for n in names[1:])
-    blend(first, others, shares, method, allow_partial=partial)
+
+    def load(name: str | Path) -> LLM2Vec:
+        return LLM2Vec.from_pretrained(name, **{"dtype": "checkpoint", **options})
+
+    first = load(names[0])
+    others = ((str(name), partial(load, name)) for name in names[1:])
+    allow_partial = bool(options.get("allow_partial"))
+    blend(first, others, shares, method, allow_partial=allow_partial)
     first.base_name = find_base(names[0]).name
     return first
 
@@ -87,11 +92,12 @@ def merge_card(
 def check_weights(
     names: Sequence[str], weights: Sequence[float] | None, method: str
 ) -> list[float]:
-    """The share of each encoder.
+    """The share of each encoder; equal shares if `weights` is None.
 
     Raises:
-        ModelError: fewer than two encoders, one twice, a method that does not exist or does not
-            take so many, or shares that are not one for each, above 0, and 1 together.
+        ModelError: there are fewer than two encoders or two equal ones, the method does not exist
+            or does not take this many, or the shares are not one positive number for each encoder
+            with a sum of 1.
     """
     if method not in METHODS:
         raise ModelError(unknown("method", method, METHODS))
@@ -136,14 +142,15 @@ def blend(
     """Put the merged weights of several encoders into the first one, and prove it.
 
     Args:
-        first: changed.
-        others: the name of each other one, and what loads it; none is kept.
-        weights: the share of each, the first's before the others'.
+        first: the encoder whose weights are replaced.
+        others: pairs of a name and a function that loads that encoder. They are loaded one at a
+            time and released after use.
+        weights: the share of each encoder, beginning with the first.
         method: as in `merge_encoders`.
         allow_partial: accept layers that stay causal.
 
     Raises:
-        ModelError: they are not of one base, or pool differently.
+        ModelError: the encoders have different bases or pool differently.
         NotBidirectionalError: the proof failed.
     """
     own = dict(first.state_dict())
@@ -154,13 +161,13 @@ def blend(
         _check_alike(first, other, name)
         _check_origin(own, theirs, first.base_name, name)
         _take_prompts(first, other, name)
-        for key in _numbers(own):
+        for key in _float_keys(own):
             a, b = own[key].float(), theirs[key].to(own[key].device).float()
             if method == "slerp":
-                sums[key] = _along_sphere(a, b, weights[1])
+                sums[key] = _slerp(a, b, weights[1])
             else:
                 sums[key] = sums.get(key, a * weights[0]) + b * weights[number]
-        del other, theirs
+        del other, theirs  # before the next one is loaded
     for key, value in sums.items():
         own[key] = value.to(own[key].dtype)
     first.load_state_dict(own)
@@ -183,12 +190,12 @@ def _check_bases(names: Sequence[str | Path]) -> None:
         raise ModelError(f"these adapters are of different bases ({said}). Fix: those of one base.")
 
 
-def _numbers(state: Mapping[str, Tensor]) -> Iterator[str]:
+def _float_keys(state: Mapping[str, Tensor]) -> Iterator[str]:
     return (key for key, value in state.items() if value.is_floating_point())
 
 
 def _check_alike(first: TextEncoder, other: TextEncoder, name: str) -> None:
-    """Refuse another shape, tokenizer, pooling or module."""
+    """Refuse an encoder with other shapes, another vocabulary, other pooling or other modules."""
     own, theirs = first.state_dict(), other.state_dict()
     if own.keys() != theirs.keys() or any(own[key].shape != theirs[key].shape for key in own):
         odd = sorted(own.keys() ^ theirs.keys()) or [
@@ -200,15 +207,15 @@ def _check_alike(first: TextEncoder, other: TextEncoder, name: str) -> None:
         )
     if first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise ModelError(
-            f"{name} has another vocabulary than {first.base_name}, so that its embeddings are of "
-            "other tokens. Fix: merge encoders of one base."
+            f"{name} has another vocabulary than {first.base_name}, so the same row of their "
+            "embeddings belongs to different tokens. Fix: merge encoders of one base."
         )
     for what in ("pooling_mode", "skip_instruction", "template", "compat"):
         ours, its = (getattr(encoder.settings, what) for encoder in (first, other))
         if ours != its:
             raise ModelError(
-                f"{name} has {what} {its}, and {first.base_name} {ours}, so that their vectors "
-                "mean other things. Fix: merge encoders that were trained with the same."
+                f"{name} has {what} {its}, and {first.base_name} {ours}, so their vectors cannot "
+                f"be compared. Fix: merge encoders that were trained with the same {what}."
             )
     kinds = [[type(module) for module in list(encoder)[2:]] for encoder in (first, other)]
     if kinds[0] != kinds[1]:
@@ -221,12 +228,12 @@ def _check_alike(first: TextEncoder, other: TextEncoder, name: str) -> None:
 def _check_origin(
     own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], ours: str, name: str
 ) -> None:
-    """Refuse weights that have nothing in common.
+    """Refuse weights that are not nearly parallel, all matrices taken as one long vector.
 
-    Vectors are left out: those of norms are near 1 in every model.
+    One-dimensional weights are not counted: those of norm layers are near 1 in every model.
     """
     dots, norms = 0.0, [0.0, 0.0]
-    for key in _numbers(own):
+    for key in _float_keys(own):
         if own[key].dim() > 1:
             a, b = own[key].float().flatten(), theirs[key].to(own[key].device).float().flatten()
             dots += float(a @ b)
@@ -234,24 +241,30 @@ def _check_origin(
     cosine = dots / max(math.sqrt(norms[0] * norms[1]), 1e-30)
     if not cosine >= LEAST_COSINE:
         raise ModelError(
-            f"{name} is not of the same base as {ours}: the cosine of their weights is "
-            f"{cosine:.3f}, and of two that were trained from one it is near 1. "
+            f"{name} is not of the same base as {ours}: the cosine between their weights is "
+            f"{cosine:.3f}, but for encoders of one base it is near 1. "
             "Fix: merge encoders of one base."
         )
 
 
 def _take_prompts(first: TextEncoder, other: TextEncoder, name: str) -> None:
-    """Add prompts that the first lacks; where two differ the first's stays, and a line says so."""
+    """Add the prompts that the first encoder lacks; a warning names those that differ.
+
+    Of two different prompts the first encoder's is kept, unless it is empty.
+    """
     for key, prompt in other.prompts.items():
-        kept = first.prompts.setdefault(key, prompt)
-        if kept != prompt and not kept:
+        kept = first.prompts.get(key)
+        if not kept:
             first.prompts[key] = prompt
-        elif kept != prompt and prompt:
+        elif prompt and kept != prompt:
             logger.warning("prompt '%s': %r is kept, not %r of %s.", key, kept, prompt, name)
 
 
-def _along_sphere(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """From ``a`` to ``b`` by a share of the angle between them, each as one long vector."""
+def _slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Spherical interpolation from ``a`` to ``b``, each taken as one long vector.
+
+    Parallel and opposite tensors, which lie on no single great circle, are interpolated linearly.
+    """
     cosine = float(cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
     angle = math.acos(max(-1.0, min(1.0, cosine)))
     if not _PARALLEL < angle < math.pi - _PARALLEL:

@@ -1,9 +1,9 @@
-"""The one callback of every stage: it measures, reports, stops at Ctrl-C and completes checkpoints.
+"""The callback of every stage: it measures, reports, stops at Ctrl-C and completes checkpoints.
 
-``metrics.jsonl`` is part of what resumes exactly: a run that was killed, at any step and in any
-way, ends with the lines of a run that was not. What depends on the machine and the hour (speed,
-memory, run times) therefore stands under ``machine`` in a line; everything else is the same each
-time. Cost: one small all-reduce per step on several devices, and none on one.
+``metrics.jsonl`` resumes exactly, too: a run that was killed, at any step and in any way, ends with
+the same lines as a run that was not. So whatever differs between two runs of one recipe (speed,
+memory, run times) is under ``machine`` in a line; everything else is reproducible. Cost: one small
+all-reduce per step on several devices, and none on one.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ from unmasked.files.writing import write_text
 from unmasked.train import checkpoints, devices
 
 OnLog = Callable[[int, int, dict[str, float]], None]
-"""Called at each log with the step, the number of steps, and what was measured."""
+"""Called at each log with the step, the number of steps, and the measurements."""
 MACHINE = ("_runtime", "_per_second", "memory_gb")
-"""Endings of the names of what depends on the machine."""
+"""How the names of measurements end that depend on the machine."""
 
 
 class StageCallback(TrainerCallback, ExportableState):
-    """What a `StageTrainer` does besides training.
+    """Everything that a `StageTrainer` does besides training.
 
-    The sums of the open logging interval are the state that the trainer saves in a checkpoint and
-    gives back when training begins. JSON keeps them to the bit, as Python's floats hold a float32.
+    The trainer saves this callback's state in a checkpoint and restores it when training begins:
+    the sums of all forwards since the last log. They survive JSON bit by bit, since each is a
+    float32, which a Python float represents exactly.
 
     Args:
-        steps: stop after this many.
-        metrics: JSON-lines file; lines of steps that are trained again are dropped first.
-        notify: called at each log; None for nobody.
-        data: told the epoch through its `set_epoch`; accelerate forgets to when it skips batches.
+        steps: number of steps after which training stops.
+        metrics: JSON-lines file. Lines of steps that are trained again are removed first.
+        notify: called at each log, if given.
+        data: its `set_epoch` is called in each epoch, if it has one; accelerate does not call it
+            when it skips batches.
 
     Attributes:
         interrupted: whether Ctrl-C was pressed, in any process.
@@ -55,10 +57,10 @@ class StageCallback(TrainerCallback, ExportableState):
         self.notify = notify
         self.data = data
         self.interrupted = False
-        self._since = 0  # the step of the last log
-        self._sums: dict[str, Any] = {}  # since then; numbers or scalars, means over the devices
-        self._forwards: list[Mapping[str, Tensor]] = []  # of the step
-        self._tokens_before: float = 0  # in the sums, from before the start
+        self._since = 0  # step of the last log
+        self._sums: dict[str, Any] = {}  # of all forwards since then, averaged over the devices
+        self._forwards: list[Mapping[str, Tensor]] = []  # measurements of the current step
+        self._tokens_before: float = 0  # tokens in the restored sums: not trained in this process
         self._seconds = self._begun = 0.0
 
     def add(self, **measured: Tensor) -> None:
@@ -66,11 +68,11 @@ class StageCallback(TrainerCallback, ExportableState):
         self._forwards.append({name: value.detach() for name, value in measured.items()})
 
     def state(self) -> dict[str, Any]:
-        """What is saved, as plain numbers."""
-        return {"args": {}, "attributes": {"since": self._since, "sums": _numbers(self._sums)}}
+        """What a checkpoint keeps, as plain numbers."""
+        return {"args": {}, "attributes": {"since": self._since, "sums": _as_numbers(self._sums)}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if devices.world() > 1:  # each has its own dropout; a checkpoint brings its own state
+        if devices.world() > 1:  # each device has its own dropout; a checkpoint restores its state
             torch.manual_seed(args.seed + devices.rank())
         saved = state.stateful_callbacks[type(self).__name__]["attributes"]
         self._since, self._sums = saved["since"], saved["sums"]
@@ -94,15 +96,15 @@ class StageCallback(TrainerCallback, ExportableState):
                 _add(step, forward)
             forwards = [step := devices.mean(step, args.device)]
             self.interrupted = bool(step.pop("interrupted") > 0)
-        for forward in forwards:  # one by one: the order of a sum is part of its bits
+        for forward in forwards:  # always in this order, on which the rounding of a sum depends
             _add(self._sums, forward)
         control.should_save |= self.interrupted
         control.should_training_stop |= self.interrupted or state.global_step >= self.steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Put the measurements into the trainer's logs, for the callbacks after this one, too."""
+        """Add the measurements to the trainer's logs, where later callbacks find them as well."""
         if logs is None or "train_runtime" in logs:
-            return  # the trainer's last word, about the part of the stage since the last start
+            return  # the trainer's summary, which covers only the time since the last start
         if "loss" in logs:
             self._measure(logs, args, state.global_step)
         if not state.is_world_process_zero:
@@ -118,28 +120,28 @@ class StageCallback(TrainerCallback, ExportableState):
             self.notify(state.global_step, self.steps, measured)
 
     def _measure(self, logs: dict[str, Any], args: Any, step: int) -> None:
-        """The metrics of the steps since the last log; the sums begin anew."""
-        sums, epoch = _numbers(self._sums), logs.pop("epoch")
+        """Add the metrics of the steps since the last log, and reset the sums."""
+        sums, epoch = _as_numbers(self._sums), logs.pop("epoch")
         tokens, forwards = sums.pop("tokens"), sums.pop("forwards")
         logs["loss"] = sums.pop("loss") / (step - self._since)
         logs["padding"] = 1 - tokens / sums.pop("places")
         logs |= {name: value / forwards for name, value in sums.items()}
-        logs["epoch"] = epoch
-        seen = (tokens - self._tokens_before) * args.world_size
-        logs["tokens_per_second"] = round(seen / max(self._seconds, 1e-9), 1)
+        logs["epoch"] = epoch  # stays the last of the reproducible ones
+        trained = (tokens - self._tokens_before) * args.world_size
+        logs["tokens_per_second"] = round(trained / max(self._seconds, 1e-9), 1)
         logs["steps_runtime"] = round(self._seconds, 3)
         logs["memory_gb"] = round(devices.peak_memory(args.device) / 1e9, 3)
         self._since, self._sums, self._tokens_before, self._seconds = step, {}, 0, 0.0
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Complete the checkpoint that the trainer has written, once every process has."""
+        """Mark the checkpoint as complete, once every process has written its part."""
         devices.wait()
         if state.is_world_process_zero:
             checkpoints.complete(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     @contextmanager
     def catching_interrupts(self) -> Iterator[None]:
-        """In the block, the first Ctrl-C ends training after the step; the second raises."""
+        """Within the block, the first Ctrl-C ends training after the step; the second raises."""
 
         def interrupt(*_: Any) -> None:
             if self.interrupted:
@@ -148,7 +150,7 @@ class StageCallback(TrainerCallback, ExportableState):
 
         try:
             previous = signal.signal(signal.SIGINT, interrupt)
-        except ValueError:  # not the main thread, which alone may do this
+        except ValueError:  # only the main thread may set a signal handler
             yield
             return
         try:
@@ -162,18 +164,18 @@ def _add(sums: dict[str, Any], values: Mapping[str, Any]) -> None:
         sums[name] = sums.get(name, 0) + value
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+def _as_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
 def _keep_lines(metrics: Path, step: int) -> None:
-    """Drop what is trained again: every line after a step, half a line, all of them at step 0."""
+    """Keep the lines up to a step (none for step 0); a line that a kill cut short is removed."""
 
     def step_of(line: str) -> float:
         try:
             return int(json.loads(line)["step"])
         except (ValueError, KeyError, TypeError):
-            return float("inf")  # half a line of a killed run
+            return float("inf")  # the run was killed while it wrote this line
 
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     write_text(metrics, "".join(line + "\n" for line in lines if step and step_of(line) <= step))
@@ -181,7 +183,7 @@ def _keep_lines(metrics: Path, step: int) -> None:
 
 @dataclass
 class Listener:
-    """What the caller wants to be told; every part may be left out."""
+    """Functions that a run calls as it proceeds; each of them may be left out."""
 
     stage: Callable[[str], None] = lambda name: None
     step: OnLog = lambda step, steps, measured: None

@@ -1,9 +1,9 @@
-"""Checkpoints: what is trained and nothing else, and whole or not counted.
+"""Checkpoints: they contain the trained weights only, and an incomplete one does not count.
 
-The trainer writes one into a folder named after its step; when everything is on the disk, a marker
-is written as the last file. So a kill or a full disk leaves a folder without the marker, which is
-removed, and the checkpoint before it as it was. A checkpoint holds the weights that are trained
-(the adapter, a few MB, or all of them), optimiser, scheduler, random state and the callback's sums.
+The trainer writes a checkpoint into a folder named after its step; when everything is on the disk,
+a marker is written as the last file. After a kill, or on a full disk, the folder has no marker and
+is removed, and the previous checkpoint is untouched. A checkpoint contains the trained weights (an
+adapter of a few MB, or all of them), optimiser, scheduler, random state and the callback's sums.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ COMPLETE = "complete"
 
 
 class Checkpoint(NamedTuple):
-    """A whole checkpoint of a stage, and the step it was saved after."""
+    """A complete checkpoint of a stage, and the step after which it was saved."""
 
     step: int
     path: Path
 
 
 def last_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a stage."""
+    """The newest complete checkpoint of a stage; None if there is none."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max((Checkpoint(int(p.name.rsplit("-", 1)[1]), p) for p in found), default=None)
 
 
 def remove_incomplete(folder: Path) -> bool:
-    """Remove what a kill or a full disk left behind; tells whether there was anything."""
-    left = [p for p in folder.glob("checkpoint-*") if not (p / COMPLETE).is_file()]
-    for path in left:
+    """Remove checkpoints that a kill or a full disk left incomplete; True if there was one."""
+    incomplete = [p for p in folder.glob("checkpoint-*") if not (p / COMPLETE).is_file()]
+    for path in incomplete:
         shutil.rmtree(path, ignore_errors=True)
-    return bool(left)
+    return bool(incomplete)
 
 
 def complete(path: Path) -> None:
-    """Flush a checkpoint to the disk, mark it as whole, and remove the older ones."""
+    """Flush a checkpoint to the disk, mark it as complete, and remove the older ones."""
     flush(*path.iterdir())
     write_text(path / COMPLETE, "")  # flushes the folder, too
     for older in path.parent.glob("checkpoint-*"):
         if older != path:
-            (older / COMPLETE).unlink(missing_ok=True)  # a kill may come before the rest is gone
+            (older / COMPLETE).unlink(missing_ok=True)  # first: a kill may interrupt the removal
             shutil.rmtree(older, ignore_errors=True)
 
 
 @contextmanager
 def told_if_unsaved(folder: Path) -> Iterator[None]:
-    """Turn a checkpoint of the block that cannot be written into an error the user can mend.
+    """Within the block, turn a failure to write a checkpoint into an error that users can mend.
 
-    Whatever is raised while a checkpoint is begun and not complete is such a failure: on a full
-    disk torch's writer raises a RuntimeError, and safetensors an error of its own.
+    Any exception that leaves an incomplete checkpoint behind counts as such a failure: on a full
+    disk torch's writer raises a RuntimeError, and safetensors an error type of its own.
 
     Raises:
-        OutputError: says which checkpoint is whole.
+        OutputError: a checkpoint could not be written; says from which one the run will continue.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def told_if_unsaved(folder: Path) -> Iterator[None]:
         last = last_checkpoint(folder)
         kept = f"That of step {last.step} is whole" if last else "There is none before it"
         reason = first_line(error)
-        if reason.startswith("[enforce fail"):  # a place in torch's source, and two numbers
+        if reason.startswith("[enforce fail"):  # torch names a line of its source and two numbers
             reason = "the file was cut short"
         raise OutputError(
             f"a checkpoint could not be written to {folder} ({reason}). {kept}. "
@@ -86,19 +86,20 @@ def told_if_unsaved(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def trained_weights_only(model: nn.Module) -> Iterator[None]:
-    """In the block, the state dict of a model has the weights that are trained, each once.
+    """Within the block, the state dict of a model has only the weights that are trained.
 
-    That is what a trainer saves and loads, however many devices share the weights.
+    A trainer saves and loads the state dict, also when the weights are sharded among devices. A
+    weight that two modules share, such as a tied head, is in it once.
     """
 
-    def trained() -> set[str]:  # a weight that two modules share, such as a tied head, has one name
+    def trained() -> set[str]:  # `named_parameters` names a shared weight once
         return {name for name, weight in model.named_parameters() if weight.requires_grad}
 
     def keep_trained(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
         kept = {prefix + name for name in trained()}
         for name in list(state):
             if name in kept:
-                state[name] = state[name].contiguous()  # safetensors writes no other
+                state[name] = state[name].contiguous()  # safetensors refuses other tensors
             else:
                 del state[name]
 
@@ -117,20 +118,22 @@ def trained_weights_only(model: nn.Module) -> Iterator[None]:
 
 
 def load(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put the weights of a checkpoint into the model, in a block of `trained_weights_only`."""
+    """Load the weights of a checkpoint; to be called in a block of `trained_weights_only`."""
     model.load_state_dict(load_file(checkpoint.path / SAFE_WEIGHTS_NAME))
 
 
 def check_optimizer(trainer: Any, checkpoint: Path) -> None:
-    """Refuse an optimiser that was saved by name where one is read by number, or the other way.
+    """Refuse a checkpoint with FSDP when resuming without it, and the reverse.
+
+    With FSDP the optimiser's state refers to parameters by name, without it by number.
 
     Raises:
-        RecipeError: weights were shared before and are not now, or are now and were not.
+        RecipeError: the checkpoint was made with the other setting.
     """
-    before = (checkpoint / OPTIMIZER_NAME_BIN).exists()
-    if before != trainer.is_fsdp_enabled:
+    with_fsdp = (checkpoint / OPTIMIZER_NAME_BIN).exists()
+    if with_fsdp != trainer.is_fsdp_enabled:
         raise RecipeError(
-            f"{checkpoint} was made {'with' if before else 'without'} weights shared among devices "
-            f"(FSDP). Fix: start the run as before, on any number of devices, or remove "
+            f"{checkpoint} was made {'with' if with_fsdp else 'without'} weights sharded among "
+            "devices (FSDP). Fix: start the run as before, on any number of devices, or remove "
             f"{checkpoint} to begin this stage again."
         )

@@ -1,8 +1,8 @@
 """Many devices: which process writes, which ones wait, and what they share.
 
-``torchrun`` and ``accelerate launch`` start the same command once per device and tell each process
-its rank. The first one scores, prints and writes; the others train along. On one device everything
-here is a constant.
+``torchrun`` and ``accelerate launch`` start the same command once per device and give each process
+its rank. All processes train; the first one also scores, prints and writes. On one device these
+functions return constants or do nothing.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from unmasked.checkpoint.adapters import bare
 from unmasked.errors import RecipeError
 
 LONGEST_WAIT = timedelta(days=1)
-"""How long the others wait for the first process, which may be scoring."""
+"""How long the other processes wait for the first one, which may be scoring."""
 
 
 def world() -> int:
-    """How many processes were started."""
+    """The number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -47,7 +47,7 @@ def is_first() -> bool:
 
 
 def join() -> None:
-    """Meet the other processes; returns at once where there are none."""
+    """Form a group with the other processes; does nothing in a single process."""
     if world() == 1:
         return
     disable_fsdp_ram_efficient_loading()
@@ -57,10 +57,10 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Part from the other processes; without this, gloo may abort or hang a process that ends.
+    """Leave the group of processes; otherwise gloo may abort or hang a process as it exits.
 
-    A model that is shared holds the group too, and must not be the last to: it would end the group
-    while it holds the GIL, which gloo's threads wait for.
+    A sharded model refers to the group, too. If it were the last to do so, its destructor would end
+    the group while holding the GIL, for which gloo's threads wait. So it is collected first.
     """
     gc.collect()
     if distributed.is_initialized():
@@ -68,30 +68,30 @@ def leave() -> None:
 
 
 def wait() -> None:
-    """Until every process is here."""
+    """Wait until every process has called this function."""
     if distributed.is_initialized():
         distributed.barrier()
 
 
 def most(number: int, device: torch.device) -> int:
-    """The largest number of any process; every process must give one."""
+    """The maximum of a number over all processes, each of which must call this function."""
     if not distributed.is_initialized():
         return number
-    shared = torch.tensor(number, device=device)
-    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
-    return int(shared.item())
+    maximum = torch.tensor(number, device=device)
+    distributed.all_reduce(maximum, distributed.ReduceOp.MAX)
+    return int(maximum.item())
 
 
 def mean(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The means of scalars over all processes, each of which must give the same names."""
     names = sorted(values)
-    shared = torch.stack([values[name].double().to(device) for name in names])
-    distributed.all_reduce(shared)
-    return dict(zip(names, shared / world(), strict=True))
+    sums = torch.stack([values[name].double().to(device) for name in names])
+    distributed.all_reduce(sums)
+    return dict(zip(names, sums / world(), strict=True))
 
 
 def rows_per_device(batch_size: int, key: str) -> int:
-    """A device's share of a batch, so that a recipe takes the same steps on any number of them.
+    """A device's share of a batch, so that a recipe takes the same steps on any number of devices.
 
     Raises:
         RecipeError: the batch cannot be divided.
@@ -106,61 +106,62 @@ def rows_per_device(batch_size: int, key: str) -> int:
     return batch_size // world()
 
 
-def micro_batch(rows: int, most: int) -> int:
-    """The largest part of `rows`, at most `most`, that divides them."""
-    return next(size for size in range(max(1, min(rows, most)), 0, -1) if rows % size == 0)
+def micro_batch(rows: int, limit: int) -> int:
+    """The largest divisor of `rows` that is at most `limit`."""
+    return next(size for size in range(max(1, min(rows, limit)), 0, -1) if rows % size == 0)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Highest number of bytes so far: of the GPU's allocator, or of this process."""
+    """Peak memory in bytes so far: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # `getrusage` counts the memory of the parent, too
+    if status.exists():  # Linux, where `getrusage` would include the peak of the parent process
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, else kibibytes
 
 
-# Shared weights (FSDP2)
+# Sharded weights (FSDP2)
 
 
 def check_sharding(wanted: bool, key: str) -> None:
-    """Refuse to share weights (FSDP) where there are no devices to share them among.
+    """Refuse FSDP where there are no devices to shard the weights among.
 
     Args:
-        wanted: whether the recipe asks for it; `accelerate launch` may have, too.
-        key: of the recipe.
+        wanted: whether the recipe requires FSDP; `accelerate launch --use_fsdp` does, too.
+        key: the setting of the recipe, for the error.
 
     Raises:
-        RecipeError: one process, or several on CPUs, where accelerate would keep them whole.
+        RecipeError: there is one process, or several on CPUs, where accelerate does not shard.
     """
     launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if world() == 1:
-        here = "one process" if wanted else ""
+        obstacle = "one process" if wanted else ""
     else:
         on_cpus = PartialState().distributed_type == DistributedType.MULTI_CPU
-        here = "no accelerator" if on_cpus and (wanted or launched) else ""
-    if here:
+        obstacle = "no accelerator" if on_cpus and (wanted or launched) else ""
+    if obstacle:
         raise RecipeError(
-            "weights are shared (FSDP) among the processes of several accelerators, but here is "
-            f"{here}. Fix: leave out {key} and --use_fsdp, or run it on a machine that has them."
+            "FSDP shards weights among the processes of several accelerators, but there is "
+            f"{obstacle} here. Fix: leave out {key} and --use_fsdp, or run it on a machine that "
+            "has several."
         )
 
 
 def prepare_sharding(trainer: Any, model: nn.Module, name: str) -> None:
-    """Where a trainer shares weights (FSDP2), have it do so layer by layer.
+    """If a trainer shards weights (FSDP2), make it do so layer by layer.
 
-    accelerate looks for the names of the layers on the model that is trained, which is a module
-    around the transformer; a model that is not divided into layers is gathered whole in every
-    forward. State is gathered on the first process, so that a checkpoint does not depend on the
-    number of devices. Every process loads all weights first: they are proved before they are cut.
+    accelerate looks for the names of the layer classes on the model that it trains, which here is a
+    module around the transformer; without them, each forward would gather all weights at once.
+    State is gathered on the first process, so that a checkpoint does not depend on the number of
+    devices. Every process loads all weights first, because the mask is proved before sharding.
 
     Args:
         trainer: a transformers `Trainer`.
         model: the trunk that it trains.
-        name: of the stage.
+        name: the stage's name, for errors.
 
     Raises:
         RecipeError: FSDP1, FSDP's own activation checkpointing, or weights of 4 bits.
@@ -170,20 +171,21 @@ def prepare_sharding(trainer: Any, model: nn.Module, name: str) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise RecipeError(
-            f"{name}: FSDP{plugin.fsdp_version} is asked for, but only FSDP2 is supported. "
+            f"{name}: FSDP{plugin.fsdp_version} is set, but only FSDP2 is supported. "
             "Fix: accelerate launch --use_fsdp --fsdp_version 2, or "
             f"{name}.trainer.fsdp_config.version=2."
         )
     if plugin.activation_checkpointing:  # accelerate gives it preserve_rng_state=False
         raise RecipeError(
-            f"{name}: FSDP's activation checkpointing computes a layer again with other dropout, "
-            "so gradients would be wrong. Fix: leave it out, and "
+            f"{name}: FSDP's activation checkpointing recomputes a layer with different dropout, "
+            "so gradients would be wrong. Fix: leave it out, and set "
             f"{name}.gradient_checkpointing=true."
         )
     if not all(p.is_floating_point() for p in model.parameters()):
         raise RecipeError(
-            f"{name}.lora.method qlora: FSDP does not share weights of 4 bits, every device would "
-            "have all of them. Fix: accelerate launch --multi_gpu, or lora.method lora."
+            f"{name}.lora.method qlora: FSDP cannot shard weights of 4 bits, so every device would "
+            "have all of them. Fix: accelerate launch --multi_gpu, or "
+            f"{name}.lora.method=lora."
         )
     plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or _layers(model)
@@ -193,10 +195,10 @@ def prepare_sharding(trainer: Any, model: nn.Module, name: str) -> None:
 
 
 def _layers(model: nn.Module) -> list[str]:
-    """Names of the classes of a trunk's layers: the list of modules that has most of its weights.
+    """Names of the classes of a trunk's layers: the `ModuleList` with the most weights.
 
-    Of the 158 families that could be compared, text decoders agree with the layers transformers
-    names. Where the largest list is of another modality (phi4_multimodal, git), that is taken.
+    For the text decoders among 158 families these are the layers that transformers names itself.
+    If the largest list belongs to another modality (phi4_multimodal, git), that list is used.
     """
 
     def weights(modules: nn.ModuleList) -> int:
@@ -208,7 +210,7 @@ def _layers(model: nn.Module) -> list[str]:
 
 @contextmanager
 def own_environment() -> Iterator[None]:
-    """What accelerate notes in the environment about sharing weights holds for the block only."""
+    """Undo what accelerate writes to the environment about FSDP, so that it affects one stage."""
     names = ("ACCELERATE_USE_FSDP", "FSDP_")
     before = {name: value for name, value in os.environ.items() if name.startswith(names)}
     try:

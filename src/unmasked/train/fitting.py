@@ -1,4 +1,4 @@
-"""The loop that all stages share: train or continue, stop at Ctrl-C, keep the adapter alone."""
+"""The loop that all stages share: train or continue, stop at Ctrl-C, save the trained weights."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ from unmasked.train.trainer import StageTrainer
 logger = logging.getLogger(__name__)
 
 TOKENS = "tokens"
-"""Folder of the token file, in the run folder until MNTP is done."""
+"""Folder of the token file; it is in the run folder until MNTP is done."""
 TEACHER = "teacher"
-"""Folder of the vectors of a teacher, in the run folder until the supervised stage is done."""
+"""Folder of a teacher's vectors; it is in the run folder until the supervised stage is done."""
 ROWS = "rows.arrow"
-"""The checked rows of a supervised stage, while it trains."""
+"""File of the checked rows of a supervised stage, which exists while the stage trains."""
 DONE = (adapters.CONFIG_NAME, "config.json")
-"""Written last, for an adapter and for a whole encoder."""
+"""The file that is written last, of an adapter and of a whole encoder."""
 
 
 @dataclass(frozen=True)
 class StageSetup:
-    """Where and on what a stage is trained.
+    """What a stage starts from, and where it writes.
 
     Attributes:
-        folder: the stage's own, for the adapter, checkpoints and metrics.
-        encoder: the base with the adapters of the stages before merged; trained in place.
-        recipe: of the run.
+        folder: the stage's folder, for the adapter, checkpoints and metrics.
+        encoder: the base with the adapters of earlier stages merged into it; trained in place.
+        recipe: the recipe of the run.
         notify: called at each log.
-        start: the adapter to train on from; None for a new one.
+        start: the adapter to continue training; None for a new one.
     """
 
     folder: Path
@@ -72,20 +72,23 @@ class StageSetup:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether a stage is trained to its end."""
+    """Whether a stage is finished: its adapter, or its whole encoder, has been written."""
     return any((folder / name).is_file() for name in DONE)
 
 
 def clear(folder: Path) -> None:
-    """Remove what a finished stage no longer needs, also after a kill in the middle of this."""
-    for scrap in [*folder.glob("checkpoint-*"), *folder.glob("*.tmp")]:
-        if scrap.is_dir():
-            shutil.rmtree(scrap)
+    """Remove what a finished stage no longer needs; it may be called again after a kill."""
+    for leftover in [*folder.glob("checkpoint-*"), *folder.glob("*.tmp")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
     (folder / ROWS).unlink(missing_ok=True)
 
 
 def make_trainable(setup: StageSetup, stage: Training) -> None:
-    """Make the trunk trainable, with the weights of the adapter that it continues, if any."""
+    """Attach the stage's adapter to the trunk, with the weights of an earlier one if it continues.
+
+    With ``lora.method: full`` all weights of the trunk become trainable instead.
+    """
     trunk, lora = setup.trunk, stage.lora
     set_seed(setup.recipe.seed)
     model: Any = adapters.attach(
@@ -101,28 +104,28 @@ def make_trainable(setup: StageSetup, stage: Training) -> None:
 
 
 def callbacks(setup: StageSetup, stage: Training, data: Any) -> dict[str, Any]:
-    """What a `StageTrainer` tells: the stage's callback, TensorBoard, the recipe's trackers.
+    """Callbacks, as arguments of a `StageTrainer`: our own, TensorBoard, the recipe's trackers.
 
     Args:
-        setup, stage: of the stage.
-        data: told the epoch, if it has a `set_epoch`.
+        setup, stage: where and how the stage trains.
+        data: its `set_epoch` is called in each epoch, if it has one.
     """
     callback = StageCallback(stage.steps, setup.folder / "metrics.jsonl", setup.notify, data)
     if not devices.is_first():
         return {"callback": callback}
     checkpoint = checkpoints.last_checkpoint(setup.folder)
-    hidden = checkpoint and checkpoint.step + 1  # points of steps that are trained again
-    board = TensorBoardCallback(SummaryWriter(str(setup.folder), purge_step=hidden))
+    repeated = checkpoint and checkpoint.step + 1  # TensorBoard drops points from this step on
+    board = TensorBoardCallback(SummaryWriter(str(setup.folder), purge_step=repeated))
     os.environ.setdefault("WANDB_PROJECT", "unmasked")
     trackers = get_reporting_integration_callbacks(list(setup.recipe.trackers))
-    return {"callback": callback, "others": [board, *(made() for made in trackers)]}
+    return {"callback": callback, "others": [board, *(tracker() for tracker in trackers)]}
 
 
 def tokens_of(stage: AnyStage) -> int:
-    """About how many tokens a whole stage trains on.
+    """Roughly how many tokens a whole stage trains on.
 
-    Texts are taken to be a quarter as long as they may be. It is read off the settings alone, so
-    that a run that continues has the same.
+    Texts are assumed to be a quarter of the maximum length. The estimate uses the settings alone,
+    so that a continued run gets the same number.
     """
     rows = stage.steps * stage.gradient_accumulation * stage.batch_size
     if isinstance(stage, MNTP):
@@ -133,55 +136,57 @@ def tokens_of(stage: AnyStage) -> int:
 
 @contextmanager
 def layers_compiled(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -> Iterator[None]:
-    """The decoder layers are compiled inside the block where `stage` pays for it.
+    """Within the block, the decoder layers are compiled if `stage` is long enough to pay for it.
 
-    What compiled them before, for encoding, did not compare gradients, so they begin as they are.
+    Layers that were compiled for encoding are first put back: their gradients were not compared.
     """
     choice, model = setup.recipe.model.compile, decoder_of(setup.trunk)
     if choice == "auto" and devices.world() > 1:  # not tried with several processes
         choice = "never"
     compiling.put_back(model)
-    # Adapters alone give the first layer an input without a gradient, and all others one with it:
-    # each would be compiled for.
-    like_the_others = stage.lora.method != "full" and not stage.gradient_checkpointing
+    # When only adapters are trained, the input of the first layer needs no gradient but that of all
+    # other layers does, and layers would be compiled for both cases. So the first one gets it too.
+    give_input_gradient = stage.lora.method != "full" and not stage.gradient_checkpointing
     if not trainer.is_fsdp_enabled:
         with trainer.accelerator.autocast():
             setup.encoder.backbone.packs_here()
-            if like_the_others and compiling.pays(choice, model.device, tokens_of(stage)):
+            if give_input_gradient and compiling.pays(choice, model.device, tokens_of(stage)):
                 model.enable_input_require_grads()
             setup.encoder.backbone.compile_for(tokens_of(stage), choice, training=True)
-    elif choice == "always":  # not tried: hooks around each layer gather its weights
-        logger.warning("The layers run as they are, not compiled: their weights are shared (FSDP).")
+    elif choice == "always":  # not tried: FSDP's hooks around each layer gather its weights
+        logger.warning("model.compile=always has no effect: the weights are sharded (FSDP).")
     try:
         yield
     finally:
         compiling.put_back(model)
-        if like_the_others:
+        if give_input_gradient:
             model.disable_input_require_grads()
 
 
 def train(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -> None:
-    """Train, or continue, until the stage's last step; then keep the result alone.
+    """Train, or continue, up to the stage's last step; then save the result.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
         OutputError: a checkpoint could not be written.
-        RecipeError: weights are shared among devices where they cannot be, or were not before.
+        RecipeError: weights cannot be sharded (FSDP) here, or the checkpoint was made with the
+            other setting.
     """
     callback, trunk, whole = trainer.callback, setup.trunk, None
     devices.prepare_sharding(trainer, trunk, setup.folder.name)
     if trainer.is_fsdp_enabled and not isinstance(trunk, PeftModel):
-        # The trunk is taken apart for good; this is what will be saved in its place.
-        apart = {id(p): nn.Parameter(torch.empty_like(p, device="cpu")) for p in trunk.parameters()}
-        whole = copy.deepcopy(trunk, apart)
-    trainer.remove_callback(PrinterCallback)  # the listener speaks
+        # FSDP replaces the trunk's parameters by shards for good. This copy, whose weights are
+        # filled in at the end, is saved in its place.
+        empty = {id(p): nn.Parameter(torch.empty_like(p, device="cpu")) for p in trunk.parameters()}
+        whole = copy.deepcopy(trunk, empty)
+    trainer.remove_callback(PrinterCallback)  # the listener reports
     if devices.is_first():
         checkpoints.remove_incomplete(setup.folder)
     devices.wait()
     checkpoint = checkpoints.last_checkpoint(setup.folder)
     with checkpoints.trained_weights_only(trainer.model):
         if checkpoint is not None and checkpoint.step >= callback.steps:
-            checkpoints.load(trainer.model, checkpoint)  # cut off after its last step
+            checkpoints.load(trainer.model, checkpoint)  # it was killed after the last step
         else:
             trainer.args.eval_on_start &= checkpoint is None
             if checkpoint is not None:
@@ -193,26 +198,27 @@ def train(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -> None:
                     layers_compiled(setup, stage, trainer),
                 ):
                     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
-            finally:  # so that the next stage begins a run of its own
+            finally:  # so that the next stage starts a new run in the tracker
                 if "wandb" in setup.recipe.trackers and devices.is_first():
                     import_module("wandb").finish()
             if callback.interrupted and trainer.state.global_step < callback.steps:
                 raise KeyboardInterrupt
-    _keep(setup, whole)
+    _save_result(setup, whole)
     if callback.interrupted:
         raise KeyboardInterrupt
 
 
-def _keep(setup: StageSetup, whole: nn.Module | None) -> None:
-    """Write the adapter, or the whole encoder; once its config is there, the stage is done.
+def _save_result(setup: StageSetup, whole: nn.Module | None) -> None:
+    """Write the adapter, or the whole encoder; once its config is written, the stage is done.
 
     Args:
-        setup: of the stage.
-        whole: what to fill with the weights of a trunk that was taken apart, where it was.
+        setup: where and what the stage trained.
+        whole: a copy of a sharded trunk, to be filled with the gathered weights; None if the trunk
+            is not sharded, or if only an adapter is trained.
     """
     trunk: Any = setup.trunk
     state: Any = None
-    if whole is not None or isinstance(trunk, PeftModel):  # every process holds a part
+    if whole is not None or isinstance(trunk, PeftModel):  # gathered: each process may have a part
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )

@@ -1,7 +1,7 @@
-"""What is refused before a run writes anything: settings and texts that a stage could not use.
+"""Checks before a run writes anything: are there settings or texts that a stage could not use?
 
-A stage that stands third would otherwise fail after hours. Cost: every text is read once, MNTP's
-into the token file that it trains on; an adapter is attached and taken off; no step is taken.
+Otherwise the third stage would fail after hours. Cost: every text is read once (those of MNTP into
+the token file that it trains on), and an adapter is attached and removed; no step is trained.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ from unmasked.train.trainer import stage_arguments
 logger = logging.getLogger(__name__)
 
 OWN_PLACE = {"output_dir": "-o FOLDER", "max_steps": "steps"}
-"""Arguments of the trainer that the run itself sets, and where they are given."""
+"""Arguments of the trainer that the run sets itself, and the option or setting to use instead."""
 
 
 def check_settings(recipe: Recipe, path: Path) -> None:
-    """Refuse what can be refused without the model.
+    """Check everything that can be checked without the model.
 
     Args:
-        recipe: of the run.
+        recipe: the recipe of the run.
         path: the run folder.
 
     Raises:
-        RecipeError: arguments of the trainer, or a batch that cannot be divided among the devices.
-        DataError: a stage without data, or texts that do not exist or cannot be read again.
-        MissingExtraError: no bitsandbytes for ``qlora``.
+        RecipeError: an argument of the trainer cannot be used, or a batch cannot be divided among
+            the devices.
+        DataError: a stage has no data, or its texts do not exist or cannot be read twice.
+        MissingExtraError: bitsandbytes, which ``qlora`` needs, is not installed.
     """
     for name, stage in _to_do(recipe, path):
         if not stage.data:
@@ -85,20 +86,22 @@ def check_inputs(
     tell: Callable[[str], object],
     leaks: Leaks | None = None,
 ) -> None:
-    """Refuse what does not fit the model, and texts that make no batch.
+    """Check that the settings fit the model, and that the data is sound and fills a batch.
 
     Args:
-        recipe, path: as above.
-        encoder: of the base, to try on; its weights are frozen.
-        tell: given a line as the vectors of a teacher are computed.
-        leaks: the texts of the tests; those that a stage trains on are told in a warning.
+        recipe, path: as in `check_settings`.
+        encoder: the base, on which adapters and dropout are tried; its weights do not change.
+        tell: called with a line of progress while the vectors of a teacher are computed.
+        leaks: texts of the test sets; a warning names each stage whose data contains any of them.
 
     Raises:
-        RecipeError: the model fails at the longest input of a stage, or vectors are too short.
-        ModelError: adapters that fit no layer, or dropout that does not act.
-        DataError: a faulty row, or too few of them.
+        RecipeError: the model cannot take the longest input of a stage, or its vectors are shorter
+            than a setting requires.
+        ModelError: an adapter matches no layer, or dropout has no effect.
+        DataError: a row is faulty, or there are too few rows.
     """
     trunk: Any = encoder.backbone.auto_model
+    width = int(encoder.get_embedding_dimension())  # type: ignore[arg-type]
     leaks = leaks or Leaks({})
     for name, stage in _to_do(recipe, path):
         if isinstance(stage, MNTP):
@@ -120,10 +123,9 @@ def check_inputs(
                     "or more texts."
                 )
             with noise(trunk, stage.attention_dropout, stage.embedding_dropout):
-                pass
+                pass  # entering it proves that the dropout has an effect
         else:
             _check_pairs(stage, recipe.seed, leaks)
-            width = int(encoder.get_embedding_dimension())  # type: ignore[arg-type]
             _check_teacher(stage, width)
             _check_layers(stage, encoder)
             if max(stage.matryoshka, default=0) > width:
@@ -135,13 +137,14 @@ def check_inputs(
             attached: Any = trained_trunk(trunk, stage)
             attached.unload()
         _check_length(name, stage, encoder)
-    taught = recipe.supervised and recipe.supervised.teacher
-    if taught and taught.model and not is_done(path / "supervised"):
-        assert recipe.supervised is not None
-        compute_vectors(recipe.supervised, path / TEACHER, width, tell)
+    # Last, because this is the only check that may take hours.
+    for _, stage in _to_do(recipe, path):
+        if isinstance(stage, Supervised) and stage.teacher and stage.teacher.model:
+            compute_vectors(stage, path / TEACHER, width, tell)
 
 
 def _to_do(recipe: Recipe, path: Path) -> Iterator[tuple[str, AnyStage]]:
+    """Names and settings of the stages that are not finished."""
     return ((name, stage) for name, stage in recipe.stages() if not is_done(path / name))
 
 
@@ -151,7 +154,7 @@ def _warn(lines: Iterable[str]) -> None:
 
 
 def _check_pairs(stage: Supervised, seed: int, leaks: Leaks) -> None:
-    """Read every row, and deal batches of them, which refuses a data set that fills none."""
+    """Read every row, and construct the batches, which refuses a data set that fills none."""
     read = partial(read_rows, tell=logger.warning, teacher=stage.teacher)
     counts = []
     for pairs in stage.data:
@@ -168,21 +171,21 @@ def _check_pairs(stage: Supervised, seed: int, leaks: Leaks) -> None:
 
 
 def _check_teacher(stage: Supervised, width: int) -> None:
-    """Refuse rows that say nothing of use to the student."""
+    """Refuse a teacher's scores or vectors that nothing reads, or from which nothing is learned."""
     teacher = stage.teacher
     for pairs in stage.data if teacher is None or teacher.wants is None else ():
         if pairs.teacher is not None:
             raise RecipeError(
-                f"supervised.data: {pairs.path} names the column '{pairs.teacher}' of a teacher, "
-                "and nothing reads it. Fix: supervised.teacher.loss=kl without a teacher.model for "
-                "scores, or cosine for vectors; or leave the column out."
+                f"supervised.data: {pairs.path} names '{pairs.teacher}' as the column of a "
+                "teacher, but nothing reads it. Fix: for scores supervised.teacher.loss=kl without "
+                "a teacher.model, for vectors supervised.teacher.loss=cosine; or leave it out."
             )
     if teacher is None:
         return
     if teacher.wants == "scores" and teacher.loss != "cosent" and not stage.hard_negatives:
         raise RecipeError(
-            f"supervised.hard_negatives 0 leaves {teacher.loss} one document for each query, of "
-            "which it learns nothing. Fix: supervised.hard_negatives=1, or more."
+            f"supervised.hard_negatives 0 leaves one document for each query, from which the loss "
+            f"{teacher.loss} learns nothing. Fix: supervised.hard_negatives=1, or more."
         )
     if teacher.wants == "vectors":
         rows = (row for pairs in stage.data for row in read_rows(pairs, teacher=teacher))
@@ -190,7 +193,7 @@ def _check_teacher(stage: Supervised, width: int) -> None:
 
 
 def _check_layers(stage: Supervised, encoder: TextEncoder) -> None:
-    """Refuse numbers of layers that the model does not have."""
+    """Refuse a Matryoshka depth that the model does not have, or cannot run alone."""
     model: Any = encoder.backbone.auto_model
     depth = int(model.config.get_text_config().num_hidden_layers)
     if max(stage.matryoshka_layers, default=0) >= depth:
@@ -203,7 +206,7 @@ def _check_layers(stage: Supervised, encoder: TextEncoder) -> None:
 
 
 def _check_length(name: str, stage: AnyStage, encoder: TextEncoder) -> None:
-    """Where an input may be longer than the model's positions, try one of that length."""
+    """If inputs may be longer than the positions that the config names, try a forward of one."""
     key = "block_length" if isinstance(stage, MNTP) else "max_length"
     length = int(getattr(stage, key))
     model: Any = encoder.backbone.auto_model

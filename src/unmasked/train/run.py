@@ -1,12 +1,11 @@
-"""A recipe, stage by stage: baselines, MNTP, SimCSE, supervised, each scored; the result saved.
+"""Runs a recipe: baselines, MNTP, SimCSE, supervised, each scored; then saves the encoder.
 
-Everything is kept in a run folder, and the same command continues it: a stage that has its adapter
-is not trained again, a score that is written is not computed again, and a stage that was cut off
-resumes from its last checkpoint. Cost beside training and scoring: a model is loaded and proved
-once before the first stage (with scores twice more, as the causal baselines need the closed mask)
-and once after each.
+Everything is kept in a run folder, and the same command continues it: finished stages and scores
+are not computed again, and an interrupted stage resumes from its last checkpoint. Cost besides
+training and scoring: a model is loaded and proved once before the first stage (with scores two more
+times, as the causal baselines need the mask closed) and once after each stage.
 
-    recipe.yaml      as resolved         results.json     scores of every stage
+    recipe.yaml      all settings        results.json     scores of every stage
     mntp/ simcse/ supervised/            adapter, checkpoints, metrics.jsonl, TensorBoard events
     scores/          per-item scores, for intervals        model/    the merged encoder
     benchmarks/NAME/ results.json and scores/ of a published benchmark
@@ -61,13 +60,13 @@ from unmasked.train.stages import fit
 logger = logging.getLogger(__name__)
 
 RECIPE, RESULTS = "recipe.yaml", "results.json"
-MERGED = "merged"  # the encoder of a stage with merge_with_base, and its name among the scores
+MERGED = "merged"  # the folder of a stage's encoder after merge_with_base, and its name in scores
 LOCK = ".lock"
-"""Held while a run is at work; it ends with the process."""
+"""Locked while a run is active; the lock is released when the process ends."""
 MAY_BE_THERE = {"data", aside_of(Path(RECIPE)).name, TEACHER, TOKENS, LOCK}
-"""In a folder without a recipe: given, or left by a run that was killed early."""
+"""Allowed in a folder without a recipe: given data, and what a run leaves if it is killed early."""
 Chain = Sequence[str | Path]
-"""A base, and the adapters to merge into it in this order."""
+"""A base model, then the adapters to merge into it, in this order."""
 Scoring = Callable[[LLM2Vec], Sequence[Any]]
 """Scores an encoder on tasks; each result is an `evaluate.bootstrap.TaskResult`."""
 
@@ -76,18 +75,18 @@ class Run:
     """A recipe and the folder it runs in.
 
     Args:
-        recipe: what to do.
-        path: the run folder; made, or continued if it was made with the same recipe, or with
-            another that was neither trained nor scored. Only a folder ``data`` may be there before.
-        score: how an encoder is scored; None scores nothing.
-        listener: told what happens.
-        anchor: a published benchmark: scores go into its folder, and only what it has figures for
-            is scored.
-        leaks: the texts of the tests; a stage that trains on some of them is told in a warning.
+        recipe: the settings of the run.
+        path: the run folder: a new one, which may contain only ``data``, or one that was made with
+            the same recipe, or with one of which nothing has been trained or scored yet.
+        score: scores an encoder; None scores nothing.
+        listener: is called as the run proceeds.
+        anchor: a published benchmark: scores go to its folder, and only the stages for which there
+            are published figures are scored.
+        leaks: texts of the test sets; a warning names each stage whose data contains any of them.
 
     Raises:
-        OutputError: the folder belongs to another recipe, or holds something else.
-        MissingExtraError: a tracker that is not installed.
+        OutputError: the folder belongs to another recipe, or contains something else.
+        MissingExtraError: a tracker is not installed.
     """
 
     def __init__(
@@ -118,8 +117,8 @@ class Run:
         """Do everything that is not done yet; returns the finished encoder.
 
         Raises:
-            OutputError: another run is at work in the folder, or a checkpoint cannot be written.
-            UnmaskedError: what `preflight` refuses, or a stage could not use.
+            OutputError: another run is active in the folder, or a checkpoint cannot be written.
+            UnmaskedError: `preflight` found a fault, or a stage cannot use its data or settings.
             KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
         """
         alone = folder_for_one(self.path, LOCK) if devices.is_first() else nullcontext()
@@ -134,20 +133,22 @@ class Run:
         if devices.is_first():
             self._write_recipe()
         devices.wait()
-        self._score_start(chain)
+        self._score_baselines(chain)
         stage: Training | None = None
         for name, stage in self.recipe.stages():
-            began = list(chain)
+            before = list(chain)
+            # The adapter that this stage continues to train is not merged into its base.
             start = chain.pop() if stage.lora.start == "continue" else None
             if not is_done(self.path / name):
                 self.listener.stage(name)
                 fit(self._setup(name, chain, start), stage)
             if devices.is_first():
                 self._clear(name)
+            # A stage that trains all weights saves a whole encoder: it is the base from now on.
             chain = [*([] if stage.lora.method == "full" else chain), self.path / name]
             self._score(name, partial(self._encoder, chain, stage))
             if isinstance(stage, Supervised) and stage.merge_with_base:
-                self._merge(began, chain, stage)
+                self._merge(before, chain, stage)
                 chain = [self.path / MERGED]
                 self._score(MERGED, partial(self._encoder, chain, stage))
         encoder = self._encoder(chain, stage)
@@ -158,7 +159,7 @@ class Run:
         return encoder
 
     def results(self) -> list[dict[str, Any]]:
-        """Stages in order, each ``{"name": ..., "scores": {"TASK.METRIC": fraction}}``."""
+        """Scored baselines and stages, each ``{"name": ..., "scores": {"TASK.METRIC": ...}}``."""
         file = self.scored / RESULTS
         if not file.is_file():
             return []
@@ -166,9 +167,9 @@ class Run:
         return stages
 
     def _check_folder(self) -> None:
-        mine = self.path / RECIPE
-        if mine.is_file():
-            changed = recipe_differences(load_recipe(mine), self.recipe)
+        written = self.path / RECIPE
+        if written.is_file():
+            changed = recipe_differences(load_recipe(written), self.recipe)
             if changed and self._has_begun():
                 raise OutputError(
                     f"{self.path} was made with a different recipe:\n  "
@@ -184,14 +185,14 @@ class Run:
             )
 
     def _has_begun(self) -> bool:
-        """Whether something belongs to the recipe: a score, a checkpoint, an adapter."""
+        """Whether the folder has a result of its recipe: a score, a checkpoint or an adapter."""
         folders = [self.path / name for name in ("mntp", "simcse", "supervised")]
         trained = any(is_done(folder) or last_checkpoint(folder) for folder in folders)
         scores = [self.path / RESULTS, *self.path.glob(f"{BENCHMARKS}/*/{RESULTS}")]
         return trained or any(file.is_file() for file in scores)
 
     def _check_inputs(self, chain: Chain) -> None:
-        """Prove the model and read every text of what is not done, before anything else is made."""
+        """Prove the model and read all data of the unfinished stages, before training starts."""
         check_settings(self.recipe, self.path)
         encoder = self._encoder(chain)
         if not devices.is_first():
@@ -200,16 +201,17 @@ class Run:
             check_inputs(self.recipe, self.path, encoder, self.listener.stage, self.leaks)
         except BaseException as error:
             if not (self.path / RECIPE).is_file():
-                # vectors of a teacher stay behind Ctrl-C: they may be hours of work
-                kept = isinstance(error, KeyboardInterrupt)
-                for made in (TOKENS, *([] if kept else [TEACHER])):
-                    shutil.rmtree(self.path / made, ignore_errors=True)
+                # After Ctrl-C the teacher's vectors are kept: they may have taken hours.
+                interrupted = isinstance(error, KeyboardInterrupt)
+                for folder in (TOKENS,) if interrupted else (TOKENS, TEACHER):
+                    shutil.rmtree(self.path / folder, ignore_errors=True)
             raise
 
     def _clear(self, name: str) -> None:
+        """Remove the files that only an unfinished stage needs."""
         clear(self.path / name)
-        if made := {"mntp": TOKENS, "supervised": TEACHER}.get(name):
-            shutil.rmtree(self.path / made, ignore_errors=True)
+        if folder := {"mntp": TOKENS, "supervised": TEACHER}.get(name):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
 
     def _write_recipe(self) -> None:
         ran = ", ".join(f"{name} {number}" for name, number in versions().items())
@@ -218,17 +220,18 @@ class Run:
     # Encoders
 
     def _encoder(self, chain: Chain, last: Training | None = None) -> LLM2Vec:
-        """The base with adapters merged into it; kept until another one is asked for.
+        """The base with adapters merged into it.
 
         Args:
-            chain: the base, the recipe's or one that was trained in full, and the adapters.
-            last: the stage that trained the last of them; its prompts are the encoder's.
+            chain: the base (the recipe's, or an encoder of which all weights were trained), then
+                the adapters.
+            last: the stage that trained the last of them; the encoder gets its prompts.
         """
-        model, (base, *merged) = self.recipe.model, chain
-        return self._kept(
+        model, (base, *adapters) = self.recipe.model, chain
+        return self._load(
             tuple(map(str, chain)),
             base,
-            merged,
+            adapters,
             enable_bidirectional=model.bidirectional,
             pooling_mode=model.pooling,
             allow_partial=model.allow_partial,
@@ -237,64 +240,64 @@ class Run:
             layers=model.layers if base == model.base else None,
         )
 
-    def _merge(self, began: Chain, chain: Chain, stage: Supervised) -> None:
-        """Mix what a stage began with into what it made, unless that is done."""
+    def _merge(self, before: Chain, after: Chain, stage: Supervised) -> None:
+        """Merge the encoder before a stage into the one after it, unless that has been done."""
         if devices.is_first() and not (self.path / MERGED / "config.json").is_file():
             self.listener.stage("merging with the base")
-            share, after = stage.merge_with_base, self._encoder(chain, stage)
-            others = [("what supervised began with", partial(self._encoder, began))]
+            share, encoder = stage.merge_with_base, self._encoder(after, stage)
+            others = [("the encoder before supervised", partial(self._encoder, before))]
             partly = self.recipe.model.allow_partial or not self.recipe.model.bidirectional
-            blend(after, others, [1 - share, share], allow_partial=partly)
-            self._loaded = None  # it was changed
-            after.save(self.path / MERGED, card=self._card(after))
+            blend(encoder, others, [1 - share, share], allow_partial=partly)
+            self._loaded = None  # it has been changed in place
+            encoder.save(self.path / MERGED, card=self._card(encoder))
         devices.wait()
 
-    def _causal(self, decoder: Location, mode: str) -> LLM2Vec:
-        """A decoder as it is, with a pooling: all that the causal baselines differ in."""
+    def _causal_baseline(self, decoder: Location, pooling: str) -> LLM2Vec:
+        """The untouched decoder with a pooling mode; it is loaded once for all of them."""
         first = CAUSAL_BASELINES[0]
         options: dict[str, Any] = {"enable_bidirectional": False, "pooling_mode": first}
-        encoder = self._kept((CAUSAL, decoder.name), decoder.name, [], **options, **decoder.hub)
+        encoder = self._load((CAUSAL, decoder.name), decoder.name, [], **options, **decoder.hub)
         width = encoder.backbone.get_embedding_dimension()
-        encoder[1] = type(encoder[1])(width, mode, encoder.settings.skip_instruction)
+        encoder[1] = type(encoder[1])(width, pooling, encoder.settings.skip_instruction)
         return encoder
 
-    def _kept(
-        self, key: tuple[object, ...], base: str | Path, merged: Chain, **options: Any
+    def _load(
+        self, key: tuple[object, ...], base: str | Path, adapters: Chain, **options: Any
     ) -> LLM2Vec:
-        """A model loaded as the recipe says; the one that was loaded last is kept by its key."""
+        """Load an encoder as the recipe says, unless the one loaded last has the same key."""
         if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None  # before the next one is loaded: two may not fit in memory
+            self._loaded = None  # freed before the next one is loaded: two may not fit in memory
             model = self.recipe.model
             options |= {"max_length": model.max_length, "attn_implementation": model.attention}
             options["compile"] = model.compile
             if model.include_instruction is not None:
                 options["skip_instruction"] = not model.include_instruction
-            encoder = LLM2Vec.from_pretrained(base, list(merged), dtype=self.dtype, **options)
+            encoder = LLM2Vec.from_pretrained(base, list(adapters), dtype=self.dtype, **options)
             self._loaded = key, encoder
         return self._loaded[1]
 
     def _setup(self, name: str, chain: Chain, start: str | Path | None) -> StageSetup:
-        """What a stage trains: the base with the adapters before it merged."""
+        """What a stage starts from: the base with the adapters of earlier stages merged into it."""
         encoder, self._loaded = self._encoder(chain), None  # it is trained in place
         return StageSetup(self.path / name, encoder, self.recipe, self.listener.step, start)
 
     def _card(self, encoder: LLM2Vec) -> Card:
         recipe = (self.path / RECIPE).read_text(encoding="utf-8")
         sections = {"Recipe": f"```yaml\n{recipe}```"}
-        given = (item for _, stage in self.recipe.stages() for item in stage.data)
-        before = training_data(self.recipe.model.base, self.recipe.model.revision)
-        own = (item.path if isinstance(item, Pairs) else item for item in given)
-        data = dict.fromkeys([*before, *own])
+        data = (item for _, stage in self.recipe.stages() for item in stage.data)
+        of_base = training_data(self.recipe.model.base, self.recipe.model.revision)
+        own = (item.path if isinstance(item, Pairs) else item for item in data)
+        names = dict.fromkeys([*of_base, *own])  # each once, in order
         base, proof = str(self.recipe.model.base), encoder.report.summary()
-        return Card(base, proof, sections, list(data), self.results())
+        return Card(base, proof, sections, list(names), self.results())
 
     # Scores
 
-    def _score_start(self, chain: Chain) -> None:
-        """Score what the stages have to beat: the causal decoder, and what they begin with.
+    def _score_baselines(self, chain: Chain) -> None:
+        """Score what the stages are compared with: the causal decoder, and the untrained encoder.
 
-        A base may be open already, as the encoder of another run is: then the decoder behind it is
-        the causal one. Where that is out of reach nothing is called causal.
+        The base may have an open mask already, as the encoder of another run has: then the decoder
+        that it was made from is the causal baseline, and without that decoder there is none.
         """
         scored = {stage["name"] for stage in self.results()}
         stages = {name for name, _ in self.recipe.stages()}
@@ -302,20 +305,21 @@ class Run:
         if self.score is not None and devices.is_first() and not done:
             model = self.recipe.model
             decoder = find_base(model.base, model.revision)
-            itself = decoder.name == locate(model.base).name
-            causal = self._is_causal(decoder, itself)
+            is_base = decoder.name == locate(model.base).name
+            causal = self._is_causal(decoder, is_base)
             for mode in CAUSAL_BASELINES if causal else ():
-                self._add_score(f"{CAUSAL}{mode}", partial(self._causal, decoder, mode))
-            plain = causal and itself and model.bidirectional and not model.adapters
+                self._add_score(f"{CAUSAL}{mode}", partial(self._causal_baseline, decoder, mode))
+            plain = causal and is_base and model.bidirectional and not model.adapters
             self._add_score(BIDIRECTIONAL if plain else BEFORE, partial(self._encoder, chain))
         devices.wait()
 
-    def _is_causal(self, decoder: Location, itself: bool) -> bool:
-        """Whether a decoder can be loaded and its mask is closed, as a forward pass shows."""
+    def _is_causal(self, decoder: Location, is_base: bool) -> bool:
+        """Whether a decoder can be loaded and the proof finds its mask closed."""
         try:
-            return self._causal(decoder, CAUSAL_BASELINES[0]).report.verdict == "impossible"
+            report = self._causal_baseline(decoder, CAUSAL_BASELINES[0]).report
+            return report.verdict == "impossible"
         except UnmaskedError as error:
-            if itself:
+            if is_base:
                 raise
             logger.warning(
                 "no causal baseline: %s comes from the decoder %s, which cannot be loaded (%s)",
@@ -324,12 +328,13 @@ class Run:
             return False
 
     def _score(self, name: str, load: Callable[[], LLM2Vec]) -> None:
-        """Score an encoder on the first process, unless that is done or not wanted."""
+        """Score an encoder on the first process, while the others wait."""
         if self.score is not None and devices.is_first():
             self._add_score(name, load)
         devices.wait()
 
     def _add_score(self, name: str, load: Callable[[], LLM2Vec]) -> None:
+        """Load an encoder and write its scores, unless they are there or not wanted."""
         stages = self.results()
         unwanted = self.only is not None and name not in self.only
         if self.score is None or unwanted or any(stage["name"] == name for stage in stages):

@@ -1,6 +1,6 @@
-"""What each stage trains on and how: its data, its loss and its trainer; `fitting` has the loop.
+"""One function per stage, which sets up its data, its loss and its trainer; `fitting` has the loop.
 
-Cost beside training: MNTP loads the base a second time, for its head.
+Cost besides training: MNTP loads the base a second time, for its language-model head.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from unmasked.train.trainer import ContrastiveTrainer, StageTrainer, stage_argum
 logger = logging.getLogger(__name__)
 
 FEWEST = 2
-"""Held-out rows below which a row has no other to be told from."""
+"""Minimum number of held-out rows per batch: with one, there is nothing to contrast it with."""
 Batched = tuple[Any, BatchSampler]
-"""Rows, and the batches of them."""
+"""Rows, and the sampler that divides them into batches."""
 
 
 def fit(setup: StageSetup, stage: AnyStage) -> None:
-    """Train a stage, or continue it; its folder then holds the adapter, or the whole encoder.
+    """Train a stage, or continue it; then its folder has the adapter, or the whole encoder.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is saved.
         OutputError: a checkpoint could not be written.
         DataError: the texts have changed since the checkpoint.
-        RecipeError: as `fitting.train`.
+        RecipeError: see `fitting.train`.
     """
     with devices.own_environment():
         if isinstance(stage, MNTP):
@@ -74,7 +74,7 @@ def _fit_mntp(setup: StageSetup, stage: MNTP) -> None:
     )
     mask_id = mntp.find_mask_id(tokens.tokenizer, stage.mask_token)
     vocabulary = language_model.config.get_text_config().vocab_size
-    if mask_id is None or mask_id >= vocabulary:  # a token without an embedding
+    if mask_id is None or mask_id >= vocabulary:  # the mask token has no embedding yet
         mask_id = vocabulary
         for model in (setup.trunk, language_model):
             model.resize_token_embeddings(vocabulary + 1)
@@ -114,20 +114,20 @@ def _fit_mntp(setup: StageSetup, stage: MNTP) -> None:
 def _blocks(
     setup: StageSetup, stage: MNTP, masking: mntp.Masking
 ) -> tuple[mntp.BlockData, mntp.BlockData | None]:
-    """Blocks to train on and, if any texts are held out, to measure on.
+    """Blocks for training and, if any texts are held out, for evaluation.
 
-    ``data.json`` in the stage's folder tells what was read and what was left out.
+    What was read and what was left out is written to ``data.json`` in the stage's folder.
     """
     apart, reason = stage.documents == "apart", setup.encoder.backbone.unpackable
     if apart and reason is not None:
-        logger.warning("mntp.documents: joined, not apart, as %s.", reason)
+        logger.warning("mntp.documents=joined is used instead of apart, because %s.", reason)
         apart = False
     tokens, seed = setup.encoder.backbone.tokens, setup.recipe.seed
     file = token_file(stage.data, stage.max_texts, tokens, setup.folder.parent / TOKENS)
     kept, held_out = file.split(stage.held_out, seed)
     blocks = Blocks(file, kept, stage.block_length)
     if devices.is_first():
-        told = {
+        facts = {
             "source": file.source,
             "files": file.files,
             "texts": len(file.keys),
@@ -137,12 +137,12 @@ def _blocks(
             "blocks": len(blocks),
             "dropped_tokens": blocks.dropped,
         }
-        write_facts(setup.folder, told)
-    measured = None
+        write_facts(setup.folder, facts)
+    evaluated = None
     if len(held_out):
-        others = Blocks(file, held_out, stage.block_length, held_out=True)
-        measured = mntp.BlockData(others, masking, seed, apart)
-    return mntp.BlockData(blocks, masking, seed, apart), measured
+        held_out_blocks = Blocks(file, held_out, stage.block_length, held_out=True)
+        evaluated = mntp.BlockData(held_out_blocks, masking, seed, apart)
+    return mntp.BlockData(blocks, masking, seed, apart), evaluated
 
 
 def _fit_simcse(setup: StageSetup, stage: SimCSE) -> None:
@@ -160,11 +160,11 @@ def _fit_simcse(setup: StageSetup, stage: SimCSE) -> None:
         write_facts(setup.folder, facts_of(stage.data, texts))
     kept, held_out = split_held_out(texts, stage.held_out, setup.recipe.seed)
     size = stage.batch_size // devices.world()
-    fewer = min(size, len(held_out) // devices.world())
-    measured = batched(held_out, fewer) if fewer >= FEWEST else None
+    held_out_size = min(size, len(held_out) // devices.world())
+    evaluated = batched(held_out, held_out_size) if held_out_size >= FEWEST else None
     loss = TwoViewsLoss(setup.encoder, stage.temperature)
     with noise(setup.trunk, stage.attention_dropout, stage.embedding_dropout):
-        _fit_contrastive(setup, stage, loss, collate, batched(kept, size), measured)
+        _fit_contrastive(setup, stage, loss, collate, batched(kept, size), evaluated)
 
 
 def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
@@ -176,14 +176,14 @@ def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
             setup.folder, store_rows(stage.data, setup.folder / ROWS, teacher=stage.teacher)
         )
         if stage.teacher is not None and stage.teacher.model is not None:
-            compute_vectors(stage, folder, width, logger.info)  # those that are not there
+            compute_vectors(stage, folder, width, logger.info)  # only those that are missing
     devices.wait()
     rows = Dataset.from_file(str(setup.folder / ROWS))
     kept, held_out = split_rows(rows, stage.held_out, setup.recipe.seed)
     world, seed = devices.world(), setup.recipe.seed
     size, weights = stage.batch_size // world, [pairs.weight for pairs in stage.data]
     batches = OneSourceBatches(np.asarray(kept["source"]), size, weights, world, seed)
-    measuring = measuring_batches(np.asarray(held_out["source"]), size, world)
+    held_out_batches = measuring_batches(np.asarray(held_out["source"]), size, world)
     loss = RankingLoss(
         encoder,
         stage.temperature,
@@ -193,12 +193,12 @@ def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
         1 + len(stage.matryoshka_layers),
         TeacherLoss(encoder, stage.teacher) if stage.teacher else None,
     )
-    said = taught(stage, rows, folder, width)
+    teaching = taught(stage, rows, folder, width)
     limits = stage.hard_negatives, stage.max_length
-    collate = PairCollator(encoder.preprocess, stage.data, *limits, said)
-    measured = (held_out, measuring) if measuring else None
+    collate = PairCollator(encoder.preprocess, stage.data, *limits, teaching)
+    evaluated = (held_out, held_out_batches) if held_out_batches else None
     with depths(encoder, stage.matryoshka_layers):
-        _fit_contrastive(setup, stage, loss, collate, (kept, batches), measured)
+        _fit_contrastive(setup, stage, loss, collate, (kept, batches), evaluated)
 
 
 def _fit_contrastive(

@@ -1,7 +1,7 @@
-"""transformers' `Trainer` for the stages; only public methods are replaced, and none for saving.
+"""transformers' `Trainer` for the stages; only public methods are overridden, and none for saving.
 
-`SentenceTransformerTrainer` is not used: to resume it reloads a whole model, and it cannot resume
-where weights are shared among devices (FSDP).
+`SentenceTransformerTrainer` is not used: to resume, it reloads a whole model, which does not work
+when weights are sharded among devices (FSDP).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from unmasked.train.callback import StageCallback
 
 
 class StageTrainer(Trainer):
-    """A `Trainer` that tells its callback what each forward of training measured.
+    """A `Trainer` that passes the measurements of each training forward to its callback.
 
     Args:
-        callback: of the stage; it comes before all others.
+        callback: the stage's callback, which is called before all others.
         others: further callbacks.
-        given: as in `Trainer`.
+        given: the other arguments of `Trainer`.
     """
 
     model: Any
@@ -43,28 +43,34 @@ class StageTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def tell(self, loss: Tensor, tokens: Tensor, places: Tensor, **measured: Tensor) -> None:
-        """Of one forward: its part of the step's loss, real tokens, and those with padding."""
+        """Pass the measurements of one forward to the callback.
+
+        Args:
+            loss: its part of the step's loss.
+            tokens, places: how many tokens it computed without and with padding.
+            measured: other scalars to log.
+        """
         counts = {"tokens": tokens, "places": places, "forwards": torch.tensor(1)}
         self.callback.add(loss=loss.mean(), **counts, **measured)
 
 
 class ContrastiveTrainer(StageTrainer):
-    """A trainer whose loss runs the encoder as often as it needs to, and whose batches are given.
+    """A trainer for losses that run the encoder themselves, on batches that a sampler has chosen.
 
     Args:
-        loss: as `unmasked.train.losses` describes. Its ``model`` is replaced by the encoder as it
-            is wrapped for several devices.
-        batches: of training, and of the held-out rows.
-        given: as in `StageTrainer`.
+        loss: a loss as `unmasked.train.losses` describes it. Its ``model`` is replaced by the
+            encoder as it is wrapped for several devices.
+        batches: samplers of batches, for training and for the held-out rows.
+        given: the other arguments of `StageTrainer`.
     """
 
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # compute_loss below divides by the accumulation steps itself
 
     def __init__(self, *, loss: nn.Module, batches: Any, **given: Any) -> None:
         super().__init__(**given)
         self.loss: Any = loss
         self.batches = batches
-        self.can_return_loss = True  # without labels
+        self.can_return_loss = True  # evaluation has a loss, although the batches have no labels
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -76,7 +82,7 @@ class ContrastiveTrainer(StageTrainer):
         if model.training:
             loss = loss / self.current_gradient_accumulation_steps
             tokens = places = attention.sum() * self.loss.views
-            if self.model.backbone.unpackable is not None:
+            if self.model.backbone.unpackable is not None:  # then padding is computed, too
                 places = torch.tensor(attention.numel() * self.loss.views)
             self.tell(loss, tokens, places, **self.loss.measured)
         return (loss, {}) if return_outputs else loss
@@ -106,16 +112,17 @@ def stage_arguments(
     """Arguments of `TrainingArguments` that every stage takes from its settings.
 
     Args:
-        settings: of the stage.
-        folder: of the stage.
-        seed: of the run.
+        settings: the stage's settings.
+        folder: the stage's folder.
+        seed: the run's seed.
         most_rows: maximum number of rows per forward, for a loss that is a sum over rows; a batch
-            is divided into equal parts. None leaves it whole.
-        own: further arguments of the stage; those that the settings name under ``trainer`` win.
+            is divided into equal parts. None does not divide it.
+        own: further arguments of the stage. Those that the settings name under ``trainer`` take
+            precedence.
 
     Raises:
         RecipeError: the batch cannot be divided among the devices, or ``trainer`` has an argument
-            that does not exist, or shares weights where that is impossible.
+            that does not exist, or requires FSDP where that is impossible.
     """
     devices.check_sharding(bool(settings.trainer.get("fsdp")), f"{folder.name}.trainer.fsdp")
     allowed = TrainingArguments.__dataclass_fields__
@@ -130,11 +137,11 @@ def stage_arguments(
     part = rows if most_rows is None else devices.micro_batch(rows, most_rows)
     on_cpu = not torch.cuda.is_available()
     return {
-        # Weights keep their type, and products are of bfloat16: without it, the float32 of a LoRA
-        # would make each of its products, and what is added to its result, one of float32.
+        # Mixed precision: weights keep their type, matrix products are computed in bfloat16.
+        # Without it, a LoRA in float32 would turn its products, and the sums with them, to float32.
         "bf16": not (on_cpu or settings.trainer.get("fp16")) and torch.cuda.is_bf16_supported(),
         "output_dir": str(folder),
-        # the rate may be scheduled over more steps than are run; the callback stops in time
+        # The schedule may be longer than the stage; the callback stops after the stage's steps.
         "max_steps": settings.schedule_steps or settings.steps,
         "per_device_train_batch_size": part,
         "gradient_accumulation_steps": settings.gradient_accumulation * (rows // part),

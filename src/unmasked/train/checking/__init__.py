@@ -1,9 +1,9 @@
 """Is the data safe to train on?
 
-`leaks`: is a text that will be scored among those to train on? Exact and cheap, asked by every run.
-`copies`: exact and near copies, by MinHash. `checking`: both over files, with languages, lengths
-and false negatives, and the rows without what is wrong. Cost: `leaks` a digest of every text;
-`checking` about a millisecond a text, and with an encoder the encoding of it.
+`leaks` finds texts of the test sets in the training data, exactly and cheaply; every run does so.
+`copies` finds exact and near copies by MinHash. `checking` does both for whole files, reports
+languages, lengths and false negatives, and writes the rows that are sound. Cost: for `leaks` a
+digest of every text; for `checking` about a millisecond per text, and with an encoder its encoding.
 
-For others: the public names of the three files.
+Others may use the public names of the three files.
 """

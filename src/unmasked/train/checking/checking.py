@@ -1,8 +1,8 @@
-"""Files of training data, row by row: what is copied, what is tested on, what is a false negative.
+"""Checks files of training data, row by row, for copies, test texts and false negatives.
 
-A row that repeats another one, or has a text of a test, is taken out; a negative that an encoder
-places as near to the query as its answer is taken out of its row. Lengths are of all texts,
-languages of `SAMPLE` of them, drawn at random and named by lingua.
+A row that repeats another row, or has a text of a test set, is removed. A negative that an encoder
+scores as high as the positive is removed from its row. Lengths are measured on all texts, languages
+(by lingua) on a random sample of `SAMPLE` texts.
 
 Cost: `copies`, and with an encoder the encoding of all rows that have negatives.
 """
@@ -34,16 +34,17 @@ from unmasked.train.data.columns import NAMES
 from unmasked.train.data.pairs import PairRow, line_of, read_rows
 
 SAMPLE = 2000
-"""Texts whose language is named."""
+"""Number of texts whose language is detected."""
 CHUNK = 512
-"""Rows that are encoded at once."""
+"""Rows that are checked, and encoded, at a time."""
 EXAMPLES = 3
 OF = " of "
+"""Joins the number of a text and the name of its test set into a label, and separates them."""
 Write = Callable[[dict[str, Any]], object]
 
 
 class Item(NamedTuple):
-    """A row: where it is from, its texts, and the row itself where it is one of pairs."""
+    """A row: its file and number, its texts, and the `PairRow` if it is one."""
 
     place: str
     texts: list[str]
@@ -55,11 +56,11 @@ class Findings:
     """What was found in the data.
 
     Attributes:
-        rows, kept: how many there are, and how many are left.
-        reasons: why rows or negatives are taken out → how many.
-        examples: the same → the first of them.
-        lengths: characters of a text: least, median, 95 %, most.
-        languages: name of a language → the share of texts in it; empty where nothing names them.
+        rows, kept: number of rows, and of those that are kept.
+        reasons: reason → number of rows or negatives that are removed for it.
+        examples: reason → the first of them.
+        lengths: characters of a text: minimum, median, 95th percentile, maximum.
+        languages: language → share of the texts; empty if lingua is not installed.
     """
 
     rows: int = 0
@@ -70,7 +71,7 @@ class Findings:
     languages: dict[str, float] = field(default_factory=dict)
 
     def add(self, reason: str, example: str) -> None:
-        """Count what is taken out."""
+        """Count a row or negative that is removed."""
         self.reasons[reason] += 1
         known = self.examples.setdefault(reason, [])
         if len(known) < EXAMPLES:
@@ -88,22 +89,22 @@ def check_data(
     tell: Callable[[str], object] = lambda said: None,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> Findings:
-    """Look through training data, and write what is left of it.
+    """Check training data, and write the rows that are sound.
 
     Args:
-        data: files of pairs, or of texts: .txt, with a column ``text`` and none of a query, or as
-            ``FILE:text=COLUMN``.
-        tests: what a test is called → its texts.
+        data: files of pairs, or of texts: .txt, a file with a column ``text`` and no column of
+            queries, or ``FILE:text=COLUMN``.
+        tests: name of a test set → its texts.
         similarity: see `copies.Copies`.
-        encoder: finds false negatives; None looks for none.
+        encoder: used to find false negatives; None does not look for them.
         margin: a negative whose score comes within this share of the positive's is a false one.
-        write: new .jsonl file of what is left; beside it, ``NAME.removed.jsonl`` says what was
-            taken out and why.
-        tell: given a line about what was recognised in each file.
-        progress: given the number of rows that were read.
+        write: a new .jsonl file for the sound rows; beside it, ``NAME.removed.jsonl`` says what was
+            removed and why.
+        tell: called with a line about the columns of each file.
+        progress: called with the number of rows read so far.
 
     Raises:
-        DataError: a file or a row that cannot be trained on.
+        DataError: a file or a row cannot be used for training.
         MissingExtraError: datasketch is not installed.
     """
     known = Copies(similarity)
@@ -143,7 +144,7 @@ def items_of(given: Pairs | str, tell: Callable[[str], object]) -> Iterator[Item
 
 
 def _has_pairs(given: Pairs) -> bool:
-    """Whether a data set is one of pairs, by the columns that are named or that it has."""
+    """Whether a data set has pairs, not plain texts, judged by its columns."""
     if given.query or given.positive:
         return True
     file = find_files(given.path)[0]
@@ -155,15 +156,23 @@ def _has_pairs(given: Pairs) -> bool:
 
 
 def _is_good(item: Item, known: Copies, seen: Copies, found: Findings, drop: Write) -> bool:
-    """Whether a row is neither a copy nor in a test; else it is noted."""
+    """Whether a row is no copy and has no text of a test set; if it does, that is recorded.
+
+    Args:
+        item: the row.
+        known: the texts of the test sets.
+        seen: the rows before this one, to which it is added.
+        found: counts what is removed.
+        drop: writes what is removed.
+    """
     why = None
     shown = item.texts[0]
     for text in item.texts:
-        if why is not None or (copy := known.find(text)) is None:
-            continue
-        shown, name = text, copy.of.partition(OF)[2]
-        kind = "a text" if copy.share == 1 else "nearly a text"
-        why = f"{kind} of {name}", f"{copy.of} ({copy.share:.0%} alike)"
+        if copy := known.find(text):
+            shown, name = text, copy.of.partition(OF)[2]
+            kind = "a text" if copy.share == 1 else "nearly a text"
+            why = f"{kind} of {name}", f"{copy.of} ({copy.share:.0%} alike)"
+            break
     if why is None:
         whole = "\n".join(item.texts[:2])  # query and positive; negatives may differ
         if copy := seen.find(whole, add_as=item.place):
@@ -179,7 +188,7 @@ def _is_good(item: Item, known: Copies, seen: Copies, found: Findings, drop: Wri
 def _true_negatives(
     items: Sequence[Item], encoder: TextEncoder, margin: float, found: Findings, drop: Write
 ) -> Iterator[Item]:
-    """The rows without the negatives that lie as near to the query as its answer."""
+    """The rows without the negatives that score as high as the positive, or within the margin."""
     rows = [item.row for item in items if item.row is not None and item.row.negatives]
     options: dict[str, Any] = {"normalize_embeddings": True, "show_progress_bar": False}
     queries = list(dict.fromkeys(row.query for row in rows))
@@ -208,7 +217,7 @@ def _line(item: Item) -> dict[str, Any]:
 
 
 def _writers(stack: ExitStack, write: Path | None) -> tuple[Write, Write]:
-    """Functions that write a line of what is kept, and of what is taken out."""
+    """Functions that write an object to the file of kept rows, and to that of removed ones."""
     if write is None:
         return lambda line: None, lambda line: None
     files = (stack.enter_context(written_aside(p)) for p in (write, removed_of(write)))
@@ -221,12 +230,12 @@ def _writers(stack: ExitStack, write: Path | None) -> tuple[Write, Write]:
 
 
 def removed_of(write: Path) -> Path:
-    """The file that says what was taken out."""
+    """The file that says what was removed."""
     return write.with_name(f"{write.stem}.removed.jsonl")
 
 
 class _Sample:
-    """Lengths of all texts, and some texts drawn from all with equal chances."""
+    """Lengths of all texts, and a uniform random sample of them (reservoir sampling)."""
 
     def __init__(self) -> None:
         self._lengths, self._drawn, self._random = array("Q"), list[str](), random.Random(0)
@@ -237,7 +246,7 @@ class _Sample:
             if len(self._drawn) < SAMPLE:
                 self._drawn.append(text)
             elif (place := self._random.randrange(len(self._lengths))) < SAMPLE:
-                self._drawn[place] = text
+                self._drawn[place] = text  # the n-th text enters with probability SAMPLE / n
 
     def lengths(self) -> tuple[int, int, int, int]:
         if not self._lengths:
@@ -249,9 +258,9 @@ class _Sample:
         try:
             from lingua import LanguageDetectorBuilder
         except ImportError:
-            tell(f"languages are not named: {MissingExtraError('lingua', 'data')}")
+            tell(f"languages are not detected: {MissingExtraError('lingua', 'data')}")
             return {}
         detector = LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build()
         named = detector.detect_languages_in_parallel_of(self._drawn)
-        counts = Counter(one.name.capitalize() if one else "none told" for one in named)
+        counts = Counter(one.name.capitalize() if one else "unknown" for one in named)
         return {name: count / len(named) for name, count in counts.most_common()}

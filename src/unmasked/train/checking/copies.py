@@ -1,10 +1,11 @@
-"""Exact and near copies of texts, found as the texts pass by.
+"""Exact and near copies of texts, found in one pass over the texts.
 
-Exact copies are equal apart from case and white space. Near ones share most of their runs of
-`RUN` characters: datasketch's MinHash finds candidates, and the share (Jaccard) is then counted, so
-that none is named by mistake; a few are missed, and more of them the nearer the limit.
+Exact copies are equal except for case and white space. Near copies share most of their character
+n-grams (`RUN` characters long): datasketch's MinHash finds candidates, whose Jaccard similarity is
+then computed exactly, so that there are no false alarms. A few copies are missed, most of them near
+the threshold.
 
-Cost: half a millisecond a text, and about two kilobytes of memory beside the text.
+Cost: half a millisecond per text, and about two kilobytes of memory besides the text.
 """
 
 from __future__ import annotations
@@ -20,36 +21,36 @@ except ImportError as error:
     raise MissingExtraError("datasketch", "data") from error
 
 RUN = 5
-"""Characters of a run."""
+"""Length of the n-grams in characters."""
 PERMUTATIONS = 128
 
 
 class Copy(NamedTuple):
-    """What a text is a copy of, and the share of runs that they have in common; 1 if exact."""
+    """The label of the text that was copied, and the Jaccard similarity; 1 for exact copies."""
 
     of: str
     share: float
 
 
 class Copies:
-    """Texts seen so far, by a label each.
+    """The texts that were added so far, each with a label.
 
     Args:
-        similarity: least share of runs in common that makes a near copy; 1 finds exact ones only.
+        similarity: minimum Jaccard similarity of a near copy; 1 finds exact copies only.
     """
 
     def __init__(self, similarity: float) -> None:
         self.similarity = similarity
         self._exact: dict[str, str] = {}  # folded text → label
-        near = min(similarity, 0.9)  # above, candidates would be missed; their share is counted
+        near = min(similarity, 0.9)  # higher would miss candidates; `find` checks them exactly
         self._near = MinHashLSH(threshold=near, num_perm=PERMUTATIONS)
 
     def find(self, text: str, add_as: str | None = None) -> Copy | None:
-        """The nearest copy among those that were added.
+        """The most similar text that was added, if `text` is an exact or near copy of it.
 
         Args:
-            text: to look for.
-            add_as: the label under which it is added if it has none.
+            text: the text to look for.
+            add_as: if given and `text` is no copy, `text` is added under this label.
         """
         text = folded(text)
         if label := self._exact.get(text):

@@ -1,8 +1,8 @@
-"""Texts of the tests that stand in the training data, letter by letter.
+"""Texts of the test sets that are in the training data, letter by letter.
 
-A score on such a text says nothing. Near copies take longer to find: `checking` does.
+A score on such a text says nothing. `checking` also finds near copies, which takes longer.
 
-Cost: eight bytes for each text.
+Cost: eight bytes of memory per text.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from unmasked.train.data.texts import key_of
 
 
 def keys_in(texts: Iterable[str]) -> np.ndarray:
-    """A number for each text, equal for equal texts."""
+    """(N,) numbers of texts, which are equal for equal texts."""
     return np.fromiter(map(key_of, texts), np.uint64)
 
 
 class Leaks:
-    """The texts of the tests, to be looked for.
+    """Looks for the texts of test sets in training data.
 
     Args:
-        tests: what the user calls a test → its texts.
+        tests: name of a test set, as the user gave it → its texts.
     """
 
     def __init__(self, tests: Mapping[str, Iterable[str]]) -> None:
         self._keys = {name: np.unique(keys_in(texts)) for name, texts in tests.items()}
 
     def told(self, where: str, data: Sequence[str], keys: np.ndarray) -> list[str]:
-        """A line for each test that has texts among those with the keys (N,).
+        """A warning for each test set of which texts are in the training data.
 
         Args:
-            where: what the texts are for, such as ``mntp.data``.
-            data: the files that they are from.
-            keys: `texts.key_of` each of them.
+            where: the setting that names the training data, such as ``mntp.data``.
+            data: its files.
+            keys: (N,) `texts.key_of` of each training text.
         """
         lines = []
         for name, known in self._keys.items():
@@ -44,7 +44,7 @@ class Leaks:
                 command = ["unmasked", "data", "check", *data, "--against", name]
                 command += ["--write", "checked.jsonl"]
                 lines.append(
-                    f"{where} has {count:,} of the {len(known):,} texts of {name}, so that its "
-                    f"scores will be too high. Fix: {shlex.join(command)}, and train on that file."
+                    f"{where} has {count:,} of the {len(known):,} texts of {name}, so its scores "
+                    f"will be too high. Fix: {shlex.join(command)}, and train on checked.jsonl."
                 )
         return lines

@@ -1,8 +1,8 @@
-"""What stands in a cell of a training file: one text, several, passages with titles, or nothing.
+"""What a cell of a training file contains: one text, several, passages with titles, or nothing.
 
-In .csv a list is written as JSON, or as Python prints it, and taken for one text it would train on
-brackets and quotes. .jsonl and .parquet have lists of their own, so there a text that only begins
-like a list is a text, as documentation of code often is. Tevatron's passages are objects of title
+In .csv a list is written as JSON, or as Python prints it; read as one text, it would train the
+model on brackets and quotes. .jsonl and .parquet have real lists, so there a string that merely
+begins like a list is a text, as in documentation of code. Tevatron's passages are objects of title
 and text, GritLM's are pairs of an instruction and a text.
 
 Cost: a look at the first character of each cell.
@@ -24,17 +24,17 @@ from unmasked.files.readers import string_fault
 
 
 class GivenText(NamedTuple):
-    """A text, and what stands before it if its cell says so."""
+    """A text, and the instruction that its cell gives for it, if any."""
 
     text: str
     instruction: str = ""
 
 
 class FaultyCell(ValueError):
-    """A cell that holds no texts.
+    """A cell with something else than texts.
 
     Attributes:
-        fault: what is wrong with it and how to correct it.
+        fault: what is wrong with it, and how to correct it.
     """
 
     def __init__(self, given: str, fix: str) -> None:
@@ -43,11 +43,11 @@ class FaultyCell(ValueError):
 
 
 class ListsInStrings(Enum):
-    """How a list of texts may stand in a string: depends on the file and the column."""
+    """Whether a string may be a written list of texts; depends on the file and the column."""
 
-    ONLY = "the file has no other lists or the column is one of lists: what looks like one is one"
-    PERHAPS = "a string that is a list from end to end is taken for one"
-    NEVER = "the column holds one text, and the file would have a list for several"
+    ONLY = "the file can have no other lists, or the column has lists: what looks like one is one"
+    PERHAPS = "a string that can be read as a list from beginning to end is taken as one"
+    NEVER = "the column has one text, and the file would have a real list for several"
 
 
 def passages_of(
@@ -56,16 +56,16 @@ def passages_of(
     fix: str = "remove it",
     written: ListsInStrings = ListsInStrings.ONLY,
 ) -> list[GivenText]:
-    """The texts of a cell, in order; none where it is null or an empty string.
+    """The texts of a cell, in order; none if it is null or an empty string.
 
     Args:
         column: the column, for errors.
-        value: what stands there.
+        value: the content of the cell.
         fix: how to correct an empty text.
-        written: whether a string may be a list.
+        written: whether a string may be a written list.
 
     Raises:
-        FaultyCell: it holds something else than texts.
+        FaultyCell: it contains something else than texts.
     """
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return []
@@ -82,16 +82,16 @@ def query_of(column: str, value: object) -> GivenText:
     """The query of a cell: a text, or GritLM's pair of an instruction and a text.
 
     Raises:
-        FaultyCell: it holds something else.
+        FaultyCell: it contains something else.
     """
     return _passage(column, value, "remove the row")
 
 
 def numbers_of(column: str, value: object, count: int) -> list[float]:
-    """The scores of a cell: as many finite numbers as asked for.
+    """The scores of a cell: `count` finite numbers.
 
     Raises:
-        FaultyCell: it holds something else, or another number of them.
+        FaultyCell: it contains something else, or another number of them.
     """
     found = _written_numbers(column, value)
     items = found if isinstance(found, list | tuple) else [] if found is None else [found]
@@ -103,10 +103,10 @@ def numbers_of(column: str, value: object, count: int) -> list[float]:
 
 
 def vectors_of(column: str, value: object, count: int) -> list[list[float]]:
-    """The vectors of a cell: one of each text of the row, all of one width.
+    """The vectors of a cell: `count` vectors of the same width.
 
     Raises:
-        FaultyCell: it holds something else, or another number of them.
+        FaultyCell: it contains something else, or another number of them.
     """
     found = _written_numbers(column, value)
     if not isinstance(found, list | tuple) or not all(isinstance(v, list | tuple) for v in found):
@@ -122,7 +122,7 @@ def vectors_of(column: str, value: object, count: int) -> list[list[float]]:
 
 
 def _written_numbers(column: str, value: object) -> object:
-    """Numbers that are written as text, as in .csv; anything else as it is."""
+    """Parse a string of numbers, as .csv has them; return anything else unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -155,7 +155,7 @@ def _passage(column: str, item: object, fix: str) -> GivenText:
 
 
 def _titled(column: str, item: Mapping[str, Any]) -> str:
-    """Title and text of a passage, as retrieval tasks join them."""
+    """Title and text of a passage, joined as in retrieval tasks."""
     title, text = item.get("title") or "", item.get("text")
     if not (isinstance(title, str) and isinstance(text, str)):
         given = f"'{column}' is a dict of {', '.join(map(str, item)) or 'nothing'}"
@@ -164,10 +164,10 @@ def _titled(column: str, item: Mapping[str, Any]) -> str:
 
 
 def written_list(column: str, value: str, strict: bool = True) -> object:
-    """The list that a cell was written from, as JSON or as Python prints it; else the text itself.
+    """Read a list that is written as JSON or as Python prints it; return other strings unchanged.
 
     Raises:
-        FaultyCell: `strict`, and it looks like a list of texts and cannot be read as one.
+        FaultyCell: it looks like a list of texts and cannot be read as one, and `strict` is True.
     """
     if not (value.startswith("[") and value.rstrip().endswith("]")):
         return value
@@ -179,7 +179,8 @@ def written_list(column: str, value: str, strict: bool = True) -> object:
         except (ValueError, SyntaxError, RecursionError):
             found = None
         if isinstance(found, list) and _strings(value) > len(_flat(found)):
-            found = None  # strings without commas between them, which Python joins: numpy's way
+            # numpy prints strings without commas between them, and Python joins such literals.
+            found = None
     if isinstance(found, list) and all(isinstance(item, str | dict | list) for item in found):
         return found
     if strict and value[1:].lstrip().startswith(("'", '"')):
@@ -190,13 +191,13 @@ def written_list(column: str, value: str, strict: bool = True) -> object:
 
 
 def _strings(code: str) -> int:
-    """How many strings are written in a list that Python can read."""
-    words = tokenize.generate_tokens(io.StringIO(code).readline)
-    return sum(word.type == tokenize.STRING for word in words)
+    """The number of string literals in a list that Python can read."""
+    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+    return sum(token.type == tokenize.STRING for token in tokens)
 
 
 def _flat(items: list[Any]) -> list[object]:
-    """Every string of a list, and those of the lists and dictionaries in it, keys included."""
+    """Every item of a list and of the lists in it, and every string of the dictionaries in it."""
     flat: list[object] = []
     for item in items:
         if isinstance(item, dict):

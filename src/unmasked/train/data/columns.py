@@ -1,9 +1,9 @@
-"""Which column of a training file is what: one table of the names that are in use.
+"""Finds the columns of a training file by their names, with one table of the names in use.
 
 Files come from sentence-transformers, FlagEmbedding, GritLM, Tevatron, MS MARCO, echo-embeddings
-and from people's own hands, and each calls its columns otherwise. A column with a name of `NAMES`
-is found without being asked for; where two could be the same thing the file is refused, and every
-column that is not used is named, since a negative that is left out costs a training run.
+and users' own scripts, and their columns have different names. A column with a name of `NAMES` is
+found automatically. If two columns could have the same role, the file is refused. A log line names
+every column that is not used, because a negative that is silently left out costs a training run.
 
 Cost: once per file, or per set of keys in .jsonl.
 """
@@ -26,27 +26,29 @@ NAMES = {
                  "negative_passages", "hard_negative_ctxs", "negative_ctxs"),
     "instruction": ("prompt", "instruction"),
 }  # fmt: skip
-"""What each column may be called, in capitals or not, with spaces and `_` or without. All columns
-of negatives are used, of the others one."""
+"""The names of each role's columns; case, spaces and `_` do not matter. All columns of negatives
+are used, and one column of each other role."""
 ONE_TEXT = {"positive", "negative", "hard_negative", "answer", "document", "passage", "response",
             "sentence2", "hypothesis", "sent1"}  # fmt: skip
-"""Columns of one text by their name, and ``negative_1`` to ``negative_n``."""
+"""Names that say that the column has one text per row, as ``negative_1`` to ``negative_n`` do."""
 _NUMBERED = re.compile(r"(?:hard)?neg(?:ative)?s?(\d+)")
 """``negative_1`` to ``negative_n``, as sentence-transformers mines them."""
 _JUDGED = ("sentence2", "hypothesis", "answer", "document", "passage", "response")
+"""Positives that may not match their query: only beside them is a label or a score looked for."""
 _SCORES = ("score", "similarity_score")
 TAUGHT = {
     "scores": (("scores",), ("score",), ("similarity_score",), ("pos_scores", "neg_scores")),
     "vectors": (("vectors",),),
 }
-"""What the columns of a teacher may be called; of FlagEmbedding's two, both are needed."""
+"""The names of a teacher's columns; FlagEmbedding's ``pos_scores`` and ``neg_scores`` belong
+together."""
 _LABELS = ("label", "labels", "gold_label")
 _IDS = re.compile(r".*ids?", re.IGNORECASE)
 """Columns that are never suggested for a text."""
 
 
 def holds_several(column: str) -> bool | None:
-    """Whether the name of a column says that it holds several texts, or one; None for others."""
+    """Whether a column has several texts per row, judged by its name; None if that is not known."""
     if with_name(ONE_TEXT, [column]) or _NUMBERED.fullmatch(_folded(column)):
         return False
     return True if with_name((*NAMES["positive"], *NAMES["negative"]), [column]) else None
@@ -54,15 +56,15 @@ def holds_several(column: str) -> bool | None:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a file, or of a row, by what they are.
+    """The columns of a file, or of a row, by their roles.
 
     Attributes:
         query, positive: one column each.
-        negatives: any number, in the order in which they are used.
-        instruction: of what stands before the query, if a column has it.
-        label: of what says whether the pair matches, if a column does.
-        taught: of what a teacher says, where that is read.
-        unused: all others.
+        negatives: any number of columns, in the order in which they are used.
+        instruction: the column of the query's instruction, if there is one.
+        label: the column that says whether the pair matches, if there is one.
+        taught: columns of a teacher's scores or vectors, if these are read.
+        unused: all other columns.
     """
 
     query: str
@@ -83,44 +85,44 @@ class Columns:
 def find_columns(
     pairs: Pairs, there: Sequence[str], where: str, wants: str | None = None
 ) -> Columns:
-    """What the columns of a file are: as the data set says, else by their names.
+    """The columns of a file by their roles: as the data set names them, else by their names.
 
     Args:
-        pairs: the data set; a column that it names has to exist.
+        pairs: the data set; a column that it names must exist.
         there: the columns of the file, or the keys of a row.
         where: the file and line, for errors.
-        wants: ``scores`` or ``vectors`` if a teacher's are read from the rows.
+        wants: ``scores`` or ``vectors`` if the rows must have a teacher's.
 
     Raises:
-        DataError: a column is missing, or two could be the same thing.
+        DataError: a column is missing, or two could have the same role.
     """
     named = {"query": pairs.query, "positive": pairs.positive}
     taken = {*filter(None, named.values()), *pairs.negative}
     roles: dict[str, str | None] = {}
     for role in ("query", "positive", "instruction"):
         if role == "instruction" and pairs.instruction:
-            continue  # the recipe says what stands before its queries
+            continue  # the recipe's instruction takes precedence over a column
         given = named.get(role)
         if given is not None:
             if given not in there:
                 near = _near(given, there)
-                raise _error(where, _missing(given, there), _command(pairs, **{role: near}))
+                raise _error(where, _missing(given, there), _instead(pairs, **{role: near}))
             roles[role] = given
             continue
         found = [name for name in with_name(NAMES[role], there) if name not in taken]
         if len(found) > 1:
             said = f"'{found[0]}' and '{found[1]}' could both be the {role}"
-            raise _error(where, said, _command(pairs, **{role: found[0]}))
+            raise _error(where, said, _instead(pairs, **{role: found[0]}))
         if not found and role != "instruction":
             free = [name for name in there if name not in {*taken, *roles.values()}]
             near = _near(NAMES[role], free)
             if role == "query" and not (pairs.positive or with_name(NAMES["positive"], there)):
                 answer = _near(NAMES["positive"], [name for name in free if name != near])
                 said = f"no columns 'query' and 'positive' among {', '.join(there) or 'none'}"
-                raise _error(where, said, _command(pairs, query=near, positive=answer))
+                raise _error(where, said, _instead(pairs, query=near, positive=answer))
             hint = "" if near == "NAME" else f", did you mean '{near}'"
             said = f"no column '{role}' among {', '.join(there) or 'none'}{hint}"
-            raise _error(where, said, _command(pairs, **{role: near}))
+            raise _error(where, said, _instead(pairs, **{role: near}))
         roles[role] = found[0] if found else None
     query, positive = str(roles["query"]), str(roles["positive"])
     if query == positive:
@@ -135,26 +137,26 @@ def find_columns(
 
 
 def _taught(pairs: Pairs, wants: str, there: Sequence[str], where: str) -> tuple[str, ...]:
-    """The columns of what a teacher says."""
+    """The columns of a teacher's scores or vectors."""
     if pairs.teacher is not None:
         if pairs.teacher not in there:
             near = _near(pairs.teacher, there)
             said = _missing(pairs.teacher, there)
-            raise _error(where, said, _command(pairs, teacher=near))
+            raise _error(where, said, _instead(pairs, teacher=near))
         return (pairs.teacher,)
     found = [names for names in TAUGHT[wants] if all(name in there for name in names)]
     if not found:
         said = f"no column '{wants}', which supervised.teacher reads, among {', '.join(there)}"
-        fix = f"{_command(pairs, teacher='NAME')}, or supervised.teacher=MODEL to compute them"
+        fix = f"{_instead(pairs, teacher='NAME')}, or supervised.teacher=MODEL to compute them"
         raise _error(where, said, fix)
     if len(found) > 1:
         said = f"'{found[0][0]}' and '{found[1][0]}' could both be the teacher's {wants}"
-        raise _error(where, said, _command(pairs, teacher=found[0][0]))
+        raise _error(where, said, _instead(pairs, teacher=found[0][0]))
     return found[0]
 
 
 def _negatives(there: Iterable[str]) -> list[str]:
-    """Columns of negatives: those without a number first, the others by their numbers."""
+    """Columns of negatives: first those without a number, then the others by their numbers."""
     there = list(there)
     plain = with_name(NAMES["negative"], there)
     numbered = [(int(m[1]), name) for name in there if (m := _NUMBERED.fullmatch(_folded(name)))]
@@ -169,43 +171,43 @@ def _label(
     where: str,
     taught: tuple[str, ...],
 ) -> str | None:
-    """The column that says which pairs match, unless someone named the columns of both texts.
+    """The column that says which pairs match, unless the user has named both columns of texts.
 
-    A score is refused, unless a teacher is asked for that reads it: from which one on a pair
-    matches is not for this stage to say.
+    A column of scores is refused, unless it is read as a teacher's: this stage cannot know from
+    which score on a pair matches.
     """
     judged = with_name(_JUDGED, [positive])
     if not judged or (pairs.query and pairs.positive):
         return None
     if taught:
         if label := next((name for name in with_name(_LABELS, there) if name not in taught), None):
-            word = _word(pairs, query=query, positive=positive)
+            argument = _argument(pairs, query=query, positive=positive)
             said = f"'{label}' says which pairs match, and '{taught[0]}' how much"
-            raise _error(where, said, f"give {word}, which takes no notice of '{label}'")
+            raise _error(where, said, f"give {argument}, which ignores '{label}'")
         return None
     if score := next(iter(with_name(_SCORES, there)), None):
-        word = _word(pairs, query=query, positive=positive)
+        argument = _argument(pairs, query=query, positive=positive)
         given = f"'{score}' says how much '{query}' and '{positive}' match, and this stage takes "
         fix = "learn the scores (supervised.teacher.loss=cosent supervised.teacher.contrastive=0), "
-        fix += f"or keep the rows that match, and name their columns: {word}"
+        fix += f"or keep the rows that match, and name their columns: {argument}"
         raise _error(where, given + "every row as a match", fix)
     return next(iter(with_name(_LABELS, there)), None)
 
 
 def check_found(pairs: Pairs, seen: Iterable[str]) -> None:
-    """Refuse a column of negatives that was asked for and that no row has."""
+    """Refuse a data set that names a column of negatives which no row has."""
     seen = list(dict.fromkeys(seen))
     for name in pairs.negative:
         if name not in seen:
             said = f"no row has a column '{name}', among {', '.join(seen)}"
             near = _near(name, seen, next(iter(_negatives(seen)), "NAME"))
             others = [near if given == name else given for given in pairs.negative]
-            fix = _command(pairs, negative=others)
+            fix = _instead(pairs, negative=others)
             raise _error(pairs.path, said + nearest(name, seen, end=""), fix)
 
 
 def told(pairs: Pairs, found: Iterable[Columns]) -> str:
-    """The line that says what was recognised in a data set, and what was not used."""
+    """A line that says which columns of a data set were recognised, and which are not used."""
     parts: dict[str, dict[str, None]] = {}
     for columns in found:
         for role, names in (
@@ -232,7 +234,7 @@ def _folded(name: str) -> str:
 
 
 def with_name(names: Iterable[str], there: Sequence[str]) -> list[str]:
-    """The columns that have one of these names, in the order of the names."""
+    """The columns with one of these names, in the order of the names."""
     return [column for name in names for column in there if _folded(column) == _folded(name)]
 
 
@@ -243,17 +245,18 @@ def _missing(name: str, there: Sequence[str]) -> str:
 
 
 def _near(name: str | Sequence[str], there: Iterable[str], otherwise: str = "NAME") -> str:
-    """The most similar column that may hold texts."""
+    """The column with the most similar name that may have texts."""
     hint = nearest(name, [column for column in there if not _IDS.fullmatch(column)], end="")
     return hint.split("'")[1] if hint else otherwise
 
 
-def _command(pairs: Pairs, **columns: str | list[str]) -> str:
-    return f"give {_word(pairs, **columns)} in place of {_word(pairs)}"
+def _instead(pairs: Pairs, **columns: str | list[str]) -> str:
+    """The fix that names other columns."""
+    return f"give {_argument(pairs, **columns)} in place of {_argument(pairs)}"
 
 
-def _word(pairs: Pairs, **columns: str | list[str]) -> str:
-    """The data set as it is given to a command, with other columns than it has."""
+def _argument(pairs: Pairs, **columns: str | list[str]) -> str:
+    """The data set as an argument of a command, with other columns than it has."""
     roles = {"query", "positive", "negative", "teacher"}
     given = pairs.model_dump(include=roles, exclude_defaults=True) | columns
     several = {role: [n] if isinstance(n, str) else n for role, n in given.items()}

@@ -1,10 +1,10 @@
-"""Pairs that a label judges: NLI's entailment and contradiction, or 1 and 0 for a match and none.
+"""Pairs with a label: NLI's entailment and contradiction, or 1 and 0 for a match and none.
 
-A row that matches is a query and its positive; the rows beside it with the same query and no match
-are its hard negatives, as NLI was made into triplets for SimCSE (Gao et al., arXiv 2104.08821).
-What is neither, and a negative whose query has no positive beside it, is left out and counted.
-Scores between 0 and 1, and whole numbers as NLI data sets have them (is 0 entailment, or none?),
-are refused: they say something else to different people.
+A row that matches becomes a query and its positive; adjacent rows with the same query that do not
+match become its hard negatives, as NLI was made into triplets for SimCSE (Gao et al., arXiv
+2104.08821). Rows that are neither, and negatives whose query has no positive beside them, are left
+out and counted. Scores between 0 and 1, and whole numbers as NLI data sets have them, are refused:
+they are ambiguous (0 may mean entailment, or no match).
 
 Cost: the rows of one query at a time.
 """
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from unmasked.train.data.cells import FaultyCell
 
 Texts = tuple[str, str, list[str], str, str, list[float], list[list[float]]]
-"""Query, positive, negatives, the instructions of query and documents, and what a teacher says of
-them: scores, or vectors."""
+"""Query, positive, negatives, the instructions of query and documents, and a teacher's scores and
+vectors."""
 WORDS: dict[object, bool | None] = {
     "entailment": True,
     "contradiction": False,
@@ -26,19 +26,19 @@ WORDS: dict[object, bool | None] = {
 }
 NUMBERS: dict[object, bool | None] = {1: True, 0: False, "1": True, "0": False}
 INFERENCE = ("hypothesis", "sent1")
-"""Columns of texts whose labels are words."""
+"""Columns of NLI data: their labels must be words, since numbers are ambiguous."""
 
 
 def matches(label: str, value: object, positive: str) -> bool | None:
-    """Whether a pair matches; None where it neither does nor is a negative.
+    """Whether a pair matches; None if it is neither a match nor a negative.
 
     Args:
-        label: the column of the judgement.
-        value: what stands there.
+        label: the column of the label.
+        value: the label.
         positive: the column of the text that is judged.
 
     Raises:
-        FaultyCell: the value can be read in two ways.
+        FaultyCell: the label is unknown or ambiguous.
     """
     words = value.lower() if isinstance(value, str) else value
     if isinstance(words, str) and words in WORDS:
@@ -47,7 +47,7 @@ def matches(label: str, value: object, positive: str) -> bool | None:
         return NUMBERS[value]
     known = [*WORDS] if positive in INFERENCE else [*WORDS, 1, 0]
     raise FaultyCell(
-        f"'{label}' is {value!r:.40}, and which pairs match is known only of "
+        f"'{label}' is {value!r:.40}, and the only labels that are known are "
         f"{', '.join(map(str, known))}",
         "write these, or keep the rows that match, without this column",
     )
@@ -55,10 +55,10 @@ def matches(label: str, value: object, positive: str) -> bool | None:
 
 @dataclass
 class Groups:
-    """Judged rows, gathered by their query as they come one behind the other.
+    """Groups adjacent labelled rows that have the same query.
 
     Attributes:
-        left_out: rows that became neither a positive nor a negative.
+        left_out: number of rows that became neither a positive nor a negative.
     """
 
     left_out: int = 0
@@ -67,7 +67,7 @@ class Groups:
     _query: str | None = None
 
     def add(self, matched: bool | None, texts: Texts) -> list[Texts]:
-        """Take a row; returns the rows of the query before it, once another one begins."""
+        """Take a row; when a new query begins, return the finished rows of the previous one."""
         query, document, *_ = texts
         found = self.rest() if query != self._query else []
         self._query = query
@@ -80,9 +80,9 @@ class Groups:
         return found
 
     def rest(self) -> list[Texts]:
-        """The rows of the query that was last."""
+        """The finished rows of the current query: each positive with all of its negatives."""
         if not self._positives:
             self.left_out += len(self._negatives)
-        found = [(q, p, [*n, *self._negatives], *told) for q, p, n, *told in self._positives]
+        found = [(q, p, [*n, *self._negatives], *rest) for q, p, n, *rest in self._positives]
         self._positives, self._negatives = [], []
         return found  # type: ignore[return-value]

@@ -1,9 +1,10 @@
-"""Which rows share a batch, and what the model is given of them.
+"""Which rows share a batch, and how they become the model's input.
 
-A batch is of one data set, on all devices: documents of another set would be told apart by their
-style, and one instruction stands for a set. All texts of a batch, queries and documents, go through
-the model as one, behind the preprocessing that `encode` has. The samplers of sentence-transformers
-know neither a weight per data set nor devices whose batches must be of the same one.
+All rows of a batch are from one data set, on all devices: the documents of another set would be
+easy negatives, recognised by their style. All texts of a batch, queries and documents, go through
+the model in one forward, with the same preprocessing as in `encode`. The samplers of
+sentence-transformers support neither a weight per data set nor batches of the same data set on all
+devices.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from unmasked.train.data.texts import folded, text_key
 
 @dataclass(eq=False)
 class OneSourceBatches(SetEpochMixin, BatchSampler):
-    """Batches of one data set each, drawn anew in every epoch.
+    """Batches of one data set each, drawn again in every epoch.
 
-    `processes` batches in a row are of the same set, which is how accelerate deals them to the
-    devices. Which rows meet depends on seed and epoch alone, so an interrupted run continues
-    with the batches it would have had. An incomplete last batch is left to another epoch.
+    Each run of `processes` consecutive batches is from the same data set: accelerate gives one of
+    them to each device. Batches depend on seed and epoch alone, so that a resumed run has the same
+    ones as an uninterrupted run. Rows that do not fill a last batch are left out in this epoch.
 
     Attributes:
-        sources: (N,) the data set of each row.
+        sources: (N,) the number of each row's data set.
         batch_size: rows per batch.
-        weights: passes over each data set in an epoch; 0 leaves it out.
-        processes: devices that take one batch each.
-        seed: of the order.
+        weights: passes over each data set per epoch; 0 leaves it out.
+        processes: number of devices, each of which gets one batch.
+        seed: the seed of the order.
 
     Raises:
         DataError: a data set does not fill one batch on every device.
@@ -53,8 +54,8 @@ class OneSourceBatches(SetEpochMixin, BatchSampler):
     drop_last = True
 
     def __post_init__(self) -> None:
-        self.together = self.batch_size * self.processes
-        self.counts = []  # of each data set, batches for all devices in an epoch
+        self.together = self.batch_size * self.processes  # rows of a batch on all devices
+        self.counts = []  # of each data set, how many such batches an epoch has
         for number, weight in enumerate(self.weights):
             rows = int((self.sources == number).sum())
             if weight and rows < self.together:
@@ -86,19 +87,20 @@ class OneSourceBatches(SetEpochMixin, BatchSampler):
 def measuring_batches(
     sources: np.ndarray, batch_size: int, processes: int = 1
 ) -> OneSourceBatches | None:
-    """Batches of held-out rows, no larger than the largest data set among them fills.
+    """Batches of held-out rows, made smaller if the largest data set among them fills none.
 
     Returns:
-        None if none has two rows for every device; data sets that do not fill one are left out.
+        None if no data set has two rows for every device. Data sets that fill no batch are left
+        out.
     """
-    counts = np.bincount(sources.astype(np.int64), minlength=1)  # an empty array is of floats
+    counts = np.bincount(sources.astype(np.int64), minlength=1)  # no rows give a float array
     size = min(batch_size, int(counts.max()) // processes)
     weights = [float(count >= size * processes) for count in counts]
     return OneSourceBatches(sources, size, weights, processes) if size >= 2 else None
 
 
 class Input(NamedTuple):
-    """A text of a batch, whether it asks or answers, and what stands before it."""
+    """A text of a batch: whether it is a query or a document, its instruction, and the text."""
 
     is_query: bool
     instruction: str
@@ -106,8 +108,8 @@ class Input(NamedTuple):
 
 
 Taught = Callable[[Sequence[dict[str, Any]], Sequence[Input]], torch.Tensor]
-"""What a teacher says of rows and of their inputs, in the order of `inputs_of`: (R, W) vectors, or
-(B, 1 + K) scores."""
+"""From the rows of a batch and their inputs, in the order of `inputs_of`, to a teacher's (R, W)
+vectors or (B, 1 + K) scores."""
 
 
 def inputs_of(
@@ -115,7 +117,7 @@ def inputs_of(
 ) -> list[Input]:
     """The texts of a batch: queries, then positives, then each rank of negatives.
 
-    Rows that have fewer negatives than others show their positive again.
+    A row with fewer negatives than another has its positive again in their place.
     """
     count = min(hard_negatives, max(len(row["negatives"]) for row in rows))
     inputs = [Input(True, _instruction(data, row, True), row["query"]) for row in rows]
@@ -128,9 +130,9 @@ def inputs_of(
 
 
 def _instruction(data: Sequence[Pairs], row: dict[str, Any], is_query: bool) -> str:
-    """What stands before a text of a row."""
+    """The instruction of a row's query or documents: its own, or one of its data set's."""
     pairs = data[row["source"]]
-    on_query = is_query or pairs.symmetric
+    on_query = is_query or pairs.symmetric  # symmetric: documents get the query's instruction
     if own := row.get("query_instruction" if on_query else "document_instruction"):
         return str(own)
     chosen = pairs.instruction if on_query else pairs.document_instruction
@@ -139,17 +141,14 @@ def _instruction(data: Sequence[Pairs], row: dict[str, Any], is_query: bool) -> 
 
 @dataclass
 class PairCollator:
-    """Rows to the features of one forward: queries, then positives, then each rank of negatives.
-
-    Rows of a batch that have fewer negatives than others show their positive again, which the loss
-    leaves out.
+    """Turns rows into the features of one forward.
 
     Attributes:
-        preprocess: of the model, for ``[instruction, text]`` pairs.
+        preprocess: the model's method, which takes ``[instruction, text]`` pairs.
         data: the data sets, for their instructions.
-        hard_negatives: maximum number of a row's own negatives.
-        max_length: longest input in tokens, instruction included.
-        taught: what a teacher says of a batch; None without one.
+        hard_negatives: maximum number of negatives per row.
+        max_length: maximum number of tokens of an input, with its instruction.
+        taught: a teacher's scores or vectors of a batch; None without a teacher.
     """
 
     preprocess: Callable[..., dict[str, torch.Tensor]]
@@ -160,20 +159,20 @@ class PairCollator:
     valid_label_columns: ClassVar[Sequence[str]] = ()
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Features of all R = (1 + 1 + K) * B texts, and which of them are the same text.
+        """Features of all R = (2 + K) * B texts of a batch.
 
         Returns:
-            ``text_`` before each of: the features of `preprocess`, longest text first;
-            ``place`` (R,), where each stands among queries, positives and negatives; ``key`` (R,),
-            a number of each text, alike in any case and white space, in that order.
-            ``label`` (B,), whose length says how many rows there are. With a teacher,
-            ``taught``, in the order of `inputs_of`.
+            The features of `preprocess`, longest text first; ``place`` (R,), the position of each
+            text in the order of `inputs_of`; ``key`` (R,), in that order, a number for each text
+            that is equal for texts that differ only in case and white space; with a teacher,
+            ``taught``, also in that order. All their names begin with ``text_``. Besides, ``label``
+            (B,), of which only the length counts.
         """
         inputs = inputs_of(self.data, rows, self.hard_negatives)
         features = self.preprocess(
             [[i.instruction, i.text] for i in inputs], max_length=self.max_length
         )
-        features.pop("prompt_length", None)  # one number, where all else is of each text
+        features.pop("prompt_length", None)  # a single number, which cannot be reordered
         order = features["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
         keys = [int.from_bytes(text_key(folded(i.text)), "big", signed=True) for i in inputs]
         return {
@@ -186,15 +185,15 @@ class PairCollator:
 
 
 ROLES = ("query", "document", "default")
-"""Names of prompts that encoding looks for by itself."""
+"""Names of prompts with a meaning of their own, which no data set may take."""
 
 
 def prompts_of(data: Sequence[Pairs]) -> dict[str, str]:
-    """The prompts a trained encoder is saved with, under the names that encoding looks for.
+    """The prompts that a trained encoder is saved with.
 
-    Each data set's first instruction is kept under the name of its file, or, where two files have
-    one name or a name means something else, under that of folder and file; where all data sets
-    share one, it is what `encode_query` and `encode_document` put before every text.
+    Each data set's first instruction is saved under the name of its file, or as FOLDER/NAME if two
+    files have the same name or it is one of `ROLES`. An instruction that all data sets have in
+    common becomes the prompt of `encode_query` or `encode_document`.
     """
     prompts = {}
     for role, by_set in {

@@ -1,9 +1,9 @@
 """Rows of query, positive and negatives, from files and the hub, each checked as it is read.
 
-`datasets` reads the same files, but does not say in which line of which file a fault is, so the
-reading is that of `unmasked.files`. What was checked is kept in an Arrow file that `datasets` maps
-into memory, so a mix larger than memory can be trained on. A data set of the hub is streamed, so
-each reading (one to check, one to keep) passes over the network.
+`datasets` reads the same files, but does not say in which line of which file a fault is, so they
+are read by `unmasked.files`. Checked rows are stored in an Arrow file that `datasets` maps into
+memory, so that a mix of data sets may be larger than memory. A data set on the hub is streamed, so
+each reading (one to check, one to store) passes over the network.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ TRIPLE = ("query", "positive", "negative")
 WITHOUT_LISTS = (".csv", ".tsv")
 """Kinds of files in which a list can only be written as a string."""
 IN_TYPED = {True: ListsInStrings.ONLY, False: ListsInStrings.NEVER, None: ListsInStrings.PERHAPS}
-"""In other files, by what the name of a column says of the number of its texts."""
+"""For other files: `columns.holds_several` of a column → whether its strings may be lists."""
 _CHUNK = 8192  # rows written at a time
 _STRING = pa.string()
-_TYPES = (
+_TYPES = (  # of the fields of `PairRow`
     *(_STRING, _STRING, pa.list_(_STRING), pa.int32(), pa.int64(), _STRING, _STRING),
     *(pa.list_(pa.float64()), pa.list_(pa.list_(pa.float32()))),
 )
@@ -60,8 +60,8 @@ class PairRow(NamedTuple):
     Attributes:
         query, positive: texts.
         negatives: texts that do not answer the query, perhaps none.
-        source: which data set of the stage it is from.
-        number: which row of it, from 0.
+        source: the number of its data set in the stage, from 0.
+        number: the number of the row in that data set, from 0.
         query_instruction, document_instruction: of this row, in place of the data set's; empty
             where the file has none.
         scores: a teacher's, of the positive and each negative; empty unless they are read.
@@ -85,19 +85,18 @@ def read_rows(
     tell: Callable[[str], object] = lambda said: None,
     teacher: Teacher | None = None,
 ) -> Iterator[PairRow]:
-    """The rows of a data set, checked; a row with several positives becomes one row for each.
+    """The checked rows of a data set; a row with several positives becomes one row for each.
 
     Args:
         pairs: the data set.
         source: its number.
-        tell: given one line, at the end, that says which columns were used and which were not.
-        teacher: what is learned from a teacher; its scores or vectors are read if the rows have
-            to have them.
+        tell: called once, at the end, with a line that says which columns were used and which not.
+        teacher: what is learned from a teacher; None reads no scores or vectors.
 
     Raises:
-        DataError: no such file, an unknown kind, no such column or one that could be two things, a
-            text that is missing or empty, fewer than two rows, scores or vectors that are not one
-            for each text; names file, line and fix.
+        DataError: the file does not exist or is of an unknown kind, a column is missing or
+            ambiguous, a text is missing or empty, there are fewer than two rows, or scores or
+            vectors are not one for each text; names file, line and fix.
     """
     found: dict[tuple[str, ...], Columns] = {}
     number, judged = -1, Groups()
@@ -118,7 +117,7 @@ def read_rows(
 def _every_texts(
     pairs: Pairs, found: dict[tuple[str, ...], Columns], judged: Groups, teacher: Teacher | None
 ) -> Iterator[Texts]:
-    """The texts of all rows; `found` and `judged` then say what was used."""
+    """The texts of all rows; fills `found` (columns → their roles) and `judged` on the way."""
     wants = teacher.wants if teacher is not None else None
     cells = ((path, row) for path in _files(pairs) for row in _cells(pairs, path, found, wants))
     for path, row in islice(cells, pairs.max_rows):
@@ -146,13 +145,13 @@ def _every_texts(
 def _texts(
     known: Columns, values: Mapping[str, Any], teacher: Teacher | None, typed: bool
 ) -> list[Texts]:
-    """Query, positive, negatives and what is said of them, for each positive of a row.
+    """The texts of a row, once for each of its positives.
 
     Args:
-        known: what the columns are.
-        values: of the row.
+        known: the roles of the columns.
+        values: the cells of the row.
         teacher: what is learned from a teacher.
-        typed: whether the file has lists, so that none has to be written as a string.
+        typed: whether the kind of file has real lists, so that none must be written as a string.
     """
 
     def texts_of(column: str, fix: str = "remove it") -> list[GivenText]:
@@ -166,18 +165,18 @@ def _texts(
         given = f"'{known.positive}' is {'empty, which has no vector' if empty else 'null'}"
         raise FaultyCell(given, "remove the row")
     negatives = [text for name in known.negatives for text in texts_of(name)]
-    told = [*{text.instruction for text in (*positives, *negatives)}]
-    if len(told) > 1:
+    instructions = [*{text.instruction for text in (*positives, *negatives)}]
+    if len(instructions) > 1:
         given = "the documents of this row have different instructions"
         raise FaultyCell(given, "give all documents of a row the same one")
-    asked: Any = values[known.instruction] if known.instruction else None
-    if not isinstance(asked, str | None):
-        raise FaultyCell(f"'{known.instruction}' is a {type(asked).__name__}", "give a string")
-    others, before = [text.text for text in negatives], query.instruction or asked or ""
+    own: Any = values[known.instruction] if known.instruction else None
+    if not isinstance(own, str | None):
+        raise FaultyCell(f"'{known.instruction}' is a {type(own).__name__}", "give a string")
+    others, of_query = [text.text for text in negatives], query.instruction or own or ""
     taught = _taught(known, values, teacher, len(positives), len(negatives))
     return [
-        (query.text, positive.text, others, before, told[0], *of_it)
-        for positive, of_it in zip(positives, taught, strict=True)
+        (query.text, positive.text, others, of_query, instructions[0], *scores_and_vectors)
+        for positive, scores_and_vectors in zip(positives, taught, strict=True)
     ]
 
 
@@ -188,18 +187,18 @@ def _taught(
     positives: int,
     negatives: int,
 ) -> list[tuple[list[float], list[list[float]]]]:
-    """A teacher's scores or vectors of each positive of a row, with those of the negatives.
+    """For each positive of a row, a teacher's scores and vectors, with those of the negatives.
 
-    One score is that of a pair. Of a triplet it is the margin between its documents, as data for
-    margin-MSE have it, and says as much as two scores would.
+    A single score of a pair is its score. A single score of a triplet is the margin between its
+    documents, as in data for margin-MSE; it is read as the scores (margin, 0).
     """
     if not known.taught or teacher is None:
         return [([], [])] * positives
     name, count = known.taught[0], positives + negatives
     if teacher.wants == "vectors":
-        query, *all_ = vectors_of(name, values[name], 1 + count)
-        return [([], [query, own, *all_[positives:]]) for own in all_[:positives]]
-    if len(known.taught) == 2:
+        query, *documents = vectors_of(name, values[name], 1 + count)
+        return [([], [query, own, *documents[positives:]]) for own in documents[:positives]]
+    if len(known.taught) == 2:  # one column of positives' scores, one of negatives'
         of_each = zip(known.taught, (positives, negatives), strict=True)
         scores = [score for key, n in of_each for score in numbers_of(key, values[key], n)]
     elif (positives, negatives) == (1, 1) and _is_margin(values[name]) and teacher.loss != "cosent":
@@ -207,20 +206,23 @@ def _taught(
     else:
         scores = numbers_of(name, values[name], count)
     if teacher.loss != "cosent" and not negatives:
-        given = f"a row without negatives, of which {teacher.loss} learns nothing"
+        given = f"a row without negatives, from which the loss {teacher.loss} learns nothing"
         raise FaultyCell(given, "give negatives, or loss=cosent contrastive=0")
     return [([own, *scores[positives:]], []) for own in scores[:positives]]
 
 
 def _is_margin(value: object) -> bool:
-    """Whether a cell is one number, written or read."""
+    """Whether a cell is a single number, perhaps as a string."""
     return not isinstance(value, list | tuple) and not str(value).lstrip().startswith("[")
 
 
 def _cells(
     pairs: Pairs, path: str, found: dict[tuple[str, ...], Columns], wants: str | None
 ) -> Iterator[readers.Cells]:
-    """The rows of a file with the columns that are used; `found` has those that are not, too."""
+    """The rows of a file; those of a table have only the columns that are used.
+
+    For a table, `found` gets an entry for all of its columns, and one for those that are used.
+    """
 
     def choose(there: Sequence[str]) -> list[str]:
         known = find_columns(pairs, there, readers.where(path, 1), wants)
@@ -239,7 +241,7 @@ def _cells(
 
 
 def _headless(pairs: Pairs, path: str) -> tuple[str, ...] | None:
-    """The columns of a .tsv file that begins with a row of texts, if it does."""
+    """The columns of a .tsv file without a header; None if it has one."""
     first = next((row.values.get("line", "") for row in readers.read_txt(path, "line")), "")
     cells, named = first.split("\t"), {pairs.query, pairs.positive, *pairs.negative}
     known = [name for names in columns.NAMES.values() for name in names]
@@ -260,7 +262,7 @@ def _by_place(row: readers.Cells, names: Sequence[str]) -> readers.Cells:
 
 
 def _files(pairs: Pairs) -> list[str]:
-    """The files that the path stands for; a data set of the hub with its subset and split."""
+    """The files behind the path; a data set on the hub with its subset and split."""
     files = find_files(pairs.path, KINDS)
     if not files[0].startswith(HUB):
         return files
@@ -278,11 +280,11 @@ def store_rows(
 
     Args:
         data: the data sets.
-        file: where to.
+        file: the Arrow file.
         tell, teacher: as in `read_rows`.
 
     Returns:
-        What was read, for `record.write_facts`.
+        A summary of what was read, for `record.write_facts`.
 
     Raises:
         DataError: as `read_rows`.
@@ -302,24 +304,24 @@ def store_rows(
 
 
 def line_of(row: PairRow, negatives: Sequence[str]) -> dict[str, Any]:
-    """A row as `read_rows` reads it, with the instructions that its file gave it."""
+    """A row as an object for a .jsonl file that `read_rows` reads back, instructions included."""
 
-    def told(text: str) -> str | list[str]:
+    def instructed(text: str) -> str | list[str]:
         return [row.document_instruction, text] if row.document_instruction else text
 
-    line: dict[str, Any] = {"query": row.query, "positive": told(row.positive)}
-    if row.document_instruction:
+    line: dict[str, Any] = {"query": row.query, "positive": instructed(row.positive)}
+    if row.document_instruction:  # a list of one pair: a pair alone would be read as two positives
         line["positive"] = [line["positive"]]
-    line["negatives"] = [told(text) for text in negatives]
+    line["negatives"] = [instructed(text) for text in negatives]
     if row.query_instruction:
         line["instruction"] = row.query_instruction
     return line
 
 
 def split_rows(rows: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Rows to train on, and some (at most a tenth) that never are, both in the order of the file.
+    """Rows to train on, and up to `held_out` others (at most a tenth), both in the file's order.
 
-    `Dataset.train_test_split` would shuffle both, so that reading jumps about in a mapped file.
+    `Dataset.train_test_split` would shuffle both, so that reads would jump about in the file.
     """
     count = min(held_out, len(rows) // 10)
     order = np.random.default_rng(seed).permutation(len(rows))

@@ -1,8 +1,8 @@
-"""What a stage has read, so that it continues on the same texts or not at all.
+"""Records what a stage has read, so that it only continues on the same texts.
 
 ``data.json`` in the stage's folder has the number of texts, a digest of them and the size of each
-file. A run that was cut off and finds other texts would end with weights that belong to no data
-set; it is refused, with what differs.
+file. An interrupted run that continued on other texts would end with weights that belong to no data
+set, so it is refused with an error that says what has changed.
 
 Cost: a digest of every text, about a second per million.
 """
@@ -21,7 +21,7 @@ from unmasked.files.writing import write_text
 from unmasked.train.checkpoints import last_checkpoint
 
 FACTS = "data.json"
-_MOST = 5  # files that an error names
+_MOST = 5  # maximum number of files that an error names
 
 
 def digest_of(items: Iterable[object]) -> str:
@@ -33,20 +33,20 @@ def digest_of(items: Iterable[object]) -> str:
 
 
 def sizes_of(files: Sequence[str]) -> dict[str, int]:
-    """The size in bytes of every file; data sets on the hub have none."""
+    """The size in bytes of every file, without data sets on the hub."""
     return {file: Path(file).stat().st_size for file in files if not file.startswith(HUB)}
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Write what a stage has read, or compare it with what it had read before it was cut off.
+    """Write what a stage has read, after comparing it with what an interrupted one had read.
 
     Args:
-        folder: of the stage.
+        folder: the stage's folder.
         facts: at least ``source``, a digest of the texts; ``texts``, their number; and ``files``,
-            the size of each.
+            the size of each file.
 
     Raises:
-        DataError: there is a checkpoint, and it was made with other texts; says which.
+        DataError: the stage has a checkpoint that was made with other texts; says what has changed.
     """
     file = folder / FACTS
     if last_checkpoint(folder) is not None and file.is_file():
@@ -61,7 +61,7 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is known of a change: how many texts, which files."""
+    """What has changed, as far as it is known: the number of texts, and which files."""
     old, new = before.get("texts"), now["texts"]
     said = [f"{new:,} texts, but others"]
     if old not in (None, new):

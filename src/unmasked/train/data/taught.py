@@ -1,8 +1,8 @@
-"""What a teacher says of the texts of a batch: scores or vectors of the rows, or those of a model.
+"""A teacher's scores or vectors of a batch: those that the rows have, or vectors that it computes.
 
-A model's vectors are computed once, before training, for each text that training will see: in the
-run folder, in parts that are whole or not there, so that a run that was cut off continues behind
-the last of them and a stage that resumes has the very same numbers.
+A teacher model encodes each text that training will see once, before training. Its vectors are kept
+in the run folder, in parts that are written aside and renamed, so that an interrupted run continues
+after the last part, and a resumed stage has exactly the same numbers.
 
 Cost of a model: one forward of it per text, 4 bytes per number on the disk while the stage trains,
 and about 150 bytes per text of memory.
@@ -43,11 +43,11 @@ logger = logging.getLogger(__name__)
 
 FACTS = "teacher.json"
 PROJECTION = "projection.npy"
-_CHUNK = 4096  # texts of a part
+_CHUNK = 4096  # texts per part
 
 
 def scores_of_rows(rows: Sequence[dict[str, Any]], inputs: Sequence[Input]) -> Tensor:
-    """(B, 1 + K) scores, where a row that has fewer negatives shows its positive again."""
+    """(B, 1 + K) scores; a row with fewer negatives has its positive's again, as in `inputs_of`."""
     count = len(inputs) // len(rows) - 1
     padded = [[*row["scores"], *row["scores"][:1] * count][:count] for row in rows]
     return torch.tensor(padded, dtype=torch.float32)
@@ -61,11 +61,11 @@ def vectors_of_rows(rows: Sequence[dict[str, Any]], inputs: Sequence[Input]) -> 
 
 
 class TeacherVectors:
-    """The vectors of a teacher by text.
+    """Looks up the vectors of a teacher by text.
 
     Args:
-        folder: what `compute_vectors` wrote.
-        width: numbers of the student's vectors.
+        folder: the folder that `compute_vectors` wrote.
+        width: length of the student's vectors.
         teacher: the settings.
     """
 
@@ -74,7 +74,7 @@ class TeacherVectors:
         self.parts = [np.load(name, mmap_mode="r") for name in names]
         keys = [np.load(folder / f"keys-{name.stem[8:]}.npy") for name in names]
         every = np.concatenate(keys)
-        self.order = np.argsort(every)  # (N,)
+        self.order = np.argsort(every)  # (N,) the position in the parts of each sorted key
         self.keys = every[self.order]
         self.projection = None
         if teacher.projection == "pca" and teacher.loss not in SCORES:
@@ -89,14 +89,15 @@ class TeacherVectors:
 
 
 def projection(parts: Iterable[np.ndarray], width: int, kept: Path) -> np.ndarray | None:
-    """(W, width) orthonormal directions in which vectors are largest; None if W is not larger.
+    """(W, width) the principal directions of vectors; None if W is not larger than `width`.
 
-    Of all linear maps to so few numbers this one changes the inner products least (Eckart and
-    Young, 1936). It is written to a file once, so that a run that continues elsewhere has the same.
+    Of all linear maps to `width` numbers this one changes the inner products least (Eckart and
+    Young, 1936), so the vectors are not centred. It is written to the file `kept`, so that a run
+    that continues on another machine has the same directions.
     """
     if kept.is_file() and (found := np.load(kept)).shape[1] == width:
         return np.asarray(found)
-    moments: Any = 0.0
+    moments: Any = 0.0  # (W, W)
     for part in parts:
         wide = np.asarray(part, dtype=np.float64)
         moments = moments + wide.T @ wide
@@ -112,32 +113,33 @@ def projection(parts: Iterable[np.ndarray], width: int, kept: Path) -> np.ndarra
 def compute_vectors(
     stage: Supervised, folder: Path, width: int, tell: Callable[[str], object]
 ) -> None:
-    """Compute the vectors of the stage's teacher, or go on where that was cut off.
+    """Compute the vectors of the stage's teacher, or continue an interrupted computation.
 
     Args:
         stage: its ``teacher.model`` is the teacher.
-        folder: where they are kept.
-        width: numbers of the student's vectors.
-        tell: given a line now and then.
+        folder: where the vectors are written.
+        width: length of the student's vectors.
+        tell: called with a line of progress.
 
     Raises:
         ModelError: the teacher cannot be loaded.
-        RecipeError: its vectors have another width, and no projection is asked for.
+        RecipeError: its vectors have another width, and no projection is set.
         DataError: the teacher gave a vector that is not finite.
     """
     assert stage.teacher is not None
-    name, chunks = str(stage.teacher.model), -1
-    model: Any = None
-    for chunks, inputs in enumerate(_chunks(_different_inputs(stage))):
+    name, part = str(stage.teacher.model), -1
+    model: Any = None  # loaded only if a part is missing
+    for part, inputs in enumerate(_chunks(_different_inputs(stage))):
         keys = np.array([_key(item) for item in inputs])
-        files = [folder / f"{kind}-{chunks:06d}.npy" for kind in ("keys", "vectors")]
-        if model is None and not _is_there(files, keys, folder, name):
+        files = [folder / f"{kind}-{part:06d}.npy" for kind in ("keys", "vectors")]
+        if model is None and not _is_written(files, keys, folder, name):
             model = _load_teacher(name, stage.teacher, width)
-            if _begins_anew(folder, name, model) and chunks:
+            if _claim(folder, name, model) and part:
+                # The parts before this one had the right name, but came from other weights.
                 return compute_vectors(stage, folder, width, tell)
-        if _is_there(files, keys, folder, name):
+        if _is_written(files, keys, folder, name):
             continue
-        (folder / PROJECTION).unlink(missing_ok=True)  # it is that of other vectors
+        (folder / PROJECTION).unlink(missing_ok=True)  # it was computed from other vectors
         vectors = _encode(model, inputs)
         if not np.isfinite(vectors).all():
             raise DataError(
@@ -146,18 +148,18 @@ def compute_vectors(
         for file, array in zip(files, (keys, vectors), strict=True):
             with written_aside(file) as out:
                 np.save(out, array)
-        tell(f"teacher: {chunks * _CHUNK + len(inputs):,} texts")
-    for file in folder.glob("*-*.npy"):  # of texts that are there no more
-        if int(file.stem.split("-")[1]) > chunks:
+        tell(f"teacher: {part * _CHUNK + len(inputs):,} texts")
+    for file in folder.glob("*-*.npy"):  # left from data that had more texts
+        if int(file.stem.split("-")[1]) > part:
             file.unlink()
 
 
 def check_widths(stage: Supervised, rows: Iterable[Any], width: int) -> None:
-    """Refuse vectors of the rows that the student's cannot be compared with.
+    """Refuse vectors in the rows that cannot be compared with the student's.
 
     Raises:
-        RecipeError: they have another width than the student's, and no projection is asked for.
-        DataError: not all of them have one width.
+        RecipeError: they have another width than the student's, and no projection is set.
+        DataError: they do not all have the same width.
     """
     widths = {len(row.vectors[0]) for row in rows if row.vectors}
     if len(widths) > 1:
@@ -169,24 +171,23 @@ def check_widths(stage: Supervised, rows: Iterable[Any], width: int) -> None:
 
 def _require_width(whose: str, found: int, width: int, teacher: Teacher | None) -> None:
     if found != width and teacher and teacher.projection == "none" and teacher.loss not in SCORES:
+        fix = "supervised.teacher.projection=pca"
+        if teacher.model:
+            fix += ", or supervised.teacher.loss=kl, which compares cosines"
         raise RecipeError(
             f"supervised.teacher: {whose} have {found} numbers, and the student's {width}. "
-            "Fix: supervised.teacher.projection=pca, or supervised.teacher.loss=kl, which compares "
-            "cosines."
-            if teacher.model
-            else f"supervised.teacher: {whose} have {found} numbers, and the student's {width}. "
-            "Fix: supervised.teacher.projection=pca."
+            f"Fix: {fix}."
         )
 
 
 def taught(stage: Supervised, rows: Any, folder: Path, width: int) -> Taught | None:
-    """How a batch gets what the teacher says of it; None without a teacher.
+    """The function that gives a teacher's scores or vectors of a batch; None without a teacher.
 
     Args:
-        stage: of it.
+        stage: the settings of the stage.
         rows: the stored rows.
-        folder: of the vectors of a model, or of a projection.
-        width: numbers of the student's vectors.
+        folder: the folder of a model's vectors, and of the projection.
+        width: length of the student's vectors.
     """
     teacher = stage.teacher
     if teacher is None:
@@ -209,7 +210,7 @@ def taught(stage: Supervised, rows: Any, folder: Path, width: int) -> Taught | N
 
 
 def _different_inputs(stage: Supervised) -> Iterator[Input]:
-    """Every text that training may see, once, with what it is and what stands before it."""
+    """Every text that training may see, once for each role and instruction that it has."""
     seen: set[int] = set()
     for number, pairs in enumerate(stage.data):
         for row in read_rows(pairs, number, teacher=stage.teacher):
@@ -230,15 +231,19 @@ def _key(item: Input) -> int:
     return int.from_bytes(text_key(written), "big", signed=True)
 
 
-def _is_there(files: Sequence[Path], keys: np.ndarray, folder: Path, name: str) -> bool:
-    """Whether a part was written by this teacher, of these very texts."""
-    facts = _facts(folder)
-    there = facts.get("name") == name and all(file.is_file() for file in files)
-    return there and np.array_equal(np.load(files[0]), keys)
+def _is_written(files: Sequence[Path], keys: np.ndarray, folder: Path, name: str) -> bool:
+    """Whether a part exists, from a teacher of this name and for exactly these texts."""
+    written = _facts(folder).get("name") == name and all(file.is_file() for file in files)
+    return written and np.array_equal(np.load(files[0]), keys)
 
 
-def _begins_anew(folder: Path, name: str, model: Any) -> bool:
-    """Note whose vectors these are; tells whether those of another teacher were removed for it."""
+def _claim(folder: Path, name: str, model: Any) -> bool:
+    """Record which teacher writes the vectors.
+
+    Returns:
+        False if the folder belonged to this very teacher; else True, after everything in it was
+        deleted.
+    """
     if isinstance(model, LLM2Vec):
         digest = model.fingerprint()
     else:
@@ -259,11 +264,11 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _load_teacher(name: str, teacher: Teacher, width: int) -> SentenceTransformer:
-    """An encoder of this package, or any that sentence-transformers loads without code of others.
+    """An encoder of this package, or one that sentence-transformers loads without remote code.
 
     Raises:
         ModelError: it is neither.
-        RecipeError: as `compute_vectors`.
+        RecipeError: see `compute_vectors`.
     """
     place, device = locate(name).require(), get_device_name()
     model: Any
@@ -284,8 +289,8 @@ def _load_teacher(name: str, teacher: Teacher, width: int) -> SentenceTransforme
 
 
 def _encode(model: Any, inputs: Sequence[Input]) -> np.ndarray:
-    """(n, W) float32: behind the instruction of the data, or else the teacher's own prompts."""
-    groups: dict[tuple[bool, str], list[int]] = {}
+    """(n, W) float32 vectors; texts without an instruction get the teacher's own prompts."""
+    groups: dict[tuple[bool, str], list[int]] = {}  # inputs that share a call: their positions
     for place, item in enumerate(inputs):
         groups.setdefault((item.is_query, item.instruction), []).append(place)
     vectors = np.empty((len(inputs), int(model.get_embedding_dimension())), dtype=np.float32)

@@ -1,10 +1,10 @@
-"""Texts to train on: read once, split, and for MNTP kept as token ids in a file.
+"""Texts to train on: read once, split, and for MNTP stored as token ids in a file.
 
 Blank lines are skipped, everything else is taken verbatim. MNTP's corpus may be larger than memory:
-it is tokenised as it is read, into a file of int32 that is mapped, not loaded; memory holds 16
-bytes per text. The file is written aside and renamed, and is used again on resume, so nothing is
-read twice. `datasets` tokenises as fast, but takes 2.6 times the disk and, for each block, 4 times
-as long (84 µs, not 22), and leaves out the rest of every batch of texts, not only the last one.
+it is tokenised as it is read, into a memory-mapped file of int32, so that memory holds 16 bytes per
+text. The file is written aside and renamed, and a resumed run uses it again, so nothing is read
+twice. `datasets` tokenises as fast, but takes 2.6 times the disk and, for each block, 4 times as
+long (84 µs, not 22), and drops the incomplete last block of every batch of texts, not of all texts.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def iterate_texts(paths: Sequence[str | Path], limit: int | None = None) -> Iter
     """The texts of files, in order, one at a time.
 
     Args:
-        paths: what `training_source` reads.
-        limit: maximum number of texts.
+        paths: paths as `training_source` takes them.
+        limit: maximum number of texts; None for all.
 
     Raises:
         DataError: a file is missing, of another kind, not UTF-8, or has no text in it.
@@ -47,26 +47,26 @@ def iterate_texts(paths: Sequence[str | Path], limit: int | None = None) -> Iter
 
 
 def read_texts(paths: Sequence[str | Path], limit: int | None = None) -> list[str]:
-    """The same texts, all at once."""
+    """The texts of `iterate_texts` as a list."""
     return list(iterate_texts(paths, limit))
 
 
 def facts_of(paths: Sequence[str | Path], texts: Sequence[str]) -> dict[str, Any]:
-    """What was read from files, for `record.write_facts`."""
+    """A summary of the texts that were read, for `record.write_facts`."""
     files = [file for path in paths for file in training_source(path).files]
     return {"source": digest_of(texts), "texts": len(texts), "files": sizes_of(files)}
 
 
 def split_held_out(texts: Sequence[str], held_out: int, seed: int) -> tuple[list[str], list[str]]:
-    """Shuffle, and set aside `held_out` texts (at most a tenth) that are never trained on."""
-    shuffled = list(dict.fromkeys(texts))  # a repeated text must not be on both sides
+    """Texts to train on, and up to `held_out` others (at most a tenth); both shuffled."""
+    shuffled = list(dict.fromkeys(texts))  # without repetitions, which could be on both sides
     random.Random(seed).shuffle(shuffled)
     count = min(held_out, len(shuffled) // 10)
     return shuffled[count:], shuffled[:count]
 
 
 def text_key(text: str) -> bytes:
-    """Eight bytes that are equal for equal texts, and for others with a chance of 2^-64."""
+    """A digest of eight bytes; two different texts have the same with a probability of 2^-64."""
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
@@ -76,20 +76,20 @@ def key_of(text: str) -> int:
 
 
 def folded(text: str) -> str:
-    """A text without what tells two copies of it apart: case and white space."""
+    """A text in lower case and with single spaces, so that copies become equal."""
     return " ".join(text.split()).casefold()
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """N tokens of D texts, each text behind its own BOS, in the order they were read.
+    """N tokens of D texts, each beginning with its own BOS, in the order they were read.
 
     Attributes:
-        ids: (N,) int32, mapped from the file.
-        ends: (D + 1,) where the texts begin and end: text i is ``ids[ends[i] : ends[i + 1]]``.
-        keys: (D,) equal for equal texts.
-        source: changes with the files it was made from.
-        files: the size in bytes of each of those.
+        ids: (N,) int32, memory-mapped.
+        ends: (D + 1,) borders between texts: text i is ``ids[ends[i] : ends[i + 1]]``.
+        keys: (D,) numbers of the texts, which are equal for equal texts.
+        source: an identifier that changes with the files and the tokenizer.
+        files: the size in bytes of each file that was read.
     """
 
     ids: np.ndarray
@@ -99,8 +99,8 @@ class TokenFile:
     files: dict[str, int]
 
     def split(self, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `split_held_out`, numbers of texts: those to train on, shuffled, and the others."""
-        _, first = np.unique(self.keys, return_index=True)  # a repeated text counts once
+        """As `split_held_out`, but numbers of texts: those to train on, and the held-out ones."""
+        _, first = np.unique(self.keys, return_index=True)  # the first of equal texts
         shuffled = np.random.default_rng(seed).permutation(np.sort(first))
         count = min(held_out, len(shuffled) // 10)
         return shuffled[count:], shuffled[:count]
@@ -109,9 +109,9 @@ class TokenFile:
 def token_file(
     paths: Sequence[str | Path], limit: int | None, tokens: TextTokenizer, folder: Path
 ) -> TokenFile:
-    """The token file of some texts in a folder; made if it is not there.
+    """The token file of some texts, which is made if the folder does not have it.
 
-    Its name says which files (by size and time), how many texts and which tokenizer it came from.
+    Its name is a digest of the files (name, size and time), the limit and the tokenizer.
 
     Raises:
         DataError: as `iterate_texts`.
@@ -128,7 +128,7 @@ def token_file(
     if not index.is_file():
         with written_aside(ids) as file:
             ends, keys = _write_ids(file, iterate_texts(paths, limit), tokens)
-        with written_aside(index) as file:  # last: it says that both are whole
+        with written_aside(index) as file:  # written last: if it exists, both files are complete
             np.savez(file, ends=np.asarray(ends), keys=np.asarray(keys))
     with np.load(index) as arrays:
         ends, keys = arrays["ends"], arrays["keys"]
@@ -143,7 +143,7 @@ def _write_ids(
     ends, keys = array("q", [0]), array("Q")
     while chunk := list(islice(texts, _CHUNK)):
         rows = [np.asarray(row.ids, np.int32) for row in tokens(chunk, max_length=1 << 30)]
-        file.write(np.concatenate(rows).data)  # tofile does not say that the disk is full
+        file.write(np.concatenate(rows).data)  # `tofile` would not report a full disk
         for text, row in zip(chunk, rows, strict=True):
             ends.append(ends[-1] + len(row))
             keys.append(key_of(text))
@@ -151,16 +151,16 @@ def _write_ids(
 
 
 class Blocks:
-    """Texts one after the other, cut into blocks of T tokens, without padding.
+    """Texts concatenated in some order and cut into blocks of T tokens, without padding.
 
     Args:
         file: the texts.
-        order: numbers of the texts, in the order they are laid.
+        order: numbers of the texts, in the order in which they are concatenated.
         length: T.
-        held_out: whether they are those to measure on, which an error says.
+        held_out: whether they are the held-out texts; changes only the error message.
 
     Attributes:
-        dropped: tokens of the incomplete last block, which is not used.
+        dropped: number of tokens of the incomplete last block, which is not used.
 
     Raises:
         DataError: all texts together do not fill one block.
@@ -171,9 +171,9 @@ class Blocks:
     ) -> None:
         self.length = length
         self._ids = np.asarray(file.ids)
-        self._from = file.ends[order]
+        self._from = file.ends[order]  # where each text begins in the file
         sizes = file.ends[order + 1] - self._from
-        self._at = np.concatenate([[0], np.cumsum(sizes)])  # where each text is laid
+        self._at = np.concatenate([[0], np.cumsum(sizes)])  # where it begins when concatenated
         total = int(self._at[-1])
         self._count, self.dropped = divmod(total, length)
         if self._count == 0:
@@ -188,18 +188,18 @@ class Blocks:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """(T,) int64 ids of a block."""
-        laid, text = self._laid(index)
-        places: np.ndarray = self._from[text] + laid - self._at[text]
-        return np.asarray(self._ids[places], np.int64)
+        places, text = self._places(index)
+        in_file: np.ndarray = self._from[text] + places - self._at[text]
+        return np.asarray(self._ids[in_file], np.int64)
 
     def begins(self, index: int) -> np.ndarray:
-        """(T,) bool, where a text, or what is left of one, begins in a block."""
-        laid, text = self._laid(index)
-        found: np.ndarray = laid == self._at[text]
+        """(T,) bool, True at the first token of each text, or part of a text, in a block."""
+        places, text = self._places(index)
+        found: np.ndarray = places == self._at[text]
         found[0] = True
         return found
 
-    def _laid(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) places of a block's tokens among all that are laid, and (T,) the text of each."""
-        laid = np.arange(index * self.length, (index + 1) * self.length)
-        return laid, np.searchsorted(self._at, laid, side="right") - 1
+    def _places(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) positions of a block's tokens in the concatenation, and (T,) the text of each."""
+        places = np.arange(index * self.length, (index + 1) * self.length)
+        return places, np.searchsorted(self._at, places, side="right") - 1

@@ -1,10 +1,10 @@
-"""Matryoshka over layers: the first layers alone are trained to be an encoder of their own.
+"""Matryoshka over layers: the first n layers are trained to be an encoder of their own.
 
-A vector after n layers is what `convert --layers n` gives: the states of layer n behind the model's
-last norm (2DMSE, Li et al., arXiv 2402.14776; sentence-transformers' `AdaptiveLayerLoss` pools them
-without that norm). Each depth is a forward through its layers, in the same call of the model as the
-whole one, so that gradient caching and several devices need to know nothing of it.
-Cost: n of L layers once more for each depth.
+Their vector is the one that `convert --layers n` gives: pooled from the states of layer n after the
+model's final norm (2DMSE, Li et al., arXiv 2402.14776; sentence-transformers' `AdaptiveLayerLoss`
+pools them without that norm). Each depth is a separate forward through its layers, within one call
+of the model, so that gradient caching and distributed training work unchanged.
+Cost: a forward and backward through n of the L layers for each depth.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ VECTOR = "sentence_embedding"
 
 @contextmanager
 def depths(encoder: Any, layers: Sequence[int]) -> Iterator[None]:
-    """In the block, the encoder's vectors are followed by those after its first layers.
+    """Within the block, the encoder's vectors are followed by those of its first layers.
 
     Args:
         encoder: a `TextEncoder`; called as a module it gives (B, D (1 + len(layers))).
-        layers: numbers of layers, each from 1 to the number there are.
+        layers: numbers of layers, each at least 1 and less than the model has.
 
     Raises:
         ModelError: the model keeps its layers in more than one list.
@@ -55,7 +55,7 @@ def depths(encoder: Any, layers: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def first_layers(trunk: Any, count: int) -> Iterator[None]:
-    """In the block, a bare transformer has its first layers only."""
+    """Within the block, a bare transformer has only its first layers."""
     text = trunk.config.get_text_config()
     depth = text.num_hidden_layers
     stack = layers_of(trunk, depth)

@@ -1,11 +1,11 @@
 """Masked next-token prediction: teaching a decoder to use the tokens to its right.
 
-Some tokens are masked; the one at position i is predicted from the state at i - 1, from which the
-decoder is used to predicting it (LLM2Vec, arXiv 2404.05961, section 2.2). The head is frozen: only
-the trunk is trained. The family's own head turns states into logits, so soft caps and scales are
-kept, but only the states that are scored reach it: at 20 % masking that takes a fifth of the time
-and memory of all logits, for the same loss. Logits exist some rows at a time, and are gone before
-the backward pass (`FusedScores`).
+Some tokens are masked; the one at position i is predicted from the state at i - 1, as the decoder
+learned to do in pretraining (LLM2Vec, arXiv 2404.05961, section 2.2). The head is frozen: only the
+trunk is trained. The family's own head turns states into logits, so that soft caps and scales are
+kept, but it is given only the states that are scored: at 20 % masking that takes a fifth of the
+time and memory of all logits, for the same loss. Logits are computed some rows at a time, and are
+freed before the backward pass (`FusedScores`).
 
 Shapes: B rows, T tokens, N scored tokens, D width, V vocabulary.
 """
@@ -37,12 +37,12 @@ IGNORED = -100
 MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
 """Tokens per forward by default: enough to keep the device busy."""
 LOGITS_AT_ONCE = 1 << 27
-"""Rows times vocabulary of one chunk of logits: 0.5 GB in float32."""
+"""Rows times vocabulary of a chunk of logits, which takes 0.5 GB in float32."""
 
 
 @dataclass
 class StatesOnly(BaseModelOutputWithPast):
-    """A trunk's output with the states only; whatever else a family asks for is None."""
+    """A trunk's output with only the states; every other attribute that a family reads is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -50,9 +50,9 @@ class StatesOnly(BaseModelOutputWithPast):
 
 
 class GivenStates(nn.Module):
-    """Stands in for the trunk inside a causal LM, so that its own forward applies its head.
+    """Replaces the trunk inside a causal LM, whose own forward then applies its head to states.
 
-    The floats of the trunk are kept, as some heads are scaled by one of them (falcon_h1).
+    The trunk's float attributes are copied, because some heads are scaled by one (falcon_h1).
     """
 
     def __init__(self, trunk: nn.Module) -> None:
@@ -61,7 +61,7 @@ class GivenStates(nn.Module):
 
     @property
     def decoder(self) -> GivenStates:
-        """What some families (opt) ask of their trunk."""
+        """Some families (opt) reach their layers through this attribute of the trunk."""
         return self
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> StatesOnly:
@@ -69,17 +69,17 @@ class GivenStates(nn.Module):
 
 
 Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(N,) losses and hits of (N, D) states with (N,) targets."""
+"""Maps (N, D) states and (N,) targets to (N,) losses and (N,) hits."""
 
 
 class FusedScores(torch.autograd.Function):
-    """Losses and hits, with the gradient of the states computed while their logits are there.
+    """Losses and hits; the gradient of the states is computed in the forward, with their logits.
 
-    The head is frozen, and the loss of a row depends on the state of that row alone. So (N, D)
-    gradients, each to be multiplied by what the loss of its row counts in the end, are all that the
-    backward pass needs: no logits are kept for it or computed again. `linear_cross_entropy` of
-    torch and the kernels of Liger and cut-cross-entropy do it in the same way, but they want the
-    head's matrix, without the scales and soft caps of some families, or give no hits.
+    The head is frozen, and the loss of a row depends on the state of that row alone. So the
+    backward pass only needs the (N, D) gradients of each row's loss, which it multiplies by that
+    loss's own gradient: no logits are kept for it or computed again. torch's
+    `linear_cross_entropy` and the kernels of Liger and cut-cross-entropy work in the same way, but
+    they take the head's matrix, without the scales and soft caps of some families, or give no hits.
     """
 
     @staticmethod
@@ -88,10 +88,11 @@ class FusedScores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         parts = []
         for chunk, wanted in zip(states.split(rows), targets.split(rows), strict=True):
-            with torch.enable_grad():
-                given = chunk.detach().requires_grad_()
-                losses, hits = score(given, wanted)
-                (gradient,) = torch.autograd.grad(losses.sum(), given)
+            with torch.enable_grad():  # it is off inside an autograd function
+                leaf = chunk.detach().requires_grad_()
+                losses, hits = score(leaf, wanted)
+                # A row's loss depends on its state alone, so the sum has each row's own gradient.
+                (gradient,) = torch.autograd.grad(losses.sum(), leaf)
             parts.append((losses.detach(), hits, gradient))
         losses, hits, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
         ctx.save_for_backward(gradient)
@@ -100,7 +101,7 @@ class FusedScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
+        (gradient,) = ctx.saved_tensors  # (N, D); outer[0] is the gradient of the (N,) losses
         return gradient * outer[0][:, None].to(gradient.dtype), None, None, None
 
 
@@ -109,23 +110,25 @@ class MaskedNextTokenModel(nn.Module):
 
     Args:
         trunk: the bare transformer, with an adapter on it.
-        language_model: the causal LM that the trunk belongs to. Its own trunk is taken out, and
-            only its head is used.
+        language_model: the causal LM that the trunk belongs to. Its own trunk is removed, and only
+            its head is used.
     """
 
     accepts_loss_kwargs = True
-    """Tells the `Trainer` to count the scored tokens of a step, over micro-batches and devices."""
+    """The `Trainer` then counts the scored tokens of a step, over micro-batches and devices."""
 
     def __init__(self, trunk: nn.Module, language_model: PreTrainedModel) -> None:
         super().__init__()
         self.trunk = trunk
         output: Any = language_model.get_output_embeddings()
-        words = language_model.get_input_embeddings()
-        name, own = next(c for c in language_model.named_children() if words in c[1].modules())
-        setattr(language_model, name, GivenStates(own))
+        embeddings = language_model.get_input_embeddings()
+        children = language_model.named_children()
+        name, own_trunk = next(child for child in children if embeddings in child[1].modules())
+        setattr(language_model, name, GivenStates(own_trunk))
         self.head = language_model.requires_grad_(False)
         self.config = language_model.config
         if output is not None and getattr(self.config, "tie_word_embeddings", False):
+            # The head was tied to the embeddings that were just removed: tie it to the trunk's.
             output.weight = trunk.get_input_embeddings().weight  # type: ignore[operator]
 
     def forward(
@@ -142,21 +145,22 @@ class MaskedNextTokenModel(nn.Module):
             input_ids: (B, T) with masked tokens replaced.
             labels: (B, T) the original id where a token is scored, else -100.
             attention_mask: (B, T); None without padding.
-            begins: (B, T) bool, where a document begins that sees only itself; None if all tokens
-                of a row see each other. The model must be one that can be packed.
+            begins: (B, T) bool, True at the first token of each document; then attention stays
+                within documents, and the model must be one that can be packed. None if all tokens
+                of a row attend to each other.
             num_items_in_batch: number of scored tokens of the whole optimiser step, on all
-                devices; None takes those of this batch.
+                devices; None counts those of this batch.
 
         Returns:
             As `score`.
         """
         if begins is not None:
             packed = pack_documents(begins)
-            apart = run_packed(self.trunk, input_ids, packed)  # (B * T, D), by document
-            places = (packed.rows, packed.columns)
+            apart = run_packed(self.trunk, input_ids, packed)  # (B * T, D), document by document
+            places = (packed.rows, packed.columns)  # put back where the tokens were: (B, T, D)
             states = apart.new_empty(*labels.shape, apart.shape[1]).index_put(places, apart)
         elif attention_mask is None and is_checked(decoder_of(self.trunk)):
-            rows, length = labels.shape  # laid end to end, as in the other stages
+            rows, length = labels.shape  # packed, as in the other stages
             packed = pack_blocks(rows, length, labels.device)
             states = run_packed(self.trunk, input_ids, packed).view(*input_ids.shape, -1)
         else:
@@ -168,17 +172,19 @@ class MaskedNextTokenModel(nn.Module):
     def score(
         self, states: Tensor, labels: Tensor, scored: Tensor | int | None = None
     ) -> dict[str, Tensor]:
-        """Head and loss alone.
+        """The loss of given states.
 
         Args:
-            states: (B, T, D) of the trunk.
+            states: (B, T, D), the output of the trunk.
             labels: (B, T) as in `forward`.
-            scored: what the summed loss is divided by; the number of tokens scored here if None.
+            scored: the number that the summed loss is divided by; None counts the tokens that are
+                scored here.
 
         Returns:
             ``loss``, the mean over the scored tokens, and ``totals``, (B, 3): summed loss, number
             of correct predictions and number of scored tokens of each row.
         """
+        # The state at position i is scored against the label at i + 1.
         rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # (N,), (N,)
         targets = labels[rows, places + 1]  # (N,)
         losses, correct = self._score(states[rows, places], targets)
@@ -196,7 +202,7 @@ class MaskedNextTokenModel(nn.Module):
         chunks = list(zip(states.split(rows), targets.split(rows), strict=True))
         if len(chunks) == 1 or not torch.is_grad_enabled():
             parts = [self._score_chunk(*chunk) for chunk in chunks]
-        else:  # a head that is trained with the trunk: its logits are computed again, not kept
+        else:  # a tied head is trained with the trunk: its logits are recomputed, not kept
             parts = [checkpoint(self._score_chunk, *c, use_reentrant=False) for c in chunks]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
@@ -211,11 +217,12 @@ class Masking:
     """Which tokens are masked, and by what (LLM2Vec, section 3.1 and appendix D).
 
     Attributes:
-        mask_id: id that replaces a masked token.
-        vocabulary: ids below this may replace a token at random.
-        special_ids: never masked.
-        probability: share of the other tokens that is scored.
-        style: ``bert`` masks 80 %, replaces 10 % at random and keeps 10 %; ``all`` masks them all.
+        mask_id: the id that replaces a masked token.
+        vocabulary: ids below this number may replace a token at random.
+        special_ids: ids that are never masked.
+        probability: the share of the other tokens that is scored.
+        style: of the scored tokens, ``bert`` masks 80 %, replaces 10 % at random and keeps 10 %;
+            ``all`` masks all of them.
     """
 
     mask_id: int
@@ -232,11 +239,11 @@ class Masking:
     ) -> dict[str, Tensor]:
         """Masked ``input_ids`` and ``labels``, each (B, T), for (B, T) ids.
 
-        Nothing is scored where `begins`, (B, T), says that a document begins.
+        The first token of a document, where `begins` (B, T) is True, is never scored.
         """
         scored = torch.rand(ids.shape, generator=generator) < self.probability
         scored &= ~torch.isin(ids, torch.tensor(self.special_ids, dtype=ids.dtype))
-        scored[:, 0] = False  # no state comes before it to predict it from
+        scored[:, 0] = False  # there is no state before it to predict it from
         if begins is not None:
             scored &= ~begins
         labels = torch.where(scored, ids, IGNORED)
@@ -253,7 +260,7 @@ def find_mask_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int | None:
     """The id that masks: the tokenizer's own mask token, else ``_`` (blank) or EOS.
 
     Returns:
-        None for kind ``mask``: a new embedding is needed. The tokenizer is never changed.
+        None for kind ``mask``: a new embedding is needed. The tokenizer is not changed.
 
     Raises:
         ModelError: the tokenizer has no such token.
@@ -278,17 +285,17 @@ def find_mask_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int | None:
 
 
 class BlockData(Dataset[dict[str, Tensor]]):
-    """Blocks of ids, masked anew in each epoch.
+    """Blocks of token ids, with new masks in each epoch.
 
-    What is masked depends on seed, epoch and index alone, not on the order of reading, so an
-    interrupted run continues with the very masks that it would have had. Without `set_epoch`,
-    which is called for training data only, masks stay as they are, as evaluation needs.
+    A mask depends on seed, epoch and index alone, not on the order of reading, so that a resumed
+    run has the same masks as an uninterrupted one. `set_epoch` is called for training data only:
+    evaluation has the same masks each time.
 
     Args:
-        blocks: (N, T) ids, or an object that gives (T,) of them for an index.
-        masking: what to mask.
-        seed: of the masks.
-        apart: also give ``begins``, (T,), where documents begin that see only themselves.
+        blocks: (N, T) ids, or an object that returns (T,) ids for an index.
+        masking: which tokens are masked, and by what.
+        seed: the seed of the masks.
+        apart: also return ``begins`` (T,), which keeps attention within documents.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """SimCSE: two dropout views of a text are closer to each other than to any other text.
 
 Gao et al., arXiv 2104.08821, as used by LLM2Vec, arXiv 2404.05961, section 2.3. Decoders are
-trained without dropout and their configs say 0, so the noise is switched on here, and is proved to
-act by two forwards of eight tokens. Both views of a batch are one packed forward, behind the same
-preprocessing and pooling as in `encode`.
+pretrained without dropout and their configs say 0, so it is switched on here, and two forwards of
+eight tokens prove that it has an effect. Both views of a batch are one packed forward, with the
+same preprocessing and pooling as in `encode`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ATTENTION_DROPOUT = ("attention_dropout", "attn_dropout", "attn_pdrop")
 
 @contextmanager
 def noise(model: Any, attention: float, embedding: float = 0.0) -> Iterator[None]:
-    """Switch on dropout in a transformer for the time of the block, and prove that it acts.
+    """Within the block, dropout of a transformer is switched on; first it is proved to act.
 
     Args:
         model: a transformer, perhaps with an adapter.
@@ -35,7 +35,7 @@ def noise(model: Any, attention: float, embedding: float = 0.0) -> Iterator[None
         embedding: probability of dropping a number of a token's embedding, in train mode.
 
     Raises:
-        ModelError: attention dropout is asked for and two forwards are equal all the same.
+        ModelError: attention dropout is set, but two forwards give the same states.
     """
 
     def drop(module: nn.Module, _: Any, states: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def noise(model: Any, attention: float, embedding: float = 0.0) -> Iterator[None
     before = _set_dropout(model, attention)
     try:
         if attention > 0:
-            _prove_noise(model, found=len(before))  # without the other noise, which would hide it
+            _prove_noise(model, found=len(before))  # before embedding dropout, which would hide it
         hooks.append(model.get_input_embeddings().register_forward_hook(drop))
         yield
     finally:
@@ -56,7 +56,7 @@ def noise(model: Any, attention: float, embedding: float = 0.0) -> Iterator[None
 
 
 def _set_dropout(model: nn.Module, probability: float) -> list[tuple[nn.Module, str, float]]:
-    """Set the attention dropout everywhere; returns what `setattr` needs to undo it."""
+    """Set the attention dropout of all modules; returns the arguments of `setattr` to undo it."""
     before: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         for name in ATTENTION_DROPOUT:
@@ -112,7 +112,7 @@ class TwoViewsLoss(nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Scalar loss of the features of B texts; there are no labels."""
         (features,) = sentence_features
-        # all but the length of the prompt, which is one number for the batch
+        # Everything except the prompt's length, which is one number for the whole batch.
         tensors = {name: value for name, value in features.items() if isinstance(value, Tensor)}
         twice = {name: torch.cat([value, value]) for name, value in tensors.items()}
         vectors = self.model({**twice, "repad": False})["sentence_embedding"]  # (2B, D)

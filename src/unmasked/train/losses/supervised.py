@@ -1,10 +1,10 @@
 """Supervised contrastive training: a query finds its document among those of the whole batch.
 
-InfoNCE with hard negatives (LLM2Vec, arXiv 2404.05961, section 3.2). A document that is the query's
-own text, or answers it anywhere in the batch, does not count as a negative. All texts of a batch
-are one packed forward, where sentence-transformers runs one per column. With GradCache (Gao et al.,
+InfoNCE with hard negatives (LLM2Vec, arXiv 2404.05961, section 3.2). A document that equals the
+query, or answers it anywhere in the batch, does not count as a negative. All texts of a batch are
+one packed forward, where sentence-transformers runs one per column. With GradCache (Gao et al.,
 arXiv 2101.06983) the batch need not fit into memory: texts are embedded twice, in forwards of a
-limited number of tokens, for half as much computation again and the same gradient.
+limited number of tokens, which costs half as much computation again for the same gradient.
 
 Shapes: B rows of this device, R = (2 + K) B texts with K hard negatives, W devices, D width.
 """
@@ -28,14 +28,13 @@ from unmasked.train.losses.teacher import TeacherLoss
 
 
 class BatchLayout(NamedTuple):
-    """What the loss knows of the R texts of a batch besides their vectors.
+    """What the loss knows about the R texts of a batch besides their vectors.
 
     Attributes:
         rows: B.
-        place: (R,) where each vector belongs among queries, positives and negatives.
-        key: (R,) equal for equal texts, in that order.
-        taught: what a teacher says of them, if there is one: (R, W) vectors in that order, or
-            (B, 1 + K) scores.
+        place: (R,) the position of each vector in the order "queries, positives, negatives".
+        key: (R,) numbers in that order, which are equal for equal texts (see `PairCollator`).
+        taught: a teacher's vectors, (R, W') in that order, or its scores, (B, 1 + K).
     """
 
     rows: int
@@ -47,28 +46,27 @@ class BatchLayout(NamedTuple):
 class RankingLoss(CachedLossMixin, nn.Module):
     """Cross-entropy of each query's own positive among the documents of all rows and devices.
 
-    The mean over the rows of this device is returned. Gradients of gathered documents are summed
-    over devices and then averaged with all others by DDP, so a step on W devices equals one on a
-    device with the whole batch.
+    The loss is the mean over the rows of this device. Gradients of gathered documents are summed
+    over the devices and then averaged by DDP with all others, so that a step on W devices equals a
+    step on one device with the whole batch.
 
     Args:
         model: the encoder.
         temperature: of the cosines (0.02 in the paper).
         mini_batch_tokens: maximum number of tokens per forward; None runs each batch at once.
-        margin: documents whose cosine to the query is larger than the positive's by more than this
-            are not negatives; None leaves out only equal texts.
-        dimensions: lengths of the beginning of the vector that are trained as well (Matryoshka,
-            arXiv 2205.13147).
-        depths: vectors of the model that are trained, one behind the other, where `depth.depths`
-            gives those of several numbers of layers.
-        teacher: the loss of what a teacher says, if there is one, learned by the whole vector.
+        margin: documents whose cosine to the query exceeds the positive's by more than this are not
+            negatives; None leaves out only equal texts.
+        dimensions: shorter vector lengths that are trained as well (Matryoshka, arXiv 2205.13147).
+        depths: how many vectors the model gives for a text, side by side: more than one within
+            `depth.depths`.
+        teacher: the distillation loss, if there is a teacher; only the full vector learns from it.
 
     Attributes:
-        measured: alignment and uniformity of the last forward, and both losses beside a teacher.
+        measured: alignment and uniformity of the last forward; with a teacher, also both losses.
     """
 
     views = 1
-    mini_batch_size = 1 << 62  # forwards are limited by their tokens alone
+    mini_batch_size = 1 << 62  # no limit in rows: forwards are limited by their tokens
 
     def __init__(
         self,
@@ -94,34 +92,36 @@ class RankingLoss(CachedLossMixin, nn.Module):
         """Scalar loss of the features that `PairCollator` makes."""
         features: dict[str, Any] = dict(next(iter(sentence_features)))
         features["repad"] = False
-        told = (features.pop("place"), features.pop("key"), features.pop("taught", None))
-        layout = BatchLayout(len(labels), *told)
+        given = (features.pop("place"), features.pop("key"), features.pop("taught", None))
+        layout = BatchLayout(len(labels), *given)
         limit, attention = self.mini_batch_num_tokens, features["attention_mask"]
+        # All devices must decide alike, so the one with the most tokens counts.
         if limit is None or devices.most(int(attention.sum()), attention.device) <= limit:
             return self.score(self.model(features)["sentence_embedding"], layout)
         return self.forward_cached([features], layout)  # type: ignore[arg-type]
 
     def embed_minibatch_iter(self, sentence_feature: Any, *given: Any, **named: Any) -> Any:
-        """As many forwards as on the device that has the most: sharded weights need all devices.
+        """Run as many forwards as the device that has the most: FSDP gathers weights in each.
 
-        Those without a part of the batch come first, and run the shortest text, which is the last.
-        Their result and gradient are dropped, and they leave the random state as it was.
+        The extra forwards come first, on the shortest text, which is the last of the batch. Their
+        vectors and gradients are dropped, and the random state is put back.
         """
         if isinstance(self.model, FSDPModule):
             count, with_grad = len(named["ranges"]), named["with_grad"]
             mask = sentence_feature["attention_mask"]
-            part, cuda = (len(mask) - 1, len(mask), with_grad, False), mask.device.type == "cuda"
+            last = (len(mask) - 1, len(mask), with_grad, False)  # arguments of `embed_minibatch`
+            on_gpu = [mask.device] if mask.device.type == "cuda" else []
             for _ in range(devices.most(count, mask.device) - count):
-                with torch.random.fork_rng([mask.device] if cuda else []):
-                    vectors, _ = self.embed_minibatch(sentence_feature, *part)
+                with torch.random.fork_rng(on_gpu):
+                    vectors, _ = self.embed_minibatch(sentence_feature, *last)
                 if with_grad:
-                    (0 * vectors).sum().backward()
+                    (0 * vectors).sum().backward()  # the backward pass gathers weights, too
         yield from super().embed_minibatch_iter(sentence_feature, *given, **named)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The loss of the vectors of all mini-batches, as `CachedLossMixin` asks for it."""
+        """The loss of the vectors of all mini-batches, which `CachedLossMixin` calls."""
         (parts,) = reps
         loss = self.score(torch.cat(parts), labels)
         if with_backward:
@@ -131,51 +131,58 @@ class RankingLoss(CachedLossMixin, nn.Module):
 
     def score(self, vectors: Tensor, layout: BatchLayout) -> Tensor:
         """Scalar loss of (R, D) vectors, the mean over all trained lengths and depths."""
+        # The batch has the longest text first; from here on queries, positives, negatives.
         vectors = torch.empty_like(vectors).index_copy(0, layout.place, vectors).float()
-        each, rows = vectors.chunk(self.depths, dim=1), layout.rows
-        self.measured = alignment_and_uniformity(each[0][:rows], each[0][rows : 2 * rows])
-        query_keys, keys = layout.key.split([rows, len(vectors) - rows])
-        # Rows of another device may have more negatives: these show their positive again, too.
-        again = (devices.most(len(keys), keys.device) - len(keys)) // rows
-        keys = torch.cat([keys, *[keys[:rows]] * again])
+        by_depth, rows = vectors.chunk(self.depths, dim=1), layout.rows
+        whole = by_depth[0]
+        self.measured = alignment_and_uniformity(whole[:rows], whole[rows : 2 * rows])
+        query_keys, keys = layout.key.split([rows, len(vectors) - rows])  # (B,), ((1 + K) B,)
+        # Another device's rows may have more negatives. To gather equal shapes, the positives of
+        # this device are repeated in their place; as equal texts they do not count as negatives.
+        repeats = (devices.most(len(keys), keys.device) - len(keys)) // rows
+        keys = torch.cat([keys, *[keys[:rows]] * repeats])
+        # (B,) the column of each query's positive among the documents of all devices
         own = get_rank() * len(keys) + torch.arange(rows, device=vectors.device)
 
-        def everyone(documents: Tensor) -> Tensor:  # (W (1 + K) B, D)
-            return _gathered(torch.cat([documents, *[documents[:rows]] * again]), with_grad=True)
+        def gather(documents: Tensor) -> Tensor:  # ((1 + K) B, D) -> (W (1 + K) B, D)
+            return _gathered(torch.cat([documents, *[documents[:rows]] * repeats]), with_grad=True)
 
         loss = vectors.new_zeros(())
         if self.teacher is None or self.teacher.settings.contrastive:
-            same = _same(query_keys, keys, own)
+            no_negatives = _no_negatives(query_keys, keys, own)
             losses = []
-            for deep in each:
-                queries, documents = deep[:rows], everyone(deep[rows:])
-                widths = {*self.dimensions, deep.shape[1]}
+            for encoded in by_depth:
+                queries, documents = encoded[:rows], gather(encoded[rows:])
+                widths = {*self.dimensions, encoded.shape[1]}
                 losses += [
-                    self._infonce(queries[:, :w], documents[:, :w], own, same) for w in widths
+                    self._infonce(queries[:, :w], documents[:, :w], own, no_negatives)
+                    for w in widths
                 ]
             loss = torch.stack(losses).mean()
         if self.teacher is None or layout.taught is None:
             return loss
-        taught: Tensor = self.teacher(each[0], layout.taught, rows, own, everyone)
+        taught: Tensor = self.teacher(whole, layout.taught, rows, own, gather)
         self.measured |= {"contrastive_loss": loss.detach(), "teacher_loss": taught.detach()}
         settings = self.teacher.settings
         return settings.contrastive * loss + settings.weight * taught
 
-    def _infonce(self, queries: Tensor, documents: Tensor, own: Tensor, same: Tensor) -> Tensor:
-        cosines = normalize(queries, dim=1) @ normalize(documents, dim=1).T
-        left_out = same
+    def _infonce(
+        self, queries: Tensor, documents: Tensor, own: Tensor, no_negatives: Tensor
+    ) -> Tensor:
+        cosines = normalize(queries, dim=1) @ normalize(documents, dim=1).T  # (B, W (1 + K) B)
+        left_out = no_negatives
         if self.margin is not None:
             positive = cosines.detach().gather(1, own[:, None])
             left_out = left_out | (cosines.detach() > positive + self.margin)
-        left_out = left_out.scatter(1, own[:, None], False)
+        left_out = left_out.scatter(1, own[:, None], False)  # the query's own positive stays in
         return cross_entropy((cosines / self.temperature).masked_fill(left_out, -torch.inf), own)
 
 
-def _same(query_keys: Tensor, keys: Tensor, own: Tensor) -> Tensor:
-    """(B, W (1 + K) B): documents that are the query itself, or answer it somewhere.
+def _no_negatives(query_keys: Tensor, keys: Tensor, own: Tensor) -> Tensor:
+    """(B, W (1 + K) B): documents that equal the query, or are a positive of it in any row.
 
-    What answers a query is no negative of it, wherever in the batch it stands: as another row's
-    positive, as its hard negative, or on another device.
+    A text that answers a query is not a negative of that query, wherever in the batch it is: as
+    another row's positive, as its hard negative, or on another device.
     """
     rows = len(query_keys)
     asked = _gathered(query_keys)  # (W B,)
@@ -184,7 +191,7 @@ def _same(query_keys: Tensor, keys: Tensor, own: Tensor) -> Tensor:
     asked, documents = number.split([len(asked), len(documents)])
     queries = asked.view(-1, rows)[own[0] // len(keys)]  # (B,) of this device
     positives = documents.view(-1, len(keys))[:, :rows].reshape(-1)  # (W B,)
-    # One number stands for each pair of a query and a document.
+    # A pair of a query and a document becomes one number, so that `isin` can compare pairs.
     answered = asked * len(distinct) + positives
     pairs = queries[:, None] * len(distinct) + documents
     left_out: Tensor = torch.isin(pairs, answered) | (documents == queries[:, None])
@@ -192,5 +199,5 @@ def _same(query_keys: Tensor, keys: Tensor, own: Tensor) -> Tensor:
 
 
 def _gathered(tensor: Tensor, with_grad: bool = False) -> Tensor:
-    """The same tensor of all devices, one after the other."""
+    """This tensor of every device, concatenated in the order of their ranks."""
     return all_gather(tensor, with_grad=with_grad) if get_world_size() > 1 else tensor

@@ -1,11 +1,11 @@
-"""Learning from a better model: its vectors, or the scores it gives to queries and documents.
+"""Distillation: learning a better model's vectors, or its scores of queries and documents.
 
 Five losses on the vectors that the contrastive loss has computed anyway, so that a teacher costs no
-forward of the student. Where they fit they are those of sentence-transformers: vectors (MSE,
-cosine), scores of the rows (margin-MSE, Hofstätter et al., arXiv 2010.02666; KL, Lin et al., arXiv
-2010.11386), and the order of pairs (CoSENT). A teacher that has a vector of every text says more:
-how near a query is to each document of the whole batch, on all devices. For that there are a few
-lines of our own, with the same two formulas.
+forward of the student. Where possible they are sentence-transformers' losses: on vectors (MSE,
+cosine), on scores of the rows (margin-MSE, Hofstätter et al., arXiv 2010.02666; KL, Lin et al.,
+arXiv 2010.11386), and on the order of pairs (CoSENT). A teacher with a vector of every text gives
+more: scores between a query and every document of the whole batch, on all devices. For those, KL
+and margin-MSE are written out here, with the same formulas.
 
 Shapes: B rows of this device, K hard negatives, R = (2 + K) B texts, C documents of all devices, D
 and W numbers of the student's and the teacher's vectors.
@@ -31,11 +31,11 @@ from torch.nn.functional import kl_div, mse_loss, normalize
 from unmasked.recipe.teaching import Teacher
 
 Gather = Callable[[Tensor], Tensor]
-"""The documents of all devices, from those of this one; with the gradient."""
+"""From the documents of this device to those of all devices; gradients flow back."""
 
 
 class TeacherLoss(nn.Module):
-    """The loss of what a teacher says of a batch, the mean over the rows of this device.
+    """The distillation loss of a batch, the mean over the rows of this device.
 
     Args:
         model: the student.
@@ -54,7 +54,7 @@ class TeacherLoss(nn.Module):
             "cosent": lambda: CoSENTLoss(model),
         }
         stock = made[settings.loss]()
-        stock.model = None  # it is given vectors; the student is not a part of it
+        stock.model = None  # it is only given vectors, so the student need not be a submodule
         self.stock = stock
 
     def forward(
@@ -63,34 +63,38 @@ class TeacherLoss(nn.Module):
         """Scalar loss.
 
         Args:
-            vectors: (R, D) of queries, positives and each rank of negatives.
-            taught: (R, W) vectors in the same order, or (B, 1 + K) scores.
+            vectors: (R, D) student's vectors of queries, positives and each rank of negatives.
+            taught: (R, W) teacher's vectors in the same order, or its (B, 1 + K) scores.
             rows: B.
-            own: (B,) place of each query's positive among the C documents.
-            gather: gives (C, ...) of (R - B, ...).
+            own: (B,) position of each query's positive among the C documents.
+            gather: maps (R - B, ...) to (C, ...).
         """
         kind = self.settings.loss
         if kind in ("cosine", "mse"):
-            width = min(vectors.shape[1], taught.shape[1])  # of a narrower teacher
+            # A narrower teacher is compared with the leading numbers of the student's vectors.
+            width = min(vectors.shape[1], taught.shape[1])
             return self.stock.compute_loss_from_embeddings([vectors[:, :width]], [taught])  # type: ignore[no-any-return]
         if self.settings.model is not None and kind != "cosent":
             return self._whole_batch(vectors, taught, rows, own, gather)
         queries, *documents = vectors.split(rows)
-        if self.settings.model is not None:
+        if (
+            self.settings.model is not None
+        ):  # CoSENT: the teacher's vectors become (B, 1 + K) scores
             asked, *answers = taught.split(rows)
             taught = torch.stack([pairwise_cos_sim(asked, a) for a in answers], dim=1)
         scores = taught / self.settings.scale
         if kind == "cosent":
-            every = [queries.repeat(len(documents), 1), torch.cat(documents)]
-            return self.stock.compute_loss_from_embeddings(every, scores.T.flatten())  # type: ignore[no-any-return]
+            pairs = [queries.repeat(len(documents), 1), torch.cat(documents)]  # ((1 + K) B, D) each
+            return self.stock.compute_loss_from_embeddings(pairs, scores.T.flatten())  # type: ignore[no-any-return]
         loss: Tensor = self.stock.compute_loss_from_embeddings([queries, *documents], scores)
-        # That loss is multiplied by the square of the temperature, which the weight should not be.
+        # The stock KL loss is multiplied by the squared temperature. That is undone, so that the
+        # temperature does not change the loss's weight.
         return loss / self.settings.temperature**2 if kind == "kl" else loss
 
     def _whole_batch(
         self, vectors: Tensor, taught: Tensor, rows: int, own: Tensor, gather: Gather
     ) -> Tensor:
-        """KL or margin-MSE of a query's cosines to the documents of all rows and devices."""
+        """KL or margin-MSE on a query's cosines to the documents of all rows and devices."""
         student, teacher = (
             normalize(side[:rows], dim=1) @ gather(normalize(side[rows:], dim=1)).T
             for side in (vectors, taught)

@@ -1,8 +1,8 @@
 """The documents in a band of ranks for each query, without those that answer it.
 
-An answer is every positive of the query, in whatever row, and what equals one, or the query, apart
-from case and white space. The search is exact: all queries against all documents, one shard of
-each at a time.
+A document answers a query if it equals one of the query's positives, in any row, or the query
+itself, except for case and white space. The search is exact: all queries against all documents, one
+shard of each at a time.
 
 Shapes: Q distinct queries, N distinct documents, R rows.
 """
@@ -18,20 +18,21 @@ from unmasked.train.mining import work_folder
 from unmasked.train.mining.work_folder import NumberedArrays, Progress
 
 FOUND = np.dtype([("place", np.int64), ("score", np.float32)])
-"""A document and its cosine to the query; place -1 where there was none."""
+"""The number of a document and its cosine to the query; place -1 if there was none."""
 MANY = 256
-"""Answers of a query beyond which they are left out while it is searched, and not afterwards: what
-a search keeps would grow with them."""
+"""A query with up to this many answers is searched for that many more documents, and its answers
+are removed from the result. For queries with more answers, that would take too much memory: theirs
+are excluded during the search, which is slower."""
 
 
 class Answers:
     """Which documents answer which query.
 
     Args:
-        queries: (R,) the query of each row, by number.
-        documents: (R,) its positive, by number.
-        query_keys: (Q,) equal for queries that are equal when folded.
-        document_keys: (N,) the same of the documents.
+        queries: (R,) the number of each row's query.
+        documents: (R,) the number of each row's positive.
+        query_keys: (Q,) numbers that are equal for queries that are equal when folded.
+        document_keys: (N,) the same for documents.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class Answers:
         document_keys: np.ndarray,
     ) -> None:
         order = np.argsort(queries, kind="stable")
-        self._answers = document_keys[documents[order]]
+        self._answers = document_keys[documents[order]]  # query by query, see `_ends`
         self._ends = np.searchsorted(queries[order], np.arange(len(query_keys) + 1))
         self._query_keys, self._document_keys = query_keys, document_keys
         self._known, self._times = np.unique(document_keys, return_counts=True)
 
     def keys(self, query: int) -> np.ndarray:
-        """The keys of everything that answers a query, each once."""
+        """The distinct keys of everything that answers a query."""
         own = self._answers[self._ends[query] : self._ends[query + 1]]
         return np.unique(np.append(own, self._query_keys[query]))
 
@@ -56,10 +57,11 @@ class Answers:
         """How many documents answer a query."""
         keys = self.keys(query)
         there = np.minimum(np.searchsorted(self._known, keys), len(self._known) - 1)
+        # The query's own key may be that of no document, so each match is checked.
         return int(self._times[there][self._known[there] == keys].sum())
 
     def among(self, query: int, documents: np.ndarray) -> np.ndarray:
-        """Which of some documents answer a query."""
+        """Whether each of some documents answers a query."""
         return np.isin(self._document_keys[documents], self.keys(query))
 
 
@@ -72,15 +74,15 @@ def search_bands(
     progress: Progress,
     device: Any = "cpu",
 ) -> None:
-    """Make the shards of what was found: (Q, W) of `FOUND`, the nearest first.
+    """Search every query, and write the documents found: (Q, W) of `FOUND`, the nearest first.
 
     Args:
-        bands: to be made; those that are there stay.
-        queries, documents: vectors of length 1.
-        answers: to be left out.
-        ranks: the first rank of the band and the one behind its last, from 0; W lie between.
-        progress: told of every block.
-        device: where the product is computed.
+        bands: where the result is written; shards that exist are kept.
+        queries, documents: unit vectors.
+        answers: documents to leave out.
+        ranks: the first rank of the band, from 0, and the one after its last; W is the difference.
+        progress: called after every block.
+        device: where the products are computed.
     """
     first, last = ranks
     blocks, shard = len(documents), work_folder.SHARD
@@ -105,8 +107,8 @@ def search_bands(
             progress("searching", begin // shard * blocks + number + 1, len(queries) * blocks)
         found = np.zeros((end - begin, last - first), FOUND)
         found["place"] = -1
-        for rows, kept_ones in ((few, best), (many, others)):
-            for row, scores, places in zip(rows.tolist(), *kept_ones.result(), strict=True):
+        for rows, scored in ((few, best), (many, others)):
+            for row, scores, places in zip(rows.tolist(), *scored.result(), strict=True):
                 good = (places >= 0) & ~answers.among(begin + row, places)
                 kept = np.flatnonzero(good)[first:last]
                 found["place"][row, : len(kept)] = places[kept]

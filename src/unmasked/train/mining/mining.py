@@ -1,9 +1,9 @@
 """Hard negatives: wrong answers that the encoder ranks highly.
 
-A document whose score comes within the margin of the positive's is more likely an answer that
-nobody marked, and is left out (NV-Retriever, arXiv 2407.15831); so are the nearest ones, where a
-band of ranks says so. `mine_hard_negatives` of sentence-transformers does the same with all texts,
-vectors and scores in memory, and anew after every interruption; tests compare the two.
+A document whose score comes within the margin of the positive's is more likely an unlabelled
+answer, and is left out (NV-Retriever, arXiv 2407.15831); with `skip`, so are the nearest ones.
+`mine_hard_negatives` of sentence-transformers does the same with all texts, vectors and scores in
+memory, and starts again after every interruption; tests compare the two.
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ INSTRUCTIONS = ("query_instruction", "document_instruction")
 
 
 class Mined(NamedTuple):
-    """What mining wrote: rows, negatives in them, rows without any, and what it left out.
+    """Counts of what mining wrote.
 
-    `answers` counts negatives that their rows had and that answer their query in another row.
+    Attributes:
+        rows, negatives: number of rows, and of the negatives in them.
+        without: rows without a negative.
+        answers: negatives that were removed from the given rows, because they answer the query in
+            another row.
     """
 
     rows: int
@@ -62,46 +66,46 @@ def mine(
     tell: Callable[[str], object] = lambda said: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Mined:
-    """Search negatives for every row and write the rows with them.
+    """Find negatives for every row, and write the rows with them.
 
-    What is cut off goes on with the same call, from a hidden folder beside the output.
+    The same call continues an interrupted one, from a hidden folder beside the output.
 
     Args:
-        model: the encoder whose mistakes are looked for.
-        pairs: the rows; negatives they have are kept, the instruction stands before the queries.
-        output: ``.jsonl`` of query, positive and negatives.
+        model: the encoder whose mistakes become negatives.
+        pairs: the rows. Negatives that they have are kept; the data set's first instruction is the
+            prompt of the queries.
+        output: a ``.jsonl`` file of query, positive and negatives.
         negatives: maximum number of new negatives per row.
-        margin: share of the score of the query's least positive by which a negative's score must
-            lie below it.
+        margin: a negative must score lower than the query's lowest positive by at least this share
+            of that positive's score.
         skip: number of nearest documents, answers not counted, that are never negatives.
-        depth: number of nearest documents, answers not counted, that are looked at.
-        corpus: documents besides the positives.
+        depth: number of nearest documents, answers not counted, that are candidates.
+        corpus: further documents besides the positives.
         tell: as in `pairs.read_rows`.
-        progress: told of every shard of vectors, and of every block of the search.
+        progress: called after every shard of vectors, and after every block of the search.
 
     Raises:
-        DataError: a number that cannot be, a faulty row, fewer documents than `skip` and `depth`
-            need, or no negative.
+        DataError: an argument is out of range, a row is faulty, there are fewer documents than
+            `skip` requires, or no negative was found.
     """
     _check(negatives, margin, skip, depth)
-    work = _stored(pairs, output, corpus, tell)
+    work = _store(pairs, output, corpus, tell)
     documents = len(work.documents.first)
     last = min(depth, documents - 1)
     if last <= skip:
         work_folder.clear_away(work.folder)
         raise DataError(
             f"{pairs.path}: of {documents} distinct documents the nearest {skip} are left out "
-            f"(--skip), only the nearest {depth} are looked at (--depth), and a query's positive "
-            "does not count, so that none is left. Fix: a larger --depth, a smaller --skip, more "
+            f"(--skip), only the nearest {depth} are candidates (--depth), and a query's positive "
+            "does not count, so none is left. Fix: a larger --depth, a smaller --skip, more "
             "rows, or --corpus FILE."
         )
     prompt = PLAIN.join(pairs.instruction[0]) if pairs.instruction else None
     facts = {"vectors": [work.digest, model.fingerprint(), prompt], "band": [skip, last]}
     work_folder.begin(work.folder, facts, tell)
-    search = _searched(model, work, prompt, (skip, last), progress)
-    found = _write(
-        output, work, search, (negatives, margin), _nothing_left(pairs, work, skip, margin)
-    )
+    search = _search(model, work, prompt, (skip, last), progress)
+    nothing_found = _nothing_found(pairs, work, skip, margin)
+    found = _write(output, work, search, (negatives, margin), nothing_found)
     work_folder.clear_away(work.folder)
     return found
 
@@ -115,10 +119,10 @@ def _check(negatives: int, margin: float, skip: int, depth: int) -> None:
 
 
 class _Work(NamedTuple):
-    """The rows, and which distinct query and document each of them has."""
+    """The rows, and which distinct query and document each row has."""
 
     folder: Path
-    digest: str  # of all texts
+    digest: str  # of all rows and texts
     rows: Dataset
     queries: Distinct
     documents: Distinct
@@ -126,7 +130,7 @@ class _Work(NamedTuple):
 
 
 class _Search(NamedTuple):
-    """The vectors of distinct queries and documents, and the bands of the queries."""
+    """The vectors of distinct queries and documents, and the documents found for each query."""
 
     queries: NumberedArrays
     documents: NumberedArrays
@@ -134,65 +138,60 @@ class _Search(NamedTuple):
     answers: Answers
 
 
-def _stored(
+def _store(
     pairs: Pairs, output: Path, corpus: Iterable[str], tell: Callable[[str], object]
 ) -> _Work:
-    """The texts, read and checked anew, in files that are mapped into memory."""
+    """Read and check all texts, and store them in memory-mapped files, also when continuing."""
     folder = output.with_name(f".{output.name}.work")
-    made = not folder.exists()
+    is_new = not folder.exists()
     try:
-        read = store_rows([pairs], folder / "rows.arrow", tell)["source"]
-        more = work_folder.store_texts(corpus, folder / "corpus.arrow")
+        rows_digest = store_rows([pairs], folder / "rows.arrow", tell)["source"]
+        corpus_digest = work_folder.store_texts(corpus, folder / "corpus.arrow")
     except DataError:
-        if made:
+        if is_new:
             work_folder.clear_away(folder)
         raise
     rows = Dataset.from_file(str(folder / "rows.arrow"))
     if any(any(part[name]) for part in rows.iter(work_folder.SHARD) for name in INSTRUCTIONS):
-        tell(f"{pairs.path}: the instructions in the rows are kept; the search is without them")
+        tell(f"{pairs.path}: the rows keep their own instructions; the search does not use them")
     positives = rows.select_columns("positive").rename_column("positive", "text")
     parts = [positives, Dataset.from_file(str(folder / "corpus.arrow"))]
     every = concatenate_datasets([part for part in parts if len(part)])
     documents = distinct_keys(keys_of(every))
     queries = distinct_keys(keys_of(rows.select_columns("query").rename_column("query", "text")))
-    return _Work(folder, f"{read} {more}", rows, queries, documents, every.select(documents.first))
+    digest = f"{rows_digest} {corpus_digest}"
+    return _Work(folder, digest, rows, queries, documents, every.select(documents.first))
 
 
-def _searched(
-    model: TextEncoder, work: _Work, prompt: str | None, ranks: tuple[int, int], told: Progress
+def _search(
+    model: TextEncoder, work: _Work, prompt: str | None, ranks: tuple[int, int], progress: Progress
 ) -> _Search:
-    """Encode what has no vectors yet, and search what was not searched yet."""
+    """Encode the texts and search the queries for which there is no file yet."""
     asked = work.rows.select(work.queries.first).select_columns("query")
     asked = asked.rename_column("query", "text")
-    found: list[NumberedArrays] = []
-    plain: dict[str, Any] = {"normalize_embeddings": True, "show_progress_bar": False}
-    plain["batch_size"] = None  # by tokens
-    for name, texts, encode in (
-        ("queries", asked, partial(model.encode_query, prompt=prompt, **plain)),
-        ("documents", work.texts, partial(model.encode_document, **plain)),
-    ):
-        shards = NumberedArrays(work.folder, name, len(texts))
-        told_of = partial(_tell_encoded, told, name, len(texts))
-        shards.make(partial(_encoded, encode, texts), told_of)
-        found.append(shards)
+    options: dict[str, Any] = {"normalize_embeddings": True, "show_progress_bar": False}
+    options["batch_size"] = None  # batches are cut by tokens
+
+    def encoded(name: str, texts: Dataset, encode: Callable[..., Any]) -> NumberedArrays:
+        def compute(begin: int, end: int) -> np.ndarray:
+            return np.asarray(encode(list(texts[begin:end]["text"]), **options), dtype=np.float32)
+
+        vectors = NumberedArrays(work.folder, name, len(texts))
+        vectors.make(compute, lambda done: progress(f"encoding {name}", done, len(texts)))
+        return vectors
+
+    queries = encoded("queries", asked, partial(model.encode_query, prompt=prompt))
+    documents = encoded("documents", work.texts, model.encode_document)
     keys = keys_of(asked, folded), keys_of(work.texts, folded)
-    own = work.documents.place[: len(work.rows)]
+    own = work.documents.place[: len(work.rows)]  # the rows' positives; the corpus comes after them
     answers = Answers(work.queries.place, own, *keys)
     bands = NumberedArrays(work.folder, "band", len(asked))
-    search_bands(bands, found[0], found[1], answers, ranks, told, device=model.device)
-    return _Search(found[0], found[1], bands, answers)
-
-
-def _encoded(encode: Callable[..., Any], texts: Dataset, begin: int, end: int) -> np.ndarray:
-    return np.asarray(encode(list(texts[begin:end]["text"])), dtype=np.float32)
-
-
-def _tell_encoded(told: Progress, name: str, total: int, done: int) -> None:
-    told(f"encoding {name}", done, total)
+    search_bands(bands, queries, documents, answers, ranks, progress, device=model.device)
+    return _Search(queries, documents, bands, answers)
 
 
 def _limits(work: _Work, search: _Search, margin: float) -> np.ndarray:
-    """The highest score (Q,) that a negative may have: below the least of the query's positives."""
+    """(Q,) the highest score that a negative may have: the lowest positive's, less the margin."""
     least = np.full(len(work.queries.first), np.inf, np.float32)
     for begin in range(0, len(work.rows), work_folder.SHARD):
         rows = slice(begin, min(begin + work_folder.SHARD, len(work.rows)))
@@ -206,7 +205,7 @@ def _limits(work: _Work, search: _Search, margin: float) -> np.ndarray:
 
 
 def _chosen(bands: np.ndarray, limits: np.ndarray, most: int) -> Iterator[list[int]]:
-    """The documents of each band that are negatives, the nearest first."""
+    """The documents of each query's band that become negatives, the nearest first."""
     for band, limit in zip(bands, limits, strict=True):
         good = (band["place"] >= 0) & (band["score"] <= limit)
         yield band["place"][good][:most].tolist()
@@ -215,7 +214,13 @@ def _chosen(bands: np.ndarray, limits: np.ndarray, most: int) -> Iterator[list[i
 def _write(
     output: Path, work: _Work, search: _Search, wanted: tuple[int, float], nothing: DataError
 ) -> Mined:
-    """Write every row with its negatives; raises `nothing` if there are no new ones."""
+    """Write every row with its negatives; raises `nothing` if there are no new ones.
+
+    Args:
+        output, work, search: where to, the rows, and what was found.
+        wanted: maximum number of new negatives per row, and the margin.
+        nothing: the error if no row got a negative.
+    """
     most, margin = wanted
     limits = _limits(work, search, margin)
     count = without = answered = mined = 0
@@ -240,12 +245,12 @@ def _write(
     return Mined(len(work.rows), count, without, answered)
 
 
-def _nothing_left(pairs: Pairs, work: _Work, skip: int, margin: float) -> DataError:
-    nearer = [f"--margin 0 (now {margin:g})"] if margin else []
-    nearer += [f"--skip 0 (now {skip})"] if skip else []
+def _nothing_found(pairs: Pairs, work: _Work, skip: int, margin: float) -> DataError:
+    fixes = [f"--margin 0 (now {margin:g})"] if margin else []
+    fixes += [f"--skip 0 (now {skip})"] if skip else []
     return DataError(
-        f"{pairs.path}: no query has a negative: every document in the band of ranks answers its "
-        "query, scores within the margin of its positive, or above it. Fix: the same command with "
-        f"{', '.join([*nearer, 'a larger --depth'])} or --corpus FILE; the vectors are kept for it "
+        f"{pairs.path}: no query has a negative: every candidate answers its query, or scores "
+        "higher than the positive less the margin. Fix: the same command with "
+        f"{', '.join([*fixes, 'a larger --depth'])} or --corpus FILE; the vectors are kept for it "
         f"in {work.folder}."
     )

@@ -1,10 +1,11 @@
-"""What mining keeps on the disk while it is at work: rows, vectors, and what was found.
+"""The work folder of mining: rows, vectors and search results on the disk.
 
-Every file is whole or not there, so that the same command goes on behind the last one. Vectors
-count for the texts and the model that they were made of, which `facts.json` names; other texts
-begin anew.
+Every file is written aside and renamed, so that the same command continues after the last complete
+one. `facts.json` names the texts and the model that the vectors belong to; with other texts or
+another model they are deleted.
 
-Cost: 4 bytes for each number of a vector. Memory: 48 bytes for each row, and the shards in use.
+Cost: 4 bytes of disk for each number of a vector; 48 bytes of memory per row, and the shards in
+use.
 
 Shapes: R rows, N distinct texts, D width.
 """
@@ -28,30 +29,30 @@ from unmasked.train.data.record import digest_of
 from unmasked.train.data.texts import key_of
 
 SHARD = 4096
-"""Vectors of a file, and of a block of the search."""
+"""Vectors per file, and per block of the search."""
 FACTS = "facts.json"
 Progress = Callable[[str, int, int], object]
-"""Told what is being done, how much of it is done, and how much there is."""
+"""Called with the name of a task, how much of it is done, and how much there is."""
 
 
 class Distinct(NamedTuple):
-    """The distinct ones among R texts: where each stands first (N,), and which one each is (R,)."""
+    """The N distinct texts among R: ``texts[first]``; text i is the ``place[i]``-th of them."""
 
     first: np.ndarray
     place: np.ndarray
 
 
 def distinct_keys(keys: np.ndarray) -> Distinct:
-    """The distinct ones of R keys, in the order of their first appearance."""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    """The distinct keys among R, in the order of their first appearance."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)  # sorted by key
     order = np.argsort(first)
-    rank = np.empty_like(order)
+    rank = np.empty_like(order)  # of each key by its first appearance
     rank[order] = np.arange(len(order))
     return Distinct(first[order], rank[inverse])
 
 
 def keys_of(texts: Dataset, change: Callable[[str], str] = lambda text: text) -> np.ndarray:
-    """The numbers (R,) of texts; equal for texts that are equal after a change."""
+    """(R,) numbers of texts, which are equal for texts that `change` makes equal."""
     keys = array("Q")
     for part in texts.iter(SHARD):
         keys.extend(key_of(change(text)) for text in part["text"])
@@ -70,19 +71,20 @@ def store_texts(texts: Iterable[str], file: Path) -> str:
 
 
 def begin(folder: Path, facts: dict[str, Any], tell: Callable[[str], object]) -> None:
-    """Go on with what lies in a folder, or clear it where it was made of something else.
+    """Keep the results in a folder that are still valid, and delete the others.
 
     Args:
-        folder: with the texts that were just stored.
-        facts: ``vectors``, what the vectors depend on; ``band``, what the search also does.
-        tell: told what was thrown away.
+        folder: the work folder, in which the texts have just been stored.
+        facts: ``vectors``, which determines the vectors; ``band``, which with them determines the
+            search results.
+        tell: called with a line about what was deleted.
     """
     file = folder / FACTS
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     if before is not None and before != facts:
         same = before["vectors"] == facts["vectors"]
-        what = "settings: its vectors are used again" if same else "texts or model: begun anew"
-        tell(f"{folder} is of other {what}")
+        change = "settings: its vectors are used again" if same else "texts or model: it is cleared"
+        tell(f"{folder} was made with other {change}")
         for old in folder.glob("band-*" if same else "*.npy"):
             old.unlink()
     write_text(file, json.dumps(facts) + "\n")
@@ -94,12 +96,12 @@ def clear_away(folder: Path) -> None:
 
 
 class NumberedArrays:
-    """Arrays of up to `SHARD` rows each, as numbered .npy files, each made once.
+    """An array of N rows, stored as numbered .npy files of up to `SHARD` rows each.
 
     Args:
-        folder: where they lie.
-        name: what their names begin with.
-        count: N, the rows of all.
+        folder: the folder of the files.
+        name: the beginning of their names.
+        count: N.
     """
 
     def __init__(self, folder: Path, name: str, count: int) -> None:
@@ -111,11 +113,11 @@ class NumberedArrays:
     def make(
         self, compute: Callable[[int, int], np.ndarray], progress: Callable[[int], object]
     ) -> None:
-        """Make those that are not there.
+        """Compute and write the files that do not exist yet.
 
         Args:
-            compute: from the first row and the one behind the last to the array.
-            progress: told how many rows are done.
+            compute: returns the rows from ``begin`` up to ``end``, which is not included.
+            progress: called with the number of rows that are done.
         """
         for number in range(len(self)):
             begin, end = number * SHARD, min((number + 1) * SHARD, self.count)
@@ -125,12 +127,12 @@ class NumberedArrays:
             progress(end)
 
     def load(self, number: int) -> np.ndarray:
-        """One of them, mapped from its file."""
+        """The rows of one file, memory-mapped."""
         shard: np.ndarray = np.load(self._file(number), mmap_mode="r")
         return shard
 
     def gather(self, places: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The rows at some places, in their order."""
+        """The rows at the given places, in the order of the places."""
         places = np.asarray(places)
         first = self.load(0)
         found = np.empty((len(places), *first.shape[1:]), first.dtype)

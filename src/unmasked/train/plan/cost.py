@@ -1,8 +1,8 @@
 """What a recipe will cost, before it is run: steps, tokens, FLOPs, memory, disk and time.
 
 Only the config and the tokenizer are fetched, never weights; sizes come from `shapes`. The time
-comes from a probe: one layer and a few layers take real steps on this machine, and the seconds of
-the whole depth follow on a straight line through both.
+comes from a probe: models of one layer and of a few layers take real steps on this machine, and the
+time of the full depth is extrapolated linearly from both.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from unmasked.train.plan.shapes import DecoderSizes, saved_activations, trained_
 from unmasked.train.plan.teacher_cost import TeacherPlan, plan_teacher, seconds_of
 
 SAMPLE = 512
-"""Number of texts whose mean length stands for all."""
+"""Number of texts whose mean length is taken as that of all."""
 
 
 class StageMemory(NamedTuple):
-    """Bytes on each device at the fullest moment of a step.
+    """Bytes on each device at the peak of a step.
 
-    `teaching` is no part of it: what is held before the first step, while a teacher encodes.
+    `teaching` is not part of that peak: it is used before the first step, while a teacher encodes.
     """
 
     weights: int
@@ -51,26 +51,26 @@ class StageMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """At the fullest moment of the stage."""
+        """The peak of the whole stage."""
         return max(sum(self) - self.teaching, self.teaching)
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What the forwards of a stage are given, and what that costs.
+    """The forwards of a stage, and their cost.
 
-    Tokens per step, FLOPs and seconds are those of all devices together, memory is that of each.
+    Tokens per step, FLOPs and seconds are for all devices together, memory is for each device.
 
     Attributes:
         stage, sizes: settings of the stage, and sizes of the decoder.
-        rows, length: texts or blocks per forward, and the mean tokens of each.
-        forwards: per optimiser step on one device.
+        rows, length: texts or blocks per forward, and their mean number of tokens.
+        forwards: forwards per optimiser step on one device.
         scored: rows of logits per forward.
-        twice: the batch is embedded a second time, first without gradients (GradCache).
-        assumed: why no text could be read, so that the length is assumed; else empty.
-        teacher: what encodes the texts before the stage trains, if anything does.
-        seconds: None without a probe.
-        taught_seconds: those of them in which the teacher encodes.
+        twice: whether the batch is embedded twice, first without gradients (GradCache).
+        assumed: why no text could be read and the length is assumed; empty if texts were read.
+        teacher: the cost of a teacher that encodes the texts first, if there is one.
+        seconds: duration of the stage; None without a probe.
+        taught_seconds: the part of `seconds` in which the teacher encodes.
     """
 
     name: str
@@ -88,7 +88,7 @@ class StagePlan:
 
     @property
     def depths(self) -> list[int]:
-        """Numbers of layers of each forward of a batch: all, then those of shorter encoders."""
+        """Layers of each forward of a batch: all, then those of `matryoshka_layers`."""
         return [self.sizes.layers, *getattr(self.stage, "matryoshka_layers", [])]
 
     @property
@@ -122,25 +122,26 @@ class StagePlan:
         weights = sum(p.nbytes for p in self.model.parameters())
         if isinstance(stage, MNTP):
             weights += sizes.head * sizes.dtype.itemsize
-        if stage.lora.method == "qlora":  # half a byte per weight, and one scale for every 64
+        if stage.lora.method == "qlora":  # 4 bits per weight, and a float32 scale for every 64
             linear = sizes.parameters - sizes.embedding
             weights += round(linear * (0.5 + 4 / 64)) - linear * sizes.dtype.itemsize
         activations = self._activations()
         if getattr(stage, "attention_dropout", 0.0):
-            # Kernels with dropout keep the weights: two copies in float32, and a mask of bytes.
+            # Attention with dropout keeps its weights: two float32 copies, and a mask of bytes.
             activations += 9 * self.rows * sizes.heads * self.length**2 * sizes.layers
-        if stage.gradient_checkpointing:  # one layer whole, and the input of every layer
+        if stage.gradient_checkpointing:  # one layer's activations, and the input of every layer
             inputs = self.tokens * sizes.width * sizes.dtype.itemsize
             layers = sum(self.depths)
             activations = activations // layers + layers * inputs
         scored = min(self.scored, max(1, LOGITS_AT_ONCE // sizes.vocabulary))
-        # The logits in float32, their softmax and its gradient, and the logits in half precision.
+        # Logits, softmax and gradient in float32 (12 bytes); with a dtype of 2 bytes, also the
+        # logits that the head returned.
         logits = scored * sizes.vocabulary * (12 + sizes.dtype.itemsize % 4)
         teaching = weights + self.teacher.memory if self.teacher else 0
         return StageMemory(weights, trained, 2 * trained, activations, logits, teaching)
 
     def _activations(self) -> int:
-        """Bytes that the forwards of one batch keep, through all layers and through the first."""
+        """Bytes that the forwards of one batch keep, at full depth and at each smaller depth."""
         kept = saved_activations(self.model, self.rows, self.length)
         for layers in self.depths[1:]:
             with first_layers(decoder_of(self.model), layers):
@@ -149,18 +150,18 @@ class StagePlan:
 
     @property
     def disk(self) -> int:
-        """Bytes of the result, of two checkpoints of weights and two moments, of a teacher's."""
+        """Bytes of the result, of two checkpoints (weights and two moments each), of a teacher."""
         return 7 * self.memory.gradients + (self.teacher.disk if self.teacher else 0)
 
     @property
     def flops(self) -> float:
         """FLOPs of the whole stage.
 
-        A frozen weight costs 2 per token forward and 2 backward, as it needs no gradient itself,
-        and 2 more where a forward is run again; a weight of the adapter costs 6. Attention over s
+        Per token, a frozen weight costs 2 forward and 2 backward, as it needs no gradient itself,
+        and 2 more for each repeated forward; a weight of the adapter costs 6. Attention over s
         tokens costs 4 s d L forward and twice that backward. Each weight of the head costs 4 per
-        scored token. First layers that are trained as well cost their share of all this again, and
-        a teacher a forward for each text.
+        scored token. Smaller depths that are trained as well cost their share of all this again,
+        and a teacher costs a forward for each text.
         """
         sizes, trainable = self.sizes, self.trainable
         again = int(self.stage.gradient_checkpointing) + int(self.twice)
@@ -175,11 +176,12 @@ class StagePlan:
         return one * (self.forwards * devices.world()) * self.steps + taught
 
     def measured(self, device: torch.device) -> StagePlan:
-        """The same with its seconds on this machine, from steps of shallow models."""
+        """This plan with `seconds`, measured on this machine with steps of shallow models."""
         few = min(self.sizes.layers, 4)
         shallow = self._seconds(1, device)
         deeper = self._seconds(few, device) if few > 1 else shallow
         per_layer = max(0.0, deeper - shallow) / max(1, few - 1)
+        # The probe repeats no forward, as gradient checkpointing and GradCache do.
         passes = 1 + 0.25 * self.stage.gradient_checkpointing + 0.5 * self.twice
         one = sum(shallow + per_layer * (layers - 1) * passes for layers in self.depths)
         taught = self.teacher.measure(device) if self.teacher else 0.0
@@ -187,7 +189,7 @@ class StagePlan:
         return replace(self, seconds=seconds, taught_seconds=taught)
 
     def _seconds(self, layers: int, device: torch.device) -> float:
-        """Median of some steps of a model with so many layers, after one that warms up."""
+        """Median seconds of a training step of a model with `layers` layers, after a warm-up."""
         model = trained_trunk(self.sizes.trunk(layers, str(device)), self.stage).train()
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         vocabulary = self.sizes.vocabulary
@@ -211,14 +213,14 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe's stages, and what holds for all of them."""
+    """The cost of a recipe, stage by stage."""
 
     parameters: int
     devices: int
     dtype: str
     stages: Sequence[StagePlan]
     disk: int
-    """Bytes, with the finished encoder."""
+    """Bytes of disk, including the finished encoder."""
 
 
 def make_plan(recipe: Recipe, probe: bool = False) -> Plan:
@@ -258,7 +260,7 @@ def _plan_stage(
     unread = f"nothing to train on was given. Fix: {name}.data=FILE."
     try:
         texts, per_row, pairs = _sample(stage)
-    except UnmaskedError as error:  # a plan is made before the texts are
+    except UnmaskedError as error:  # a plan may be made before the texts exist
         texts, pairs, unread = [], [], first_line(error) if stage.data else unread
         per_row = 2 if isinstance(stage, SimCSE) else 2 + stage.hard_negatives
     limit = stage.max_length
@@ -275,7 +277,7 @@ def _plan_stage(
 
 
 def _sample(stage: SimCSE | Supervised) -> tuple[list[str], int, list[PairRow]]:
-    """Some texts of a contrastive stage, how many a row of a batch has, and the rows of pairs."""
+    """Some texts of a contrastive stage, the number of texts per row, and the rows of pairs."""
     if isinstance(stage, SimCSE):
         return list(iterate_texts(stage.data[:1], SAMPLE)), 2, []
     taught = partial(read_rows, teacher=stage.teacher)

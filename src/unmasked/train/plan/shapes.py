@@ -1,7 +1,8 @@
 """A decoder's sizes without its weights, counted on torch's meta device.
 
-Activations are not guessed from a formula: one forward is run on shapes alone, and what autograd
-keeps for the backward pass is added up, for any family. Cost: well under a second, no memory.
+Activations are not estimated by a formula: a forward is run on the meta device, and the tensors
+that autograd keeps for the backward pass are added up, which works for any family. Cost: well under
+a second, no memory.
 
 Shapes: B rows, H heads, T tokens, D width of a head.
 """
@@ -19,19 +20,19 @@ from unmasked.checkpoint import adapters
 from unmasked.recipe.schema import AnyStage
 
 KERNEL = "unmasked-plan"
-"""Name under which transformers knows the attention that is run on the meta device."""
+"""Name under which transformers knows the attention function for the meta device."""
 
 
 class DecoderSizes:
-    """What a config says of a decoder's size.
+    """A decoder's sizes, from its config.
 
     Attributes:
         dtype: precision of the weights.
-        layers, heads, width, vocabulary: as the config has them; no `heads` without attention.
-        parameters: of the trunk.
-        embedding: parameters of the input embedding, which are part of these.
-        head: parameters of the language model's head; 0 if it is the input embedding.
-        attention_width: heads times the width of each.
+        layers, heads, width, vocabulary: as in the config; `heads` is 0 without attention.
+        parameters: number of parameters of the trunk, including the input embedding.
+        embedding: number of parameters of the input embedding.
+        head: number of parameters of the language-model head; 0 if it is tied to the embedding.
+        attention_width: number of heads times the width of a head.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
@@ -49,7 +50,7 @@ class DecoderSizes:
         self.head = 0 if getattr(text, "tie_word_embeddings", False) else self.embedding
 
     def trunk(self, layers: int | None = None, device: str = "meta") -> Any:
-        """The bare transformer with random weights, with fewer layers if asked."""
+        """The bare transformer with random weights; `layers` limits its depth."""
         config = copy.deepcopy(self.config)
         text: Any = config.get_text_config()
         text.num_hidden_layers = layers or self.layers
@@ -61,7 +62,7 @@ class DecoderSizes:
 
 
 def trained_trunk(trunk: nn.Module, stage: AnyStage) -> nn.Module:
-    """A trunk as a stage trains it; for ``qlora`` the weights stay in the precision they have."""
+    """A trunk as a stage trains it; with ``qlora`` too, its weights keep their precision here."""
     lora = stage.lora
     method = "lora" if lora.method == "qlora" else lora.method
     return adapters.attach(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, method)
@@ -70,7 +71,7 @@ def trained_trunk(trunk: nn.Module, stage: AnyStage) -> nn.Module:
 def saved_activations(model: nn.Module, rows: int, length: int) -> int:
     """Bytes that autograd keeps from a forward of (rows, length) tokens, on the meta device."""
     own = {p.untyped_storage() for p in [*model.parameters(), *model.buffers()]}
-    kept: set[torch.UntypedStorage] = set()  # by identity: a storage has one object while it lives
+    kept: set[torch.UntypedStorage] = set()  # a living storage has one object, so sets work
 
     def pack(tensor: Tensor) -> Tensor:
         kept.add(tensor.untyped_storage())
@@ -83,7 +84,7 @@ def saved_activations(model: nn.Module, rows: int, length: int) -> int:
 
 
 class _Kernel(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps: its inputs, its output and one sum per row."""
+    """Saves for backward what fused attention kernels save: inputs, output and a sum per row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -100,5 +101,5 @@ def _attention(
 
 
 AttentionInterface.register(KERNEL, _attention)
-# It has no mask function on purpose: then transformers makes no mask, and does not look into the
-# positions for packed texts, which Gemma 3 would do here and cannot without numbers.
+# No mask function is registered, on purpose: then transformers builds no mask. For Gemma 3 it would
+# look for packed texts in the values of the positions, which the meta device does not have.

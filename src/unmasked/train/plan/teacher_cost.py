@@ -1,7 +1,7 @@
-"""What it costs that a teacher encodes the texts of a stage once, before the stage trains.
+"""The cost of a teacher, which encodes the texts of a stage once, before the stage trains.
 
-Only its config and its tokenizer are fetched, as of the base. Cost: a pass over the pairs; of a
-data set of the hub no more is read than the sample.
+As for the base, only its config and its tokenizer are fetched. Cost: a pass over the pairs to count
+them; of a data set on the hub only the sample is read.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from unmasked.train.data.pairs import KINDS, PairRow, read_rows
 from unmasked.train.plan.shapes import DecoderSizes, saved_activations
 
 LONGEST = 512
-"""Tokens of a text that a teacher reads, where its folder does not say it."""
-_PART = 4096  # texts whose vectors are held before they are written
+"""Maximum number of tokens of a teacher's input, if its folder does not say it."""
+_PART = 4096  # texts whose vectors are in memory before they are written
 
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """What a teacher is given, and what that costs, on the one device that does it.
+    """A teacher's forwards, and their cost on the one device that runs them.
 
     Attributes:
-        sizes: of the teacher.
-        texts: number of different texts, at most.
-        length: mean tokens of each.
-        rows: texts of a forward.
-        converted: its weights are read in another type than they have at work, on a CPU, where both
-            take the same memory.
+        sizes: sizes of the teacher.
+        texts: upper bound of the number of different texts.
+        length: mean number of tokens of a text.
+        rows: texts per forward.
+        converted: whether its weights are converted to another type after they are read on a CPU,
+            where both copies are in the same memory.
     """
 
     sizes: DecoderSizes
@@ -57,7 +57,7 @@ class TeacherPlan:
 
     @cached_property
     def memory(self) -> int:
-        """Bytes of its weights, and of a layer at work with the vectors, or of what is read."""
+        """Peak bytes: weights, and a layer's activations with the vectors, or converted weights."""
         one = saved_activations(self.sizes.trunk(1), self.rows, self.length)
         vectors = 4 * self.sizes.width * min(self.texts, _PART)
         weights: int = self.sizes.parameters * self.sizes.dtype.itemsize
@@ -70,14 +70,14 @@ class TeacherPlan:
 
     @property
     def flops(self) -> float:
-        """2 for each weight and token, and 4 s d L of attention over s tokens."""
+        """2 for each weight and token, and for attention over s tokens 4 s d L per token."""
         sizes = self.sizes
         weights = 2 * (sizes.parameters - sizes.embedding)
         attention = 4 * self.length * sizes.attention_width * sizes.layers
         return float(self.texts * self.length * (weights + attention))
 
     def measure(self, device: torch.device) -> float:
-        """Seconds on this machine, from forwards of shallow models."""
+        """Seconds on this machine, measured with forwards of shallow models."""
         few = min(self.sizes.layers, 4)
         shallow = self._seconds(1, device)
         deeper = self._seconds(few, device) if few > 1 else shallow
@@ -96,7 +96,7 @@ class TeacherPlan:
 
 
 def seconds_of(step: Callable[[], None]) -> float:
-    """Median seconds of a step, after one that warms up."""
+    """Median seconds of a step, after a warm-up."""
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
     return timer.adaptive_autorange().median
 
@@ -104,12 +104,12 @@ def seconds_of(step: Callable[[], None]) -> float:
 def plan_teacher(
     stage: Supervised, rows: Sequence[PairRow], device: torch.device
 ) -> TeacherPlan | None:
-    """The plan of a stage's teacher; None if it has none, or none that encodes.
+    """The plan of a stage's teacher; None if it has none, or if the rows have its scores.
 
     Args:
-        stage: its data are counted.
+        stage: the settings of the stage; its data are counted.
         rows: some of its rows, perhaps none.
-        device: where it encodes.
+        device: where the teacher encodes.
 
     Raises:
         ModelError: the teacher has no config here or on the hub.
@@ -136,7 +136,7 @@ def plan_teacher(
 
 
 def _mean_length(place: Location, inputs: Sequence[Input]) -> int:
-    """Tokens of a text as the teacher reads it."""
+    """Mean number of tokens of the inputs in the teacher's tokenizer."""
     most = place.read_json(SETTINGS_NAME).get("max_length") or LONGEST
     tokens = TextTokenizer(prepare_tokenizer(loading.load_tokenizer(place.name)), most)
     prompts = [PLAIN.join(item.instruction) if item.instruction else "" for item in inputs]
@@ -145,10 +145,10 @@ def _mean_length(place: Location, inputs: Sequence[Input]) -> int:
 
 
 def _count_rows(stage: Supervised, teacher: Teacher) -> int:
-    """Rows of all data; as many as are trained on, where they cannot be counted here."""
+    """Number of rows; if they cannot be counted, the number that the stage trains on."""
     try:
         if not any(find_files(pairs.path, KINDS)[0].startswith(HUB) for pairs in stage.data):
             return sum(1 for pairs in stage.data for _ in read_rows(pairs, teacher=teacher))
     except UnmaskedError:
-        pass  # a run says what is wrong with them
+        pass  # a run reports what is wrong with them
     return stage.steps * stage.batch_size * stage.gradient_accumulation
