@@ -273,7 +273,7 @@ def test_names_benchmarks_and_languages():
     assert [task.metadata.name for task in find_tasks("STS12")] == ["STS12"]
     (korean,) = find_tasks("STS17", ["kor"])
     assert korean.hf_subsets == ["ko-ko"]
-    with pytest.raises(DataError, match="STS12: nothing of it is in kor.*Fix"):
+    with pytest.raises(DataError, match="STS12: none of its tasks is in kor.*Fix"):
         find_tasks("STS12", ["kor"])
     with pytest.raises(DataError, match=r"no task or benchmark.*did you mean 'SICK-R'.*Fix"):
         make_scorer(["SICK-RR"])

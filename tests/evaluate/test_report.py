@@ -93,7 +93,7 @@ def test_one_file_holds_everything(run_folder):
         "<h1>run</h1>", "recipe pets", "Gain of the last stage", "the best causal pooling",
         "learning rate", "Searches among 40", "block_length: 16", "unmasked run ", "torch",
         "causal mean", "Similarity of a few texts", "mntp</dt><dd>3 steps, 0:00:0",
-        "Masked next token prediction", "How high the wanted documents stand", "Use it",
+        "Masked next token prediction", "How high the wanted documents rank", "Use it",
         "The machine it ran on", "from unmasked import LLM2Vec", "/texts.txt</dd>",
     ):  # fmt: skip
         assert wanted in page, wanted

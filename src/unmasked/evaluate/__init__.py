@@ -1,16 +1,17 @@
 """How good is an encoder, and is a difference between two scores more than chance?
 
-An encoder is whatever turns texts and their role into vectors (`Encode`); a task is read from plain
-files (`load_task`) and scores it (`Task.score`); the answer is a `TaskResult`, the score of each
-metric with what each test item scored, from which `interval` and `paired_difference` draw 95 %
-intervals. `scorer` scores models on everything that a user can name, public tasks included;
-`compare` puts the stages of a run or several encoders side by side; `baselines` makes the causal
-encoders to beat; `analysis` looks inside a model, and `report` draws what a run did.
+An encoder is any function from texts and their role to vectors (`Encode`). A task is read from
+plain files (`load_task`) and scores an encoder (`Task.score`). The answer is a `TaskResult`: the
+score of each metric, and the scores of the test items, from which `interval` and
+`paired_difference` compute 95 % intervals. `scorer` scores models on every task that a user can
+name, public ones included; `compare` compares the stages of a run, or several encoders;
+`baselines` makes the causal encoders to compare with; `analysis` looks inside a model, and `report`
+writes a page about a run.
 
-Cost: encoding each distinct text of a task once, then seconds. Importing this page needs numpy
+Cost: encoding each distinct text of a task once, then seconds. Importing this package needs numpy
 alone; `baselines` and `analysis` import torch, public tasks mteb, figures matplotlib.
 
-For others: the names below, `scorer.make_scorer`, the functions of `compare`,
+Others may use the names below, `scorer.make_scorer`, the functions of `compare`,
 `baselines.causal_baselines`, `analysis.analyse` and `report.page.write_report`.
 """
 

@@ -1,15 +1,15 @@
-"""A look inside: how ready a decoder is for an open mask, and how the vectors of texts lie.
+"""A look inside a model: how ready it is for an open mask, and how its vectors are distributed.
 
 * Readiness: the cosine between the states of the same token with the mask closed and open, layer by
-  layer (arXiv 2404.05961, section 5, where Mistral's stay alike and LLaMA's do not).
-* Alignment and uniformity (Wang and Isola, ICML 2020, arXiv 2005.10242) of texts that belong
-  together, and of all: lower is better for both.
+  layer (arXiv 2404.05961, section 5: Mistral's states change little, LLaMA's change much).
+* Alignment of texts that belong together, and uniformity of all texts (Wang and Isola, ICML 2020,
+  arXiv 2005.10242): lower is better for both.
 * Anisotropy (Ethayarajh, EMNLP 2019, arXiv 1909.00512): the mean cosine of texts that do not belong
-  together, and the share of all variance that lies along one direction.
+  together, and the share of the variance along the first principal component.
 
-Where the user gives no texts, the docstrings of this Python serve: a first sentence belongs to the
-rest. Cost: two loads of the model and one forward of `TEXTS` pairs with each. Shapes: N pairs, T
-tokens, L layers and the embedding, D width.
+Without texts from the user, the docstrings of this Python are used: a first sentence belongs to the
+rest. Cost: the model is loaded twice, and each encodes `TEXTS` pairs. Shapes: N pairs, T tokens, L
+layers, D width.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from unmasked.files import docstrings
 from unmasked.forward.geometry import alignment_and_uniformity
 from unmasked.model import TextEncoder
 
-TEXTS = 256  # pairs whose vectors are looked at
-READ = 32  # texts whose layers are looked at
-_DOCSTRINGS = 4000
+TEXTS = 256  # pairs whose vectors are measured
+READ = 32  # texts whose states are compared, layer by layer
+_DOCSTRINGS = 4000  # docstrings that are read, of which pairs are drawn
 
 
 @dataclass(frozen=True)
 class VectorShape:
-    """How the vectors of texts lie."""
+    """How the vectors of texts are distributed."""
 
     alignment: float  # mean squared distance of unit vectors that belong together
     uniformity: float  # log of the mean of exp(-2 squared distance) over all others
@@ -49,26 +49,26 @@ class VectorShape:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was seen in a model; no layers and no spread if it has no causal mask any more."""
+    """The results of an analysis; `layers` and `spread` are None if there is no causal mask."""
 
     model: str
-    layers: list[float] | None  # mean cosine of states, mask closed and open, the embedding first
-    spread: list[tuple[float, float]] | None  # the 10th and 90th percentile beside each
+    layers: list[float] | None  # mean cosine of states, mask closed and open; embedding first
+    spread: list[tuple[float, float]] | None  # the 10th and 90th percentile of the same cosines
     shapes: dict[str, VectorShape]  # "causal" and "bidirectional"
-    pairs: int  # how many pairs of texts were looked at
+    pairs: int  # how many pairs of texts were encoded
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A dictionary for JSON."""
         return asdict(self)
 
 
 def analyse(model: str, task: str | Path | None = None) -> Analysis:
-    """Look inside a model.
+    """Analyse a model with its mask closed and open.
 
     Args:
         model: hub name, folder or ``nano``.
-        task: a file or folder of texts that belong together: STS, pairs, reranking, retrieval. By
-            default the docstrings of this Python.
+        task: a file or folder of texts that belong together: STS, pairs, reranking or retrieval.
+            None uses the docstrings of this Python.
 
     Raises:
         DataError: the task has no texts that belong together.
@@ -79,10 +79,10 @@ def analyse(model: str, task: str | Path | None = None) -> Analysis:
     opened = LLM2Vec.from_pretrained(model, enable_bidirectional=True, allow_partial=True)
     try:
         closed = LLM2Vec.from_pretrained(model, enable_bidirectional=False)
-    except ModelError:
+    except ModelError:  # the mask cannot be closed again
         closed = opened
     layers, spread, shapes = None, None, {}
-    if closed.report.verdict == "impossible":  # its mask is really closed
+    if closed.report.verdict == "impossible":  # the proof finds the mask closed
         texts = [text for pair in pairs for text in pair][:READ]
         cosines = np.concatenate([compare_states(closed, opened, text) for text in texts], axis=1)
         layers = cosines.mean(axis=1).tolist()
@@ -93,7 +93,7 @@ def analyse(model: str, task: str | Path | None = None) -> Analysis:
 
 
 def draw(analysis: Analysis, folder: Path) -> list[Path]:
-    """The small figures, as PNG and SVG.
+    """Draw the figures, as PNG and SVG; returns the files.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -111,12 +111,13 @@ def draw(analysis: Analysis, folder: Path) -> list[Path]:
 
 
 def measure_shape(first: np.ndarray, second: np.ndarray) -> VectorShape:
-    """How vectors (N, D) lie; those of one row belong together."""
+    """How the vectors (N, D) of two lists are distributed; those of one row belong together."""
     x, y = (torch.as_tensor(v, dtype=torch.float64) for v in (first, second))
     found = alignment_and_uniformity(x, y, all_texts=True)
     x, y = (torch.nn.functional.normalize(v, dim=1) for v in (x, y))
-    both, count = torch.cat([x, y]), 2 * len(x)
-    # The sum of all cosines, less those of each text with itself and with its partner.
+    both, count = torch.cat([x, y]), 2 * len(x)  # (2N, D)
+    # The sum of all cosines (the squared length of the sum of all vectors), without those of each
+    # text with itself and with its partner.
     cosines = both.sum(dim=0).square().sum() - both.square().sum() - 2 * (x * y).sum()
     mean = cosines.item() / (count * (count - 2))
     values = torch.linalg.svdvals(both - both.mean(dim=0)).square()
@@ -142,7 +143,7 @@ def _shape(model: TextEncoder, pairs: Sequence[tuple[str, str]]) -> VectorShape:
 
 
 def _pairs(path: str | Path | None) -> list[tuple[str, str]]:
-    """Texts that belong together, of a task or of docstrings."""
+    """Pairs of texts that belong together, from a task or from docstrings."""
     if path is None:
         found = docstrings.pairs(docstrings.collect(limit=_DOCSTRINGS))
         return [(doc.summary, doc.body) for doc in found]

@@ -1,6 +1,6 @@
-"""The causal decoder behind an encoder, which is what the encoder has to beat.
+"""Causal baselines: the decoder that an encoder was made from, with its mask closed.
 
-Cost: one load of the decoder for each pooling.
+Cost: the decoder is loaded once for each pooling.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from unmasked.recipe.schema import CAUSAL
 
 
 def causal_baselines(base: Location) -> Iterator[tuple[str, Callable[[], LLM2Vec]]]:
-    """Name and maker of a causal encoder for each of `CAUSAL_BASELINES`.
+    """For each of `CAUSAL_BASELINES`, a name and a function that loads the causal encoder.
 
     Args:
-        base: the decoder, such as `compat.origin.find_base` finds it.
+        base: the decoder, for instance from `compat.origin.find_base`.
 
     Raises:
-        ModelError: (by a maker) the decoder has no causal mask any more.
+        ModelError: the decoder no longer has a causal mask (raised by the functions).
     """
     for pooling in CAUSAL_BASELINES:
         yield f"{CAUSAL}{pooling}", partial(causal_encoder, base, pooling)
 
 
 def causal_encoder(base: Location, pooling: str, max_length: int | None = None) -> LLM2Vec:
-    """The decoder as it is, with a pooling.
+    """The untouched decoder with a pooling mode.
 
     Args:
         base: the decoder.
         pooling: how token states become a vector.
-        max_length: maximum number of tokens per input; the folder's, or 512, by default.
+        max_length: maximum number of tokens per input; None takes the folder's, or 512.
 
     Raises:
-        ModelError: the decoder has no causal mask any more.
+        ModelError: the decoder no longer has a causal mask.
     """
     encoder = LLM2Vec.from_pretrained(
         base.name,

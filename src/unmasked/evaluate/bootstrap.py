@@ -1,13 +1,14 @@
-"""How sure a score, or the difference between two scores, is: the paired bootstrap.
+"""Confidence intervals of a score, or of the difference of two scores: the paired bootstrap.
 
-Training often moves a score by less than the choice of test queries does. Both systems are
-therefore scored on the same 1000 redrawn test sets; the spread of the 1000 differences is the
-interval (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; Sakai, SIGIR
-2006). A redrawn test set is a row of counts: how often each item was drawn. All metrics here are
-sums over counts, so nothing is sorted again: the interval of a Spearman correlation of 1500 pairs
-takes 0.13 s and 100 MB; `scipy.stats.bootstrap` draws the same test sets and takes 0.83 s.
+Training often changes a score by less than another choice of test queries would. Both systems are
+therefore scored on the same 1000 resampled test sets; the interval spans the middle 95 % of the
+1000 differences (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; Sakai,
+SIGIR 2006). A resampled test set is a row of counts: how often each item was drawn. All metrics
+here are sums over counts, so nothing is sorted again: the interval of a Spearman correlation of
+1500 pairs takes 0.13 s and 100 MB; `scipy.stats.bootstrap` draws the same test sets and takes
+0.83 s.
 
-Shapes: S samples (redrawn test sets), N items (pairs or queries); counts are (S, N).
+Shapes: S samples (resampled test sets), N items (pairs or queries); counts are (S, N).
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ import numpy as np
 from unmasked.errors import DataError, unknown
 
 CONFIDENCE = 0.95
-_CHUNK = 2**20  # counts held at a time, which bounds memory for large test sets
+_CHUNK = 2**20  # counts in memory at a time, which bounds it for large test sets
 
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """What one encoder scored on one task.
+    """The scores of one encoder on one task.
 
-    `items` are what a bootstrap redraws, arrays of one length: METRIC per query or text; for pairs
-    the similarities and `gold`, from which metrics are computed anew; for a share, ``METRIC hits``
-    and ``METRIC of`` per sentence. A task that redraws its own test sets keeps the metric on each,
-    as ``redrawn METRIC``. mteb's results have no items.
+    `items` has what a bootstrap resamples, arrays of equal length: METRIC of each query or text;
+    for pairs, the similarities and `gold`, from which metrics are computed again; for a ratio,
+    ``METRIC hits`` and ``METRIC of`` of each sentence. A task that resamples its own test sets has
+    the metric on each as ``redrawn METRIC``. Results of mteb have no items.
     """
 
     name: str
@@ -43,9 +44,9 @@ class TaskResult:
 class Interval:
     """A difference, or the score of one system, with its 95 % interval, as fractions."""
 
-    difference: float  # on the whole test set
-    low: float  # 2.5 % of the redrawn test sets give less than this
-    high: float  # 2.5 % of the redrawn test sets give more than this
+    difference: float  # on the whole test set; the score itself for a single system
+    low: float  # 2.5 % of the resampled test sets give less than this
+    high: float  # 2.5 % of the resampled test sets give more than this
 
     @property
     def clear(self) -> bool:
@@ -56,12 +57,12 @@ class Interval:
 def paired_difference(
     a: TaskResult, b: TaskResult, metric: str, samples: int = 1000, seed: int = 0
 ) -> Interval:
-    """The score of `a` less that of `b` on one task; positive where `a` is better.
+    """The score of `a` minus that of `b` on one task; positive if `a` is better.
 
     Args:
         a, b: the results of two systems on the same task.
         metric: a key of `scores` that both have.
-        samples: redrawn test sets; each draws as many items as there are, with replacement.
+        samples: number of resampled test sets, each of the original size, drawn with replacement.
         seed: the same seed gives the same interval.
 
     Raises:
@@ -74,15 +75,15 @@ def paired_difference(
             f"the results to compare are of different test items: '{a.name}' {size_a} and "
             f"'{b.name}' {size_b}. Fix: score both systems on the same file."
         )
-    return _bootstrapped((a, b), metric, samples, seed)
+    return _bootstrap((a, b), metric, samples, seed)
 
 
 def interval(result: TaskResult, metric: str, samples: int = 1000, seed: int = 0) -> Interval:
-    """The interval of one system's score; arguments and errors as `paired_difference`.
+    """The interval of one system's score; arguments and errors as in `paired_difference`.
 
-    It is a point for a result without items, and for 0 samples.
+    For a result without items, and for 0 samples, the interval is the score alone.
     """
-    return _bootstrapped((result,), metric, samples, seed)
+    return _bootstrap((result,), metric, samples, seed)
 
 
 def pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -96,18 +97,18 @@ def pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Spearman rank correlation (S,) of x and y (N,), ties at their mean rank; 0 as `pearson`."""
+    """Spearman correlation (S,) of x and y (N,), with mean ranks for ties; 0 as in `pearson`."""
     return pearson(_mean_ranks(x, counts), _mean_ranks(y, counts), counts)
 
 
 def average_precision(x: np.ndarray, gold: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Average precision (S,) of a ranking by similarity x (N,), ties sharing a rank.
+    """Average precision (S,) of a ranking by similarity x (N,), in which ties share a rank.
 
-    As in scikit-learn; `gold` (N,) is 1 for a match, else 0. It is 0 where a sample has no match.
+    As in scikit-learn; `gold` (N,) is 1 for a match, else 0. A sample without a match has 0.
     """
     order = np.argsort(-x, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(x[order]) != 0, True))
-    seen = counts[:, order].cumsum(axis=1)[:, ends]
+    ends = np.flatnonzero(np.append(np.diff(x[order]) != 0, True))  # last place of each tie
+    seen = counts[:, order].cumsum(axis=1)[:, ends]  # (S, distinct similarities)
     hits = (counts * gold)[:, order].cumsum(axis=1)[:, ends]
     gained = np.diff(hits, axis=1, prepend=0)
     areas = (gained * hits / np.maximum(seen, 1)).sum(axis=1)
@@ -120,11 +121,12 @@ PAIR_METRICS: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...]]] = {
     "max_ap": (average_precision, ("cosine", "dot", "euclidean", "manhattan")),
     "cosine_ap": (average_precision, ("cosine",)),
 }
-"""Metrics of pairs: how similarities and `gold` give them, and which similarities."""
+"""Metrics of pairs: the function of a similarity and `gold`, and the similarities it is applied to,
+of which the best value counts."""
 
 
 def metric_values(items: Mapping[str, np.ndarray], metric: str, counts: np.ndarray) -> np.ndarray:
-    """A metric (S,) of the items of a result, for test sets drawn as the counts say."""
+    """A metric (S,) of a result's items on the test sets that the counts (S, N) describe."""
     if metric in items:
         return np.asarray(counts @ items[metric] / len(items[metric]))
     if (hits := f"{metric} hits") in items:
@@ -135,7 +137,7 @@ def metric_values(items: Mapping[str, np.ndarray], metric: str, counts: np.ndarr
 
 
 def _centred(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Deviations (S, N) from each sample's mean, the rounding noise of equal values set to 0."""
+    """Deviations (S, N) from each sample's mean; rounding errors of equal values become 0."""
     means = (counts * values).sum(axis=1, keepdims=True) / counts.sum(axis=1, keepdims=True)
     deviations: np.ndarray = values - means
     deviations[np.abs(deviations) <= 1e-12 * np.abs(means)] = 0.0
@@ -143,49 +145,51 @@ def _centred(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _mean_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Rank (S, N) of each value (N,) in each sample, counted from 1."""
+    """Rank (S, N) of each value (N,) in each sample, from 1; equal values share their mean rank."""
     _, group, repeats = np.unique(values, return_inverse=True, return_counts=True)
     starts = repeats.cumsum() - repeats
-    sizes = np.add.reduceat(counts[:, np.argsort(values)], starts, axis=1)
+    sizes = np.add.reduceat(counts[:, np.argsort(values)], starts, axis=1)  # of ties, per sample
     ranks: np.ndarray = sizes.cumsum(axis=1) - (sizes - 1) / 2
     return ranks[:, group]
 
 
-def _bootstrapped(
-    results: tuple[TaskResult, ...], metric: str, samples: int, seed: int
-) -> Interval:
-    """The interval of one result's score, or of its difference to a second result's."""
+def _bootstrap(results: tuple[TaskResult, ...], metric: str, samples: int, seed: int) -> Interval:
+    """The interval of one result's score, or of the difference of two results' scores."""
     for result in results:
         if metric not in result.scores:
             raise DataError(f"task {result.name}: {unknown('metric', metric, result.scores)}")
-    observed = _less([result.scores[metric] for result in results])
+    observed = _difference([result.scores[metric] for result in results])
     items = [result.items for result in results]
     if not (samples and items[0]):
         return Interval(observed, observed, observed)
     if (key := f"redrawn {metric}") in items[0]:
         from scipy.stats import t
 
-        # The normal interval (Student's, for few samples): ten test sets have no percentiles.
-        drawn = _less([own[key] for own in items])
+        # Ten test sets are too few for percentiles, so this is the interval of Student's t.
+        drawn = _difference([own[key] for own in items])
         margin = float(t.ppf((1 + CONFIDENCE) / 2, len(drawn) - 1) * drawn.std(ddof=1))
         return Interval(observed, observed - margin, observed + margin)
-    redrawn = _redrawn(len(next(iter(items[0].values()))), samples, seed)
-    values = [_less([metric_values(own, metric, counts) for own in items]) for counts in redrawn]
+    size = len(next(iter(items[0].values())))
+    values = [
+        _difference([metric_values(own, metric, counts) for own in items])
+        for counts in _resampled(size, samples, seed)
+    ]
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.concatenate(values), (tail, 1 - tail)).tolist()
     return Interval(observed, low, high)
 
 
-def _less(values: Sequence[Any]) -> Any:
-    """The first of one or two values, less the second."""
+def _difference(values: Sequence[Any]) -> Any:
+    """The first of two values minus the second; a single value itself."""
     return values[0] - values[1] if len(values) > 1 else values[0]
 
 
-def _redrawn(items: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Counts (at most S, N) of `samples` redrawn test sets, some at a time."""
+def _resampled(items: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Counts of `samples` resampled test sets, in chunks of at most `_CHUNK` numbers."""
     random, rows = np.random.default_rng(seed), max(1, _CHUNK // items)
     for start in range(0, samples, rows):
         size = min(rows, samples - start)
         drawn = random.integers(items, size=(size, items)) + items * np.arange(size)[:, None]
+        # Row i has the numbers from i * items on, so that one `bincount` counts all rows.
         counts = np.bincount(drawn.ravel(), minlength=size * items).reshape(size, items)
         yield counts.astype(np.float64)

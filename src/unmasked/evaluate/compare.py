@@ -1,10 +1,10 @@
 """Which of several encoders is better, and whether the test set is large enough to say so.
 
-A run leaves in its folder what each test item scored at every stage. Here the stages are put side
-by side and the last is compared with the best *causal* baseline: the decoder as it was, with its
-best pooling. Beating an unlucky pooling is no achievement. Where the stages began with more than a
-decoder, the last is compared with that, too. Cost: reading the scores, and one or two paired
-bootstraps per metric (0.2 s for 1500 items).
+A run folder has the scores of each test item at every stage. The last stage is compared with the
+best *causal* baseline: the untouched decoder with the pooling that suits it best, since a gain over
+a bad pooling says little. If the stages began with more than a decoder, the last stage is compared
+with that encoder, too. Cost: reading the scores, and one or two paired bootstraps per metric (0.2 s
+for 1500 items).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from unmasked.evaluate.bootstrap import Interval, TaskResult, interval, paired_d
 from unmasked.recipe.schema import BEFORE, CAUSAL
 
 COMMAND = "command.txt"
-"""The file of a run folder that holds the command that made it."""
+"""The file in a run folder with the command that made it."""
 MACHINE = "machine.txt"
-"""The file of a run folder that says where it ran."""
+"""The file in a run folder that describes the machine it ran on."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Comparison:
     """The stages of a run by one metric."""
 
     metric: str  # ``TASK.METRIC``
-    scores: dict[str, float]  # stage → score as a fraction, in the order they were made
-    best_causal: str | None  # the causal baseline that scored highest; None if none was scored
+    scores: dict[str, float]  # stage → score as a fraction, in the order they were scored
+    best_causal: str | None  # the causal baseline with the highest score; None if none was scored
     last: str | None  # the last stage that is not a baseline
     gains: dict[str, Interval] = field(default_factory=dict)
-    """What `last` gained over `best_causal` and over what the stages began with (`BEFORE`), each if
-    it was scored; empty without samples or items to draw from."""
+    """Gain of `last` over `best_causal` and over the encoder that the stages began with (`BEFORE`),
+    if these were scored; empty without items or with 0 samples."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,18 @@ class EncoderScore:
     task: str
     metric: str  # ``ndcg@10``, ``spearman``, ...
     encoder: str
-    score: Interval  # a point without samples or items to draw from
-    gain: Interval | None  # the first encoder less this one; None without samples or items
+    score: Interval  # the score alone without items or with 0 samples
+    gain: Interval | None  # of the first encoder over this one; None without items or samples
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the score is a number with ``low`` and ``high`` beside it."""
+        """A flat dictionary for JSON: ``score``, ``low`` and ``high`` are numbers."""
         point = {"score": self.score.difference, "low": self.score.low, "high": self.score.high}
         names = {"task": self.task, "metric": self.metric, "encoder": self.encoder}
         return {**names, **point, "gain": self.gain and asdict(self.gain)}
 
 
 def headlines(metrics: Iterable[str]) -> list[str]:
-    """Of ``TASK.METRIC`` names, the one to report of each task: its first."""
+    """The metric to report for each task: the first of its ``TASK.METRIC`` names."""
     first: dict[str, str] = {}
     for metric in metrics:
         first.setdefault(metric.rpartition(".")[0], metric)
@@ -66,20 +66,20 @@ def headlines(metrics: Iterable[str]) -> list[str]:
 
 
 def headline_metrics(run_folder: str | Path) -> list[str]:
-    """The metric to report of each task that a run was scored on."""
+    """The metric to report for each task of a run."""
     return headlines(next(iter(read_scores(Path(run_folder)).values()), ()))
 
 
 def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> Comparison:
-    """The stages of a run by one metric; the last one against what it has to beat.
+    """The stages of a run by one metric; the last stage is compared with the baselines.
 
     Args:
-        run_folder: with ``results.json`` and ``scores/STAGE.npz``.
+        run_folder: a folder with ``results.json`` and ``scores/STAGE.npz``.
         metric: ``TASK.METRIC``.
-        samples: redrawn test sets behind the interval; 0 for no interval.
+        samples: number of resampled test sets for the interval; 0 for no interval.
 
     Raises:
-        DataError: no scores there, or no such metric.
+        DataError: the folder has no scores, or not this metric.
     """
     folder, column, gains = Path(run_folder), {}, {}
     for stage, scores in read_scores(folder).items():
@@ -102,11 +102,11 @@ def compare_stages(run_folder: str | Path, metric: str, samples: int = 1000) -> 
 def compare_encoders(
     results: Mapping[str, Sequence[TaskResult]], samples: int = 1000
 ) -> list[EncoderScore]:
-    """Every encoder by every metric, each compared with the first encoder.
+    """Every encoder by every metric, compared with the first encoder.
 
     Args:
-        results: encoder → its results; all of the same tasks.
-        samples: redrawn test sets behind each interval; 0 for no intervals.
+        results: encoder → its results, of the same tasks for all encoders.
+        samples: number of resampled test sets for each interval; 0 for no intervals.
     """
     first, rows = next(iter(results)), []
     for index, ours in enumerate(results[first]):
@@ -121,10 +121,10 @@ def compare_encoders(
 
 
 def read_result(folder: Path, stage: str, metric: str) -> TaskResult:
-    """What one stage of a run scored on the task of a metric ``TASK.METRIC``.
+    """The result of one stage of a run on the task of a metric ``TASK.METRIC``.
 
     Raises:
-        DataError: the file of its items is missing.
+        DataError: the file with the scores of the items is missing.
     """
     task, file = metric.rpartition(".")[0], folder / "scores" / f"{stage}.npz"
     if not file.is_file():
@@ -139,7 +139,7 @@ def read_result(folder: Path, stage: str, metric: str) -> TaskResult:
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, float]]:
-    """Stage → scores, in the order they were made."""
+    """Stage → scores, in the order they were scored."""
     file = folder / "results.json"
     if not file.is_file():
         return {}

@@ -1,8 +1,8 @@
-"""A run beside published figures: the mean of a benchmark's tasks, stage by stage.
+"""A run beside published figures: the mean over a benchmark's tasks, stage by stage.
 
-A published figure comes without its items, so nothing can be drawn from both at once; the interval
-is that of our own mean, from the intervals of its tasks, which are independent test sets. It says
-how far our score may be off, not how far two training runs differ: that takes several seeds.
+Published figures come without item scores, so a paired bootstrap is impossible. The interval is
+that of our own mean, from the intervals of its tasks, which are independent test sets. It says how
+uncertain our score is, not how much two training runs differ: that would take several seeds.
 
 Cost: reading the scores, and a bootstrap for each task and stage.
 """
@@ -27,8 +27,8 @@ class PublishedStage:
     Attributes:
         stage: name of the encoder in a run.
         published: the published score as a fraction.
-        ours: our mean score with its interval; None if it is not scored yet. The interval is a
-            point where a task keeps no items, as the public ones of mteb.
+        ours: our mean score with its interval; None if it is not scored yet. There is no interval
+            (``low`` equals ``high``) if a task has no item scores, as mteb's public tasks.
     """
 
     stage: str
@@ -37,12 +37,12 @@ class PublishedStage:
 
     @property
     def difference(self) -> float | None:
-        """Ours less the published score."""
+        """Our score minus the published one."""
         return None if self.ours is None else self.ours.difference - self.published
 
     @property
     def verdict(self) -> str:
-        """In words, whether the published score lies in our interval."""
+        """Whether the published score is within our interval, in words."""
         if self.ours is None:
             return "not scored yet"
         if self.ours.low == self.ours.high:
@@ -64,8 +64,8 @@ def beside_published(run: str | Path, recipe: Recipe, samples: int = 1000) -> li
 
     Args:
         run: a run folder.
-        recipe: of the run.
-        samples: redrawn test sets behind each interval; 0 for none.
+        recipe: the recipe of the run.
+        samples: number of resampled test sets for each interval; 0 for none.
     """
     named = [name for name, _ in recipe.stages()]
     tables = []
@@ -96,6 +96,7 @@ def _mean(folder: Path, stage: str, metrics: Sequence[str], samples: int) -> Int
     mean = math.fsum(one.difference for one in each) / len(each)
     if any(one.low == one.high for one in each):
         return Interval(mean, mean, mean)
+    # Errors of independent test sets add up as the root of the sum of their squares.
     below, above = (
         math.hypot(*(one.difference - end for one, end in zip(each, ends, strict=True))) / len(each)
         for ends in ([one.low for one in each], [one.high for one in each])

@@ -1,7 +1,7 @@
-"""From what a user names as tasks to a function that scores any model on all of them.
+"""Makes a function that scores models on all tasks that a user has named.
 
 A task is a path (`task_files`), ``words:PATH`` (`probe`), or a public name (`public`). Names and
-files are checked before any model is loaded or trained. Cost: reading the files; mteb is imported
+files are checked before a model is loaded or trained. Cost: reading the files; mteb is imported
 only for a name that is not a path.
 """
 
@@ -27,7 +27,7 @@ _Score = Callable[[Any, Encode], TaskResult]
 
 
 def encode_by_role(model: Any) -> Encode:
-    """A `SentenceTransformer` as tasks call it: each role behind its own prompt."""
+    """A `SentenceTransformer` as an `Encode` function that uses the prompt of each role."""
     methods = {"query": model.encode_query, "document": model.encode_document, None: model.encode}
 
     def encode(texts: Sequence[str], role: str | None) -> np.ndarray:
@@ -39,12 +39,12 @@ def encode_by_role(model: Any) -> Encode:
 def make_scorer(
     tasks: Iterable[Any], languages: Sequence[str] | None = None, results: str | Path = RESULTS
 ) -> Scorer:
-    """A function that scores models on tasks, which are read now.
+    """Read tasks, and return a function that scores models on them.
 
     Args:
         tasks: paths, ``words:PATH``, and names of public tasks and benchmarks.
-        languages: of the public tasks; all by default.
-        results: where mteb's results of public tasks are kept.
+        languages: languages of the public tasks; all by default.
+        results: the folder of mteb's results of public tasks.
 
     Raises:
         DataError: a file is missing or malformed, or two tasks have one name.
@@ -55,12 +55,12 @@ def make_scorer(
         for name, score in _read(given, languages, Path(results)):
             if name in read:
                 both = f"{read[name][0]} and {given}"
-                fix = "Fix: rename one, scores are kept by name."
+                fix = "Fix: rename one, because scores are stored by name."
                 raise DataError(f"two tasks are called '{name}': {both}. {fix}")
             read[name] = given, score
 
     def score_all(model: Any) -> list[TaskResult]:
-        encode = encode_once(encode_by_role(model))  # shared: a text is encoded once for all tasks
+        encode = encode_once(encode_by_role(model))  # shared by all tasks
         found = []
         for name, (_, score) in read.items():
             try:
@@ -73,7 +73,7 @@ def make_scorer(
 
 
 def _read(given: str, languages: Sequence[str] | None, results: Path) -> list[tuple[str, _Score]]:
-    """Name and scoring function of each task behind what was given."""
+    """Name and scoring function of each task that a user has named: a benchmark has several."""
     if given.startswith(WORDS):
         from unmasked.evaluate.tasks.probe import load_probe
 

@@ -1,10 +1,10 @@
-"""What does a smaller encoder cost in quality: fewer layers, shorter vectors, or both?
+"""How much quality does a smaller encoder lose, with fewer layers, shorter vectors, or both?
 
-An encoder that was trained by Matryoshka over layers or dimensions is many in one. Each of them
-that is asked for is scored as it would be served: with its first layers alone, its vectors cut.
+An encoder that was trained by Matryoshka over layers or dimensions contains smaller encoders. Each
+requested size is scored as it would be served: with the first layers alone and truncated vectors.
 
-Cost: the model is read, and every text encoded, once for every number of layers. Shorter vectors
-are cut from whole ones, which lie in a file for the time: 4 bytes for each of their numbers.
+Cost: for every number of layers the model is loaded, and every text encoded, once. Shorter vectors
+are cut from whole ones, which are in a temporary file meanwhile: 4 bytes for each of their numbers.
 
 Shapes: D width, W words.
 """
@@ -31,12 +31,12 @@ from unmasked.mask.opening import decoder_of, layers_of
 
 @dataclass(frozen=True)
 class Cut:
-    """A part of an encoder, and what it costs.
+    """A smaller encoder within an encoder, and its cost.
 
     Attributes:
-        layers, dimensions: how many of each, the first ones.
-        compute: share of the multiplications in the layers, of those of the whole.
-        bytes: of a vector in float32.
+        layers, dimensions: the number of first layers, and of leading numbers of a vector.
+        compute: share of the whole encoder's multiplications in its layers.
+        bytes: size of a vector in float32.
     """
 
     layers: int
@@ -46,12 +46,12 @@ class Cut:
 
     @property
     def name(self) -> str:
-        """What it is called among encoders that are compared."""
+        """Its name in a comparison of encoders."""
         return f"{self.layers} layers, {self.dimensions} numbers"
 
 
 class KeptVectors:
-    """Arrays of float32 vectors in a file without a name, each under what it is the answer to."""
+    """Arrays of float32 vectors in a temporary file, each stored under the input it belongs to."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this)
@@ -62,13 +62,13 @@ class KeptVectors:
         return _key(asked) in self._places
 
     def keep(self, asked: object, vectors: np.ndarray) -> None:
-        """Keep an array; what is asked is anything that JSON can hold."""
+        """Store an array under an input, which is anything that can be written as JSON."""
         self._file.write(np.ascontiguousarray(vectors, np.float32).data)
         self._places[_key(asked)] = self._count, vectors.shape
         self._count += vectors.size
 
     def read(self, asked: Sequence[object]) -> list[np.ndarray]:
-        """The array of each, mapped from the file."""
+        """The array of each input, memory-mapped."""
         self._file.flush()
         kept, found = np.memmap(self._file, np.float32, "r"), []
         for first, shape in (self._places[_key(one)] for one in asked):
@@ -81,10 +81,10 @@ def _key(asked: object) -> bytes:
 
 
 class EncodesOnce(LLM2Vec):
-    """An encoder that encodes no input twice, however short its vectors are to be.
+    """An encoder that never encodes an input twice, also if `truncate_dim` changes between calls.
 
-    `truncate_dim` can be set anew between two calls: whole vectors are kept, cut as they are asked
-    for and only then scaled, as stock sentence-transformers does it.
+    Whole vectors are stored. They are first truncated and then normalized, as in stock
+    sentence-transformers.
     """
 
     kept: KeptVectors | None = None
@@ -107,7 +107,7 @@ class EncodesOnce(LLM2Vec):
     def encode_words(
         self, sentences: Sequence[Sequence[str]], previous: bool = False
     ) -> list[np.ndarray]:
-        """Vectors (W, D) of the words of each sentence, cut to `truncate_dim` as those of texts."""
+        """Vectors (W, D) of the words of each sentence, truncated to `truncate_dim`."""
         kept = self.kept = self.kept or KeptVectors()
         asked = [[previous, list(words)] for words in sentences]
         new = [place for place, one in enumerate(asked) if one not in kept]
@@ -120,16 +120,16 @@ class EncodesOnce(LLM2Vec):
 def cut_encoders(
     model: str, layers: Sequence[int] = (), dimensions: Sequence[int] = (), **options: Any
 ) -> Iterator[tuple[Cut, EncodesOnce]]:
-    """The whole encoder, then every part that is asked for, each loaded as it is needed.
+    """The whole encoder, then every smaller one that was requested, each loaded when it is needed.
 
     Args:
         model: hub name or folder.
-        layers: numbers of first layers; all are always among them.
-        dimensions: numbers of leading numbers of a vector; all are always among them.
-        options: of `LLM2Vec.from_pretrained`.
+        layers: numbers of first layers; the full depth is always included.
+        dimensions: lengths of vectors; the full width is always included.
+        options: further arguments of `LLM2Vec.from_pretrained`.
 
     Raises:
-        DataError: a number that the encoder does not have; before anything is yielded.
+        DataError: a number is larger than the encoder has; raised before anything is yielded.
     """
     whole = EncodesOnce.from_pretrained(model, **options)
     trunk = decoder_of(whole.backbone.auto_model)
@@ -139,9 +139,9 @@ def cut_encoders(
     _check("dimensions", dimensions, width, model)
     weights = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(trunk, depth)]
     del trunk
-    own = whole.truncate_dim  # of the folder; None for the whole width
+    own = whole.truncate_dim  # as the folder says; None for the whole width
     encoder: EncodesOnce | None = whole
-    del whole
+    del whole  # so that no second model is in memory when the next one is loaded
     for count in dict.fromkeys((depth, *sorted(layers, reverse=True))):
         share = sum(weights[:count]) / max(1, sum(weights)) if weights else count / depth
         if encoder is None:

@@ -1,9 +1,10 @@
-"""Small figures for reports, as SVG that follows the page's colours, and as PNG.
+"""Small figures for reports, as SVG in the colours of the page, and as PNG.
 
-By matplotlib, because its SVG is small (a map of 400 texts is 40 kB; a plotly page begins at 4.7
-MB), needs no script to be seen, and the same figure is a PNG for a paper. What is drawn in `INK`
-and `FAINT` gets the page's own colours. Draw and save inside ``with style():``, which matplotlib
-reads as each part is made. Cost: importing matplotlib (0.5 s), then 0.1 to 0.3 s per figure.
+They are drawn by matplotlib, because its SVG is small (a map of 400 texts is 40 kB; a plotly page
+starts at 4.7 MB) and needs no script, and the same figure is a PNG for a paper. `INK` and `FAINT`
+are replaced by the page's own colours. Draw and save inside ``with style():``, since matplotlib
+reads the style as each part is made. Cost: importing matplotlib (0.5 s), then 0.1 to 0.3 s per
+figure.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ PALETTE = (
 )  # fmt: skip
 OTHER = "other"
 LOSSES = ("loss", "eval_token_loss", "eval_loss")
-"""What a line of metrics.jsonl may have to be drawn."""
-WIDTH = 4.4  # inches; a phone shows it nearly as large as a desk
+"""Keys of a line of metrics.jsonl that are drawn."""
+WIDTH = 4.4  # inches, narrow enough for a phone
 
 
 def style() -> Any:
-    """The look of the figures, for the time of a ``with`` block."""
+    """A context in which matplotlib uses the style of the reports."""
     return matplotlib.style.context(Path(__file__).with_name("report.mplstyle"))
 
 
 def save_figure(folder: Path, name: str, figure: Figure) -> str:
-    """Write NAME.png (white) and NAME.svg; returns the SVG with the page's colours in it."""
+    """Write NAME.png (on white) and NAME.svg; return the SVG for the page, in its colours."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=180, facecolor="white")
     written = io.StringIO()
@@ -52,9 +53,10 @@ def save_figure(folder: Path, name: str, figure: Figure) -> str:
     svg = written.getvalue()
     (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
     svg = svg[svg.index("<svg") :]
-    for size in ("height", "width"):  # the page's
+    for size in ("height", "width"):  # the page sets the size
         svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'\bid="(?!points-)([^"]+)"', rf'id="{name}-\1"', svg)  # unique on the page
+    # Ids must be unique on the page, and so must the references to them.
+    svg = re.sub(r'\bid="(?!points-)([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\1{name}-", svg)
     return svg.replace(INK, "currentColor").replace(FAINT, "var(--faint)")
 
@@ -78,7 +80,7 @@ def stages(metric: str, scores: Mapping[str, Interval]) -> Figure:
 
 
 def curves(name: str, records: Sequence[dict[str, float]]) -> Figure:
-    """Loss, held-out loss and learning rate of a stage, by step; `records` is its metrics.jsonl."""
+    """Training loss, held-out loss and learning rate of a stage, from its metrics.jsonl."""
     ratios = {"height_ratios": [3, 1]}
     figure, (above, below) = _axes(3.1, f"{name}: loss", 2, sharex=True, gridspec_kw=ratios)
     by_token = any("eval_token_loss" in record for record in records)
@@ -101,7 +103,7 @@ def curves(name: str, records: Sequence[dict[str, float]]) -> Figure:
 
 
 def heatmap(title: str, similarity: np.ndarray, lowest: float) -> Figure:
-    """Cosines (N, N) of a few texts, numbered from 1; `lowest` has the darkest colour."""
+    """Cosines (N, N) of a few texts, numbered from 1; `lowest` gets the darkest colour."""
     figure, axes = _axes(3.9, title)
     shown = axes.imshow(similarity, cmap="viridis", vmin=lowest, vmax=1.0)
     for (row, column), value in np.ndenumerate(similarity):
@@ -115,7 +117,7 @@ def heatmap(title: str, similarity: np.ndarray, lowest: float) -> Figure:
 
 
 def text_map(title: str, points: np.ndarray, groups: Sequence[str], name: str) -> Figure:
-    """Texts as points (N, 2), coloured by group, which the SVG calls ``points-NAME``."""
+    """Texts as points (N, 2), coloured by group; their id in the SVG is ``points-NAME``."""
     colours = group_colours(groups)
     figure, axes = _axes(4.0, title)
     axes.scatter(points[:, 0], points[:, 1], s=22, c=[colours.get(g, FAINT) for g in groups],
@@ -125,7 +127,7 @@ def text_map(title: str, points: np.ndarray, groups: Sequence[str], name: str) -
 
 
 def layers(means: Sequence[float], spread: Sequence[tuple[float, float]]) -> Figure:
-    """How alike the states with the mask closed and open are, by layer, the embedding first."""
+    """Cosine between states with the mask closed and open, by layer, the embedding first."""
     figure, axes = _axes(2.6, "cosine of states, mask closed and open")
     low, high = zip(*spread, strict=True)
     axes.fill_between(range(len(means)), low, high, color=OURS, alpha=0.2, linewidth=0)
@@ -159,7 +161,7 @@ def group_colours(groups: Sequence[str]) -> dict[str, str]:
 
 
 def _axes(height: float, title: str, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure of the usual width and its axes, the first of which have the title."""
+    """A figure of the usual width, and its axes, the first of which get the title."""
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots(rows, **options)
     np.atleast_1d(axes)[0].set_title(title)

@@ -1,9 +1,9 @@
 """report.html: what a run did, on one page that needs no network.
 
-Scores of every stage with their intervals, loss and learning rate, and three looks at the vectors
-before (the decoder as it was, with its best causal pooling; or what the stages began with, where
-no causal decoder was scored) and after: a heatmap, a map, searches. Here is what the page says;
-`report.html` is its template, in which jinja2 escapes every text.
+It has the scores of every stage with their intervals, loss and learning rate, and three views of
+the vectors before and after training: a heatmap, a map and searches. "Before" is the untouched
+decoder with its best causal pooling or, if no causal decoder was scored, the encoder that the
+stages began with. `report.html` is the template, in which jinja2 escapes every text.
 
 Cost: loading two models, encoding up to a thousand texts with each, and about ten figures: half a
 minute for the bundled decoder on two cores.
@@ -42,12 +42,12 @@ from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import BEFORE, CAUSAL, Pairs, Recipe
 
 FEWEST = 10
-"""Texts below which there is no map."""
+"""Minimum number of texts for a map."""
 SECONDS = "steps_runtime"
-"""The seconds that the steps behind a line of metrics took, as a run writes them."""
+"""Key of a line of metrics: the seconds that its steps took."""
 
 Save = Callable[[str, Any], str]
-"""Writes a figure under a name; returns its SVG for the page."""
+"""Writes a figure under a name, and returns its SVG for the page."""
 
 
 def write_report(
@@ -55,13 +55,13 @@ def write_report(
     output: str | Path | None = None,
     environment: Sequence[tuple[str, str]] = (),
 ) -> Path:
-    """Draw the report of a finished run.
+    """Write the report of a run.
 
     Args:
         run: a run folder, with ``recipe.yaml``.
-        output: where to write; by default ``report.html`` in the run folder. Figures go into
+        output: the file; by default ``report.html`` in the run folder. Figures are written to
             ``figures`` beside it.
-        environment: what the run was made with, name and value.
+        environment: names and values, such as versions, to show on the page.
 
     Returns:
         The file written.
@@ -72,7 +72,10 @@ def write_report(
     """
     run = Path(run)
     if not (run / "recipe.yaml").is_file():
-        raise DataError(f"{run} is not a run folder (no recipe.yaml). Fix: name what -o named.")
+        raise DataError(
+            f"{run} is not a run folder (no recipe.yaml). Fix: give the folder that -o of the run "
+            "named."
+        )
     output = Path(output) if output else run / "report.html"
     recipe = load_recipe(run / "recipe.yaml")
     columns = [compare.compare_stages(run, metric) for metric in compare.headline_metrics(run)]
@@ -102,25 +105,26 @@ def write_report(
         name=run.resolve().name,
         recipe=recipe,
         recipe_text=(run / "recipe.yaml").read_text(encoding="utf-8"),
-        command=_kept(run / compare.COMMAND, f"unmasked run {run / 'recipe.yaml'} -o {run}"),
-        machine=_kept(run / compare.MACHINE),
+        command=_read(run / compare.COMMAND, f"unmasked run {run / 'recipe.yaml'} -o {run}"),
+        machine=_read(run / compare.MACHINE),
         environment="\n".join(f"{name}  {value}" for name, value in environment),
         facts=_facts(run, recipe),
         trained=[f"{name} {_trained(run, name, stage.steps)}" for name, stage in recipe.stages()],
         model=str(model) if (model / "config.json").is_file() else None,
         **content,
     )
-    write_text(output, written.encode("utf-8", "replace").decode("utf-8"))  # half a surrogate pair
+    # A text may have an unpaired surrogate, which cannot be written as UTF-8.
+    write_text(output, written.encode("utf-8", "replace").decode("utf-8"))
     return output
 
 
-def _kept(file: Path, otherwise: str = "") -> str:
-    """What a run has left in a small file."""
+def _read(file: Path, otherwise: str = "") -> str:
+    """The content of a small file, if it exists."""
     return file.read_text(encoding="utf-8").strip() if file.is_file() else otherwise
 
 
 def _facts(run: Path, recipe: Recipe) -> list[tuple[str, str]]:
-    """What was trained on which data, and how long that took."""
+    """Names and values: the base, what each stage was trained on and for how long, the tasks."""
     facts = [("base", recipe.model.base)]
     for name, stage in recipe.stages():
         data = [item.path if isinstance(item, Pairs) else item for item in stage.data]
@@ -132,7 +136,7 @@ def _facts(run: Path, recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _trained(run: Path, stage: str, steps: int) -> str:
-    """How many steps of a stage were done; a stage that is done has its adapter, or all weights."""
+    """How many steps of a stage were trained; a finished one has its adapter or whole encoder."""
     if any((run / stage / name).is_file() for name in ("adapter_config.json", "config.json")):
         return f"{steps:,} steps"
     last = max((record.get("step", 0) for record in _records(run, stage)), default=0)
@@ -154,7 +158,7 @@ def _intervals(run: Path, column: compare.Comparison) -> dict[str, Interval]:
 
 
 def _curves(run: Path, recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """Name and figure of each stage that has written losses, in the order in which they ran."""
+    """Name and figure of each stage that has logged a loss, in order."""
     for name, _ in recipe.stages():
         records = _records(run, name)
         if any(key in record for record in records for key in figures.LOSSES):
@@ -165,9 +169,10 @@ def _vectors(run: Path, recipe: Recipe, best: str | None, save: Save) -> dict[st
     """Heatmaps, maps and searches before and after; None without texts or a finished model.
 
     Args:
-        run, recipe: of the report.
-        best: the best causal baseline, which is then "before"; None for what the stages began with.
-        save: as `Save`.
+        run, recipe: the run folder and its recipe.
+        best: the best causal baseline, which is then "before"; if None, "before" is the encoder
+            that the stages began with.
+        save: writes a figure.
     """
     tasks = [*recipe.evaluate.tasks, *chain(*(anchor.tasks for anchor in recipe.published()))]
     sample = _find_sample(run, tasks)
@@ -175,13 +180,11 @@ def _vectors(run: Path, recipe: Recipe, best: str | None, save: Save) -> dict[st
         return None
     name = f"before: {best.replace('_', ', ', 1).replace('_', ' ')}" if best else BEFORE
     before = _before(recipe, best)
-    ours, pairs = (
-        LLM2Vec.from_pretrained(run / "model", allow_partial=True),
-        [*chain(*sample.pairs)],
-    )
-    role = "document" if sample.queries else None  # as in searches: encoded once for both
+    after = LLM2Vec.from_pretrained(run / "model", allow_partial=True)
+    pairs = [*chain(*sample.pairs)]
+    role = "document" if sample.queries else None  # as in searches, which use the same vectors
     sides: list[dict[str, Any]] = []
-    for place, title, model in (("before", name, before), ("after", "after", ours)):
+    for place, title, model in (("before", name, before), ("after", "after", after)):
         encode = encode_once(encode_by_role(model))
         sides.append({"name": title, "place": place})
         if pairs:
@@ -210,7 +213,7 @@ def _vectors(run: Path, recipe: Recipe, best: str | None, save: Save) -> dict[st
 
 
 def _before(recipe: Recipe, best: str | None) -> TextEncoder:
-    """The best causal baseline, or what the stages began with."""
+    """The best causal baseline, or the encoder that the stages began with."""
     model, length = recipe.model, recipe.model.max_length
     if best is None:
         return LLM2Vec.from_pretrained(
@@ -227,7 +230,7 @@ def _before(recipe: Recipe, best: str | None) -> TextEncoder:
 
 
 def _find_sample(run: Path, tasks: Sequence[str]) -> Sample | None:
-    """What to show of the first task whose files are there and have texts to show."""
+    """A sample of the first task whose files exist and have texts to show."""
     for given in tasks:
         for path in (Path(given), run / "data" / Path(given).name):
             if path.exists():
@@ -244,12 +247,12 @@ def _unit(encode: Encode, texts: Sequence[str], role: str | None = None) -> np.n
 
 
 def _plane(unit: np.ndarray) -> np.ndarray:
-    """Unit vectors (N, D) on a plane (N, 2), neighbours near each other."""
+    """A map (N, 2) of unit vectors (N, D), by t-SNE."""
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
     near = min(30, max(2, len(unit) // 4))
-    with threadpool_limits(1):  # its threads spin: on a busy machine minutes instead of seconds
+    with threadpool_limits(1):  # its threads busy-wait: on a busy machine it would take minutes
         placed = TSNE(perplexity=near, init="pca", random_state=0).fit_transform(unit)
     return np.asarray(placed, dtype=np.float32)
 

@@ -1,7 +1,7 @@
-"""What a report shows of a task: texts for a map, pairs for a heatmap, searches.
+"""Samples of a task for a report: texts for a map, pairs for a heatmap, and searches.
 
-Everything is drawn from the task's own texts by a fixed seed, so that "before" and "after" show the
-same ones. Cost: negligible; encoding is the caller's.
+Everything is drawn from the task's own texts with a fixed seed, so that "before" and "after" show
+the same ones. Cost: negligible; the caller encodes them.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ import numpy as np
 from unmasked.evaluate.report.figures import OTHER, PALETTE
 from unmasked.evaluate.tasks import kinds
 
-MAPPED = 400  # most texts on a map
-PAIRS = 6
-SEARCHED = 500  # most documents that a search goes through, beside the wanted ones
-SEARCHES = 200  # most queries
+MAPPED = 400  # maximum number of texts on a map
+PAIRS = 6  # pairs of a heatmap
+SEARCHED = 500  # maximum number of documents to search, besides the wanted ones
+SEARCHES = 200  # maximum number of queries
 _WORD = re.compile(r"[^\W\d_]\w*")
 
 
 @dataclass(frozen=True)
 class Query:
-    """A query, and positions among the documents of its sample."""
+    """A query, and positions of documents in its sample."""
 
     text: str
-    wanted: frozenset[int]
-    own: int | None  # the document with the id of the query, which it does not find
+    wanted: frozenset[int]  # the documents that answer it
+    own: int | None  # the document with the query's own id, which is left out of its ranking
 
 
 @dataclass
 class Sample:
-    """Texts of a task, with what is known of them."""
+    """What a report shows of a task."""
 
     texts: list[str]  # for the map
-    groups: list[str]  # what each of these texts belongs to
+    groups: list[str]  # the group of each of these texts, shown as its colour
     pairs: list[tuple[str, str]]  # texts that belong together, for the heatmap
     queries: Sequence[Query] = ()  # in random order
-    documents: Sequence[tuple[str, str]] = ()  # what is searched: name and text
+    documents: Sequence[tuple[str, str]] = ()  # names and texts of the documents to search
 
 
 def draw_sample(task: kinds.Task) -> Sample:
-    """What to show of a task."""
+    """The sample of a task."""
     if isinstance(task, kinds.RetrievalTask):
         return _of_retrieval(task)
     if isinstance(task, kinds.ClusteringTask | kinds.ClassificationTask):
@@ -79,13 +79,13 @@ def _of_retrieval(task: kinds.RetrievalTask) -> Sample:
     if groups := _id_groups(task.document_ids):
         mapped = [i for i in order if groups[i] != OTHER][:MAPPED]
         texts, groups = [documents[i] for i in mapped], [groups[i] for i in mapped]
-    else:
+    else:  # documents and queries are the two groups
         texts = [documents[i] for i in order[: MAPPED // 2]]
         groups = ["document"] * len(texts) + ["query"] * len(queries[: MAPPED // 2])
         texts += queries[: MAPPED // 2]
     grades = {q: task.grades[q] for q in asked[:SEARCHES]}
     pool = sorted({*order[:SEARCHED], *(document for own in grades.values() for document in own)})
-    place = {document: position for position, document in enumerate(pool)}
+    place = {document: position for position, document in enumerate(pool)}  # task → sample
     named = {name: place.get(document) for document, name in enumerate(task.document_ids)}
     found = []
     for q, wanted in grades.items():
@@ -97,7 +97,7 @@ def _of_retrieval(task: kinds.RetrievalTask) -> Sample:
 
 
 def _id_groups(ids: Sequence[str]) -> list[str]:
-    """Groups told from the first word of each id; empty if the ids have no words in common."""
+    """A group for each id: its first word; empty if fewer than three words are frequent."""
     firsts = [match[0] if (match := _WORD.search(name)) else "" for name in ids]
     common = Counter(firsts).most_common(len(PALETTE))
     enough = [name for name, count in common if name and count >= max(3, len(ids) // 50)]

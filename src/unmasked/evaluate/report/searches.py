@@ -1,7 +1,7 @@
-"""The searches that a report shows: the same queries before and after, and how many got better.
+"""The searches that a report shows: the same queries before and after training.
 
-A few examples are drawn at random; what they cannot say, the shares of all queries do. Cost: one
-product of vectors; encoding is the caller's.
+A few examples are drawn at random, and the share of better results is computed over all queries.
+Cost: one matrix product; the caller encodes the texts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from unmasked.evaluate.report.samples import Sample
 from unmasked.evaluate.tasks.task_vectors import Encode, encoded, most_similar
 
 SHOWN = 4
-"""Queries that are shown; the sample is in random order, so they are the first ones."""
+"""Number of queries that are shown: the first ones, as the sample is in random order."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """What one encoder found for a query."""
+    """The result of a query with one encoder."""
 
     rank: int  # of the first wanted document, from 1
     first: int  # position of the document that came first
@@ -28,17 +28,17 @@ class Search:
 
 @dataclass(frozen=True)
 class Shares:
-    """What became of all queries of a sample, after against before; shares from 0 to 1."""
+    """All queries of a sample, before and after; shares are from 0 to 1."""
 
-    queries: int
-    better: float
+    queries: int  # their number
+    better: float  # share of queries whose wanted document ranks higher after
     worse: float
-    median: tuple[float, float]  # rank before and after
+    median: tuple[float, float]  # median rank before and after
     first: tuple[float, float]  # share of queries whose wanted document comes first
 
 
 def search(sample: Sample, encode: Encode) -> list[Search]:
-    """The search of each query of a sample among its documents."""
+    """Search the sample's documents for each of its queries."""
     texts, queries = [text for _, text in sample.documents], [q.text for q in sample.queries]
     documents, asked = encoded(encode, texts, "document"), encoded(encode, queries, "query")
     ranked = most_similar(asked, documents, len(texts), tie_rank=np.arange(len(texts)))
@@ -51,14 +51,12 @@ def search(sample: Sample, encode: Encode) -> list[Search]:
 
 
 def shares(before: Sequence[Search], after: Sequence[Search]) -> Shares:
-    """How many searches got better and worse."""
+    """Compare the ranks before and after."""
     was, now = (np.array([found.rank for found in side]) for side in (before, after))
-    medians, firsts = [
-        (float(one), float(other))
-        for one, other in (
-            (np.median(was), np.median(now)),
-            ((was == 1).mean(), (now == 1).mean()),
-        )
-    ]
-    better, worse = float((now < was).mean()), float((now > was).mean())
-    return Shares(len(was), better, worse, medians, firsts)
+    return Shares(
+        queries=len(was),
+        better=float((now < was).mean()),
+        worse=float((now > was).mean()),
+        median=(float(np.median(was)), float(np.median(now))),
+        first=(float((was == 1).mean()), float((now == 1).mean())),
+    )

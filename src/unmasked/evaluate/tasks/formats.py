@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of task.
+    """An example of one kind of task.
 
     Attributes:
         kind: what is measured.
-        given: what ``--tasks`` is given.
-        files: name → content, tabs between columns.
+        given: the argument of ``--tasks``.
+        files: name → content, with tabs between columns.
     """
 
     kind: str
@@ -25,7 +25,7 @@ class Format:
 
 FORMATS = (
     Format(
-        "similarity as people see it (STS): spearman, pearson",
+        "similarity as judged by people (STS): spearman, pearson",
         "sts.tsv",
         {
             "sts.tsv": "score\tsentence1\tsentence2\n"
@@ -48,7 +48,7 @@ FORMATS = (
         {"topics.tsv": "label\ttext\nsport\tThe match ended in a draw.\nmoney\tStocks fell.\n"},
     ),
     Format(
-        "classification; the other half lies beside the file: accuracy",
+        "classification, with the file to train on beside it: accuracy",
         "intent_test.tsv",
         {
             "intent_train.tsv": "label\ttext\nsport\tThe match was drawn.\nmoney\tStocks fell.\n",
@@ -56,7 +56,7 @@ FORMATS = (
         },
     ),
     Format(
-        "reranking, a query a line: map, mrr@10",
+        "reranking, one query per line: map, mrr@10",
         "rank.jsonl",
         {
             "rank.jsonl": '{"query": "sort a list", "positive": ["use sorted()"], '
@@ -65,7 +65,7 @@ FORMATS = (
         },
     ),
     Format(
-        "retrieval, a folder as BEIR has it: ndcg@10, recall@1, recall@10, mrr@10",
+        "retrieval, a folder in the BEIR layout: ndcg@10, recall@1, recall@10, mrr@10",
         "law/",
         {
             "law/corpus.jsonl": '{"_id": "d1", "title": "Rent", "text": "Rent is due monthly."}\n'
@@ -83,11 +83,11 @@ FORMATS = (
         },
     ),
 )
-"""One of each kind."""
+"""One example of each kind."""
 
 
 def formats_text() -> str:
-    """All of them, to be read."""
+    """All examples, as text for the terminal."""
     parts = []
     for one in FORMATS:
         lines = [f"{one.kind}", f"  --tasks {one.given}"]
@@ -95,4 +95,4 @@ def formats_text() -> str:
             lines += [f"  {name}", *(f"    {line}" for line in content.splitlines())]
         parts.append("\n".join(lines))
     public = "public tasks and benchmarks of mteb by their names: --tasks STSBenchmark"
-    return "\n\n".join([*parts, f"{public}\n\nColumns of a .tsv file are parted by tabs."])
+    return "\n\n".join([*parts, f"{public}\n\nColumns of a .tsv file are separated by tabs."])

@@ -1,9 +1,9 @@
-"""The kinds of tasks that files hold, each scored from the vectors of its texts.
+"""The kinds of tasks that files can have, each scored from the vectors of its texts.
 
-Intervals need what each item scored, and sentence-transformers' evaluators and mteb keep means
-only. The scores mean what they mean in mteb and pytrec_eval: the same metrics, classifiers and
-seeds (a test compares them on the same vectors). Cost: encoding each distinct text once, then
-seconds (ten classifiers, ten clusterings). Shapes: N texts or pairs, D width.
+Intervals need the score of each item, but sentence-transformers' evaluators and mteb return means
+only. The scores are those of mteb and pytrec_eval, with the same metrics, classifiers and seeds (a
+test compares them on the same vectors). Cost: encoding each distinct text once, then seconds (ten
+classifiers, ten clusterings). Shapes: N texts or pairs, D width.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from unmasked.evaluate.tasks.task_vectors import Encode, encoded, most_similar, 
 TextsByRole = Mapping[Any, Sequence[str]]
 """Texts under "query" and "document", or all under None."""
 
-DEPTH = 10  # documents that a ranking is judged by
-SEED = 42  # mteb's, as are the numbers below
+DEPTH = 10  # documents of a ranking that metrics look at
+SEED = 42  # this and the numbers below are mteb's
 EXPERIMENTS = 10  # classifiers or clusterings whose scores are averaged
 SAMPLES_PER_LABEL = 8  # texts of each label that a classifier is trained on
-CLUSTERED = 16_384  # most texts that are clustered, and texts of each redrawn clustering
+CLUSTERED = 16_384  # maximum number of texts to cluster, and draws per clustering
 KMEANS_BATCH = 512
 
 
@@ -41,7 +41,7 @@ SIMILARITIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "euclidean": lambda x, y: -norms(x - y),
     "manhattan": lambda x, y: -np.abs(x - y).sum(axis=1, dtype=np.float64),
 }
-"""Of the rows of two arrays (N, D): (N,) in float64, higher for rows that are more alike."""
+"""From two arrays (N, D) to (N,) similarities of their rows in float64; higher is more similar."""
 
 
 @dataclass(slots=True)
@@ -49,11 +49,11 @@ class Task:
     """Texts to encode and a way to score their vectors."""
 
     name: str  # the stem of the file, or the name of the folder
-    texts: TextsByRole  # what is encoded
+    texts: TextsByRole  # the texts to encode
     kind: ClassVar[str]
 
     def score(self, encode: Encode) -> TaskResult:
-        """Score an encoder; the first metric is the one to report.
+        """Score an encoder; the first metric of the result is the one to report.
 
         Raises:
             DataError: a vector is not finite.
@@ -62,16 +62,16 @@ class Task:
         return TaskResult(self.name, {name: float(v.mean()) for name, v in items.items()}, items)
 
     def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
-        """Metrics of each item, whose means are the scores."""
+        """The metrics of each item; their means are the scores."""
         raise NotImplementedError
 
 
 @dataclass(slots=True)
 class PairTask(Task):
-    """Pairs of sentences that match or do not, told apart by their similarity.
+    """Pairs of sentences that match or not, to be separated by their similarity.
 
-    `max_ap` is mteb's: the best average precision by one of four similarities; and `cosine_ap`.
-    The texts are all first sentences, then all second ones.
+    `max_ap` is mteb's main score: the best average precision of four similarities; `cosine_ap` is
+    that of the cosine. The texts are all first sentences, then all second ones.
     """
 
     gold: np.ndarray  # (N,) 1 for a match, else 0
@@ -89,9 +89,9 @@ class PairTask(Task):
 
 @dataclass(slots=True)
 class StsTask(PairTask):
-    """Pairs of sentences whose cosine is compared with the similarity that people see, `gold`.
+    """Pairs of sentences whose cosine is compared with the similarity judged by people, `gold`.
 
-    `spearman` and `pearson`; 0 where all cosines are equal.
+    The metrics `spearman` and `pearson` are 0 if all cosines are equal.
     """
 
     kind = "sts"
@@ -102,20 +102,20 @@ class StsTask(PairTask):
 class RetrievalTask(Task):
     """Queries, and the documents that answer each: `ndcg@10`, `recall@1`, `recall@10`, `mrr@10`.
 
-    As in trec_eval the gain is linear, grade / log2(rank + 1); recall is the share of all relevant
-    documents; of equal similarities the document with the higher id comes first. As in BEIR, and in
-    mteb's tasks whose queries stand among the documents, the document with the id of the query is
-    left out of its ranking, unless it is relevant.
+    As in trec_eval, the gain is linear, grade / log2(rank + 1); recall is the share of all relevant
+    documents; of equally similar documents the one with the higher id comes first. As in BEIR, and
+    in mteb's tasks whose queries are also documents, the document with the id of the query is left
+    out of its ranking, unless it is relevant.
     """
 
     document_ids: list[str]
     query_ids: list[str]
-    grades: list[dict[int, float]]  # for each query, of its relevant documents by position
-    absent: list[list[float]]  # for each query, of relevant documents that are not there: not found
+    grades: list[dict[int, float]]  # for each query: position of a relevant document → its grade
+    absent: list[list[float]]  # for each query: grades of relevant documents missing in the corpus
     kind = "retrieval"
 
     def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
-        gains, ideal = np.zeros((2, len(self.grades), DEPTH))
+        gains, ideal = np.zeros((2, len(self.grades), DEPTH))  # grades by rank, best possible ones
         judged = zip(self.ranked(encode), self.grades, self.absent, strict=True)
         for q, (ranking, grades, absent) in enumerate(judged):
             gains[q, : len(ranking)] = [grades.get(document, 0.0) for document in ranking]
@@ -133,9 +133,10 @@ class RetrievalTask(Task):
         }
 
     def ranked(self, encode: Encode, depth: int = DEPTH) -> list[list[int]]:
-        """For each query the positions of the documents most similar to it, best first."""
+        """For each query, the positions of the most similar documents, best first."""
         documents, queries = (encoded(encode, self.texts[r], r) for r in ("document", "query"))
         id_ranks = np.argsort(np.argsort(self.document_ids))
+        # One document more, as the one with the query's own id may be left out.
         found = most_similar(queries, documents, depth + 1, tie_rank=-id_ranks).tolist()
         places = {name: position for position, name in enumerate(self.document_ids)}
         own = [places.get(name) for name in self.query_ids]
@@ -148,13 +149,13 @@ class RetrievalTask(Task):
 
 @dataclass(slots=True)
 class RerankingTask(Task):
-    """Queries, each with a few candidates of its own to be put in order: `map` and `mrr@10`.
+    """Queries, each with its own candidates to be ranked: `map` and `mrr@10`.
 
-    Of equal similarities the later candidate comes first.
+    Of equally similar candidates the later one comes first.
     """
 
-    candidates: list[list[int]]  # for each query positions of documents, the relevant ones first
-    relevant: list[int]  # for each query how many of its candidates are relevant
+    candidates: list[list[int]]  # for each query: positions of documents, the relevant ones first
+    relevant: list[int]  # for each query: how many of its candidates are relevant
     kind = "reranking"
 
     def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
@@ -171,9 +172,9 @@ class RerankingTask(Task):
 
 @dataclass(slots=True)
 class ClusteringTask(Task):
-    """Labelled texts, grouped without the labels: k-means on ten redrawn sets of them.
+    """Labelled texts, clustered without the labels by k-means, on ten resampled sets of them.
 
-    `v_measure` is the mean of ten clusterings, whose spread is kept for the interval.
+    `v_measure` is the mean of the ten clusterings; their spread gives the interval.
     """
 
     labels: np.ndarray  # (N,)
@@ -193,7 +194,7 @@ class ClusteringTask(Task):
             chosen = draw.choices(range(count), k=CLUSTERED)
             values[experiment] = v_measure_score(labels[chosen], means.fit_predict(vectors[chosen]))
         mean = float(values.mean())
-        # More draws than texts vary less than a test set of that size does.
+        # CLUSTERED draws vary less than a test set of `count` texts does, so they are scaled up.
         spread = mean + (values - mean) * np.sqrt(CLUSTERED / count)
         return TaskResult(self.name, {"v_measure": mean}, {"redrawn v_measure": spread})
 
@@ -202,8 +203,8 @@ class ClusteringTask(Task):
 class ClassificationTask(Task):
     """Labelled texts: ten logistic regressions, each trained on eight texts of every label.
 
-    `accuracy` is the mean of ten classifiers; of a text, the share of them that had it right. The
-    texts are those to train on, then those of the test set.
+    `accuracy` is the mean of ten classifiers; for a single text, the share of them that classify it
+    correctly. The texts are first those to train on, then those of the test set.
     """
 
     train_labels: np.ndarray
@@ -212,7 +213,7 @@ class ClassificationTask(Task):
 
     @property
     def test_texts(self) -> Sequence[str]:
-        """What the classifiers are judged by."""
+        """The texts that the classifiers are tested on."""
         return self.texts[None][len(self.train_labels) :]
 
     def per_item(self, encode: Encode) -> dict[str, np.ndarray]:
@@ -227,13 +228,16 @@ class ClassificationTask(Task):
         for sample in samples:
             classifier = LogisticRegression(max_iter=100, random_state=SEED)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # stopped where mteb's is
+                warnings.simplefilter("ignore", ConvergenceWarning)  # mteb has the same limit
                 classifier.fit(train[[row[i] for i in sample]], self.train_labels[sample])
             right += classifier.predict(test) == self.labels
         return {"accuracy": right / EXPERIMENTS}
 
     def _undersampled(self) -> list[list[int]]:
-        """Positions of each experiment's training texts; mteb shuffles the same list again."""
+        """Positions of each experiment's training texts.
+
+        As in mteb, each experiment shuffles the previous one's order, with the same seed.
+        """
         order = np.arange(len(self.train_labels))
         samples: list[list[int]] = []
         for _ in range(EXPERIMENTS):
@@ -248,9 +252,10 @@ class ClassificationTask(Task):
 
 
 def alike(task: Task, share: float = 0.2) -> list[tuple[str, str]]:
-    """Texts of a task that belong together; none for clustering and classification.
+    """Pairs of texts of a task that belong together; none for clustering and classification.
 
-    Of scored pairs it is the share of the most similar ones; of a query, its best document.
+    They are the `share` of sentence pairs with the highest scores, or each query and its best
+    document.
     """
     if isinstance(task, PairTask):
         first, second = np.split(np.array(task.texts[None], dtype=object), 2)

@@ -1,14 +1,14 @@
-"""What a model knows of single words: a linear probe on frozen vectors, from CoNLL-style files.
+"""What a model knows about single words: a linear probe on frozen vectors, from CoNLL-style files.
 
-One word per line with its labels behind it (separated by tabs or spaces) and a blank line after
-each sentence. CoNLL-U is known by its ten columns, of which the first counts the words: its parts
-of speech and relations are probed, and ranges (``2-3``) and empty nodes (``2.1``) are no words of
-their own. Other files whose first column counts the words have their words in the second. Every
-column of labels is probed alone and called by what it holds: ``pos``,
-``chunk``, ``ner``, or by its number. Two states of each word are probed: its own, and the one
-before (``before``), where masked next token prediction puts what it knows (arXiv 2404.05961,
-section 4). Token accuracy counts every word, ``O`` included, as the paper does; columns of spans
-(B-, I-) also get the F1 of whole spans (seqeval), by which models differ more.
+A file has one word per line, followed by its labels (separated by tabs or spaces), and a blank line
+after each sentence. CoNLL-U is recognised by its ten columns, the first of which counts the words:
+its parts of speech and relations are probed, and ranges (``2-3``) and empty nodes (``2.1``) are not
+words. In other files whose first column counts the words, the words are in the second. Every column
+of labels is probed separately, and named after its content (``pos``, ``chunk``, ``ner``) or by its
+number. Two states of each word are probed: its own, and the one before it (``before``), from which
+masked next token prediction learns to predict the word (arXiv 2404.05961, section 4). Token
+accuracy counts every word, ``O`` included, as in the paper; for columns of spans (B-, I-) there is
+also the F1 of whole spans (seqeval), which separates models better.
 
 Cost: encoding all words, then one logistic regression per column and state: about ten seconds for
 `TRAIN_WORDS` words of width 256.
@@ -33,64 +33,64 @@ from unmasked.evaluate.tasks.task_vectors import finite
 
 logger = logging.getLogger(__name__)
 
-TRAIN_WORDS = 30_000  # in whole sentences, drawn from all
-LONGEST = 60  # words; longer sentences are cut into pieces of this many, so that no model cuts them
-STATES = {"": False, " before": True}
+TRAIN_WORDS = 30_000  # words to train on, in whole sentences drawn at random
+LONGEST = 60  # words; longer sentences are divided, so that no model truncates them
+STATES = {"": False, " before": True}  # end of the metric's name → argument of `encode_words`
 _UNIVERSAL = {"ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "NOUN", "PRON", "PROPN", "SCONJ"}
 _ENTITIES = {"PER", "LOC", "ORG", "MISC", "O"}
 _PHRASES = {"NP", "VP", "PP"}
 _SPLIT = re.compile(r"(?<![a-z])(dev|validation|valid|val|testa|testb|test)(?=[^a-z]*\.[a-z]+$|$)")
 _NUMBER = re.compile(r"\d+([-.]\d+)?")
 _CONLLU = {1: "form", 3: "upos", 4: "xpos", 7: "deprel"}
-"""Columns of CoNLL-U and CoNLL-X, from 0, that are words and labels of words."""
+"""Columns of CoNLL-U and CoNLL-X, from 0: the words, and the labels that are probed."""
 _MOST_LABELS = 1000
 _SPAN = re.compile(r"O|[BIES]-.+")
 
 Labels = list[list[str]]
-"""Of the words of each sentence."""
+"""One column's labels of the words of each sentence."""
 Sentence = tuple[list[str], list[list[str]]]
-"""Words, and the labels of all words for each column."""
+"""The words of a sentence, and for each column the labels of the words."""
 
 
 @dataclass(frozen=True, slots=True)
 class WordTask:
-    """Words and their labels, to train a probe and to judge it."""
+    """Words and their labels, to train a probe and to test it."""
 
     name: str  # the stem of the file
-    columns: tuple[str, ...]  # what each column of labels is called
+    columns: tuple[str, ...]  # the names of the columns of labels
     train: list[Sentence]
     test: list[Sentence]
 
     def score(self, model: Any) -> TaskResult:
-        """Accuracy, and F1 for spans, of each column and state; the model has ``encode_words``.
+        """Accuracy, and F1 of spans, for each column and state; uses the model's `encode_words`.
 
         Raises:
             DataError: a vector is not finite.
         """
         found, train = TaskResult(self.name, {}, {}), self._sample()
         for suffix, previous in STATES.items():
-            known, asked = (_vectors(model, part, previous) for part in (train, self.test))
+            known, tested = (_vectors(model, part, previous) for part in (train, self.test))
             for number, column in enumerate(self.columns):
                 gold = _column(self.test, number)
-                said = _predict(known, _column(train, number), asked, gold)
-                for metric, (hits, of) in _measure(gold, said).items():
+                predicted = _predict(known, _column(train, number), tested, gold)
+                for metric, (hits, of) in _measure(gold, predicted).items():
                     name = f"{column}{suffix} {metric}"
                     found.scores[name] = float(hits.sum() / max(of.sum(), 1))
                     found.items.update({f"{name} hits": hits, f"{name} of": of})
         return found
 
     def _sample(self) -> list[Sentence]:
-        """Sentences drawn until there are enough words."""
+        """Random sentences with `TRAIN_WORDS` words in all."""
         order = np.random.default_rng(0).permutation(len(self.train))
         lengths = np.cumsum([len(self.train[i][0]) for i in order])
         return [self.train[i] for i in order[: int(np.searchsorted(lengths, TRAIN_WORDS)) + 1]]
 
 
 def load_probe(path: str | Path) -> WordTask:
-    """Read the words to judge by, and those to train on, which lie beside them.
+    """Read the words to test on, and those to train on, from the file beside them.
 
     Args:
-        path: a file whose name says ``dev`` or ``test``; its partner says ``train`` there.
+        path: a file with ``dev`` or ``test`` in its name; the other file has ``train`` instead.
 
     Raises:
         DataError: a file is missing or malformed; the message names file and line.
@@ -106,14 +106,14 @@ def load_probe(path: str | Path) -> WordTask:
     (names, train), (others, test) = _read(partner), _read(path)
     if names != others:
         raise fault(path, f"other columns than {partner.name}", "give files of one layout")
-    columns: dict[int, str] = {}  # what each column that is probed is called
+    columns: dict[int, str] = {}  # number → name of each column that is probed
     for number, name in enumerate(names):
         known = set().union(*_column(train, number))
         if not 1 < len(known) <= _MOST_LABELS:
-            told = "one label only" if len(known) < 2 else f"{len(known):,} different labels"
+            count = "one label only" if len(known) < 2 else f"{len(known):,} different labels"
             if not name:
-                raise fault(partner, f"column {number + 2} has {told}", "leave it out")
-            logger.warning("%s: %s is not probed, as it has %s.", partner, name, told)
+                raise fault(partner, f"column {number + 2} has {count}", "leave it out")
+            logger.warning("%s: %s is not probed, as it has %s.", partner, name, count)
             continue
         columns[number] = name or _name(number, set().union(*_column(test, number)))
         if re.match("chunk|ner|span", columns[number]) and find_spec("seqeval") is None:
@@ -128,10 +128,10 @@ def load_probe(path: str | Path) -> WordTask:
 
 
 def _read(path: Path) -> tuple[list[str], list[Sentence]]:
-    """What the columns of labels are called, as far as the format says it, and the sentences."""
+    """The names of the columns of labels, empty if the format has none, and the sentences."""
     numbers, rows, width = _rows(path)
     counted = _counts_words(rows)
-    if counted:  # ranges and empty nodes are other spellings of the words beside them
+    if counted:  # without ranges and empty nodes
         rows = [[row for row in sentence if row[0].isdecimal()] for sentence in rows]
     names = [""] * (width - 1 - counted)
     if counted and width == 10:
@@ -154,10 +154,10 @@ def _read(path: Path) -> tuple[list[str], list[Sentence]]:
 
 
 def _rows(path: Path) -> tuple[list[int], list[list[list[str]]], int]:
-    """Line numbers of the words, the cells of each by sentence, and how many cells one has.
+    """Line numbers of the words, their cells sentence by sentence, and the number of columns.
 
-    A line that begins with ``#`` is a comment, unless it is a word like the others: with as many
-    cells, and with a label that others have.
+    A line that begins with ``#`` is a comment, unless it looks like a word: it has as many cells as
+    the other lines, and a label that other words have.
     """
     lines: list[tuple[int, str]] = list(numbered_lines(path))
     plain = [line for _, line in lines if line.strip() and not _is_mark(line)]
@@ -189,12 +189,12 @@ def _is_mark(line: str) -> bool:
 
 
 def _cells(line: str, tabs: bool) -> list[str]:
-    """The cells of a line; other white space than tab and space is part of a word."""
+    """The cells of a line; white space other than tab and space is part of a word."""
     return line.split("\t") if tabs else re.split(r"[ \t]+", line.strip(" \t"))
 
 
 def _is_word(cells: list[str], known: list[set[str]]) -> bool:
-    """Whether a line that begins with ``#`` has a label of a word."""
+    """Whether a line that begins with ``#`` has a label that words have in the same column."""
     pairs = zip(cells[1:], known[1:], strict=False)
     return len(cells) == len(known) > 1 and any(cell in labels for cell, labels in pairs)
 
@@ -211,7 +211,7 @@ def _counts_words(sentences: list[list[list[str]]]) -> bool:
 
 
 def _name(number: int, labels: set[str]) -> str:
-    """What a column of labels is called, as its labels tell."""
+    """The name of a column of labels, judged by its labels."""
     if all(_SPAN.fullmatch(label) for label in labels):
         kinds = {label.partition("-")[2] for label in labels} - {""}
         if kinds & _PHRASES:
@@ -233,7 +233,7 @@ def _vectors(model: Any, sentences: list[Sentence], previous: bool) -> np.ndarra
 
 
 def _predict(train: np.ndarray, labels: Labels, test: np.ndarray, gold: Labels) -> Labels:
-    """What a logistic regression says of the words of each sentence of `gold`."""
+    """Train a logistic regression, and predict the labels of the test words, shaped as `gold`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -241,15 +241,15 @@ def _predict(train: np.ndarray, labels: Labels, test: np.ndarray, gold: Labels) 
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # stopped alike for every model
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the same limit for every model
         probe.fit(train, [label for row in labels for label in row])
-    said = iter(probe.predict(test).tolist())
-    return [[next(said) for _ in row] for row in gold]
+    predicted = iter(probe.predict(test).tolist())
+    return [[next(predicted) for _ in row] for row in gold]
 
 
-def _measure(gold: Labels, said: Labels) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For each metric and sentence, how many were hit, and of how many."""
-    pairs = list(zip(gold, said, strict=True))
+def _measure(gold: Labels, predicted: Labels) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each metric, numerator and denominator of each sentence."""
+    pairs = list(zip(gold, predicted, strict=True))
     right = [sum(g == s for g, s in zip(*pair, strict=True)) for pair in pairs]
     measured = {"accuracy": (np.array(right), np.array([len(g) for g, _ in pairs]))}
     if all(_SPAN.fullmatch(label) for row in gold for label in row):

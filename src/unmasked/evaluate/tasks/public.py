@@ -1,13 +1,13 @@
-"""Public tasks and benchmarks by their mteb name, each with the published instruction of LLM2Vec.
+"""Public tasks and benchmarks by their mteb name, with the instructions that LLM2Vec published.
 
-mteb runs them, and its result files stay in the given folder, one per task, under a fingerprint of
-the weights: an interrupted run goes on, and another model never inherits a score.
+mteb runs them. Its result files stay in the given folder, one per task, under a fingerprint of the
+weights: an interrupted evaluation continues, and another model never inherits a score.
 
-Instructions: those the paper evaluated with (arXiv 2404.05961, appendix; instructions.json), given
-as ``[instruction, text]``, so that they are joined as the model was trained. The file also pins
-those of Korean tasks, which the paper has none for: what mteb publishes for the task or, where it
-has nothing for that task alone, for its type. Other tasks have mteb's own; documents have none.
-mteb's `InstructSentenceTransformerModel` would load the model anew and pass them as prompts.
+Instructions are those of the paper's evaluation (arXiv 2404.05961, appendix; instructions.json),
+passed as ``[instruction, text]``, so that they are joined as in training. The file also pins those
+of Korean tasks, for which the paper has none: mteb's instruction for the task or, if there is none,
+for its type. Other tasks have mteb's own instruction; documents have none. mteb's
+`InstructSentenceTransformerModel` would load the model again and pass instructions as prompts.
 
 Cost: importing mteb (seconds), the download of each task's data, and encoding all of it.
 """
@@ -39,17 +39,18 @@ except ImportError as error:
 INSTRUCTIONS: dict[str, str] = json.loads(
     (files("unmasked.evaluate.tasks") / "instructions.json").read_text(encoding="utf-8")
 )
-"""Task name → instruction: the paper's, and below them mteb's of Korean tasks."""
+"""Task name → instruction: first the paper's, then mteb's of Korean tasks."""
 PART, AND = ":", "+"
-"""Between a benchmark and some of its tasks: ``MTEB(eng, v1):STS12+SciFact``."""
+"""Separate a benchmark from some of its tasks: ``MTEB(eng, v1):STS12+SciFact``."""
 _VARIANT = re.compile(r"(HardNegatives|Retrieval|Summarization)?(\.v\d+)?$")
 
 
 def find_instruction(name: str, own: str = "") -> str:
-    """The instruction put before the texts of a task, with a colon; empty if there is none.
+    """The instruction before the texts of a task, ending in a colon; empty if there is none.
 
     Args:
-        name: mteb's name; a later variant (``.v2``, ``HardNegatives``) has that of the first.
+        name: mteb's name; a later variant (``.v2``, ``HardNegatives``) has the instruction of the
+            original task.
         own: mteb's instruction, for a task that the paper did not evaluate on.
     """
     known = INSTRUCTIONS.get(name) or INSTRUCTIONS.get(_VARIANT.sub("", name))
@@ -57,15 +58,15 @@ def find_instruction(name: str, own: str = "") -> str:
 
 
 def find_tasks(name: str, languages: Sequence[str] | None = None) -> list[Any]:
-    """The tasks of a public benchmark, some of them, or the one task of that name.
+    """All or some tasks of a public benchmark, or a single task.
 
     Args:
-        name: of a benchmark (``MTEB(eng, v2)``), of a task in all its languages (``STS17``), or of
-            some tasks of a benchmark, as they are in it (``MTEB(eng, v1):STS17+SciFact``).
+        name: a benchmark (``MTEB(eng, v2)``), a task in all its languages (``STS17``), or some
+            tasks of a benchmark, as it defines them (``MTEB(eng, v1):STS17+SciFact``).
         languages: keep only these (ISO 639-3, such as ``eng``); by default all.
 
     Raises:
-        DataError: there is no such name, or nothing of it is in these languages.
+        DataError: there is no such name, or none of the tasks is in these languages.
     """
     benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
     whole, _, part = name.partition(PART)
@@ -86,14 +87,14 @@ def find_tasks(name: str, languages: Sequence[str] | None = None) -> list[Any]:
     kept = [task for task in tasks if wanted & set(task.metadata.languages)]
     if not kept:
         raise DataError(
-            f"{name}: nothing of it is in {', '.join(languages)}. "
+            f"{name}: none of its tasks is in {', '.join(languages)}. "
             "Fix: languages are ISO 639-3 codes, such as eng, kor, deu."
         )
     return [task.filter_languages(list(languages)) for task in kept]
 
 
 def _some(benchmark: str, tasks: Sequence[Any], part: str) -> list[Any]:
-    """The tasks of a benchmark that are named in `part`, in that order; all if it is empty."""
+    """The tasks of a benchmark that `part` names, in that order; all if it is empty."""
     by_name = {task.metadata.name: task for task in tasks}
     names = [one.strip() for one in part.split(AND)] if part else list(by_name)
     for one in names:
@@ -103,15 +104,15 @@ def _some(benchmark: str, tasks: Sequence[Any], part: str) -> list[Any]:
 
 
 def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
-    """Score a model on a public task, or read the score that lies in the folder.
+    """Score a model on a public task, or read the score if the folder has it.
 
     Args:
-        task: as `find_tasks` returns them.
+        task: one of the tasks that `find_tasks` returns.
         model: a `TextEncoder`.
-        folder: where mteb's results are kept: ``results/OWNER__NAME/FINGERPRINT/TASK.json``.
+        folder: the folder of mteb's results: ``results/OWNER__NAME/FINGERPRINT/TASK.json``.
 
     Returns:
-        mteb's main score, averaged over its splits and languages; no items, so no interval.
+        mteb's main score, averaged over its splits and languages, without items.
 
     Raises:
         DataError: the data cannot be loaded, or a vector is not finite.
@@ -135,10 +136,10 @@ def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
 
 
 def public_name(model: str) -> str:
-    """What mteb calls a model, always ``OWNER/NAME``.
+    """The name of a model in mteb's results, always ``OWNER/NAME``.
 
-    That is its name on the hub; for a folder, its own name behind that of the one it is in, as the
-    models of all runs are called ``model``; ``unmasked/nano`` for the bundled decoder.
+    It is the name on the hub; for a folder, its parent's name and its own, as the models of all
+    runs are called ``model``; ``unmasked/nano`` for the bundled decoder.
 
     Args:
         model: hub name, folder, or ``nano``.
@@ -151,7 +152,7 @@ def public_name(model: str) -> str:
 
 
 class Instructed(AbsEncoder):  # type: ignore[misc]
-    """A `TextEncoder` as mteb calls it, every text behind its task's instruction."""
+    """A `TextEncoder` with mteb's interface, which gives every text its task's instruction."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -1,14 +1,14 @@
-"""Reads evaluation tasks from plain files; the columns of a file say what kind of task it is.
+"""Reads evaluation tasks from plain files, whose columns determine the kind of task.
 
-    .tsv  score, sentence1, sentence2     similarity as people see it (STS)
+    .tsv  score, sentence1, sentence2     similarity as judged by people (STS)
     .tsv  label, sentence1, sentence2     pair classification, label 1 or 0
     .tsv  label, text                     clustering; classification if the file is called
-                                          NAME_test.tsv and NAME_train.tsv lies beside it
+                                          NAME_test.tsv and NAME_train.tsv is beside it
     .jsonl  query, positive, negative     reranking: one query per line, texts or lists of texts
     folder  train.tsv, test.tsv           classification
     folder  corpus.jsonl, queries.jsonl, qrels/test.tsv        retrieval in the BEIR layout
 
-Every error names the file, the line and the fix, which no loader of mteb does. Cost: one pass over
+Every error names the file, the line and a fix, which mteb's loaders do not. Cost: one pass over
 each file.
 """
 
@@ -39,7 +39,7 @@ SPLITS = ("train.tsv", "test.tsv")
 
 
 def load_task(path: str | Path) -> kinds.Task:
-    """Read a task from local files; the module says which.
+    """Read a task from local files; see the module for their formats.
 
     Raises:
         DataError: a file is missing or malformed; the message names file, line and fix.
@@ -67,18 +67,18 @@ def load_task(path: str | Path) -> kinds.Task:
 
 
 def fault(path: Path, given: str, fix: str, line: int | None = None) -> DataError:
-    """An error that says in which file and line, what is wrong there and what to do."""
+    """An error that names the file and line, says what is wrong there and how to fix it."""
     return readers.fault_error(readers.where(str(path), line) if line else str(path), (given, fix))
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of every line."""
+    """The number (from 1) and the text of every line."""
     rows = readers.checked(str(path), readers.read_txt(str(path), "line"))
     return ((number, row["line"]) for number, row in rows)
 
 
 def _likeness(columns: Sequence[str], header: Sequence[str]) -> tuple[int, int]:
-    """How well a header fits a layout: columns that it has, then columns that it nearly has."""
+    """How well a header fits a layout: number of equal columns, then of similar columns."""
     missing = [column for column in columns if column not in header]
     return len(columns) - len(missing), sum(bool(nearest(c, header, end="")) for c in missing)
 
@@ -100,7 +100,7 @@ def _load_pairs(path: Path, layout: tuple[str, ...]) -> kinds.PairTask:
 
 
 def _as_score(path: Path, labels: Sequence[str]) -> str:
-    """The fix for labels that are neither 0 nor 1: they may be scores of similarity."""
+    """The fix for labels that are neither 0 nor 1, which may be similarity scores."""
     try:
         numbers = [float(label) for label in labels]
     except ValueError:
@@ -115,7 +115,7 @@ def _as_score(path: Path, labels: Sequence[str]) -> str:
 
 
 def _load_labelled(path: Path) -> kinds.Task:
-    """Classification if the other half lies beside the file, else clustering."""
+    """Classification if the file is NAME_test.tsv beside NAME_train.tsv, else clustering."""
     stem = path.resolve().stem
     train = path.with_name(f"{stem.removesuffix('_test')}_train.tsv")
     test = path.with_name(f"{stem.removesuffix('_train')}_test.tsv")
@@ -149,13 +149,13 @@ def _labelled(path: Path) -> tuple[list[int], list[str], list[str]]:
 
 def _check_varied(path: Path, what: str, values: Sequence[Any], wanted: str) -> None:
     if len(set(values)) == 1:
-        given = f"every {what} is {values[0]!r:.60} ({len(values)} rows), so nothing is told apart"
+        given = f"every {what} is {values[0]!r:.60} ({len(values)} rows), so nothing can be scored"
         raise fault(path, given, f"give {wanted}")
 
 
 def _load_reranking(path: Path) -> kinds.RerankingTask:
     queries, candidates, relevant = [], [], []
-    place: dict[str, int] = {}  # of each distinct document
+    place: dict[str, int] = {}  # distinct document → its position
     for line, row in readers.checked(str(path), readers.read(str(path), {})):
         wrong = readers.string_fault("query", row.get("query"))
         if "query" not in row:
@@ -193,19 +193,19 @@ def _load_retrieval(folder: Path) -> kinds.RetrievalTask:
     for line, (query, document, score) in readers.read_tsv(str(qrels), QRELS):
         grades, grade = judged.setdefault(query, {}), _number(qrels, line, score)
         if grades.setdefault(document, grade) != grade:
-            given = f"query '{query}', document '{document}': score {score}, another one above"
+            given = f"query '{query}', document '{document}' has score {score}, but another above"
             raise fault(qrels, given, "keep one of the lines", line)
     named = {document: None for grades in judged.values() for document in grades}
-    _tell_unknown(qrels, questions, "are left out", judged, queries)
-    _tell_unknown(qrels, corpus, "count as not found", named, positions)
+    _warn_unknown(qrels, questions, "are left out", judged, queries)
+    _warn_unknown(qrels, corpus, "count as not found", named, positions)
     tested = [query for query in queries if query in judged]
     wanted = [{d: g for d, g in judged[query].items() if g > 0} for query in tested]
     if not any(wanted):
         raise fault(qrels, "no query has a document with a score above 0", "add such lines")
     if unanswered := [query for query, own in zip(tested, wanted, strict=True) if not own]:
-        _tell(qrels, unanswered, "queries have no document with a score above 0 and count as 0")
+        _warn(qrels, unanswered, "queries have no document with a score above 0 and count as 0")
     if unjudged := queries.keys() - judged.keys() - _judged_elsewhere(qrels):
-        _tell(qrels, sorted(unjudged), "queries are not judged and are left out")
+        _warn(qrels, sorted(unjudged), "queries are not judged and are left out")
     return kinds.RetrievalTask(
         folder.resolve().name,
         {"document": list(documents.values()), "query": [queries[query] for query in tested]},
@@ -216,32 +216,35 @@ def _load_retrieval(folder: Path) -> kinds.RetrievalTask:
     )
 
 
-def _tell_unknown(
+def _warn_unknown(
     qrels: Path, file: Path, end: str, named: Mapping[str, Any], known: Mapping[str, Any]
 ) -> None:
-    """Published judgements name ids that are not there, as trec_eval allows; but not only such."""
+    """Warn of judged ids that a file does not have; refuse judgements of which it has none.
+
+    Published judgements contain unknown ids, and trec_eval accepts them.
+    """
     unknown = [name for name in named if name not in known]
     if named and len(unknown) == len(named):
         given = f"none of its ids is in {file.name} ('{unknown[0]}', but '{next(iter(known))}')"
         raise fault(qrels, given, f"give the judgements that belong to {file.name}")
     if unknown:
-        _tell(qrels, unknown, f"ids are not in {file.name} and {end}")
+        _warn(qrels, unknown, f"ids are not in {file.name} and {end}")
 
 
-def _tell(qrels: Path, named: Sequence[str], what: str) -> None:
+def _warn(qrels: Path, named: Sequence[str], what: str) -> None:
     more = ", ..." if len(named) > 3 else ""
     logger.warning("%s: %d %s (%s%s)", qrels, len(named), what, ", ".join(named[:3]), more)
 
 
 def _judged_elsewhere(qrels: Path) -> set[str]:
-    """The queries of the other splits, which a test set is not asked about."""
-    others = [path for path in qrels.parent.glob("*.tsv") if path.name != qrels.name]
-    lines = (line for path in sorted(others) for _, line in numbered_lines(path))
+    """The queries of the other splits, which need no judgement in the test set."""
+    splits = [path for path in qrels.parent.glob("*.tsv") if path.name != qrels.name]
+    lines = (line for path in sorted(splits) for _, line in numbered_lines(path))
     return {line.split("\t", 1)[0] for line in lines}
 
 
 def _records(path: Path, titled: bool = False) -> dict[str, str]:
-    """Text by id of a BEIR .jsonl file; as in mteb, a document's title goes before its text."""
+    """Id → text of a BEIR .jsonl file; as in mteb, a document's title comes before its text."""
     texts: dict[str, str] = {}
     for line, row in readers.checked(str(path), readers.read(str(path), {})):
         name, title, text = row.get("_id"), row.get("title") or "", row.get("text")

@@ -1,8 +1,9 @@
-"""Vectors of texts as tasks need them: each text encoded once, every vector checked, ranked.
+"""Vectors of texts for tasks: each text is encoded once, every vector checked; and ranking.
 
-Ranking is our own because `sentence_transformers.util.semantic_search` leaves the order of equal
-similarities to chance, and trec_eval defines it. Cost: the vector of every distinct text is kept (4
-bytes times the width, twice over while a task is scored), and at most 64 MB of similarities.
+Ranking is implemented here because `sentence_transformers.util.semantic_search` leaves the order of
+equal similarities undefined, and trec_eval defines it. Cost: the vector of every distinct text is
+in memory (4 bytes times the width, twice while a task is scored), and at most 64 MB of
+similarities.
 
 Shapes: N texts, Q queries, D width.
 """
@@ -18,11 +19,11 @@ from unmasked.errors import DataError
 Encode = Callable[[Sequence[str], str | None], np.ndarray]
 """From texts and their role ("query", "document" or None) to (N, D) float32 vectors."""
 
-_CHUNK = 2**24  # similarities held at a time
+_CHUNK = 2**24  # similarities in memory at a time
 
 
 def encode_once(encode: Encode) -> Encode:
-    """Wrap an encoder so that it sees each text and role once; refuses NaN and infinity."""
+    """Wrap an encoder so that it encodes each text once per role, and check its vectors."""
     known: dict[tuple[str, str | None], np.ndarray] = {}
 
     def encode_new(texts: Sequence[str], role: str | None) -> np.ndarray:
@@ -36,12 +37,12 @@ def encode_once(encode: Encode) -> Encode:
 
 
 def encoded(encode: Encode, texts: Sequence[str], role: str | None = None) -> np.ndarray:
-    """The vectors (N, D) of texts, checked by `finite`."""
+    """The vectors (N, D) of texts, checked as in `finite`."""
     return finite(np.asarray(encode(texts, role), dtype=np.float32), texts, role)
 
 
 def finite(vectors: np.ndarray, texts: Sequence[str], role: str | None) -> np.ndarray:
-    """The vectors themselves, if they have the right shape and hold neither NaN nor infinity.
+    """Return the vectors, after checking that they are (N, D) and all numbers are finite.
 
     Raises:
         DataError: a vector is not finite; the message names the first such texts.
@@ -49,7 +50,7 @@ def finite(vectors: np.ndarray, texts: Sequence[str], role: str | None) -> np.nd
     """
     if vectors.ndim != 2 or len(vectors) != len(texts) or not vectors.shape[1]:
         raise ValueError(f"encode gave shape {vectors.shape} for {len(texts)} texts, not (N, D)")
-    # The extremes of a row carry any NaN or infinity, without an (N, D) mask.
+    # A NaN or infinity shows in the minimum or maximum of its row; an (N, D) mask would be large.
     good = np.isfinite(vectors.min(axis=1)) & np.isfinite(vectors.max(axis=1))
     if not good.all():
         bad = np.flatnonzero(~good).tolist()
@@ -84,7 +85,7 @@ def most_similar(
         similarities = queries[start : start + rows] @ documents.T
         similarities /= lengths
         for q, row in enumerate(similarities, start):
-            # All that tie with the k-th stay in, so that the tie rank decides between them.
+            # Everything equal to the k-th is kept, so that the tie rank decides between them.
             kept = np.flatnonzero(row >= np.partition(row, -k)[-k])
             best[q] = kept[np.lexsort((tie_rank[kept], -row[kept]))[:k]]
     return best

@@ -1,4 +1,4 @@
-"""The texts that a task is scored on, so that training data can be compared with them.
+"""The texts of a task's test set, so that training data can be compared with them.
 
 Cost: reading the files; for a public task, the download of its data.
 """
@@ -15,21 +15,21 @@ from unmasked.evaluate.tasks import kinds
 from unmasked.evaluate.tasks.task_files import load_task
 
 WORDS = "words:"
-"""What stands before a task on words."""
-_FILE = re.compile(r"[/\\]|\.[a-z]+$")  # what looks like a path is one, even if it is not there
+"""Prefix of the path of a task on words."""
+_FILE = re.compile(r"[/\\]|\.[a-z]+$")  # a name like this is a path, even if there is no such file
 LEFT_OUT = {"id", "_id", "query-id", "corpus-id", "label", "labels", "lang", "language"}
-"""Columns of public tasks that are no texts."""
+"""Columns of public tasks that have no texts."""
 
 
 def texts_of_task(task: str, languages: Sequence[str] | None = None) -> list[str]:
-    """The different texts of a task, without those that its classifiers are trained on.
+    """The distinct texts of a task, without those that its classifiers are trained on.
 
     Args:
         task: a path, ``words:PATH``, or the name of a public task or benchmark.
-        languages: of public tasks.
+        languages: languages of public tasks; all by default.
 
     Raises:
-        DataError: as for scoring; also where the data of a public task cannot be loaded.
+        DataError: the task cannot be read, or the data of a public task cannot be loaded.
     """
     if task.startswith(WORDS):
         from unmasked.evaluate.tasks.probe import load_probe
@@ -59,17 +59,17 @@ def texts_of_task(task: str, languages: Sequence[str] | None = None) -> list[str
 
 
 def is_path(task: str) -> bool:
-    """Whether a task is named by a path, not by a public name."""
+    """Whether the name of a task is a path, not a public name."""
     return Path(task).exists() or _FILE.search(task) is not None
 
 
 def is_local(task: str) -> bool:
-    """Whether its texts are in files; those of public tasks are loaded when they are scored."""
+    """Whether the texts of a task are in local files; public tasks load theirs for scoring."""
     return task.startswith(WORDS) or is_path(task)
 
 
 def _strings(data: Any, splits: Iterable[str]) -> Iterator[str]:
-    """Every text in the test splits of the nested dictionaries and tables of a public task."""
+    """Every text in the test splits of a public task, whose data are nested mappings and tables."""
     if isinstance(data, str):
         yield data
     elif isinstance(data, Mapping):
