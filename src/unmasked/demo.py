@@ -1,8 +1,8 @@
 """The whole method in minutes: `nano` learns the documentation of the packages on this machine.
 
-The first sentence of a docstring has to find the rest of it among those of modules that training
-never read. Nothing is downloaded, and nothing is special: the demo writes texts and a retrieval
-task to files and runs an ordinary recipe on them. Cost: see `Size`; minutes on two cores.
+The task: the first sentence of a docstring must find the rest of it among the docstrings of modules
+that training has not read. Nothing is downloaded. The demo writes texts and a retrieval task to
+files, and runs an ordinary recipe on them. Cost: see `Size`; minutes on two cores.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 TASK = "docstrings"
 METRICS = (f"{TASK}.ndcg@10", f"{TASK}.recall@1", f"{TASK}.recall@10")
-FEWEST = 20  # documents below which a ranking says nothing
-SEARCHES = 3
+FEWEST = 20  # minimum number of documents for a meaningful ranking
+SEARCHES = 3  # searches that are shown at the end
 
 
 @dataclass(frozen=True)
 class Size:
     """How much the demo reads and trains."""
 
-    docstrings: int = 24_000
-    documents: int = 1000
+    docstrings: int = 24_000  # that are read
+    documents: int = 1000  # of the retrieval task
     mntp_steps: int = 100
     simcse_steps: int = 50
     supervised_steps: int = 120
@@ -73,13 +73,13 @@ def demo_recipe(folder: Path, size: Size) -> Recipe:
 
 
 def write_data(folder: Path, size: Size) -> None:
-    """Write the texts and the retrieval task below a run folder, unless they are there.
+    """Write the texts and the retrieval task to a run folder, unless it has them.
 
     Raises:
         DataError: there are too few docstrings on this machine.
     """
     data = folder / "data"
-    if (data / TASK / "qrels" / "test.tsv").is_file():
+    if (data / TASK / "qrels" / "test.tsv").is_file():  # the file that is written last
         return
     found = collect(limit=size.docstrings)
     held_out = [d for d in pairs(found) if d.held_out][: size.documents]
@@ -89,7 +89,7 @@ def write_data(folder: Path, size: Size) -> None:
             "packages of this Python. Fix: run the demo where more packages are installed."
         )
     train = [d for d in found if not d.held_out]
-    # What SimCSE calls a sentence: the summary, and the first paragraph of the rest.
+    # The texts of SimCSE: each summary, and the first paragraph of the rest.
     passages = (text for d in train for text in (d.summary, d.body.split("\n\n", 1)[0]) if text)
     answered = ({"query": d.summary, "positive": d.body} for d in pairs(train))
     _write_rows(data / "train.jsonl", ({"text": d.text} for d in train))
@@ -99,7 +99,7 @@ def write_data(folder: Path, size: Size) -> None:
 
 
 def demo_run(folder: Path, *, quick: bool) -> Run:
-    """The run of the demo, as it stands in its folder."""
+    """The run of the demo in a folder, to read its results."""
     from unmasked.train.run import Run
 
     return Run(demo_recipe(folder, QUICK if quick else FULL), folder)
@@ -109,18 +109,18 @@ def run_demo(folder: Path, *, quick: bool, listener: Listener) -> list[DemoSearc
     """Write the data, run the recipe, and make a few searches before and after.
 
     Args:
-        folder: run folder; an interrupted demo continues in it.
-        quick: a handful of steps, to see that everything works.
-        listener: told what happens.
+        folder: run folder, in which an interrupted demo continues.
+        quick: train only a few steps, to see that everything works.
+        listener: is called as the run proceeds.
 
     Returns:
-        Searches with the untouched decoder (mean pooling) and with the result.
+        Searches with the untouched decoder (mean pooling) and with the trained encoder.
     """
     from unmasked.train.run import Run
 
     size = QUICK if quick else FULL
     recipe = demo_recipe(folder, size)
-    Run(recipe, folder)  # refuses a folder that is not ours before anything is written to it
+    Run(recipe, folder)  # refuses a foreign folder before anything is written to it
     listener.stage("reading the docstrings of the installed packages")
     write_data(folder, size)
     score = make_scorer(recipe.evaluate.tasks)
@@ -155,7 +155,7 @@ def _write_task(folder: Path, docs: list[Docstring]) -> None:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:  # whose lines end at line breaks alone
+    with path.open(encoding="utf-8") as file:  # unlike `splitlines`, splits at line breaks only
         return [json.loads(line) for line in file]
 
 

@@ -149,7 +149,7 @@ def test_a_space_separated_file_of_conll_2003(tmp_path):
     ("content", "message"),
     [
         ("", "there are no words in it"),
-        ("a\n", "line 1: no label behind 'a'"),
+        ("a\n", "line 1: no label after 'a'"),
         ("a\tX\nb\tX\tY\n", "line 2: 3 columns instead of 2"),
         ("a\tX\n\nb\tX\n", "column 2 has one label only"),
         ("a\tX\nb\tY\n\xff", None),

@@ -1,10 +1,10 @@
-"""The rules by which the original package finds and cuts a text: it counts tokens.
+"""The original package's rules for finding and cutting a text, which count tokens.
 
-The original tokenises the text alone, and takes as many tokens from the end of the whole input for
-its text. Where a token spans the border between instruction and text this pools one token too few
-or too many, and a long instruction pushes the text out of the input. Published vectors were made
-so; ``compat="llm2vec-0.2"`` repeats it. Cost: each text is tokenised twice, and whole, because
-the original cuts by the share of its words.
+The original tokenises the text alone, and takes that many tokens from the end of the whole input as
+the text. If a token spans the border between instruction and text, it pools one token too few or
+too many; and a long instruction pushes the text out of the input. Published vectors were computed
+like this, and ``compat="llm2vec-0.2"`` does the same. Cost: each text is tokenised twice and in
+full length, because the original cuts by words.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class CountingTokenizer(TextTokenizer):
             for whole, text in zip(inputs, alone, strict=True)
         ]
         shorter = (len(t) < len(w.rstrip()) for t, w in zip(texts, whole_texts, strict=True))
-        # How many tokens the words had that were cut off is not known: one at least.
+        # The number of tokens of the words that were cut off is not known; it is at least one.
         return [
             replace(row, cut=row.cut + 1) if less else row
             for row, less in zip(rows, shorter, strict=True)
         ]
 
     def _counted_row(self, ids: list[int], count: int, limit: int) -> TokenRow:
-        """A row cut at the right, of which as many tokens are pooled as the text has alone."""
+        """A row cut at the right, of which the last `count` tokens (and the suffix) are pooled."""
         fitting = [*self.prefix, *ids][: limit - len(self.suffix)]
         cut = len(self.prefix) + len(ids) - len(fitting)
         kept = fitting + self.suffix
@@ -60,9 +60,9 @@ class CountingTokenizer(TextTokenizer):
         return self.marked(kept, len(kept) - count, len(kept), cut)
 
     def _cut_by_words(self, text: str, limit: int) -> str:
-        """The original's way to `doc_max_length`: whole words, white space collapsed.
+        """Cut a text to `doc_max_length` as the original does: by words, with single spaces.
 
-        The original left nothing of a text without spaces; such a text is cut by tokens here.
+        The original leaves nothing of a text without spaces; such a text is cut by tokens here.
         """
         backend = self.backend
 
@@ -96,13 +96,14 @@ def positions_in_text(rows: Tensor, positions: Tensor, is_text: Tensor, batch: i
 
     Args:
         rows: (N,) the row of each token.
-        positions: (N,) its position in the row, from 0.
-        is_text: (N,) whether it is pooled.
+        positions: (N,) the position of each token in its row, from 0.
+        is_text: (N,) whether each token is pooled.
         batch: B, the number of rows.
     """
     if not len(positions):
         return positions
     last = positions.amax()
-    late = where(is_text, positions, last)
-    first = late.new_full((batch,), int(last)).scatter_reduce(0, rows, late, "amin")  # (B,)
+    candidates = where(is_text, positions, last)  # other tokens must not become the minimum
+    first = candidates.new_full((batch,), int(last))
+    first = first.scatter_reduce(0, rows, candidates, "amin")  # (B,)
     return positions - first[rows]

@@ -1,11 +1,11 @@
-"""`LLM2Vec`: the public encoder, under the names, positions and defaults of the original package.
+"""`LLM2Vec`: the public encoder, with the argument names, order and defaults of the original.
 
 It is `model.TextEncoder` with the calls that scripts of the `llm2vec` package make
 (`docs/migrating.md`), and it reads the checkpoints that the original package and the seed system
-wrote: with their own template, and, under ``compat="llm2vec-0.2"``, with the original's rules for
-finding and cutting the text. Nothing below this room knows of any of it.
+wrote: with their own template and, with ``compat="llm2vec-0.2"``, with the original's rules for
+finding and cutting the text. Nothing below this room depends on it.
 
-Cost: under ``compat`` each text is tokenised twice, as the original did.
+Cost: with ``compat`` each text is tokenised twice, as in the original.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
 
     Args:
         model: a bare transformer (`AutoModel`, perhaps a `PeftModel`). A name or folder is passed
-            on to `from_pretrained`, with all that is given beside it.
+            to `from_pretrained`, together with all other arguments.
         tokenizer: its tokenizer.
         pooling_mode: ``mean`` (default), ``weighted_mean``, ``last_token``, ``eos_token`` or
             ``bos_token``.
@@ -62,16 +62,16 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         doc_max_length: maximum number of tokens of a text, 400 by default; None for whatever
             `max_length` leaves.
         skip_instruction: pool only the text's own tokens; True by default.
-        template: what stands around a text: a name in `templates.yaml`, ``none``, or the template.
-        compat: ``llm2vec-0.2`` for the very preprocessing of the original package.
-        enable_bidirectional: open the mask of a given `model`; False leaves it as it is.
-        settings: all of the settings above at once.
-        report: the proof, if it was made already. Otherwise the model is proved now, and a warning
-            is logged if it is still causal.
-        options: ``device``, ``prompts``, ``base_name`` and the others of `TextEncoder`. Beside a
-            name, those of `from_pretrained` and of `SentenceTransformer`; weights then keep the
-            precision that they have on disk, because stock code rebuilds a model by
-            ``type(model)(path)``.
+        template: the chat template around a text: a `Template`, a name in `templates.yaml`, or
+            ``none``.
+        compat: ``llm2vec-0.2`` for exactly the preprocessing of the original package.
+        enable_bidirectional: open the mask of `model`; False leaves it unchanged.
+        settings: all of the settings above in one object.
+        report: the proof, if `model` has been proved already. Otherwise it is proved now, and a
+            warning is logged if it is still causal.
+        options: ``device``, ``prompts``, ``base_name`` and other arguments of `TextEncoder`. If
+            `model` is a name: arguments of `from_pretrained` and `SentenceTransformer`; weights
+            then keep their precision on disk, as stock code reloads by ``type(model)(path)``.
     """
 
     def __init__(
@@ -146,17 +146,18 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         Args:
             base_model_name_or_path: a hub name, a folder (of a decoder, an adapter, or one that
                 `save` or the original package wrote), or ``nano``, the bundled decoder.
-            peft_model_name_or_path: adapter or adapters to merge into it, in this order; hub names
+            peft_model_name_or_path: one or more adapters to merge into it, in this order; hub names
                 may end in ``@REVISION``.
-            merge_peft: accepted for the original's sake; adapters are always merged.
-            enable_bidirectional: False keeps the causal mask; None that of an encoder saved so.
-            pooling_mode: and the five after it are as in the constructor. What is not given is as
-                the folder says, or else ``mean``, 512, no limit, True; the template of a checkpoint
-                of the original package is what its tokenizer says.
-            dtype: ``auto`` (what is fast here: `precision.pick`), ``checkpoint`` (the same, but
-                never less than the checkpoint has), or a torch dtype or its name.
-            quantize: ``int8``, on a CPU: linear layers with 8-bit weights, faster and slightly less
-                exact; `quantization` says how much. Such a model only encodes.
+            merge_peft: ignored: adapters are always merged. The original has this argument.
+            enable_bidirectional: False keeps the causal mask; None opens it, except in an encoder
+                that was saved with a causal mask.
+            pooling_mode: this and the next five arguments are as in the constructor. Defaults are
+                those of the folder, or else ``mean``, 512, no limit and True; the tokenizer of an
+                original checkpoint determines its template.
+            dtype: ``auto`` (fast on this device, see `precision.pick`), ``checkpoint`` (the same,
+                but at least the checkpoint's precision), or a torch dtype or its name.
+            quantize: ``int8`` (on a CPU): 8-bit weights in linear layers, faster and slightly less
+                exact; `quantization` says how much. Such a model can only encode.
             compile: whether `encode` compiles the decoder layers: ``auto`` (on a GPU, for work long
                 enough to pay for some 20 s), ``always`` or ``never``.
             attn_implementation: as in transformers, which chooses by default.
@@ -167,11 +168,10 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
             options: ``layers`` (how many first layers to keep), ``revision`` (of the first name),
                 ``token``, ``cache_dir``, ``local_files_only``; ``torch_dtype`` and ``device_map``;
                 ``prompts`` (added to those of the folder), ``default_prompt_name``,
-                ``similarity_fn_name``, ``truncate_dim`` and the other arguments of
-                `SentenceTransformer`.
+                ``similarity_fn_name``, ``truncate_dim`` and others of `SentenceTransformer`.
 
         Raises:
-            ModelError: it cannot be loaded or quantized.
+            ModelError: the model cannot be loaded or quantized.
             NotBidirectionalError: the proof failed.
         """
         stock, options = stock_options(options)
@@ -206,7 +206,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
     def read_checkpoint(
         cls, found: Found, given: Mapping[str, Any]
     ) -> tuple[PreTrainedTokenizerBase, Settings]:
-        """As the original package read its own checkpoints, where `found` is one."""
+        """Tokenizer and settings; for an original checkpoint, as the original package had them."""
         check_compat(given.get("compat"))
         tokenizer, saved = found.tokenizer, dict(found.settings)
         if is_original(found.given) or any(map(is_original, found.added)):
@@ -221,7 +221,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
 
     @classmethod
     def text_rules(cls, settings: Settings) -> tuple[type[TextTokenizer], type[TextPooling]]:
-        """The original's rules under ``compat``, else our own."""
+        """The original's classes for finding and pooling a text with ``compat``, else our own."""
         if check_compat(settings.compat) is None:
             return TextTokenizer, TextPooling
         return CountingTokenizer, CountingPooling
@@ -234,10 +234,10 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `TextEncoder.encode`, also with the original's arguments in its order.
+        """As `TextEncoder.encode`, but also accepts the original's order of arguments.
 
-        The original has ``batch_size`` and ``show_progress_bar`` where `SentenceTransformer` has
-        the prompt's name and the prompt. It returns a tensor on the CPU; ``compat`` does so too.
+        Its second and third are ``batch_size`` and ``show_progress_bar``, here `prompt_name` and
+        `prompt`. Like the original, an encoder with ``compat`` returns a tensor on the CPU.
         """
         if isinstance(prompt_name, int):
             batch_size, prompt_name = prompt_name, None
@@ -249,7 +249,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         return vectors.cpu() if self.rules and isinstance(vectors, Tensor) else vectors
 
     def forward(self, input: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
-        """As in `SentenceTransformer`; ``embed_mask`` is the original's name of ``text_mask``."""
+        """As in `SentenceTransformer`; ``embed_mask`` is the original's name for ``text_mask``."""
         if "text_mask" not in input and "embed_mask" in input:
             input = {**input, "text_mask": input["embed_mask"]}
         features: dict[str, Tensor] = super().forward(input, **kwargs)
@@ -258,9 +258,9 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
     def save(
         self, path: str | Path | None, *args: Any, merge_before_save: bool = True, **options: Any
     ) -> None:
-        """As `TextEncoder.save`, also with the original's arguments in its order.
+        """As `TextEncoder.save`, but also accepts the original's order of arguments.
 
-        The original has ``merge_before_save``, which is always done here, and ``save_config`` where
+        Its ``merge_before_save`` is always True here. It and ``save_config`` come where
         `SentenceTransformer` has the model's name and whether to write a card.
         """
         if args and isinstance(args[0], bool):
@@ -309,22 +309,22 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         return template.prefix + text + template.suffix
 
     def tokenize(self, texts: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The tensors of `preprocess`, ``text_mask`` also under the original's ``embed_mask``.
+        """The tensors of `preprocess`, with ``text_mask`` also as the original's ``embed_mask``.
 
-        `SentenceTransformer` has given the name up for `preprocess`, and this says so once.
+        As in `SentenceTransformer`, this name is deprecated in favour of `preprocess`.
         """
         stock_logging.get_logger(__name__).warning_once(
             "The `tokenize` method is deprecated, please use `preprocess` instead."
         )
         features = self.preprocess(texts, **kwargs)
-        features.pop("prompt_length", None)  # a number, where the original has tensors only
+        features.pop("prompt_length", None)  # a number, but the original returns only tensors
         return {**features, "embed_mask": features["text_mask"]} if features else {}
 
     def get_pooling(self, features: dict[str, Tensor], last_hidden_states: Tensor) -> Tensor:
-        """Pool padded states; padding may be on either side, and nothing is changed.
+        """Pool padded states, with padding on either side; the arguments are not changed.
 
         Args:
-            features: ``attention_mask`` and, to leave tokens out, ``embed_mask``: each (B, T).
+            features: ``attention_mask`` and optionally the tokens to pool, ``embed_mask``: (B, T).
             last_hidden_states: (B, T, D).
 
         Returns:
@@ -332,8 +332,8 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         """
         attention = features["attention_mask"]
         chosen = features.get("text_mask", features.get("embed_mask", attention))
-        rows, columns = attention.nonzero(as_tuple=True)
-        positions = columns - attention.argmax(dim=1)[rows]
+        rows, columns = attention.nonzero(as_tuple=True)  # (N,), (N,): the real tokens
+        positions = columns - attention.argmax(dim=1)[rows]  # from the first real token of the row
         mask = chosen if self.skip_instruction else attention
         is_text = mask[rows, columns].bool()
         if self.rules is not None:
@@ -342,9 +342,9 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         return pool(states, rows, positions, is_text, len(attention), self.pooling_mode)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the transformer."""
+        """Calls the method of the transformer."""
         return self.model.resize_token_embeddings(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """That of the transformer."""
+        """Calls the method of the transformer."""
         self.model.gradient_checkpointing_enable(*args, **kwargs)

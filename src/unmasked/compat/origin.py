@@ -1,8 +1,8 @@
 """Which decoder was a model made from?
 
-A stage may begin with what another run has left: an adapter, or an encoder whose mask is open
-already. What such a model has to beat is the decoder behind it. Cost: a few small files of each
-model on the way; for a repository on the hub, a request for each.
+A run may start from the result of another run: an adapter, or an encoder whose mask is already
+open. Such a model is compared with the decoder that it was made from. Cost: a few small files of
+each model on the way to the decoder; for a repository on the hub, a request for each file.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Recipe
 
 RESULTS = {"merged", "model", "mntp", "simcse", "supervised"}
-"""Folders of a run folder that hold a model or an adapter."""
+"""Folders in a run folder that contain a model or an adapter."""
 
 
 def find_base(model: str | Path, revision: str | None = None) -> Location:
-    """The decoder that a model was made from, as far back as can be told.
+    """The decoder that a model was made from, as far back as can be found.
 
-    That is what an adapter names; for a folder of a run, what the run's recipe names; for another
-    folder that this package saved, the base model of its card, if that is on the hub; else the
-    model itself.
+    An adapter names its base. The base of a model in a run folder is the one in the run's recipe.
+    Another folder that this package saved has its base in its model card. A model without any of
+    these is its own decoder.
 
     Args:
         model: hub name, folder, or ``nano``.
-        revision: of `model` on the hub.
+        revision: the revision of `model` on the hub.
 
     Returns:
-        Where the decoder is; nothing of it was read, so it may be out of reach by now.
+        The location of the decoder. It has not been read, so it may no longer exist.
     """
     place, passed = _place(model, revision), set[str]()
-    while place.name not in passed:
+    while place.name not in passed:  # models may name each other in a circle
         passed.add(place.name)
-        place = _step(place) or place
+        place = _made_from(place) or place
     return place
 
 
 def training_data(model: str | Path, revision: str | None = None) -> list[str]:
-    """The data that a model was trained on by this package, as its card names it; perhaps none."""
+    """The data that this package trained a model on, from its card; empty if it names none."""
     place = _place(model, revision)
     card = place.fetch("README.md") if place.read_json(SETTINGS_NAME) else None
     named = (metadata_load(card) or {}).get(TRAINED_ON) if card else None
     return [str(name) for name in named] if isinstance(named, list) else []
 
 
-def _step(place: Location) -> Location | None:
-    """What a model names as the one it was made from; None if it names none."""
+def _made_from(place: Location) -> Location | None:
+    """The model that a model says it was made from; None if it names none."""
     try:
         place.require()
     except ModelError:
-        return None  # out of reach; each of its files would be asked for in vain, for half a minute
+        return None  # out of reach: requesting each of its files would take half a minute
     if adapters.is_adapter(place):
         config = adapters.read_adapter_config(place)
         base = config.base_model_name_or_path
@@ -70,14 +70,14 @@ def _step(place: Location) -> Location | None:
 
 
 def _recipe_of(folder: Path) -> Recipe | None:
-    """The recipe of the run that a folder is a result of."""
+    """The recipe of the run that produced a folder; None if it is not in a run folder."""
     file = folder.parent / "recipe.yaml"
     if folder.name not in RESULTS or not folder.is_dir() or not file.is_file():
         return None
     try:
         return load_recipe(file)
     except UnmaskedError:
-        return None  # of another version, or not of a run at all
+        return None  # the recipe of another version, or the file of another program
 
 
 def _place(name: str | Path, revision: str | None) -> Location:

@@ -1,4 +1,4 @@
-"""What others expect: checkpoints of the original package, options of its calls and of stock ones.
+"""Recognises checkpoints of the original package, and translates its options and stock ones.
 
 Cost: two small files of a checkpoint are looked for.
 """
@@ -24,19 +24,19 @@ from unmasked.text.templates import Template
 logger = logging.getLogger(__name__)
 
 LAYERS = "layers"
-"""The option of `from_pretrained` that goes to `loading.find` beside those of the hub."""
+"""An option of `from_pretrained` that is passed to `loading.find` like those of the hub."""
 COMPAT = "llm2vec-0.2"
 """The preprocessing of the original package, versions 0.2.x."""
 PUBLISHED = Template(joint=" ")
-"""What published checkpoints without a template of their own were made with."""
+"""The template of published checkpoints whose tokenizer has none: a space after the instruction."""
 DOC_MAX_LENGTH = 400
-"""The original's default for the tokens of a text."""
+"""The original's default for the maximum number of tokens of a text."""
 
 
 class NamesItsBase(ABCMeta):
-    """Tells what the class is: BERTopic and KeyBERT look for the library in the type's name.
+    """Adds ``sentence_transformers`` to a class's repr, where BERTopic and KeyBERT look for it.
 
-    Without it they silently take a model of their own choice instead.
+    Without it they silently use a default model of their own instead.
     """
 
     def __repr__(cls) -> str:
@@ -56,10 +56,10 @@ def is_original(location: Location) -> bool:
 
 
 def without_blank_mask(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer whose ``_`` is an ordinary token again.
+    """A tokenizer in which ``_`` is an ordinary token again.
 
-    The original's MNTP saves ``_`` as mask token, and from then on the tokenizer splits
-    ``foo_bar`` at it.
+    The original's MNTP saves ``_`` as the mask token, and such a tokenizer splits ``foo_bar`` at
+    it.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or str(tokenizer.mask_token or "") != "_":
@@ -67,7 +67,7 @@ def without_blank_mask(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     content = json.loads(backend.to_str())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "_"]
     if "_" not in content["model"]["vocab"]:
-        return tokenizer  # a token of its own, with an embedding of its own
+        return tokenizer  # "_" was added as a new token, which has an embedding of its own
     names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
@@ -76,10 +76,10 @@ def without_blank_mask(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 
 
 def check_compat(compat: str | None) -> str | None:
-    """The value itself.
+    """Return the value, after checking it.
 
     Raises:
-        ModelError: it names rules that do not exist.
+        ModelError: it is neither None nor `COMPAT`.
     """
     if compat not in (None, COMPAT):
         raise ModelError(unknown("compat", str(compat), [COMPAT]))
@@ -89,16 +89,16 @@ def check_compat(compat: str | None) -> str | None:
 def loading_options(
     dtype: Any, device: str | None, options: Mapping[str, Any]
 ) -> tuple[str, str | None, dict[str, Any]]:
-    """(dtype, device, hub options) of a `from_pretrained` call in the original's words.
+    """(dtype, device, hub options) of a `from_pretrained` call with the original's options.
 
     Args:
-        dtype: a name, perhaps with ``torch.`` before it, or a torch dtype.
-        device: as given, or None.
+        dtype: a name, perhaps with the prefix ``torch.``, or a torch dtype.
+        device: the device that the caller gave, or None.
         options: ``torch_dtype``, ``device_map``, ``trust_remote_code`` and the hub's options.
 
     Raises:
-        TypeError: an unknown option.
-        ModelError: a device map that cannot be used.
+        TypeError: an option is unknown.
+        ModelError: the device map cannot be used.
     """
     rest = dict(options)
     dtype = str(rest.pop("torch_dtype", None) or rest.pop("dtype", None) or dtype)
@@ -113,23 +113,24 @@ def loading_options(
 
 
 _OF_MODEL = ("torch_dtype", "dtype", "device_map", "attn_implementation")
+"""Entries of ``model_kwargs`` that are options here."""
 _ALWAYS = ("low_cpu_mem_usage", "use_safetensors", "use_fast", "padding_side")
-"""What changes no vector, or is always so."""
+"""Entries that change no vector, or are always True here: ignored, unless they are False."""
 STOCK = (
     "prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "model_card_data",
 )  # fmt: skip
-"""Arguments of `SentenceTransformer` that an encoder takes as they are."""
+"""Arguments of `SentenceTransformer` that an encoder accepts unchanged."""
 
 
 def stock_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arguments of `SentenceTransformer` as they are, the others in our words).
+    """(arguments of `SentenceTransformer` that stay unchanged, the others under our names).
 
     Args:
-        options: by name; ``cache_folder``, ``model_kwargs``, ``backend`` and the like are among
-            them where stock code builds a model.
+        options: arguments by name; stock code that builds a model also passes ``cache_folder``,
+            ``model_kwargs``, ``backend`` and the like.
 
     Raises:
-        ModelError: one that cannot be followed.
+        ModelError: an argument is not supported.
     """
     rest = dict(options)
     stock = {name: rest.pop(name) for name in STOCK if name in rest}
@@ -142,13 +143,13 @@ def stock_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
             rest |= {key: given.pop(key) for key in _OF_MODEL if key in given}
         if given:
             raise ModelError(
-                f"{name}: {', '.join(given)} cannot be followed. Allowed: {', '.join(_OF_MODEL)} "
-                "in model_kwargs. Fix: LLM2Vec(model, tokenizer) with both loaded your own way."
+                f"{name}: {', '.join(given)} is not supported. Allowed: {', '.join(_OF_MODEL)} in "
+                "model_kwargs. Fix: load model and tokenizer yourself: LLM2Vec(model, tokenizer)."
             )
     if (backend := rest.pop("backend", "torch")) != "torch":
         raise ModelError(
-            f"backend {backend!r}: the encoder runs in torch. Fix: save it, and load its folder "
-            "with SentenceTransformer(folder, backend=...)."
+            f"backend {backend!r}: this class always runs in torch. Fix: save the encoder, and "
+            "load its folder with SentenceTransformer(folder, backend=...)."
         )
     return stock, {name: value for name, value in rest.items() if value is not None}
 

@@ -1,11 +1,11 @@
-"""What did the seed system's two commands do? Their flags as a recipe, and where their files lie.
+"""The seed system's two commands: their flags as a recipe, and their result files.
 
-Every flag of `train_mntp.py` and `train_simcse.py` either acts or is refused with a reason;
-`docs/migrating.md` has the table. Results are where they were: the adapter, a tokenizer and
-`llm2vec_config.json` in ``results/NAME-STAGE``, events for TensorBoard in ``logs/NAME-STAGE``.
+Every flag of `train_mntp.py` and `train_simcse.py` either has its effect or is refused with a
+reason; `docs/migrating.md` has the table. Results have the same places: the adapter, a tokenizer
+and `llm2vec_config.json` in ``results/NAME-STAGE``, events for TensorBoard in ``logs/NAME-STAGE``.
 `unmasked.cli.seed_scripts` runs the recipe.
 
-Cost: the training texts are tokenized once, to count the steps of an epoch.
+Cost: the training texts are tokenised once, to count the steps of an epoch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from unmasked.recipe.files import make_recipe
 from unmasked.recipe.schema import Recipe
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-"""Schedules of transformers that a recipe has; the others are passed on to the trainer."""
+"""Schedules of transformers that a recipe has; others are passed to the trainer."""
 OWN = {"seed", "weight_decay", "max_steps", "output_dir", "logging_dir"}
-"""`TrainingArguments` that a recipe has a place for."""
+"""`TrainingArguments` that are flags or settings of a recipe, and not passed to the trainer."""
 SAME = {
     "batch_size": "per_device_train_batch_size",
     "gradient_accumulation": "gradient_accumulation_steps",
@@ -40,17 +40,17 @@ SAME = {
     "gradient_checkpointing": "gradient_checkpointing",
     "log_steps": "logging_steps",
 }
-"""Settings of every stage that a flag gives as they are."""
+"""Setting of a stage → the flag that has its value."""
 REFUSED = (
     ("trust_remote_code", True, "code from the hub is never run. Fix: leave the flag out."),
     ("do_train", False, "there is nothing to do. Fix: unmasked convert MODEL -o DIR."),
     ("merge_peft", False, "adapters are always merged. Fix: a recipe with lora.start: continue."),
 )
-"""Values of flags that are understood and cannot be had, and why."""
+"""Flag, the value that is refused, and the reason."""
 
 
 def parser(stage: str) -> argparse.ArgumentParser:
-    """The flags of a command, with the seed system's defaults where they were of use."""
+    """The flags of a command, mostly with the seed system's defaults."""
     about = {
         "mntp": "Masked next token prediction, as the seed system's train_mntp.py.",
         "simcse": "SimCSE on an adapter of MNTP, as the seed system's train_simcse.py.",
@@ -73,9 +73,9 @@ def parser(stage: str) -> argparse.ArgumentParser:
 
 
 def _model_flags(flag: Callable[..., None], simcse: bool) -> None:
-    """What is trained, and on which texts."""
+    """Flags of the model and of the texts."""
     flag("model_name", "decoder: hub name or folder", lambda name: name.rstrip("/"), required=True)
-    flag("peft_model_name_or_path", "adapter to begin with", required=simcse)
+    flag("peft_model_name_or_path", "adapter to merge into it first", required=simcse)
     flag("device_map", "where to train", default="auto", choices=["auto", "cuda", "cpu"])
     flag("trust_remote_code", "must be False: code from the hub is never run", truth, False)
     flag("cache_dir", "folder of the hub's cache; None for the usual one")
@@ -87,16 +87,19 @@ def _model_flags(flag: Callable[..., None], simcse: bool) -> None:
     flag("bidirectional", "open the causal mask", truth, True)
     flag("merge_peft", "must be True: adapters are always merged", truth, True)
     flag("simcse_dropout", "dropout on the attention weights in SimCSE", float, 0.3)
-    flag("loss_scale", "cosines are multiplied by it in SimCSE", float, 20.0)
+    flag("loss_scale", "factor of the cosines in SimCSE", float, 20.0)
     flag("lora_dropout", "dropout on the input of the adapter", float, 0.05)
     flag("pooling_mode", "how token states become a vector", default="mean")
     flag("data_path", "files of texts; None takes wiki1m_for_simcse.txt of --data_dir", nargs="+")
-    flag("data_dir", "folder that is looked in without --data_path", default="data/")
-    flag("validation_split_percentage", "share of the texts to measure on", float, 0.05)
+    flag("data_dir", "folder of the texts, without --data_path", default="data/")
+    flag("validation_split_percentage", "share of the texts to evaluate on", float, 0.05)
     flag("mlm_probability", "share of the tokens that are masked", float, 0.2)
-    flag("mask_style", "bert: 80 %% of them; all", default="bert", choices=["bert", "all"])
     flag(
-        "mask_token_type", "what replaces a token, without a mask token",
+        "mask_style", "bert masks 80 %% of them, all masks all",
+        default="bert", choices=["bert", "all"],
+    )  # fmt: skip
+    flag(
+        "mask_token_type", "what replaces a token if the tokenizer has no mask token",
         default="blank", choices=["blank", "eos", "mask"],
     )  # fmt: skip
     flag("max_seq_length", "tokens per block of MNTP, or per text of SimCSE", int, 4096)
@@ -104,9 +107,9 @@ def _model_flags(flag: Callable[..., None], simcse: bool) -> None:
 
 
 def _training_flags(flag: Callable[..., None], simcse: bool) -> None:
-    """How it is trained, and where the results go."""
-    flag("output_dir", "results go into a folder in it", default="results/")
-    flag("logging_dir", "events for TensorBoard go into a folder in it", default="logs/")
+    """Flags of the training and of the results."""
+    flag("output_dir", "the folder of results is made in it", default="results/")
+    flag("logging_dir", "the folder of TensorBoard events is made in it", default="logs/")
     flag("num_train_epochs", "passes over the texts, without --max_steps", float, 1.0)
     flag("max_steps", "optimiser steps; -1 for --num_train_epochs", int, -1)
     flag("per_device_train_batch_size", "rows per batch", int, 16 if simcse else 4)
@@ -114,9 +117,9 @@ def _training_flags(flag: Callable[..., None], simcse: bool) -> None:
     flag("learning_rate", "highest learning rate", float, 1e-5)
     flag("lr_scheduler_type", "how the learning rate falls", default="cosine")
     flag("warmup_steps", "steps in which the learning rate climbs", int, 800)
-    flag("weight_decay", "of AdamW", float, 0.0)
-    flag("max_grad_norm", "longest gradient", float, 1.0)
-    flag("seed", "of data, masks, dropout and adapters", int, 42)
+    flag("weight_decay", "weight decay of AdamW", float, 0.0)
+    flag("max_grad_norm", "gradients are clipped to this norm", float, 1.0)
+    flag("seed", "seed of data, masks, dropout and adapters", int, 42)
     flag("logging_steps", "steps between two lines of metrics", int, 10)
     flag("report_to", "where metrics go", default="tensorboard")
     flag("gradient_checkpointing", "less memory, more time", truth, True)
@@ -131,14 +134,14 @@ def _training_flags(flag: Callable[..., None], simcse: bool) -> None:
 
 
 def truth(text: str) -> bool:
-    """``True`` or ``False`` as they stand on a command line."""
+    """Parse ``True`` or ``False`` on a command line."""
     if text.lower() in ("true", "1", "yes", "false", "0", "no"):
         return text.lower() in ("true", "1", "yes")
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False. Fix: write one of them")
 
 
 def trainer_options(further: Sequence[str]) -> dict[str, Any]:
-    """``--name value`` flags that `TrainingArguments` has and a recipe has no place for.
+    """Parse ``--name value`` flags of `TrainingArguments` that a recipe has no setting for.
 
     Raises:
         RecipeError: `TrainingArguments` has no such argument, or its value is missing.
@@ -147,7 +150,7 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
 
     allowed = {field.name for field in fields(TrainingArguments)} - OWN
     words = []
-    for word in further:  # a value may hold '=' itself
+    for word in further:  # --name=value is allowed, too; the value may contain further '='
         words += word.split("=", 1) if word.startswith("--") else [word]
     options: dict[str, Any] = {}
     for flag, value in zip(words[::2], [*words[1::2], "--"], strict=False):
@@ -162,7 +165,13 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
 
 
 def to_recipe(stage: str, flags: Any, options: dict[str, Any], name: str) -> Recipe:
-    """The recipe that the flags of a command stand for.
+    """The recipe that is equivalent to the flags of a command.
+
+    Args:
+        stage: ``mntp`` or ``simcse``.
+        flags: parsed by `parser`.
+        options: parsed by `trainer_options`.
+        name: the name of the recipe.
 
     Raises:
         RecipeError: a flag's value cannot be used here.
@@ -222,7 +231,7 @@ def to_recipe(stage: str, flags: Any, options: dict[str, Any], name: str) -> Rec
 
 
 def longest_input(model: str, *lengths: int) -> list[int]:
-    """Lengths, cut to what a model's positions allow."""
+    """Lengths, limited to the number of a model's positions."""
     from unmasked.checkpoint.loading import load_config
 
     most = getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
@@ -230,7 +239,7 @@ def longest_input(model: str, *lengths: int) -> list[int]:
 
 
 def count_tokens(model: str, data: Sequence[str]) -> tuple[int, int]:
-    """How many different texts training files hold, and how many tokens these have.
+    """The number of distinct texts in training files, and of their tokens.
 
     Raises:
         DataError: a file does not exist or cannot be read.
@@ -248,7 +257,7 @@ def count_tokens(model: str, data: Sequence[str]) -> tuple[int, int]:
     sources = map(training_source, data)
     texts = list(dict.fromkeys(text for source in sources for _, text, _ in source.records()))
     tokenize = TextTokenizer(prepare_tokenizer(load_tokenizer(model)))
-    starts = range(0, len(texts), 4096)  # what the tokenizer makes of them does not stay in memory
+    starts = range(0, len(texts), 4096)  # in chunks, so that few encodings are in memory
     chunks = (tokenize(texts[at : at + 4096], max_length=1 << 30) for at in starts)
     return len(texts), sum(len(row.ids) for chunk in chunks for row in chunk)
 
@@ -264,13 +273,13 @@ def read_environment(file: Path) -> None:
 
 
 def _unquoted(value: str) -> str:
-    """A value of an environment file without its quotes, or without the comment behind it."""
+    """A value in an environment file without its quotes, or without the comment after it."""
     quoted = re.match(r"""(["'])(.*?)\1\s*(#.*)?$""", value)
     return quoted[2] if quoted else re.split(r"\s+#", value, maxsplit=1)[0]
 
 
 def prepare_environment(flags: Any) -> None:
-    """Set what libraries read when they are imported: the cache, and which devices there are."""
+    """Set variables that libraries read when they are imported: the cache and the devices."""
     if flags.cache_dir:
         os.environ["HF_HUB_CACHE"] = flags.cache_dir
     if flags.device_map == "cpu":
@@ -278,19 +287,19 @@ def prepare_environment(flags: Any) -> None:
 
 
 def link_logs(events: Path, logs: Path) -> None:
-    """Make `logs` show the events of a stage from its start, where links can be made.
+    """Make `logs` a link to the events of a stage, before it starts, if links are possible.
 
-    The link is relative, so that both may be moved together.
+    The link is relative, so that both folders can be moved together.
     """
     logs.parent.mkdir(parents=True, exist_ok=True)
     if not (logs.exists() or logs.is_symlink()):
-        with suppress(OSError, ValueError):  # two drives have no relative path
+        with suppress(OSError, ValueError):  # there is no relative path between two drives
             there = os.path.relpath(events.resolve(), logs.parent.resolve())
             logs.symlink_to(there, target_is_directory=True)
 
 
 def publish(folder: Path, stage: str, base: str, logs: Path) -> None:
-    """Put results where the seed system had them; the events, too, if they could not be linked."""
+    """Copy results to the seed system's places, with the events if they could not be linked."""
     from unmasked.checkpoint.loading import load_tokenizer
 
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -187,7 +187,8 @@ def _check_bases(names: Sequence[str | Path]) -> None:
     }
     if len({*bases.values()}) > 1:
         said = "; ".join(f"{name}: {base}" for name, base in bases.items())
-        raise ModelError(f"these adapters are of different bases ({said}). Fix: those of one base.")
+        fix = "Fix: merge adapters of one base."
+        raise ModelError(f"these adapters are of different bases ({said}). {fix}")
 
 
 def _float_keys(state: Mapping[str, Tensor]) -> Iterator[str]:
@@ -220,8 +221,8 @@ def _check_alike(first: TextEncoder, other: TextEncoder, name: str) -> None:
     kinds = [[type(module) for module in list(encoder)[2:]] for encoder in (first, other)]
     if kinds[0] != kinds[1]:
         raise ModelError(
-            f"{name} has other modules behind its pooling than {first.base_name}. "
-            "Fix: merge encoders that have the same."
+            f"{name} has other modules after its pooling than {first.base_name}. "
+            "Fix: merge encoders that have the same modules."
         )
 
 

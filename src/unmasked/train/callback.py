@@ -35,8 +35,8 @@ class StageCallback(TrainerCallback, ExportableState):
     """Everything that a `StageTrainer` does besides training.
 
     The trainer saves this callback's state in a checkpoint and restores it when training begins:
-    the sums of all forwards since the last log. They survive JSON bit by bit, since each is a
-    float32, which a Python float represents exactly.
+    the sums of all forwards since the last log. JSON keeps them bit by bit, since a Python float
+    represents every float32 and float64 exactly.
 
     Args:
         steps: number of steps after which training stops.

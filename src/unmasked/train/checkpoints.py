@@ -74,7 +74,7 @@ def told_if_unsaved(folder: Path) -> Iterator[None]:
         if not (remove_incomplete(folder) or refused):
             raise
         last = last_checkpoint(folder)
-        kept = f"That of step {last.step} is whole" if last else "There is none before it"
+        kept = f"The one of step {last.step} is whole" if last else "There is none before it"
         reason = first_line(error)
         if reason.startswith("[enforce fail"):  # torch names a line of its source and two numbers
             reason = "the file was cut short"

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 TRAIN_WORDS = 30_000  # words to train on, in whole sentences drawn at random
 LONGEST = 60  # words; longer sentences are divided, so that no model truncates them
-STATES = {"": False, " before": True}  # end of the metric's name → argument of `encode_words`
+STATES = {"": False, " before": True}  # part of the metric's name → `previous` of `encode_words`
 _UNIVERSAL = {"ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "NOUN", "PRON", "PROPN", "SCONJ"}
 _ENTITIES = {"PER", "LOC", "ORG", "MISC", "O"}
 _PHRASES = {"NP", "VP", "PP"}
@@ -98,7 +98,7 @@ def load_probe(path: str | Path) -> WordTask:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Fix: check the path behind 'words:'.")
+        raise DataError(f"{path}: no such file. Fix: check the path after 'words:'.")
     partner = path.with_name(_SPLIT.sub("train", path.name))
     if partner == path or not partner.is_file():
         given = f"there is no file to train on beside it ({partner.name})"
@@ -143,7 +143,7 @@ def _read(path: Path) -> tuple[list[str], list[Sentence]]:
         rows = [[row[1:] for row in sentence] for sentence in rows]
     if not names:
         first = numbers[0] if numbers else None
-        given = f"no label behind {' '.join(rows[0][0])[:40]!r}"
+        given = f"no label after {' '.join(rows[0][0])[:40]!r}"
         raise fault(path, given, "write: word TAB label", first)
     found = []
     for words_of in rows:

@@ -164,7 +164,8 @@ def check_widths(stage: Supervised, rows: Iterable[Any], width: int) -> None:
     widths = {len(row.vectors[0]) for row in rows if row.vectors}
     if len(widths) > 1:
         said = ", ".join(map(str, sorted(widths)))
-        raise DataError(f"supervised.data has vectors of {said} numbers. Fix: those of one model.")
+        fix = "Fix: give vectors of one model."
+        raise DataError(f"supervised.data has vectors of {said} numbers. {fix}")
     for found in widths:
         _require_width("the vectors of the rows", found, width, stage.teacher)
 

@@ -61,7 +61,7 @@ class GivenStates(nn.Module):
 
     @property
     def decoder(self) -> GivenStates:
-        """Some families (opt) reach their layers through this attribute of the trunk."""
+        """Some families (opt) call this part of their trunk."""
         return self
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> StatesOnly:
