@@ -93,6 +93,13 @@ def test_modules_behind_the_pooling_are_sent_and_other_peoples_files_are_not(
     assert {name for name, _ in list_files(tmp_path / "model")} == written
 
 
+@pytest.mark.parametrize("content", ["[{", '{"idx": 0}', '["1_Pooling"]'])
+def test_a_broken_list_of_modules_is_named(saved, content):
+    (saved / "modules.json").write_text(content)
+    with pytest.raises(ModelError, match=r"modules\.json is not .*Fix: download or save it again"):
+        list_files(saved)
+
+
 def test_what_cannot_be_pushed(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=r"does not hold a model.*did you mean .*model\?"):

@@ -81,3 +81,10 @@ def test_a_tokenizer_of_another_model_is_told(model):
         ModelError, match=r"the tokenizer yields token \d+ .* model has only 100 embeddings"
     ):
         wrong.encode(["a text of several words"])
+
+
+@pytest.mark.parametrize("length", [0, -5, True, "3", 2.5])
+def test_a_length_for_one_call_is_a_number_of_tokens(model, length):
+    """0 stood for no limit, and a negative one was told as a lack of room."""
+    with pytest.raises(DataError, match="is not a number of tokens. Fix: give a whole number"):
+        model.encode(["a b"], processing_kwargs={"text": {"max_length": length}})

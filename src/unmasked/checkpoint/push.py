@@ -6,10 +6,9 @@ folder. Cost: the upload.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from unmasked.checkpoint.location import locate
+from unmasked.checkpoint.location import Location, locate
 from unmasked.errors import ModelError, OutputError, first_line
 
 PARTS = (
@@ -31,7 +30,7 @@ def list_files(folder: Path) -> list[tuple[str, int]]:
     """Path and size in bytes of each file that is part of the model.
 
     Raises:
-        ModelError: the folder does not hold a model.
+        ModelError: the folder does not hold a model, or its `modules.json` is broken.
     """
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         if not folder.exists():
@@ -45,7 +44,7 @@ def list_files(folder: Path) -> list[tuple[str, int]]:
     modules = folder / MODULES
     if modules.is_file():
         found.add(modules)
-        for module in json.loads(modules.read_text(encoding="utf-8")):
+        for module in Location(str(folder)).read_list(MODULES):
             inside = (folder / str(module.get("path", ""))).resolve()
             if inside.parent == folder:
                 found |= {file for part in OF_A_MODULE for file in inside.glob(part)}

@@ -118,12 +118,18 @@ def requested_length(options: Mapping[str, Any] | None) -> int | None:
             if (kind, name) not in _OPTIONS:
                 allowed = map(".".join, _OPTIONS)
                 raise DataError(unknown("processing option", f"{kind}.{name}", allowed))
-            if not (name == "max_length" and isinstance(value, int)) and value not in (True, None):
+            if name == "max_length" and value is not None:
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise DataError(
+                        f"processing_kwargs: {kind}.max_length={value!r} is not a number of tokens. "
+                        "Fix: give a whole number of 1 or more, or leave it out."
+                    )
+                length = value
+            elif value not in (True, None):
                 raise DataError(
                     f"processing_kwargs: {kind}.{name}={value!r} is not supported. "
                     f"Fix: leave {name} out; the encoder truncates and pads as it needs to."
                 )
-            length = value if name == "max_length" else length
     return length
 
 
