@@ -358,7 +358,7 @@ def test_a_peft_model_around_a_peft_model(checkpoint):
     model = AutoModel.from_pretrained(published_folders(checkpoint[0])[0])
     with pytest.warns(UserWarning, match="missing adapter keys"):
         nested = PeftModel.from_pretrained(PeftModel.from_pretrained(model, mntp), second)
-    with pytest.raises(ModelError, match=r"neither adapter .* acts.*merge_and_unload"):
+    with pytest.raises(ModelError, match=r"neither adapter .* has an effect.*merge_and_unload"):
         LLM2Vec(nested, AutoTokenizer.from_pretrained(mntp), device="cpu")
 
 
