@@ -1,4 +1,4 @@
-"""Classification: a linear probe on vectors, trained on a handful of labelled texts.
+"""Classification: a linear classifier on the vectors of a few labelled texts.
 
     python examples/classification.py [MODEL]
 

@@ -1,4 +1,4 @@
-"""Clustering: the docstrings of three modules of the standard library, told apart without labels.
+"""Clustering: separates the docstrings of three modules, without labels.
 
 python examples/clustering.py [MODEL]
 """

@@ -1,4 +1,4 @@
-"""Retrieval: a question finds its passage. Queries have an instruction, passages have none.
+"""Retrieval: finds the passage that answers a question. Only queries have an instruction.
 
 python examples/retrieval.py [MODEL]
 """

@@ -1,4 +1,4 @@
-"""Sentence similarity: cosines beside what people said. Both sides get the same instruction.
+"""Sentence similarity: cosines beside human scores. Both sides have the same instruction.
 
 python examples/sts.py [MODEL]
 """

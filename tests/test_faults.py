@@ -32,7 +32,7 @@ def model(tiny_decoder):
 
 
 def test_b7_whether_the_suffix_is_pooled_is_saved_data(tiny_decoder, tmp_path):
-    """Explicit, in the folder; and the text between prefix and suffix is not stripped."""
+    """Whether the template's suffix is pooled is saved in the folder; the text is not stripped."""
     template = asdict(named("inst"))
     pairs = [["Find:", "a text  "]]
     vectors = {}
@@ -99,7 +99,7 @@ def test_b20_the_device_is_cuda_then_mps_then_cpu(monkeypatch, tiny_decoder):
 
 
 def test_b23_backends_agree_on_windows(tiny_tokenizer):
-    """A window of 4 acts under eager and sdpa alike, with padding and without."""
+    """A window of 4 has the same effect under eager and sdpa, with padding and without."""
     config = open_config(tiny.config("mistral"))
     texts = ["a long enough sentence for the window", "short", "another one of middle length"]
     vectors = {}
@@ -125,7 +125,7 @@ def test_b26_errors_name_what_was_given(tiny_mamba, tiny_decoder):
 
 
 def test_b31_the_schedule_spans_what_it_says(tiny_decoder, tmp_path):
-    """Decay over the steps by default; over more on request, as the paper did."""
+    """The rate decays over the steps by default, or over more steps on request, as in the paper."""
     from unmasked.train.run import Run
 
     (tmp_path / "texts.txt").write_text("\n".join(f"a text of words {i}" for i in range(60)))
@@ -146,7 +146,7 @@ def test_b31_the_schedule_spans_what_it_says(tiny_decoder, tmp_path):
 
 
 def test_b44_words_are_encoded_without_dropout_on_any_device(tiny_decoder):
-    """The word test of the original never left train mode."""
+    """Words are encoded without dropout; the original's word test never left train mode."""
     model = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
@@ -158,7 +158,7 @@ def test_b44_words_are_encoded_without_dropout_on_any_device(tiny_decoder):
 
 
 def test_b45_without_bos_no_word_and_no_label_is_lost(tiny_decoder, tiny_tokenizer):
-    """The state before the first token is its own, and the others keep their place."""
+    """Without BOS the first word keeps its own state, so that no word or label is lost."""
     from tokenizers import processors
 
     backend = tiny_tokenizer.backend_tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
@@ -174,7 +174,7 @@ def test_b45_without_bos_no_word_and_no_label_is_lost(tiny_decoder, tiny_tokeniz
 
 
 def test_b46_entity_f1_stands_beside_token_accuracy(model, tmp_path):
-    """The original called token accuracy with all the ``O`` precision."""
+    """Entity F1 is reported too; the original called token accuracy, ``O`` included, precision."""
     from unmasked.evaluate.tasks.probe import load_probe
 
     rows = "Anna\tB-PER\nin\tO\nOslo\tB-LOC\n"
@@ -192,7 +192,7 @@ def test_b51_no_space_is_added_without_an_instruction(model):
 
 
 def test_b54_truncation_overwrites_nothing_and_eos_is_the_tokenizers(tiny_tokenizer):
-    """Nothing generates text here; what its preprocessing got wrong is held all the same."""
+    """Unlike in LLM2Vec-Gen, truncation overwrites no token and keeps the tokenizer's EOS."""
     for eos in ("</s>", "!"):
         backend = tiny_tokenizer.backend_tokenizer
         tokenizer = PreTrainedTokenizerFast(

@@ -55,6 +55,7 @@ def sentencepiece_decoder(tiny_decoder, sentencepiece_tokenizer, tmp_path_factor
 
 
 def test_b11_shapes(model):
+    """One text gives one vector, a list a matrix, and an empty list an empty matrix."""
     assert model.encode("hello").shape == (32,)
     assert model.encode([]).shape == (0, 32)
     assert model.encode([], convert_to_tensor=True).shape == (0, 32)

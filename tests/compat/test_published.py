@@ -179,7 +179,7 @@ def load_base(cache, name):
 
 
 def test_b28_the_tokenizer_is_the_bases_again(checkpoint):
-    """The checkpoint's own has ``_`` as mask token and so splits ``__init__``."""
+    """The base's tokenizer is used; the checkpoint's has ``_`` as mask and splits ``__init__``."""
     cache, hub, _, _ = checkpoint
     base, mntp, _ = published_folders(cache)
     plain, masked = (AutoTokenizer.from_pretrained(folder) for folder in (base, mntp))
@@ -192,7 +192,7 @@ def test_b28_the_tokenizer_is_the_bases_again(checkpoint):
 
 @ONE
 def test_b12_b15_hub_options_reach_every_file(checkpoint, tmp_path):
-    """A revision has its own adapter and settings; without the cache nothing is found."""
+    """`revision` and `cache_dir` reach every file: the adapter, its settings and the base."""
     cache, hub, _, _ = checkpoint
     fork = tmp_path / "hub"
     shutil.copytree(cache, fork)

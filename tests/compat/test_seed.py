@@ -62,7 +62,7 @@ def results(texts, tmp_path_factory):
 
 
 def test_b50_b52_results_and_logs_are_where_they_were(results):
-    """Relative paths; a trailing slash of the model name is ignored; a stage can be continued."""
+    """Results and logs are in the same folders; a trailing slash of the model is ignored."""
     for stage in ("mntp", "simcse"):
         folder = results / f"nano-{stage}"
         for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
@@ -107,7 +107,7 @@ def test_b48_flags_the_seed_ignored_act(results):
 
 
 def test_b25_the_readme_of_the_seed_system_runs_on_the_result(results, caplog):
-    """Its code as it stands; the model it builds is causal, which is told, with the fix."""
+    """The code in the seed system's README runs; its model is causal, and a warning has the fix."""
     mntp, simcse = str(results / "nano-mntp"), str(results / "nano-simcse")
     tokenizer = AutoTokenizer.from_pretrained(mntp)
     tokenizer.padding_side = "left"

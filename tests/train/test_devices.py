@@ -63,7 +63,7 @@ def start(count: int, *command: str) -> list[subprocess.CompletedProcess[str]]:
 
 @pytest.mark.parametrize("kind", ["mntp", "simcse", "supervised"])
 def test_b37_two_processes_have_the_gradient_of_one(kind, tiny_decoder, tmp_path):
-    """Of the whole batch: scored tokens are counted, and negatives taken, across processes.
+    """Two processes have the gradient of one with the whole batch: tokens, negatives are shared.
 
     Both where each has all weights (DDP) and where they share them, layer by layer (FSDP2).
     """

@@ -122,7 +122,7 @@ def killed_equals_whole(recipe: dict, folder: Path, moments: list[int], seed: in
 
 
 def test_b29_killed_twice_ends_the_same(tiny_decoder, tmp_path):
-    """In the second epoch of MNTP, whose masks are others than those of the first; in SimCSE."""
+    """Killed in MNTP's second epoch, which has new masks, and in SimCSE, a run ends the same."""
     recipe = recipe_of(tiny_decoder, tmp_path, 40, 20)
     killed_equals_whole(recipe, tmp_path, [32, 50], seed=0)
 

@@ -306,7 +306,7 @@ def test_b40_the_same_text_is_no_negative(encoder):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_b40_an_answer_is_no_negative_wherever_it_stands(monkeypatch, world):
-    """As another row's positive or hard negative, on this device or another, in random batches."""
+    """An answer to a query is never its negative, wherever it is in the batch, on any device."""
     rows, hard, draw = 6, 2, np.random.default_rng(0)
     for _ in range(20):
         queries = draw.integers(0, 5, (world, rows))  # few texts, so that they meet
@@ -394,7 +394,7 @@ def test_matryoshka_is_the_mean_over_the_lengths(encoder):
 
 @pytest.mark.parametrize("dimensions", [(), (8,)], ids=["plain", "matryoshka"])
 def test_b41_gradcache_has_the_gradient_of_the_large_batch(encoder, dimensions):
-    """256 rows with a hard negative, 200 tokens a forward, against one forward of all."""
+    """GradCache in forward passes of 200 tokens has the gradient of one pass over all 256 rows."""
     rows = [
         {
             "query": f"query {i} {i * 7}",

@@ -145,7 +145,7 @@ def test_b28_the_mask_token_leaves_the_tokenizer_alone(tiny_tokenizer):
 
 @pytest.mark.parametrize("kind", ["blank", "eos", "mask"])
 def test_b28_the_tokenizers_own_mask_token_masks(tiny_tokenizer, kind):
-    """Also in the tokenizer that the encoder made of it, which is the one that a stage asks."""
+    """A tokenizer's own mask token is used, also in the encoder's copy of the tokenizer."""
     own = copy.deepcopy(tiny_tokenizer)
     own.add_special_tokens({"mask_token": "<mask>"})
     given = prepare_tokenizer(own)
