@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -104,13 +105,25 @@ def settings_now(tokens: Any, pooling: Any, rules: str | None) -> folder.Setting
     )
 
 
+_IDLE = re.compile(
+    "_.*|architectures|transformers_version|(torch_)?dtype|auto_map|is_causal|use_cache|.*_token_id|"
+    "use_bidirectional_attention|pruned_heads|quantization_config|return_dict|output_.*|.*_range|"
+    ".*dropout|.*_pdrop|id2label|label2id|problem_type|tie_word_embeddings"
+)
+"""Keys of a config that decide no vector, or that the proof of the mask stands for."""
+
+
 def deciding(encoder: Any) -> list[Any]:
     """Everything besides weights and tokenizer that determines the vectors, as JSON values.
 
     The weights do not tell whether the mask is open, and a `Normalize` has no weights. Usual values
-    are left out, so that the fingerprints of earlier versions stay valid.
+    are left out, so that the fingerprints of earlier versions stay valid. The config counts, apart
+    from what saving changes and no forward reads: the same weights compute other vectors with
+    another scaling of positions, number of heads or epsilon.
     """
     settings, proof, backbone = encoder.settings, encoder.report, encoder.backbone
+    stated = backbone.model.config.to_dict().items()
+    config = {name: value for name, value in stated if not _IDLE.fullmatch(name)}
     mask = (proof.verdict, proof.causal_layers, proof.window)
     rare = {
         "truncate_dim": encoder.truncate_dim,
@@ -119,7 +132,7 @@ def deciding(encoder: Any) -> list[Any]:
         "mask": [] if mask == ("full", (), None) else mask,
     }
     unusual = {name: value for name, value in rare.items() if value not in (None, [], [None, None])}
-    return [asdict(settings), settings.compat is not None, *filter(None, [unusual])]
+    return [asdict(settings), settings.compat is not None, *filter(None, [unusual]), config]
 
 
 def named_card(card: Card, encoder: Any, name: str | None) -> Card:

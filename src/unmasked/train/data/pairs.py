@@ -161,8 +161,15 @@ def _texts(
     query = query_of(known.query, values[known.query])
     positives = texts_of(known.positive, "remove the row")
     if not positives:
-        empty = values[known.positive] == ""
-        given = f"'{known.positive}' is {'empty, which has no vector' if empty else 'null'}"
+        value = values[known.positive]
+        found = (
+            "empty, which has no vector"
+            if value == ""
+            else "an empty list"
+            if value == []
+            else "null"
+        )
+        given = f"'{known.positive}' is {found}"
         raise FaultyCell(given, "remove the row")
     negatives = [text for name in known.negatives for text in texts_of(name)]
     instructions = [*{text.instruction for text in (*positives, *negatives)}]

@@ -233,8 +233,10 @@ def _key(item: Input) -> int:
 
 
 def _is_written(files: Sequence[Path], keys: np.ndarray, folder: Path, name: str) -> bool:
-    """Whether a part exists, from a teacher of this name and for exactly these texts."""
-    written = _facts(folder).get("name") == name and all(file.is_file() for file in files)
+    """Whether a part exists, from this teacher and for exactly these texts."""
+    facts = _facts(folder)
+    same = (facts.get("name"), facts.get("files")) == (name, _files_of(name))
+    written = same and all(file.is_file() for file in files)
     return written and np.array_equal(np.load(files[0]), keys)
 
 
@@ -252,11 +254,17 @@ def _claim(folder: Path, name: str, model: Any) -> bool:
             model.state_dict(), model.tokenizer, [str(model), model.max_seq_length]
         )
     own = {"name": name, "model": digest, "prompts": model.prompts}
-    if _facts(folder) == own:
-        return False
-    shutil.rmtree(folder, ignore_errors=True)
-    write_text(folder / FACTS, json.dumps(own) + "\n")
-    return True
+    before = _facts(folder)
+    if other := {key: before.get(key) for key in own} != own:
+        shutil.rmtree(folder, ignore_errors=True)
+    write_text(folder / FACTS, json.dumps(own | {"files": _files_of(name)}) + "\n")
+    return other
+
+
+def _files_of(name: str) -> dict[str, list[int]]:
+    """Size and time of each file of a teacher on this disk: they tell a change without loading."""
+    stated = {str(p): p.stat() for p in sorted(Path(locate(name).name).rglob("*")) if p.is_file()}
+    return {path: [found.st_size, found.st_mtime_ns] for path, found in stated.items()}
 
 
 def _facts(folder: Path) -> dict[str, Any]:
