@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from sentence_transformers.base.modules import Normalize
+from support import zoo
 from torch import nn
 
 from unmasked import LLM2Vec
@@ -42,6 +45,44 @@ def test_what_decides_vectors_without_a_weight_of_its_own_counts(tiny_decoder, t
     encoder.truncate_dim = 8
     found.append(encoder.fingerprint())
     assert len(set(found)) == 5
+    encoder.save(tmp_path / "saved")
+    again = LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.fingerprint() == encoder.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+        {"rms_norm_eps": 0.1},
+        {"hidden_act": "gelu"},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    ],
+    ids=lambda edited: "-".join(edited),
+)
+def test_another_config_with_the_same_weights_is_another_model(
+    model, tiny_decoder, tmp_path, edited
+):
+    shutil.copytree(tiny_decoder, tmp_path / "edited")
+    config = json.loads((tmp_path / "edited" / "config.json").read_text())
+    (tmp_path / "edited" / "config.json").write_text(json.dumps(config | edited))
+    other = LLM2Vec.from_pretrained(tmp_path / "edited", device="cpu")
+    assert all(
+        torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items()
+    )
+    assert other.fingerprint() != model.fingerprint()
+    other.save(tmp_path / "saved")
+    again = LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.fingerprint() == other.fingerprint()
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma3n_text", "mistral", "opt", "gpt_neox"])
+def test_a_saved_folder_has_it_in_every_family(family, tiny_tokenizer, tmp_path):
+    """Some families change their config as they build it with the mask open."""
+    zoo.build(zoo.config(family)).save_pretrained(tmp_path / "decoder")
+    tiny_tokenizer.save_pretrained(tmp_path / "decoder")
+    encoder = LLM2Vec.from_pretrained(tmp_path / "decoder", device="cpu")
     encoder.save(tmp_path / "saved")
     again = LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
     assert again.fingerprint() == encoder.fingerprint()

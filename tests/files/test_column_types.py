@@ -75,6 +75,21 @@ def test_the_row_at_fault_is_named_before_anything_is_encoded(given, values, sai
     assert "Fix: " in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [2**64, -(2**63) - 1, {"n": 2**70}, [1, 2**70]])
+def test_a_whole_number_of_more_than_64_bits_is_named(given, value):
+    path = given("a.jsonl", lines(1, value) if isinstance(value, int) else lines(value))
+    said = r"line [12]: 'x' is .* Fix: write whole numbers of more than 64 bits as strings"
+    with pytest.raises(DataError, match=said):
+        kept(path)
+
+
+def test_where_every_row_is_faulty_that_is_told(given):
+    """And not that no row has the column."""
+    path = given("a.jsonl", '{"text": "t", "x": ' + "9" * 5000 + "}\n")
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        list(Source(path, keep=("x",)).records())
+
+
 def test_declared_types_are_kept(tmp_path):
     moment = datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)
     table = pa.table(

@@ -194,6 +194,21 @@ def test_the_command(tiny_decoder, tmp_path, texts):
     )
 
 
+def test_a_path_that_is_not_there_is_told_of_every_stage(tiny_decoder, tmp_path, texts):
+    """Also where the plan does not need the texts, and behind a path that is there."""
+    from unmasked.cli import app
+
+    both = [str(texts), str(tmp_path / "gone.txt")]
+    recipe = {"name": "t", "model": {"base": str(tiny_decoder)},
+              "mntp": {"data": both, "block_length": 16}, "simcse": {"data": both}}  # fmt: skip
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(recipe))
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path / "t.yaml")])
+    assert shown.exit_code == 0, shown.output
+    for stage in ("mntp", "simcse"):
+        assert f"~ {stage}: {tmp_path}/gone.txt is not a file or folder" in shown.output
+    assert "is assumed" not in shown.output
+
+
 def use(folder, recipe):
     """A stage in a process of its own: (bytes that torch held at most, seconds of a step).
 

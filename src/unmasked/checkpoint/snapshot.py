@@ -107,7 +107,7 @@ def settings_now(tokens: Any, pooling: Any, rules: str | None) -> folder.Setting
 
 _IDLE = re.compile(
     "_.*|architectures|transformers_version|(torch_)?dtype|auto_map|is_causal|use_cache|.*_token_id|"
-    "use_bidirectional_attention|pruned_heads|quantization_config|return_dict|output_.*|.*_range|"
+    "use_bidirectional_attention|sliding_window|pruned_heads|quantization_config|return_dict|output_.*|.*_range|"
     ".*dropout|.*_pdrop|id2label|label2id|problem_type|tie_word_embeddings"
 )
 """Keys of a config that decide no vector, or that the proof of the mask stands for."""

@@ -160,6 +160,8 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
     for stage in plan.stages:
         if stage.assumed:
             show(f"~ {stage.name}: half of max_length is assumed for a text, as {stage.assumed}")
+        if stage.unread:
+            show(f"~ {stage.name}: {stage.unread}")
 
 
 def settings_text(below: str = "") -> str:

@@ -66,7 +66,7 @@ def column_types(files: Sequence[str], names: Sequence[str]) -> list[pa.DataType
             found = _scanned(path, names, seen, found)
     types = []
     for name in names:
-        if name not in seen:
+        if seen and name not in seen:  # where every row is faulty, that is told as it is read
             raise fault_error(files[0], absent(name, seen, "name it with --keep"))
         kind = found.field(name).type if name in found.names else pa.null()
         types.append(pa.string() if pa.types.is_null(kind) else kind)
@@ -157,10 +157,18 @@ def _row_by_row(path: str, name: str, batch: Iterable[Cells], found: pa.Schema) 
         before = found.field(name).type if name in found.names else None
         try:
             found = _merged(path, found, pa.schema([(name, pa.array([value]).type)]))
-        except (pa.ArrowException, OverflowError, TypeError, DataError, UnicodeEncodeError):
+        except (
+            pa.ArrowException,
+            OverflowError,
+            TypeError,
+            DataError,
+            UnicodeEncodeError,
+        ) as error:
             said = f", though the rows above have the type {before}" if before else ""
             given = f"'{name}' is {json.dumps(value, default=str)[:40]}{said}"
             fix = f"give '{name}' one type in every row, or leave it out of --keep"
+            if isinstance(error, OverflowError):
+                fix = "write whole numbers of more than 64 bits as strings, or leave them out of --keep"
             raise fault_error(where(path, cells.number), (given, fix)) from None
     return found
 

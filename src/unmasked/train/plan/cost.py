@@ -68,6 +68,7 @@ class StagePlan:
         scored: rows of logits per forward.
         twice: whether the batch is embedded twice, first without gradients (GradCache).
         assumed: why no text could be read and the length is assumed; empty if texts were read.
+        unread: why a source of texts cannot be read, where the plan needs none of its texts.
         teacher: the cost of a teacher that encodes the texts first, if there is one.
         seconds: duration of the stage; None without a probe.
         taught_seconds: the part of `seconds` in which the teacher encodes.
@@ -82,6 +83,7 @@ class StagePlan:
     scored: int = 0
     twice: bool = False
     assumed: str = ""
+    unread: str = ""
     teacher: TeacherPlan | None = None
     seconds: float | None = None
     taught_seconds: float = 0.0
@@ -256,7 +258,8 @@ def _plan_stage(
         part = devices.micro_batch(rows, micro_batch_rows(stage, device))
         scored = round(part * stage.block_length * stage.mask_probability)
         forwards = rows // part * stage.gradient_accumulation
-        return StagePlan(name, stage, sizes, part, stage.block_length, forwards, scored)
+        plan = StagePlan(name, stage, sizes, part, stage.block_length, forwards, scored)
+        return replace(plan, unread=_unread(stage))
     unread = f"nothing to train on was given. Fix: {name}.data=FILE."
     try:
         texts, per_row, pairs = _sample(stage)
@@ -273,7 +276,18 @@ def _plan_stage(
     forwards = -(-together // part) * stage.gradient_accumulation
     teacher = plan_teacher(stage, pairs, device) if isinstance(stage, Supervised) else None
     found = StagePlan(name, stage, sizes, part, length, forwards, teacher=teacher)
-    return replace(found, twice=twice, assumed="" if texts else unread)
+    without = _unread(stage) if texts and isinstance(stage, SimCSE) else ""
+    return replace(found, twice=twice, assumed="" if texts else unread, unread=without)
+
+
+def _unread(stage: MNTP | SimCSE) -> str:
+    """Why one of the sources of texts cannot be read; empty if all can, or none is given."""
+    try:
+        for source in stage.data:
+            next(iterate_texts([source], 1))
+    except UnmaskedError as error:
+        return first_line(error)
+    return ""
 
 
 def _sample(stage: SimCSE | Supervised) -> tuple[list[str], int, list[PairRow]]:
