@@ -168,7 +168,7 @@ def _row_by_row(path: str, name: str, batch: Iterable[Cells], found: pa.Schema) 
             given = f"'{name}' is {json.dumps(value, default=str)[:40]}{said}"
             fix = f"give '{name}' one type in every row, or leave it out of --keep"
             if isinstance(error, OverflowError):
-                fix = "write whole numbers of more than 64 bits as strings, or leave them out of --keep"
+                fix = "write whole numbers of more than 64 bits as strings, or leave them out"
             raise fault_error(where(path, cells.number), (given, fix)) from None
     return found
 
