@@ -64,7 +64,7 @@ def test_an_error_comes_back_whole_from_another_process(error):
 
 ELSEWHERE = {
     "compat/seed.py: raise RecipeError(f'--{flag} {value}: {reason}')": "REFUSED holds it",
-    "corpus/ray.py: raise kinds.get(said['error'], errors.ModelError)(said['message'])": (
+    "corpus/ray.py: raise kinds.get(returned['error'], errors.ModelError)(returned['message'])": (
         "a worker's own error"
     ),
     "evaluate/scorer.py: raise DataError(f'task {name}: {error}') from error": "the task's error",

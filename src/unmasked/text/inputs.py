@@ -121,8 +121,8 @@ def requested_length(options: Mapping[str, Any] | None) -> int | None:
             if name == "max_length" and value is not None:
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise DataError(
-                        f"processing_kwargs: {kind}.max_length={value!r} is not a number of tokens. "
-                        "Fix: give a whole number of 1 or more, or leave it out."
+                        f"processing_kwargs: {kind}.max_length={value!r} is not a number of "
+                        "tokens. Fix: give a whole number of 1 or more, or leave it out."
                     )
                 length = value
             elif value not in (True, None):
