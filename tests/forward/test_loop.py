@@ -70,8 +70,28 @@ def test_tiers_are_few_and_little_larger():
 def test_a_gpu_of_forty_gigabytes_gets_larger_forwards(monkeypatch, memory, tokens):
     given = SimpleNamespace(total_memory=int(memory))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: given)
-    assert token_budget(torch.device("cuda")) == tokens
-    assert token_budget(torch.device("cpu")) == 1024
+    assert token_budget(torch.device("cuda"), torch.bfloat16) == tokens
+
+
+def test_a_forward_on_a_cpu_has_as_many_bytes_in_each_dtype():
+    cpu = torch.device("cpu")
+    budgets = {dtype: token_budget(cpu, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    assert budgets == {torch.float32: 1024, torch.bfloat16: 2048}
+    assert token_budget(cpu, torch.float16) == 2048
+
+
+def test_encode_fills_a_forward_by_the_dtype_of_the_weights(tiny_decoder):
+    texts = ["a text of some words"] * 3000
+    texts = [f"{text} {number}" for number, text in enumerate(texts)]
+    rows = {}
+    for dtype in ("float32", "bfloat16"):
+        encoder = LLM2Vec.from_pretrained(tiny_decoder, dtype=dtype, device="cpu")
+        request = Request(torch.device("cpu"), by_tokens=True)
+        pieces = tokenised(encoder.backbone, [TextWindow(texts)], request)
+        prepared = prepare_batches(encoder.backbone, pieces, request)
+        rows[dtype] = max(sum(batch.lengths) for batch in prepared)
+    assert 900 < rows["float32"] <= 1024
+    assert 1900 < rows["bfloat16"] <= 2048
 
 
 def test_without_padding_a_forward_is_filled_with_tokens():

@@ -71,7 +71,9 @@ def late_vectors(
     model.eval()
     results: list[Tensor] = [torch.empty(0)] * len(windows)  # batches are in order of length
     try:
-        for chosen in plan_batches([len(w.row.ids) for w in windows], token_budget(device)):
+        for chosen in plan_batches(
+            [len(w.row.ids) for w in windows], token_budget(device, backbone.dtype)
+        ):
             batch = [windows[i] for i in chosen]
             features = backbone.collate([window.row for window in batch])
             moved = {name: value.to(device) for name, value in features.items()}

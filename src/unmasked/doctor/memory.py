@@ -21,7 +21,7 @@ def estimates(name: str, whole: Any, dtype: torch.dtype, device: torch.device) -
         dtype: precision of the weights when it encodes.
         device: where it encodes.
     """
-    text, tokens = whole.config.get_text_config(), token_budget(device)
+    text, tokens = whole.config.get_text_config(), token_budget(device, dtype)
     width = int(text.hidden_size)
     inner = getattr(text, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * width

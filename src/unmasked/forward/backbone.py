@@ -121,6 +121,13 @@ class Backbone(InputModule):
         return bare
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, or of those that are not quantized."""
+        model: Any = self.auto_model
+        dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        return dtype
+
+    @property
     def max_seq_length(self) -> int:
         return self.tokens.max_length
 

@@ -67,7 +67,7 @@ class Service:
         }
         self.queue = TextQueue(list(encoders), limits.queue, limits.wait)
         self.measures = Measures(lambda: (self.queue.texts, self.queue.tokens))
-        budgets = [token_budget(encoder.device) for encoder in encoders.values()]
+        budgets = [token_budget(e.device, e.backbone.dtype) for e in encoders.values()]
         self.device = DeviceThread(
             self.queue,
             {name: model.vectors for name, model in self.models.items()},

@@ -130,7 +130,7 @@ def plan_teacher(
     length = _mean_length(place, inputs) if inputs else max(1, stage.max_length // 2)
     of_each = len(set(inputs)) / len(rows) if rows else 2 + stage.hard_negatives
     texts = max(1, round(of_each * _count_rows(stage, stage.teacher)))
-    together = max(1, min(texts, token_budget(device) // length))
+    together = max(1, min(texts, token_budget(device, sizes.dtype) // length))
     converted = device.type == "cpu" and getattr(config, "dtype", sizes.dtype) != sizes.dtype
     return TeacherPlan(sizes, texts, length, together, converted)
 
