@@ -184,7 +184,7 @@ def test_mine_and_train_supervised(cli, tiny_decoder, tmp_path):
         assert (code, says in err) == (2, True)
     code, _, err = cli(*mining[:4], "other.jsonl", "--depth", "2", "--skip", "2")
     assert code == 2
-    assert "so that none is left. Fix: a larger --depth" in err
+    assert "so none is left. Fix: a larger --depth" in err
     assert not (tmp_path / "other.jsonl").exists()
     few = ["supervised.steps=2", "supervised.warmup_steps=1", "supervised.batch_size=4"]
     training = ["train", "supervised", "--base", tiny_decoder, "-o", "out", *few]
