@@ -19,7 +19,7 @@ from typer.models import ArgumentInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "reference"
-WRITTEN = "Written by `python scripts/reference.py`; change what it reads, not this page.\n"
+WRITTEN = "Written by `python scripts/reference.py`; do not edit this page.\n"
 
 
 def cell(text: str) -> str:
@@ -36,9 +36,8 @@ def commands_page() -> str:
 
     parts = ["# Commands\n", WRITTEN]
     parts.append(
-        "`unmasked VERB --help` says the same. Exit codes: 0 when it is done, 2 for what you can "
-        "mend, 130 when it was interrupted. `unmasked --debug VERB` shows the traceback of an "
-        "error.\n"
+        "`unmasked VERB --help` shows the same. Exit codes: 0 on success, 2 for an error that you "
+        "can correct (`unmasked --debug VERB` shows its traceback), 130 after an interruption.\n"
     )
     for name, verb in verbs(app, ""):
         said = (inspect.getdoc(verb) or "").split("\n\n")[0]
@@ -107,7 +106,7 @@ def settings_page() -> str:
     parts = ["# Settings of a recipe\n", WRITTEN]
     parts.append(
         "A recipe is a YAML file with these sections; on the command line a setting is "
-        "`section.key=value`. `unmasked recipes explain SECTION` says the same.\n"
+        "`section.key=value`. `unmasked recipes explain SECTION` shows the same.\n"
     )
     table = "\n| setting | allowed | default | what it does |\n|---|---|---|---|"
     in_table = False
@@ -141,7 +140,7 @@ def python_page() -> str:
         parts.append(f"## {name}\n")
         if name == "Recipe":
             parts.append(markdown(inspect.getdoc(thing)))
-            parts.append("\nIts settings are [on a page of their own](settings.md).\n")
+            parts.append("\nIts settings are listed on [a page of their own](settings.md).\n")
             continue
         if inspect.isfunction(thing):
             parts.append(f"```text\nunmasked.{name}{signature(thing)}\n```\n")
