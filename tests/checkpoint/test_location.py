@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers.utils.import_utils import is_flash_attn_2_available
 
+from unmasked import LLM2Vec
 from unmasked.checkpoint import loading, location
 from unmasked.checkpoint.location import bundled_path, locate
 from unmasked.checkpoint.push import list_files
@@ -131,6 +133,12 @@ def test_a_family_that_is_not_known_is_not_a_broken_download(tmp_path, stated, s
     (tmp_path / "config.json").write_text(json.dumps(stated), encoding="utf-8")
     with pytest.raises(ModelError, match=said):
         loading.find(tmp_path)
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_a_library_that_is_missing_is_not_a_broken_download(tiny_decoder):
+    with pytest.raises(ModelError, match=r"Fix: install what is missing, or leave out the option"):
+        LLM2Vec.from_pretrained(tiny_decoder, attn_implementation="flash_attention_2")
 
 
 def test_an_archive_is_refused(tmp_path):

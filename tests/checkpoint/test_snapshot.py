@@ -315,6 +315,8 @@ def test_a_full_disk_is_one_sentence(model, tmp_path, monkeypatch):
 
 def test_the_options_of_stock_saving(model, tmp_path):
     model.save(None)
+    with pytest.raises(OutputError, match="is '', an empty name. Fix: name a folder"):
+        model.save("")  # as of a variable that is not set; stock code raises as well
     with pytest.raises(ModelError, match="safetensors only"):
         model.save(tmp_path / "saved", safe_serialization=False)
     model.save(tmp_path / "saved", create_model_card=False)

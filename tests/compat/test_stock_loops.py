@@ -80,6 +80,14 @@ def test_the_trainer_resumes_exactly_with_an_adapter_attached(how, tiny_decoder,
     assert len(frozen) > 10 and not any("lora" in name for name in frozen)
 
 
+def test_a_state_dict_goes_through_a_file_of_torch(tiny_decoder, tmp_path):
+    """Which takes tensors and plain values alone; a token of the hub is in none of them."""
+    model = LLM2Vec.from_pretrained(tiny_decoder, device="cpu", token="hf_secret")
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    assert b"hf_secret" not in (tmp_path / "state.pt").read_bytes()
+    assert not model.load_state_dict(torch.load(tmp_path / "state.pt"))[0]
+
+
 def test_a_checkpoint_of_another_base_goes_below_a_new_lora(tiny_decoder, tmp_path, caplog):
     other = load(tiny_decoder)
     with torch.no_grad():

@@ -132,7 +132,10 @@ class Location:
         """The error to raise if this location cannot be loaded because of `error`."""
         first = first_line(error)
         if Path(self.name).exists():
-            return ModelError(f"cannot load {self.name}: {first} Fix: save or download it again.")
+            fix = "save or download it again"
+            if isinstance(error, ImportError):
+                fix = "install what is missing, or leave out the option that needs it"
+            return ModelError(f"cannot load {self.name}: {first} Fix: {fix}.")
         return ModelError(
             f"cannot load {self.name}: it is not a folder here{self.hint()} The hub answered: "
             f"{first.rstrip('.')}. Fix: check the name and the network, or download the model "

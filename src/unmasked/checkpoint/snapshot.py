@@ -25,7 +25,7 @@ from unmasked.checkpoint import adapters, folder
 from unmasked.checkpoint.card import Card
 from unmasked.checkpoint.location import Location
 from unmasked.checkpoint.weights import require_finite
-from unmasked.errors import ModelError, first_line
+from unmasked.errors import ModelError, OutputError, first_line
 from unmasked.mask.proof import stock_loading
 from unmasked.text.special_tokens import MARK
 from unmasked.text.templates import Template
@@ -61,6 +61,8 @@ def save_encoder(
     """
     if path is None:
         return
+    if not str(path):
+        raise OutputError("the folder to save in is '', an empty name. Fix: name a folder.")
     if not safe:
         raise ModelError(
             "weights are written as safetensors only: a pickle can run code. "

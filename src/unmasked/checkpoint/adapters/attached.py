@@ -32,7 +32,9 @@ FOLDER = "attached"
 """The subfolder of a saved folder in which the adapters are."""
 _WEIGHTS = f"{FOLDER}/adapters.safetensors"
 _SAVED = "saved_in"
-"""An attribute of a state dict: the location from which the encoder was loaded."""
+"""An attribute of a state dict: the name and the revision from which the encoder was loaded.
+
+Strings only: `torch.load` refuses other objects, and the token of a hub has no place in a file."""
 _EXACT = 1e-5  # relative to the norm of a weight; products differ that much between devices
 
 
@@ -65,7 +67,7 @@ def remember(encoder: Any, saved: Location) -> None:
 
 def _name_location(saved: Location, _: Any, state: Any, prefix: str, __: Any) -> None:
     if not prefix:  # the state dict of the encoder itself, not of a module around it
-        setattr(state, _SAVED, saved)
+        setattr(state, _SAVED, [saved.name, saved.hub.get("revision")])
 
 
 def below_adapters(encoder: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -83,8 +85,8 @@ def below_adapters(encoder: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
     if not has_adapters(trunk) or own.keys() <= state.keys():
         return state
     prefix = _trunk_prefix(encoder)
-    saved: Location | None = getattr(state, _SAVED, None)
-    if saved is not None and (path := saved.fetch(_WEIGHTS)):
+    name, revision = getattr(state, _SAVED, None) or (None, None)
+    if name and (path := Location(name, {"revision": revision}).fetch(_WEIGHTS)):
         attached = load_file(path)
         merged = {key.removeprefix(prefix): value for key, value in state.items()}
         if _merge_to(merged, trunk, attached):
