@@ -142,7 +142,13 @@ def test_a_file_that_was_packed_twice_is_unpacked_as_advised(tmp_path):
 
 def test_what_comes_in_by_standard_input_is_not_copied(tmp_path):
     for head in (gzip.compress(b"text"), OBJECTS.encode()):
-        assert file_fault("-", head)[1].startswith("write it to a file whose name says ")
+        assert file_fault("-", head)[1].startswith("write it to a file with the suffix of ")
+
+
+def test_a_packed_file_is_unpacked_by_the_command_whatever_its_capitals():
+    head = "one\n".encode("utf-16")
+    advised = "gzip -dc A.TXT.GZ | iconv -f utf-16 -t utf-8 > A-fixed.TXT"
+    assert file_fault("A.TXT.GZ", head)[1] == advised
 
 
 @pytest.mark.parametrize("name", ["A.TXT", "a.JSONL", "A.Csv", "A.TXT.GZ"])
@@ -154,16 +160,24 @@ def test_a_name_in_capitals_says_the_same(tmp_path, name):
     assert len(Source(str(tmp_path)).files) == 1
 
 
-@pytest.mark.parametrize("name", ["a.b.jsonl", "a.json"])
-def test_a_json_array_is_written_by_line_as_advised(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("a.b.jsonl", "a.b-fixed.jsonl"),
+        ("a.json", "a.jsonl"),
+        ("A.JSONL", "A-fixed.JSONL"),
+    ],
+)
+def test_a_json_array_is_written_by_line_as_advised(tmp_path, name, other):
     path = tmp_path / name
     path.write_text('[\n  {"text": "one"},\n  {"text": "둘"}\n]\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"(?i)json .*one object a line\. Fix: python -c") as caught:
+    with pytest.raises(
+        DataError, match=r"(?i)json .*one object per line\. Fix: python -c"
+    ) as caught:
         list(Source(str(path)).rows())
     command = str(caught.value).split("Fix: ")[1][:-1]
     subprocess.run(["bash", "-c", command.replace("python", sys.executable)], check=True)
-    made = tmp_path / ("a.jsonl" if name == "a.json" else "a.b-fixed.jsonl")
-    assert [row.text for row in Source(str(made)).rows()] == ["one", "둘"]
+    assert [row.text for row in Source(str(tmp_path / other)).rows()] == ["one", "둘"]
 
 
 def test_lines_that_are_called_json_are_copied_as_advised(tmp_path):

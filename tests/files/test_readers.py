@@ -47,5 +47,7 @@ def test_rows_are_checked_one_by_one(given):
     path = given("a.jsonl", '{"q": "a"}\n[1]\n')
     rows = checked(path, read(path, {}))
     assert next(rows) == (1, {"q": "a"})
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: a list\. Fix: one object a line\."):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 2: a list\. Fix: write one object per line\."
+    ):
         next(rows)

@@ -240,7 +240,7 @@ def test_what_spoils_one_row_can_be_passed_over(given):
         "an empty tex",
     ]
     assert Source(given("b.txt", raw), max_bytes=50).survey(skip=True) == [5]
-    with pytest.raises(DataError, match="line 2: an empty text.*or pass over such rows"):
+    with pytest.raises(DataError, match="line 2: an empty text.*or skip such rows"):
         Source(given("b.txt", raw), max_bytes=50).survey()
     many = ['{"text": "a"}', "{", "[]", '{"txt": 1}', '{"text": "\\ud83d"}', '{"text": 7}']
     rows = list(Source(given("a.jsonl", "\n".join(many))).rows())

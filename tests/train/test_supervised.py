@@ -172,7 +172,7 @@ def test_what_holds_no_pairs_is_refused(tmp_path, monkeypatch, name):
         (b'{"query": "a", "positive": "b", "negative": {}}\n', "'negative' is a dict"),
         (b'{"query": "a", "positive": "b"}\n', "one row, but a query"),
         (b"", "no row, but a query"),
-        (b"[1]\n", "line 1: a list. Fix: one object a line"),
+        (b"[1]\n", "line 1: a list. Fix: write one object per line"),
         (b"nope\n", "line 1: not JSON"),
         (b'{"query": "\xff"}\n', "line 1: not UTF-8"),
     ],

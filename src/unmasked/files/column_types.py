@@ -1,10 +1,10 @@
-"""The types of columns handed on beside a text: declared by the file, or found in all rows.
+"""The types of columns kept beside a text: declared by the file, or inferred from all rows.
 
-A type taken from the first row alone refuses 1.5 behind 1, and makes a date a quoted string. So
-.parquet and data sets keep the types that they declare, cells of .csv and .tsv stay strings, and
-.jsonl is read once from beginning to end, because only the last row may tell.
+A type inferred from the first row alone would refuse 1.5 after 1. So .parquet and data sets keep
+their declared types, cells of .csv and .tsv are strings, and .jsonl is read once from beginning to
+end, as the last row may change a type.
 
-Cost: one pass over the files of .jsonl, and none over others.
+Cost: one pass over .jsonl files, none over others.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ if TYPE_CHECKING:
 
 _ROWS = 1024
 _EXACT = 1 << 53
-"""Whole numbers up to this one are exact in float64."""
+"""Whole numbers up to this limit are exact in float64."""
 
 
 def column_types(files: Sequence[str], names: Sequence[str]) -> list[pa.DataType]:
     """The type of each named column, over all files.
 
     Args:
-        files: what `readers.read` reads.
-        names: of the columns.
+        files: files and data sets, as `readers.read` takes them.
+        names: names of the columns.
 
     Raises:
-        DataError: no file has a column, or its values have no common type; names the row.
+        DataError: no file has a column, or its values have no common type. Names the row.
     """
     import pyarrow as pa
 
     found, seen = pa.schema([]), dict[str, None]()
 
-    def told(there: Sequence[str]) -> Sequence[str]:
+    def note(there: Sequence[str]) -> Sequence[str]:
         seen.update(dict.fromkeys(there))
         return ()
 
@@ -59,7 +59,7 @@ def column_types(files: Sequence[str], names: Sequence[str]) -> list[pa.DataType
         if declared is not None:
             found = _merged(path, found, declared)
         elif kind in (".csv", ".tsv"):
-            next(read(path, {}, told), None)
+            next(read(path, {}, note), None)  # the header only
             texts = pa.schema([(name, pa.string()) for name in names if name in seen])
             found = _merged(path, found, texts)
         else:
@@ -75,7 +75,7 @@ def column_types(files: Sequence[str], names: Sequence[str]) -> list[pa.DataType
 
 
 def _declared(path: str, names: Sequence[str], seen: dict[str, None]) -> pa.Schema | None:
-    """What a file says of its columns; None for a kind of file that says nothing."""
+    """The declared types of the columns; None for a kind of file that declares none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -96,9 +96,10 @@ def _declared(path: str, names: Sequence[str], seen: dict[str, None]) -> pa.Sche
 
 
 def _merged(path: str, old: pa.Schema, new: pa.Schema) -> pa.Schema:
-    """The common types of two files; none that would change a value."""
+    """The common types of two schemas; refuses types whose common type would change a value."""
     import pyarrow as pa
 
+    # Without the metadata and nullability of the file, which may differ.
     new = pa.schema([pa.field(field.name, field.type) for field in new])
     for field in new:
         before = old.field(field.name).type if field.name in old.names else field.type
@@ -113,7 +114,7 @@ def _agree(a: pa.DataType, b: pa.DataType) -> bool:
     import pyarrow as pa
 
     if pa.types.is_decimal(a) != pa.types.is_decimal(b) and not {a, b} & {pa.null()}:
-        return False  # a decimal that becomes a float is another number
+        return False  # a decimal that becomes a float changes its value
     try:
         both = [pa.schema([("x", kind)]) for kind in (a, b)]
         pa.unify_schemas(both, promote_options="permissive")
@@ -123,10 +124,10 @@ def _agree(a: pa.DataType, b: pa.DataType) -> bool:
 
 
 def _scanned(path: str, names: Sequence[str], seen: dict[str, None], found: pa.Schema) -> pa.Schema:
-    """The types in all rows of a file that declares none."""
+    """The types of the columns, inferred from all rows of a file."""
     import pyarrow as pa
 
-    large: dict[str, tuple[int, int]] = {}  # of each column, the first number float64 changes
+    large: dict[str, tuple[int, int]] = {}  # row and value: the first that float64 may change
     rows = (cells for cells in read(path, {}, names) if cells.fault is None)
     while batch := list(islice(rows, _ROWS)):
         for cells in batch:
@@ -143,13 +144,15 @@ def _scanned(path: str, names: Sequence[str], seen: dict[str, None], found: pa.S
                 found = _row_by_row(path, name, batch, found)
     for name, (number, value) in large.items():
         if pa.types.is_floating(found.field(name).type):
-            given = f"'{name}' is {value}, which a column of floats (others are such) cannot hold"
+            given = (
+                f"'{name}' is {value}, which a column of floats (as other rows have) cannot hold"
+            )
             raise fault_error(where(path, number), (given, "write these numbers as strings"))
     return found
 
 
 def _row_by_row(path: str, name: str, batch: Iterable[Cells], found: pa.Schema) -> pa.Schema:
-    """As `_scanned` for one column of some rows, for the row whose value fits no type."""
+    """As `_scanned` for one column of some rows; names the row whose value does not fit."""
     import pyarrow as pa
 
     for cells in batch:
@@ -174,7 +177,7 @@ def _row_by_row(path: str, name: str, batch: Iterable[Cells], found: pa.Schema) 
 
 
 def _check_stored(path: str, name: str, kind: pa.DataType) -> None:
-    """Refuse a type that .parquet cannot hold, before anything is encoded."""
+    """Refuse a type that .parquet cannot store, before anything is encoded."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

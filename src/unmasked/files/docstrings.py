@@ -1,11 +1,11 @@
-"""Real text that is on every machine: the docstrings of the installed Python packages.
+"""Real text that every machine has: the docstrings of the installed Python packages.
 
-The demo and the bundled decoder need prose in a field of its own without a download. Every
-Python installation carries tens of thousands of docstrings, each already a retrieval pair:
-the first sentence says what the rest explains.
+The demo and the bundled decoder need prose of a special field without a download. Every Python
+installation has tens of thousands of docstrings, and each is a retrieval pair: its first sentence
+says what the rest explains.
 
-Files are only parsed (`ast`), never imported. Parsing costs about a second per 2 MB of source,
-so files are visited in a fixed shuffled order and reading stops once enough has been found.
+Files are only parsed (`ast`), never imported. Parsing takes about a second per 2 MB of source, so
+files are read in a fixed shuffled order, and reading stops when enough docstrings are found.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def is_held_out(module: str) -> bool:
 def collect(
     roots: list[Path] | None = None, limit: int | None = None, workers: int = 2
 ) -> list[Docstring]:
-    """Docstrings with distinct summaries and distinct bodies, in an order fixed by their names.
+    """Docstrings with distinct summaries and distinct bodies, in an order fixed by module names.
 
     Args:
-        roots: folders to search; the running interpreter's own packages when None.
-        limit: stop once this many were found.
-        workers: processes that parse.
+        roots: folders to search; by default those of the running interpreter's packages.
+        limit: the maximum number of docstrings.
+        workers: the number of processes that parse.
     """
     if roots is None:
         paths = sysconfig.get_paths()
         roots = [Path(paths[name]) for name in ("stdlib", "purelib", "platlib")]
-    # purelib and platlib are often one folder; a shuffled order draws from all packages.
+    # purelib and platlib are often the same folder; the order by digest mixes all packages.
     files = sorted(_source_files(list(dict.fromkeys(roots))), key=lambda item: _digest(item[1]))
     seen: set[str] = set()
     found = (doc for doc in _parse_all(files, workers) if _is_new(doc, seen))
@@ -106,9 +106,9 @@ def _parse_all(files: list[tuple[Path, str]], workers: int) -> Iterator[Docstrin
     if workers <= 1:
         yield from chain.from_iterable(map(_parse, files))
         return
-    with ProcessPoolExecutor(workers) as pool:  # which, unlike `Pool`, tells of a killed process
+    with ProcessPoolExecutor(workers) as pool:  # unlike `Pool`, it raises if a process is killed
         try:
-            for start in range(0, len(files), 512):  # bounded look-ahead, so a limit ends early
+            for start in range(0, len(files), 512):  # few files ahead, as a limit may end it early
                 found = pool.map(_parse, files[start : start + 512], chunksize=16)
                 yield from chain.from_iterable(found)
         finally:
@@ -120,7 +120,7 @@ def _parse(item: tuple[Path, str]) -> list[Docstring]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError, RecursionError):
-        return []  # a template or a file for another Python: not ours to mend
+        return []  # a template, or a file for another version of Python
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [n for n in ast.walk(tree) if isinstance(n, kinds)]
     docs = []

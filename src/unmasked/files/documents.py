@@ -1,11 +1,11 @@
-"""Whole files as texts, each with its path as id: a folder of documents as it is.
+"""Reads whole files as texts, each with its path as id: a folder of documents.
 
-.txt, .md and .rst are taken as they stand; of .html the text that a reader sees; .pdf and .docx are
-read by pypdf and python-docx, which the extra ``documents`` installs. Nothing in a file is run or
-fetched. A file that cannot be read is a row with a fault, so that the caller may pass over it;
-headers, footers and notes of .docx, and pictures of any kind, have no text here.
+.txt, .md and .rst are read unchanged; of .html, the visible text; .pdf and .docx are read by pypdf
+and python-docx, which the extra ``documents`` installs. Nothing in a file is executed or fetched. A
+file that cannot be read is a row with a fault, so that the caller may skip it. Headers, footers and
+notes of .docx, and pictures of any kind, are not read.
 
-Cost: one file in memory. Some ten .pdf pages per second, thousands of the other files.
+Cost: one file in memory. About ten .pdf pages per second, thousands of the other files.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from unmasked.files.content import LOOKED_AT, Fault, file_fault, row_fault
 from unmasked.files.readers import Cells
 
 PREFIX = "documents:"
-"""Before the name of a folder, or of a file, each file of which is one text."""
+"""The prefix of a folder, or a file, whose files are one text each."""
 DOCUMENT_KINDS = (".txt", ".md", ".markdown", ".rst", ".html", ".htm", ".pdf", ".docx")
 _LIBRARIES = {".pdf": "pypdf", ".docx": "docx"}
-_NAMES = {"docx": "python-docx"}
+_PACKAGES = {"docx": "python-docx"}  # the package, if it has another name than its module
 
 
 def visible(folder: Path) -> list[Path]:
@@ -38,15 +38,15 @@ def visible(folder: Path) -> list[Path]:
 
 
 def instead(place: Path, kinds: Sequence[str]) -> str:
-    """How to go on where a file, or a folder, has none of the kinds whose rows could be read."""
+    """The fix for a file, or a folder, with none of the kinds whose rows can be read."""
     files = visible(place) if place.is_dir() else [place]
     found = dict.fromkeys(file.suffix.lower() for file in files)
     if ".txt" not in kinds and ".txt" in found:
-        return 'write pairs, as .jsonl with {"query": "...", "positive": "..."} in a line'
+        return 'write pairs, as .jsonl with {"query": "...", "positive": "..."} on each line'
     if documents := [kind for kind in found if kind in DOCUMENT_KINDS]:
         return (
-            f"encode and search take {', '.join(documents)} with --whole-files, a file a text; to "
-            "train on them, write one text a line (docs/tutorials/own-domain.md)"
+            f"encode and search take {', '.join(documents)} with --whole-files, one text per file; "
+            "to train on them, write one text per line (docs/tutorials/own-domain.md)"
         )
     return f"give a folder or a file of {', '.join(kinds)}"
 
@@ -55,8 +55,8 @@ def find_documents(place: Path) -> list[str]:
     """The documents of a folder, or a single one.
 
     Raises:
-        DataError: there is none.
-        MissingExtraError: names the library that a kind of file needs, and its extra.
+        DataError: there is no document.
+        MissingExtraError: the library that reads a kind of file is not installed.
     """
     if not place.exists():
         raise DataError(no_such_path(place))
@@ -65,21 +65,23 @@ def find_documents(place: Path) -> list[str]:
     if not found:
         allowed = ", ".join(DOCUMENT_KINDS)
         raise DataError(
-            f"{place}: no document in it. Allowed: a folder or file of {allowed}. Fix: give one."
+            f"{place}: there is no document in it. Allowed: {allowed}, or a folder of them. "
+            "Fix: give another file or folder."
         )
     for kind in {Path(file).suffix.lower() for file in found} & _LIBRARIES.keys():
         if find_spec(_LIBRARIES[kind]) is None:
-            raise MissingExtraError(_NAMES.get(_LIBRARIES[kind], _LIBRARIES[kind]), "documents")
+            module = _LIBRARIES[kind]
+            raise MissingExtraError(_PACKAGES.get(module, module), "documents")
     return found
 
 
 def read_whole(path: str, column: str, name: str) -> Cells:
-    """A file as one row of a text and an id, or with the fault that it has.
+    """A file as one row with a text and an id, or with a fault.
 
     Args:
         path: the file.
-        column: what its text is called.
-        name: its id.
+        column: the column of the text.
+        name: the id.
     """
     text, fault = _read(Path(path))
     return Cells(1, {} if fault else {column: text, "id": name}, fault)
@@ -108,7 +110,7 @@ def _extracted(path: Path, extract: Callable[[Path], str]) -> tuple[str, Fault |
         text = extract(path)
         return text.encode(errors="replace").decode(), None
     except OSError as error:
-        if error.errno is not None:
+        if error.errno is not None:  # the operating system's, not a library's
             raise
         return "", _unreadable(path, error)
     except Exception as error:  # the libraries raise almost anything on a damaged file
@@ -117,7 +119,7 @@ def _extracted(path: Path, extract: Callable[[Path], str]) -> tuple[str, Fault |
 
 def _unreadable(path: Path, error: Exception) -> Fault:
     given = f"not readable as {path.suffix} ({type(error).__name__}: {str(error)[:80]})"
-    return given, "save it anew, without a password, or take it out of the folder"
+    return given, "save it again, without a password, or remove it from the folder"
 
 
 def _pdf(path: Path) -> str:
@@ -142,7 +144,7 @@ def _docx(path: Path) -> str:
 
 
 class _Page(HTMLParser):
-    """The text of a page: what stands in blocks is apart, and scripts and styles are no text."""
+    """Collects the text of a page; blocks are separated, and scripts and styles are left out."""
 
     _HIDDEN = frozenset({"script", "style"})
     _BLOCKS = re.compile(
@@ -154,24 +156,24 @@ class _Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self._parts: list[str] = []
         self._hidden = False
-        self._kept = 0  # how many <pre> are open
+        self._open_pre = 0  # how many <pre> are open; white space in them is kept
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         del attrs
         self._hidden = tag in self._HIDDEN
-        self._kept += tag == "pre"
+        self._open_pre += tag == "pre"
         self._border(tag)
         if tag in ("td", "th"):
             self._parts.append(" ")
 
     def handle_endtag(self, tag: str) -> None:
         self._hidden = False
-        self._kept = max(self._kept - (tag == "pre"), 0)
+        self._open_pre = max(self._open_pre - (tag == "pre"), 0)
         self._border(tag)
 
     def handle_data(self, data: str) -> None:
         if not self._hidden:
-            self._parts.append(data if self._kept else re.sub(r"\s+", " ", data))
+            self._parts.append(data if self._open_pre else re.sub(r"\s+", " ", data))
 
     def _border(self, tag: str) -> None:
         if self._BLOCKS.fullmatch(tag):
@@ -180,6 +182,6 @@ class _Page(HTMLParser):
             self._parts.append("\n")
 
     def text(self) -> str:
-        """What was read, without more than one empty line in a row."""
+        """The text of the page, without several empty lines in a row."""
         joined = re.sub(r"[ \t]*\n( (?! ))?", "\n", "".join(self._parts))
         return re.sub(r"\n{3,}", "\n\n", joined).strip()

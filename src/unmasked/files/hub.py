@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face hub by their name, streamed: nothing is copied to the disk first.
+"""Streams data sets of the Hugging Face hub by their name; nothing is downloaded to disk first.
 
-Cost: importing `datasets` when one is read; every reading passes over the network.
+Cost: importing `datasets` when a data set is read; every pass over it goes through the network.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 from unmasked.errors import DataError
 
 HUB = "hf:"
-"""Before the name of a Hugging Face data set: ``hf:OWNER/NAME``, ``hf:OWNER/NAME:SUBSET:SPLIT``."""
+"""The prefix of data sets on the hub: ``hf:OWNER/NAME``, ``hf:OWNER/NAME:SUBSET:SPLIT``."""
 
 
 def hub_parts(path: str) -> tuple[str, ...]:
-    """Name, subset and split of ``hf:NAME:SUBSET:SPLIT``, empty where they are not given."""
+    """Name, subset and split of ``hf:NAME:SUBSET:SPLIT``; those that are not given are empty."""
     return (*path.removeprefix(HUB).split(":"), "", "")[:3]
 
 
@@ -24,7 +24,7 @@ def hub_rows(path: str) -> Any:
     """A data set of the hub, streamed: a ``datasets.IterableDataset``.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the data set cannot be read.
     """
     from datasets import load_dataset
 
@@ -35,14 +35,14 @@ def hub_rows(path: str) -> Any:
 
 @contextmanager
 def told_of_hub(path: str) -> Iterator[None]:
-    """Say of which data set an error of the block is.
+    """Turn an error of `datasets` in the block into one that names the data set.
 
     Raises:
-        DataError: in place of whatever `datasets` raises.
+        DataError: the data set cannot be read.
     """
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:  # its own are of many kinds, below these
+    except (OSError, RuntimeError, ValueError) as error:  # bases of the errors of `datasets`
         if isinstance(error, DataError):
             raise
         raise DataError(

@@ -1,8 +1,8 @@
-"""The rows of one file of any kind as they stand, before anything is asked of their text.
+"""Reads the rows of a file of any kind, before their texts are checked.
 
 A reader yields `Cells`: the number of a row and its columns, or what is wrong with it. A file that
-cannot be divided into rows (an open quote in .csv, half a .gz, a missing column) raises `DataError`
-at once; what spoils a single row is yielded. `datasets` and pandas tell neither file nor line.
+cannot be divided into rows (an open quote in .csv, a truncated .gz, a missing column) raises
+`DataError` at once; a problem of a single row is yielded. (pandas names neither file nor line.)
 
 Memory: one line, or one batch of rows of .parquet. Speed: about 600 thousand lines of .txt, or 280
 thousand of .jsonl, per second.
@@ -29,9 +29,9 @@ from unmasked.files.hub import HUB, hub_rows, told_of_hub
 
 KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 LONGEST_LINE = 1 << 26
-"""Bytes (64 MiB). A file without line breaks must not be read into memory whole."""
+"""Bytes (64 MiB). A file without line breaks must not be read into memory as one line."""
 Wanted = Iterable[str] | Callable[[Sequence[str]], Iterable[str]]
-"""Columns to read where they exist; or which of those that a file has, for it to say."""
+"""Optional columns, or a function that chooses from the columns of a file."""
 _PARQUET_ROWS = 1024
 _BOM = b"\xef\xbb\xbf"
 
@@ -51,7 +51,7 @@ class Cells(NamedTuple):
 
 
 def kind_of(path: str) -> str | None:
-    """One of `KINDS`; None for what cannot be read."""
+    """One of `KINDS`; None for a file that cannot be read."""
     bare = path.lower().removesuffix(".gz").removesuffix(".zst")  # A.TXT as well
     kind, packed = Path(bare).suffix, len(bare) < len(path)
     return kind if kind in KINDS and not (kind == ".parquet" and packed) else None
@@ -72,13 +72,13 @@ def read(path: str, required: Mapping[str, str], wanted: Wanted = ()) -> Iterato
     """Every row of a file, of standard input (``-``), or of a data set (``hf:NAME``).
 
     Args:
-        path: what to read; its kind is in its name.
-        required: columns that must be there, each with the fix for a file without it. A line of
-            .txt is the first of them; a row of .jsonl may still lack one.
-        wanted: other columns to read where they exist; every row of .jsonl has all of its own.
+        path: what to read; its suffix says its kind.
+        required: columns that must exist, each with the fix for a file without it. A line of .txt
+            is the first of them. In .jsonl they are not checked here: a row may lack one.
+        wanted: optional columns; every row of .jsonl has all of its own.
 
     Raises:
-        DataError: it cannot be divided into rows, or it is something else by its content.
+        DataError: the file cannot be divided into rows, or its content is of another kind.
     """
     kind = ".txt" if path == "-" else kind_of(path)
     if path.startswith(HUB):
@@ -97,7 +97,7 @@ def read(path: str, required: Mapping[str, str], wanted: Wanted = ()) -> Iterato
 
 
 def read_txt(path: str, column: str) -> Iterator[Cells]:
-    """Every line of a file, whatever its name, without its line break."""
+    """Every line of a file, whatever its suffix, without its line break."""
     with _opened(path) as file:
         for number, line in enumerate(_lines(file, path), start=1):
             try:
@@ -153,24 +153,24 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
 def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
     number = 0
     try:
-        looked = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[type-var]
-        if fault := file_fault(path, looked.peek(LOOKED_AT)[:LOOKED_AT]):
+        stream = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[type-var]
+        if fault := file_fault(path, stream.peek(LOOKED_AT)[:LOOKED_AT]):
             raise fault_error(called(path), fault)
-        for number, line in enumerate(iter(partial(looked.readline, LONGEST_LINE), b""), start=1):
+        for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), start=1):
             if len(line) == LONGEST_LINE:
                 given = f"longer than {LONGEST_LINE >> 20} MiB"
                 raise fault_error(where(path, number), (given, "give one text per line"))
-            yield line.removeprefix(_BOM)  # also where files that begin with it were joined
+            yield line.removeprefix(_BOM)  # any line: files with a BOM may have been joined
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise half_a_file(path, "gzip", error) from error
     except OSError as error:
-        if error.errno is not None:
+        if error.errno is not None:  # the operating system's; pyarrow's for bad zstd have none
             raise
         raise half_a_file(path, "zstd", error) from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of two values under one key Python would keep the last."""
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; refuses a repeated key, of which Python would keep the last value."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -179,7 +179,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct_keys)
 
 
 def _json(lines: Iterable[bytes], path: str) -> Iterator[Cells]:
@@ -191,19 +191,19 @@ def _json(lines: Iterable[bytes], path: str) -> Iterator[Cells]:
         except UnicodeDecodeError as error:
             yield Cells(number, {}, row_fault(path, error))
         except (ValueError, RecursionError) as error:
-            yield Cells(number, {}, (f"not JSON ({error})", "one object a line"))
+            yield Cells(number, {}, (f"not JSON ({error})", "write one object per line"))
         else:
             if isinstance(row, dict):
                 yield Cells(number, row)
             else:
-                yield Cells(number, {}, (f"a {type(row).__name__}", "one object a line"))
+                yield Cells(number, {}, (f"a {type(row).__name__}", "write one object per line"))
 
 
 def _csv(
     lines: Iterable[bytes], path: str, required: Mapping[str, str], wanted: Wanted = ()
 ) -> Iterator[Cells]:
     csv.field_size_limit(2**31 - 1)
-    # A row may span lines, so that a byte that is not UTF-8 is carried along.
+    # A row may span lines, so bytes that are not UTF-8 are found only when it is complete.
     decoded = (line.decode("utf-8", "surrogateescape") for line in lines)
     first, between, mark = separator(next(decoded, ""))
     reader = csv.reader(chain([first], decoded), delimiter=between, strict=True)
@@ -212,7 +212,7 @@ def _csv(
             raise fault_error(path, ("the file is empty", "begin with a header, rows below"))
         _columns(path, header, required, wanted)
         for cells in filter(None, reader):
-            values, fault = _by_name(header, cells, f"quote texts that hold {mark}")
+            values, fault = _by_name(header, cells, f"quote texts that have {mark} in them")
             try:
                 for cell in values.values():
                     if not cell.isascii():
@@ -256,12 +256,12 @@ def _tsv(
 def _by_name(
     header: Sequence[str], cells: Sequence[str], fix: str
 ) -> tuple[dict[str, str], Fault | None]:
-    """The cells of a row by their columns; none of them if there is a fault."""
+    """The cells of a row by their columns, or a fault and no cells."""
     if len(cells) != len(header):
         shown = f" in {' '.join(cells)[:60]!r}" if cells else ""
         return {}, (f"{len(cells)} columns instead of {len(header)}{shown}", fix)
     if len(header) > 1 and list(cells) == list(header):
-        return {}, ("the header again, as where files were joined", "remove the line")
+        return {}, ("the header again, probably because files were joined", "remove the line")
     return dict(zip(header, cells, strict=True)), None
 
 
@@ -285,10 +285,10 @@ def _batch_rows(
 ) -> Iterator[tuple[dict[str, Any], Fault | None]]:
     try:
         yield from ((values, None) for values in batch.to_pylist())
-    except UnicodeDecodeError:  # somewhere in the batch, so cell by cell
+    except UnicodeDecodeError:  # somewhere in the batch: find the row
         for index in range(batch.num_rows):
             try:
-                yield {word: batch.column(word)[index].as_py() for word in columns}, None
+                yield {name: batch.column(name)[index].as_py() for name in columns}, None
             except UnicodeDecodeError as error:
                 yield {}, row_fault(path, error)
 
@@ -304,7 +304,7 @@ def _hub(path: str, required: Mapping[str, str], wanted: Wanted) -> Iterator[Cel
 def _columns(
     path: str, there: Sequence[str], required: Mapping[str, str], wanted: Wanted = ()
 ) -> list[str]:
-    """The columns to read; refuses a file without one that is required, or with one twice."""
+    """The columns to read; refuses a missing required column, or a repeated one."""
     for column, fix in required.items():
         if column not in there:
             raise fault_error(where(path, 1), absent(column, there, fix))
@@ -316,13 +316,13 @@ def _columns(
 
 
 def string_fault(column: str, value: object) -> Fault | None:
-    """What is wrong with a value that has to be text, if anything is."""
+    """What is wrong with a value that must be text; None if it can be used."""
     if not isinstance(value, str):
         given = "null" if value is None else f"a {type(value).__name__}"
         return f"'{column}' is {given}", "give a string"
     if "\0" in value:
         given = f"a NUL character in '{column}' at character {value.index(chr(0))}"
-        return given, "remove it; where there are many, the file is not in UTF-8"
+        return given, "remove it; if there are many, the file is not in UTF-8"
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -332,19 +332,19 @@ def string_fault(column: str, value: object) -> Fault | None:
 
 
 def absent(column: str, there: Iterable[str], fix: str) -> Fault:
-    """The fault of a row or a file without a column."""
+    """The fault of a row or a file that lacks a column."""
     there = list(there)
     hint = nearest(column, there, end="").rstrip("?")
     return f"no column '{column}' among {', '.join(there) or 'none'}{hint}", fix
 
 
 def fault_error(where: str, fault: Fault) -> DataError:
-    """The error for a fault, and for the place where it is."""
+    """The error for a fault and its place."""
     given, fix = fault
     return DataError(f"{where}: {given}{'' if given.endswith(('.', '?')) else '.'} Fix: {fix}.")
 
 
 def half_a_file(path: str, kind: str, error: Exception) -> DataError:
-    """The error for a file that is not whole, or is not what its name says."""
+    """The error for a file that is incomplete, or is not what its name says."""
     fix = "download it or write it again, or name it as what it is"
     return fault_error(path, (f"not a whole {kind} file ({error})", fix))

@@ -1,11 +1,11 @@
-"""Texts, one after the other, from files, a folder of them, standard input or a data set.
+"""Reads texts, one at a time, from files, folders, standard input or data sets.
 
-Every row is checked as it is read, and a fault is told with its file and line. What spoils one row
-(not UTF-8, not a string, empty, too long) is handed on as a row with a fault, so that the caller
-may refuse it or pass over it; what makes the rows uncertain is always an error (see `readers`).
-Blank lines are not rows in .jsonl and .csv. In .txt every line is a row, so a blank one is a fault
-in a corpus to encode, and never shifts the rows after it. Behind ``documents:`` every file is a row
-of its own (see `documents`).
+Every row is checked as it is read, and a fault is reported with its file and line. A problem of one
+row (not UTF-8, not a string, empty, too long) is returned as a row with a fault, which the caller
+may refuse or skip; a problem that makes the division into rows uncertain is always an error (see
+`readers`). Blank lines are not rows in .jsonl and .csv. In .txt every line is a row, so a blank
+line in a corpus to encode is a fault, and never shifts the rows after it. With ``documents:``,
+every file is a row (see `documents`).
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Row(NamedTuple):
         file: the position of its file in `Source.files`.
         number: its line, or its place in .parquet and data sets, from 1.
         text: empty if there is a fault.
-        id: its name, if the source names its rows.
+        id: its id, if the source has ids.
         kept: values of the columns in `Source.keep`.
-        fault: why it has no text, and how to correct it.
+        fault: why the row has no text, and how to correct it.
     """
 
     file: int
@@ -71,13 +71,14 @@ class Source:
         path: a .txt file (one text per line), .jsonl, .csv or .tsv, each also as .gz or .zst, or
             .parquet; a folder of such files; ``hf:NAME``, a Hugging Face data set, which is
             streamed; ``-`` for standard input, one text per line; ``documents:PATH``, a folder (or
-            a file) of .txt, .md, .rst, .html, .pdf and .docx, each file one text, its path the id.
-        column: the column or key that holds the text (ignored for .txt).
-        skip_blank: pass over texts of white space instead of refusing them (for training, where
-            no row of a result has to line up).
-        keep: columns to hand on beside the text.
-        max_bytes: texts of this many bytes or more are a fault; None sets no limit.
-        distinct: refuse an id that an earlier row has; costs some 100 bytes per row.
+            a file) of .txt, .md, .rst, .html, .pdf and .docx; each file is a text, and its path the
+            id.
+        column: the column or key of the text (ignored for .txt).
+        skip_blank: skip texts of white space instead of refusing them (for training, where rows
+            need not correspond to rows of a result). Ids are not read then.
+        keep: columns to read beside the text.
+        max_bytes: a text of this many bytes or more is a fault; None sets no limit.
+        distinct: refuse an id that an earlier row has; takes about 100 bytes per row.
     """
 
     path: str
@@ -89,7 +90,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Its name in errors."""
+        """The name of the source in errors."""
         return called(self.path)
 
     @property
@@ -115,15 +116,15 @@ class Source:
 
     @property
     def on_disk(self) -> bool:
-        """Whether it is made of files, whose bytes say whether it is still the same."""
+        """Whether it consists of files, whose checksums show whether it has changed."""
         return self.again and not self.files[0].startswith(HUB)
 
     @cached_property
     def files(self) -> list[str]:
-        """What it is made of, in the order it is read: paths, ``-``, or ``hf:NAME``.
+        """What is read, in this order: paths, ``-``, or ``hf:NAME``.
 
         Raises:
-            DataError: no such file, another kind of file, or a folder with none in it.
+            DataError: there is no such file, or no file of a known kind.
         """
         return find_files(self.path) if self.again else ["-"]
 
@@ -143,7 +144,7 @@ class Source:
 
     @cached_property
     def names(self) -> list[str]:
-        """The names of the files, the same on every machine: paths inside the folder."""
+        """The names of the files, which are the same on every machine: paths inside the folder."""
         if self.again and self.root.is_dir():
             return [Path(file).relative_to(self.root).as_posix() for file in self.files]
         return [Path(file).name if self.on_disk else file for file in self.files]
@@ -152,7 +153,7 @@ class Source:
         """Every row of the files from `first_file` on, good or with a fault.
 
         Raises:
-            DataError: as `files`, a file cannot be divided into rows, or an id is there twice.
+            DataError: as `files`; or a file cannot be divided into rows, or two rows have one id.
         """
         wanted = self.keep if self.skip_blank else (*_IDS, *self.keep)
         ids: set[str] = set()
@@ -161,7 +162,7 @@ class Source:
                 row = self._row(index, cells)
                 if self.distinct and row.id is not None:
                     if row.id in ids:
-                        raise self._twice(row)
+                        raise self._repeated_id(row)
                     ids.add(row.id)
                 if not (self.skip_blank and row.fault is None and not row.text.strip()):
                     yield row
@@ -175,21 +176,21 @@ class Source:
         file = self.files[row.file]
         return file if self.whole else where(file, row.number)
 
-    def _twice(self, row: Row) -> DataError:
-        given = f"the id {row.id!r:.80} is that of an earlier row too"
+    def _repeated_id(self, row: Row) -> DataError:
+        given = f"an earlier row has the id {row.id!r:.80} too"
         return fault_error(self._place(row), (given, "give every row an id of its own, or none"))
 
     def records(self) -> Iterator[tuple[int, str, str | None]]:
-        """Line, text and id of every row, or an error for the first that has a fault.
+        """Line, text and id of every row.
 
         Raises:
-            DataError: as `rows`, for a fault, or for no row at all; names file and line.
+            DataError: as `rows`; or a row has a fault, or there is no row. Names file and line.
         """
         for row in self._checked():
             yield row.number, row.text, row.id
 
     def survey(self, skip: bool = False) -> list[int]:
-        """How many rows each file has; refuses a fault unless `skip`.
+        """How many rows each file has; a fault is an error unless `skip`.
 
         Raises:
             DataError: as `records`.
@@ -204,14 +205,14 @@ class Source:
         assert row.fault is not None
         given, fix = row.fault
         if self.max_bytes is not None:
-            fix += "; or pass over such rows with --on-error skip, which lists them"
+            fix += "; or skip such rows with --on-error skip, which lists them"
         return fault_error(self._place(row), (given, fix))
 
     @cached_property
     def layout(self) -> tuple[str | None, list[pa.DataType]]:
-        """The column of ids, if there is one (training asks for none), and the types to keep.
+        """The column of ids, if there is one (training reads none), and the types of `keep`.
 
-        The first good row decides whether rows have ids; every other one has to do as it does.
+        The first row without a fault decides whether all rows have ids.
         """
         if self.whole:
             if self.keep:
@@ -233,12 +234,12 @@ class Source:
 
     @property
     def _required(self) -> dict[str, str]:
-        # Training has no such option.
+        # The commands that train have no option --text-column.
         training = f"give {shlex.quote(f'{self.path}:text=NAME')} in place of {self.path}"
         return {self.column: training if self.skip_blank else "name it with --text-column"}
 
     def _checked(self, skip: bool = False) -> Iterator[Row]:
-        """Every row; an error for a fault unless `skip`, and where there is no row."""
+        """Every row; a fault is an error unless `skip`, and so is a source without rows."""
         empty = True
         for row in self.rows():
             if row.fault is not None and not skip:
@@ -254,15 +255,15 @@ class Source:
 
     def _row(self, file: int, cells: Cells) -> Row:
         key, types = self.layout
-        values, name = cells.values, None
+        values, own_id = cells.values, None
         fault = cells.fault or self._text_fault(values)
         if cells.fault is None and key is None and not self.skip_blank:
             self._check_no_id(file, cells)
         if fault is None and key is not None:
-            name, fault = _id_of(key, values)
+            own_id, fault = _id_of(key, values)
         kept: tuple[object, ...] = ()
         if fault is None and self.keep:
-            kept = tuple(
+            kept = tuple(  # 1 in a column of floats is 1.0
                 float(value) if type(value) is int and str(kind) == "double" else value
                 for value, kind in zip(map(values.get, self.keep), types, strict=True)
             )
@@ -270,10 +271,10 @@ class Source:
             fault = next(filter(None, (string_fault(*text) for text in texts)), None)
         if fault is not None:
             return Row(file, cells.number, "", fault=fault)
-        return Row(file, cells.number, str(values[self.column]), name, kept)
+        return Row(file, cells.number, str(values[self.column]), own_id, kept)
 
     def _check_no_id(self, file: int, cells: Cells) -> None:
-        """Refuse the first id behind rows that have none: it would be dropped without a word."""
+        """Refuse an id after rows that have none, as it would be dropped silently."""
         for key in _IDS:
             if (given := cells.values.get(key)) is not None:
                 raise fault_error(
@@ -292,22 +293,20 @@ class Source:
             return "an empty text, which has no vector", f"remove the {unit}"
         if self.max_bytes is not None and (size := len(text.encode())) >= self.max_bytes:
             given = f"a text of {size:,} bytes, and the limit is {self.max_bytes:,}"
-            return (
-                given,
-                f"make passages of it (--chunk 256), or allow it with --max-bytes {size + 1}",
-            )
+            fix = f"divide it into passages (--chunk 256), or allow it with --max-bytes {size + 1}"
+            return given, fix
         return None
 
 
 def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
-    """What a name stands for, in the order it is read: files, or ``hf:NAME``.
+    """The files that a name stands for, in the order in which they are read, or ``hf:NAME``.
 
     Args:
         path: a file, a folder, ``hf:NAME``, or ``OWNER/NAME`` if there is no such folder.
-        kinds: those of `KINDS` that can be used.
+        kinds: the kinds of files that can be used.
 
     Raises:
-        DataError: no such file, another kind of file, or a folder with none in it.
+        DataError: there is no such file, or no file of these kinds.
     """
     if path.startswith(PREFIX):
         return find_documents(Path(path.removeprefix(PREFIX)))
@@ -322,7 +321,7 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
     if kind_of(path) is None and not place.exists() and _ON_THE_HUB.fullmatch(path):
         return [HUB + path]
     if path.endswith((".json", ".json.gz")) and place.is_file():
-        given = "a .json file is read as .jsonl, one object a line"
+        given = "a .json file is read as .jsonl, one object per line"
         raise fault_error(path, (given, by_line(path)))
     allowed = (
         f"Allowed: {', '.join(kinds)}, all but .parquet also as .gz or .zst; a folder of them; "
@@ -336,12 +335,12 @@ def find_files(path: str, kinds: Sequence[str] = KINDS) -> list[str]:
 
 
 def _id_of(key: str, values: Mapping[str, Any]) -> tuple[str | None, Fault | None]:
-    """The name of a row, or what is wrong with it."""
+    """The id of a row, or what is wrong with it."""
     value, fix = values.get(key), "give every row an id, a string or whole number"
     if key not in values:
         return None, (f"no id ('{key}'), though the first row has one", fix)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         shown = f"{value!r:.40}, a {type(value).__name__}"
-        said = {"None": "null", "''": "empty"}.get(repr(value), shown)
-        return None, (f"'{key}' is {said}", fix)
+        shown = "null" if value is None else "empty" if value == "" else shown
+        return None, (f"'{key}' is {shown}", fix)
     return str(value), string_fault(key, str(value))

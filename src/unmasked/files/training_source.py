@@ -1,6 +1,6 @@
-"""Texts to train on, as a recipe or a command names them: a path, perhaps with its column behind.
+"""Texts to train on, as a recipe or a command names them: a path, perhaps followed by a column.
 
-Cost: none; the files are read when the texts are asked for.
+Cost: none; the files are read only when texts are read from the source.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _WITH_COLUMN = re.compile(r"(.+):(\w+)=(.+)")
 
 
 def training_source(given: str | Path) -> Source:
-    """Texts to train on: what `Source` reads, with the column behind it where it is another one.
+    """Texts to train on: a path that `Source` reads, perhaps with the column of its texts.
 
     Args:
         given: a path, or ``PATH:text=COLUMN``.
 
     Raises:
-        DataError: something else than ``text`` is named there.
+        DataError: another role than ``text`` is named.
     """
     match = _WITH_COLUMN.fullmatch(str(given))
     if match is None:

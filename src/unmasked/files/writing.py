@@ -1,6 +1,6 @@
-"""Files and folders that are whole or not there: written aside, flushed to the disk, then renamed.
+"""Atomic writes: files and folders are written under another name, flushed to disk, then renamed.
 
-A process may be killed and a disk may fill up at any moment; what has its final name is complete.
+A process may be killed and a disk may fill up at any time; a file with its final name is complete.
 
 Cost: one `fsync` per file.
 """
@@ -25,16 +25,16 @@ _DENIED = (errno.EACCES, errno.EEXIST, errno.EPERM, errno.EROFS, errno.ENOENT, e
 
 
 def aside_of(path: Path) -> Path:
-    """Where a file is written before it is renamed.
+    """The name that a file has until it is complete.
 
-    The name is fixed, so the next process overwrites what a killed process left behind.
+    It is always the same, so the next process overwrites the file that a killed process left.
     """
     return path.with_name(f".{path.name}.aside")
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place, safely on the disk, when the block succeeds.
+    """A file beside `path` that is flushed to disk and renamed to it when the block succeeds.
 
     Raises:
         OutputError: the disk is full, the file grew too large, or `path` cannot be written.
@@ -50,14 +50,14 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
         flush(path.parent)
     except OSError as error:
         if isinstance(error, OutputError) or error.filename not in (None, str(aside), str(path)):
-            raise  # something that was read meanwhile failed
+            raise  # an error of another file, which the block reads
         raise not_written(path, error) from error
     finally:
         aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of UTF-8 text, whole or not at all; raises what `written_aside` raises."""
+    """Write a file of UTF-8 text, completely or not at all; raises what `written_aside` raises."""
     with written_aside(path) as file:
         file.write(text.encode())
 
@@ -66,20 +66,20 @@ def write_text(path: Path, text: str) -> None:
 def folder_aside(
     path: Path, *, aside: Path | None = None, last: Collection[str] = ()
 ) -> Iterator[Path]:
-    """A new folder whose files go to `path`, safely on the disk, when the block succeeds.
+    """A new folder whose files are flushed to disk and moved to `path` when the block succeeds.
 
     If `path` does not exist, the new folder is renamed to it. If it does, every new file replaces
-    the one of the same name, one after the other, and all other files stay.
+    the file of the same name, one after the other, and all other files stay.
 
     Args:
-        path: the folder to make or to update.
-        aside: the folder to write in; what it holds is removed first. By default it lies beside
-            `path` under a name that no other process uses.
-        last: names of files that are moved after all others, so that their presence says that
+        path: the folder to create or to update.
+        aside: the folder to write in, which is emptied first. By default it is beside `path` and
+            has a name that no other process uses.
+        last: names of files that are moved after all others, so that their presence shows that
             everything is there.
 
     Raises:
-        OutputError: `path` is a file or may not be written, or the disk is full.
+        OutputError: `path` is a file or cannot be written, or the disk is full.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file. Fix: name a folder.")
@@ -109,7 +109,7 @@ def folder_aside(
             raise
         raise not_written(path, error) from error
     except Exception as error:
-        # writers of weights, in other languages, have errors of their own for a full disk
+        # safetensors and others, which are written in other languages, raise their own errors.
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -119,7 +119,7 @@ def folder_aside(
 
 
 def flush(*paths: Path) -> None:
-    """Flush files, and the names in folders, to the disk, where the system can do so by path."""
+    """Flush files and the entries of folders to disk, on systems that can open both by path."""
     for path in paths if os.name == "posix" else ():
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -129,7 +129,7 @@ def flush(*paths: Path) -> None:
 
 
 def not_written(path: Path, error: OSError) -> OutputError:
-    """The error for a write that failed, with the fix if the disk is full."""
+    """The error for a write that failed, with a fix by its cause."""
     fix = "name another place"
     if error.errno in _FULL:
         fix = "make room, and run the same command again"
@@ -140,11 +140,13 @@ def not_written(path: Path, error: OSError) -> OutputError:
 
 @contextmanager
 def folder_for_one(path: Path, lock: str) -> Iterator[None]:
-    """In the block, the folder is for this process alone; one that is made and left empty goes.
+    """Lock a folder for this process during the block.
+
+    A folder that is created for this, and stays empty, is removed afterwards.
 
     Args:
-        path: the folder, which is made if it is not there.
-        lock: name of the file in it that is held; the lock ends with the process.
+        path: the folder, which is created if it does not exist.
+        lock: name of the lock file in it; the lock is released when the process ends.
 
     Raises:
         OutputError: another process holds it.
