@@ -160,7 +160,7 @@ def test_a_tokenizer_that_knows_no_korean_is_seen_before_the_training(tiny_token
     assert said.startswith(
         f"{count / len(korean):.2f} ({count} tokens of {len(korean)} characters)"
     )
-    assert "POOR, letters are cut up; a base that was trained on Korean takes fewer" in said
+    assert "POOR, letters are split; a base that was trained on Korean takes fewer" in said
 
     trained = tiny_tokenizer.train_new_from_iterator(SAMPLES.values(), 600, show_progress=False)
     for language, said in told(trained).items():

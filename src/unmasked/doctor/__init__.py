@@ -1,12 +1,12 @@
 """What can this machine and this model do?
 
-`environment` answers for the machine: what is installed and where it runs. `examine` answers for a
-model: is it really bidirectional, how far does it see, what does its tokenizer add, would a stock
-loader find the border between a prompt and a text, what has another program to do for the same
-vectors? The answer is a dictionary of plain values, ready for JSON; `lines` makes text of it.
+`environment` describes the machine: what is installed, and on which devices it runs. `examine`
+describes a model: is it really bidirectional, how far does it see, what does its tokenizer add,
+would a stock loader find where a prompt ends, and what must another program do to give the same
+vectors? The answer is a dictionary of plain values, ready for JSON; `lines` turns it into text.
 
 Cost: `environment` imports torch. `examine` loads the weights of a local folder and runs the proof;
-of a hub model it fetches config and tokenizer only and examines a random miniature, in seconds.
+for a hub model it fetches only config and tokenizer and examines a random miniature, in seconds.
 Others may use these three, the type `Facts`, and `miniature.miniature`.
 """
 
@@ -24,16 +24,16 @@ def examine(name: str, load: bool | None = None) -> Facts:
 
     Args:
         name: ``nano``, a folder or a hub name.
-        load: look at the weights; by default those of a local folder only.
+        load: examine the weights; by default, only if the model is a local folder.
 
     Returns:
-        Facts; ``bidirectional`` is whether it can be used.
+        The facts; ``bidirectional`` says whether the model can be used.
 
     Raises:
-        ModelError: it cannot be read at all.
+        ModelError: the model cannot be read.
     """
     from unmasked.checkpoint.location import locate
-    from unmasked.doctor import checkup  # takes seconds, which `environment` does without
+    from unmasked.doctor import checkup  # takes seconds to import; `environment` does not need it
 
     if load is None:
         load = Path(locate(name).name).is_dir()

@@ -1,4 +1,4 @@
-"""The facts of a model: of its weights, or of the shape that its config describes."""
+"""The facts of a model, found with its weights or from its config alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from unmasked.text.tokens import TextTokenizer
 
 
 def examine_weights(name: str) -> Facts:
-    """The facts of a model that is loaded."""
+    """The facts of a model with its weights."""
     head = {"model": name, "examined": "the weights"}
     try:
         model = LLM2Vec.from_pretrained(name, allow_partial=True)
@@ -34,7 +34,7 @@ def examine_weights(name: str) -> Facts:
         report = error.report
         try:
             model = LLM2Vec.from_pretrained(name, enable_bidirectional=False)
-        except (ModelError, RuntimeError):  # it fails even as it is: the report says how
+        except (ModelError, RuntimeError):  # it fails even with its mask: the report says how
             return {**head, **_proof(report)}
     decoder: Any = model.backbone.auto_model
     tokens, pooling = model.backbone.tokens, model.settings.pooling_mode
@@ -53,7 +53,7 @@ def examine_weights(name: str) -> Facts:
 
 
 def examine_config(name: str) -> Facts:
-    """The facts of config and tokenizer; what is proved is a random miniature of the config."""
+    """The facts of config and tokenizer; the proof runs on a random miniature of the config."""
     config = loading.load_config(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = precision.pick("auto", device, config)
@@ -62,15 +62,15 @@ def examine_config(name: str) -> Facts:
         decoder, report = _random(miniature(config))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{name}: no miniature of this {config.model_type} can be built ({error}). "
-            "Fix: --load, to look at the weights themselves."
+            f"{name}: a miniature of this {config.model_type} cannot be built ({error}). "
+            "Fix: give --load, which examines the weights themselves."
         ) from error
     stock = stock_loading(decoder)
     unpacked = enable_packing(decoder) if report.verdict == "full" else f"it is {report.verdict}"
     tokens = TextTokenizer(prepare_tokenizer(loading.load_tokenizer(name)), 512)
     return {
         "model": name,
-        "examined": "the shape: a random miniature of its config; --load looks at the weights",
+        "examined": "the shape: a random miniature of its config; --load examines the weights",
         **_proof(report, decoder),
         **_sizes(decoder, whole, unpacked, device, chosen),
         **describe(tokens, {}),
@@ -86,20 +86,20 @@ def _without_weights(config: Any, **how: Any) -> Any:
 
 
 def _random(config: Any) -> tuple[Any, Proof]:
-    """A random model of a config, opened as `load_transformer` does, and the proof."""
+    """A random model of a config, opened as `load_transformer` opens one, and its proof."""
     for attention in ({}, {"attn_implementation": "eager"}):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = AutoModel.from_config(open_config(config), **attention).eval()
         report = open_mask(model)
         if report.verdict != "impossible" or report.attention == "eager":
-            break
+            break  # eager attention would change nothing
     return model, report
 
 
 def _proof(report: Proof, decoder: Any = None) -> Facts:
     found = report.as_dict()
-    why = "what transformers picks for it"
+    why = "what transformers chooses for it"
     if report.attention == "eager":
         why = "sdpa stays causal here"
         try:
@@ -127,11 +127,18 @@ def _sizes(
     device: torch.device,
     chosen: precision.Precision,
 ) -> Facts:
-    """Sizes of the whole model, and how the decoder that was proved runs."""
+    """Sizes of the model, and how it runs.
+
+    Args:
+        decoder: the network that was proved, which may be a miniature.
+        whole: the network in full size, perhaps on the meta device.
+        unpacked: why batches are padded; None if they are packed.
+        device, chosen: the device, and the number type with its reason.
+    """
     text = whole.config.get_text_config()
     positions = "neither learned nor rotary (ALiBi, or none)"
     if learned_positions(decoder) is not None:
-        positions = "learned, absolute: no longer texts"
+        positions = "learned, absolute: longer texts are impossible"
     elif getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None):
         positions = "rotary"
     return {

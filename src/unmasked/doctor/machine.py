@@ -1,4 +1,4 @@
-"""What is installed here, where it runs, and which packages an extra still needs."""
+"""What is installed on this machine, which devices it has, and what each extra still needs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ def environment() -> Facts:
 
 
 def _extras() -> dict[str, list[str]]:
-    """The packages of each extra, as our own metadata lists them; none in a bare checkout."""
+    """The packages of each extra in the metadata of this package; empty if it is not installed."""
     from packaging.requirements import Requirement
 
     extras: dict[str, list[str]] = {}
     ours = next(iter(metadata.distributions(name="unmasked")), None)
     for requirement in map(Requirement, (ours.requires if ours else None) or []):
+        # A marker such as: extra == "serve" or extra == "dev"
         names = str(requirement.marker or "").split("extra == ")[1:]
         for extra in (name.strip("\"'() ") for name in names):
             if extra != "dev":

@@ -1,4 +1,4 @@
-"""How much memory encoding and training take; both are estimates."""
+"""Estimates how much memory encoding and training take."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from unmasked.train.plan.cost import make_plan
 
 
 def estimates(name: str, whole: Any, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
-    """Memory to encode with a model and to train it.
+    """The memory that encoding with a model takes, and training it.
 
     Args:
-        name: of the model.
-        whole: the model, or its shape on the meta device.
-        dtype: precision of the weights when it encodes.
-        device: where it encodes.
+        name: the name of the model.
+        whole: the model, which may be on the meta device.
+        dtype: number type of the weights during encoding.
+        device: the device for encoding.
     """
     text, tokens = whole.config.get_text_config(), token_budget(device, dtype)
     width = int(text.hidden_size)
     inner = getattr(text, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * width
-    live = tokens * (6 * width + 2 * inner) * dtype.itemsize  # states, queries to values, MLP
+    # Per token: hidden states, queries, keys and values; and two tensors inside the MLP.
+    live = tokens * (6 * width + 2 * inner) * dtype.itemsize
     weights = sum(p.numel() for p in whole.parameters()) * dtype.itemsize
     encode = f"{_size(weights + live)} ({_size(weights)} of weights, {tokens:,} tokens per forward)"
     return {"memory_to_encode": encode, "memory_to_train": _to_train(name)}
 
 
 def _to_train(name: str) -> str:
-    """MNTP with LoRA as the default recipe has it, counted on the meta device."""
+    """MNTP with the default LoRA settings, computed without weights, on the meta device."""
     given = {"name": "plan", "model": {"base": name}, "mntp": {"data": "-"}}
     try:
         stage = make_plan(Recipe.model_validate(given)).stages[0]

@@ -1,8 +1,8 @@
-"""A config of the same family and shape as another, small enough to build at random.
+"""A small config of the same family as a given one, to build a model with random weights.
 
-What decides whether a decoder can be made bidirectional is its code and the fields that choose
-among its masks: kinds of layers, windows, chunks, positions. Those stay; widths, depth, vocabulary
-and experts shrink. So a miniature shows in milliseconds, and without a weight, what a model does.
+Whether a decoder can be made bidirectional depends on its code, and on the config fields that
+choose its masks: kinds of layers, windows, chunks, positions. These stay; widths, vocabulary and
+experts shrink. So a miniature shows in milliseconds, without any weights, what the model does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 WIDTH, HEADS, HEAD = 64, 4, 16
 VOCABULARY = 512
-WINDOW = 8  # shorter than the texts of the proof
+WINDOW = 8  # shorter than the proof's texts, so that the window has an effect
 
 _SIZES: tuple[tuple[int, str], ...] = (
     (WIDTH, "hidden_size n_embd d_model word_embed_proj_dim lru_width"),
@@ -44,7 +44,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (HEAD, "mamba_d_head mamba_head_dim mamba_headdim linear_key_head_dim linear_value_head_dim"),
     (2, "linear_num_key_heads index_n_heads"),
     (4, "linear_num_value_heads mamba_dt_rank time_step_rank"),
-    (16, "chunk_size mamba_chunk_size"),  # texts are padded to these
+    (16, "chunk_size mamba_chunk_size"),  # texts are padded to a multiple
     (64, "index_topk"),
 )
 SMALL = {name: size for size, names in _SIZES for name in names.split()}
@@ -52,20 +52,20 @@ SMALL = {name: size for size, names in _SIZES for name in names.split()}
 
 
 def miniature(config: PretrainedConfig) -> PretrainedConfig:
-    """A small config that builds the same layers, with weights that show.
+    """A small config that builds the same layers, with weights large enough for the proof.
 
     Args:
-        config: of a bare decoder or of a text trunk; unchanged.
+        config: the config of a decoder, or of a model with a text decoder; it is not changed.
 
     Raises:
-        ValueError, TypeError, AttributeError: the family cannot be shrunk by rule.
+        ValueError, TypeError, AttributeError: the rules do not fit the family.
     """
     text = config.get_text_config()
     return type(text).from_dict(small_fields(text))
 
 
 def small_fields(text: PretrainedConfig) -> dict[str, Any]:
-    """The fields of a miniature by name; a list or table with a value per layer keeps them all."""
+    """The fields of a miniature by name; a list or dict with a value per layer keeps its length."""
     given = text.to_dict()
     small = {name: _shrunk(name, value, given) for name, value in given.items()}
     for name, value in given.items():
@@ -75,7 +75,7 @@ def small_fields(text: PretrainedConfig) -> dict[str, Any]:
             small[name] = {int(layer): inner for layer, inner in small[name].items()}
         elif name.endswith("token_id") and value is not None:
             small[name] = 0
-    small["initializer_range"] = 0.2  # with usual weights attention is nearly uniform
+    small["initializer_range"] = 0.2  # with smaller weights attention is nearly uniform
     return small
 
 
@@ -97,8 +97,8 @@ def _shrunk(name: str, value: Any, given: dict[str, Any]) -> Any:
 
 
 def _plain_rope(value: dict[str, Any]) -> dict[str, Any]:
-    """Rotary positions without the scaling of long contexts, whose tables have the head's width."""
-    if any(isinstance(inner, dict) for inner in value.values()):  # one for each kind of layer
+    """Rotary positions without long-context scaling, whose tables depend on the head's width."""
+    if any(isinstance(inner, dict) for inner in value.values()):  # one dict per kind of layer
         return {key: _plain_rope(inner) if inner else inner for key, inner in value.items()}
     numbers = {key: inner for key, inner in value.items() if not isinstance(inner, list)}
     return {**numbers, "rope_type": "default"}

@@ -1,9 +1,9 @@
-"""The proof as a tool of its own: any model, ours or not, as it is, and how large its numbers get.
+"""The proof as a separate tool for any model, and how large the numbers in its forward get.
 
-`mask.proof.prove` answers for a transformer in memory. Here a name or folder is enough, whoever
-saved it: it is loaded as it is, without opening anything, so that a project can put the check of
-its own encoder into its tests. Beside the mask it looks at what overflows in float16, whose largest
-number is 65504: a few channels of many decoders are larger, and the vectors become NaN.
+`mask.proof.prove` takes a transformer in memory. Here a name or a folder is enough, whoever saved
+it: the model is loaded unchanged, with its mask as it is, so that a project can check its own
+encoder in its tests. It also looks for overflows in float16, whose largest number is 65504: in many
+decoders a few channels are larger, and the vectors become NaN.
 
 Cost: reading the weights, the proof (eleven forwards of a few tokens), and one forward of a
 paragraph with a hook on every module.
@@ -34,18 +34,18 @@ PARAGRAPH = (
     "for (i = 0; i < n; ++i) { total += ships[i]; }\n\n"
     "등대지기는 매일 배를 세고 공책에 적는다. Он считает корабли. 灯台守は船を数える。"
 )
-"""What goes through the model: several scripts, digits, code and blank lines."""
+"""The text for the forward: several scripts, digits, code and blank lines."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest absolute number that a module of a layer, or the layer itself, hands on.
+    """The largest absolute number in the outputs of a layer and of the modules in it.
 
     Attributes:
-        layer: its place among the modules of the transformer, such as ``layers.3``; the name of
-            the module itself outside of the layers.
-        module: the module in it that handed the number on; empty for the layer itself.
-        largest: the number; NaN or infinite where the model already overflows.
+        layer: the name of the layer in the transformer, such as ``layers.3``; for a module outside
+            of the layers, its own name.
+        module: the module in the layer whose output has the number; empty for the layer itself.
+        largest: the number; NaN or infinite if the model overflows in its present number type.
     """
 
     layer: str
@@ -55,10 +55,10 @@ class Peak:
 
 @dataclass(frozen=True)
 class ModelProof:
-    """What was found of a model.
+    """The result of `prove_model`.
 
     Attributes:
-        proof: of the mask.
+        proof: the proof of the mask.
         peaks: one for each layer, in order, and for each module outside of the layers.
     """
 
@@ -67,16 +67,16 @@ class ModelProof:
 
     @property
     def highest(self) -> Peak | None:
-        """The peak of all peaks; None if the forward fails."""
+        """The largest of all peaks; None if the forward fails."""
         return max(self.peaks, key=lambda peak: _order(peak.largest), default=None)
 
     @property
     def float16_overflows(self) -> bool | None:
-        """Whether a number of this forward is beyond float16; None if the forward fails."""
+        """Whether a number of this forward is too large for float16; None if the forward fails."""
         return None if self.highest is None else not self.highest.largest <= LARGEST_FLOAT16
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it for strict JSON; a number that is not finite is None."""
+        """The result for strict JSON; numbers that are not finite become None."""
         peaks = [
             {
                 "layer": peak.layer,
@@ -100,14 +100,14 @@ def prove_model(model: str | Path | nn.Module, *, open: bool = False, **hub: Any
     ('impossible', 'full')
 
     Args:
-        model: a folder, a hub name or ``nano``; or a model in memory: a transformer, with a head or
-            adapters or without, a `SentenceTransformer`, an `LLM2Vec`. A given model is left as it
-            was, unless it is opened.
-        open: take the mask off first, as `LLM2Vec.from_pretrained` does.
-        hub: of a name: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+        model: a folder, a hub name or ``nano``; or a model in memory: a transformer, with or
+            without a head or adapters, a `SentenceTransformer` or an `LLM2Vec`. A model in memory
+            is not changed, unless it is opened.
+        open: open the mask first, as `LLM2Vec.from_pretrained` does.
+        hub: options for a hub name: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
-        ModelError: a name that cannot be loaded.
+        ModelError: the model cannot be loaded.
     """
     ids: list[int] | None = None
     report: Proof | None = None
@@ -126,7 +126,7 @@ def prove_model(model: str | Path | nn.Module, *, open: bool = False, **hub: Any
 
 
 def _load(found: loading.Found, opened: bool) -> tuple[nn.Module, Proof | None]:
-    """The transformer; with its proof, if it was opened or refused to be."""
+    """The transformer, and its proof if it was opened, or if that failed."""
     device = torch.device(get_device_name())
     dtype, report = pick("auto", device, found.config).dtype, None
     try:
@@ -138,7 +138,7 @@ def _load(found: loading.Found, opened: bool) -> tuple[nn.Module, Proof | None]:
 
 
 def _any_ids(decoder: Any) -> list[int]:
-    """Ids from the vocabulary's middle, where families keep no special tokens."""
+    """Ids from the middle of the vocabulary, where families have no special tokens."""
     size = decoder.config.get_text_config().vocab_size
     return [size // 4 + (7 * i) % (size // 2) for i in range(64)]
 
@@ -147,7 +147,7 @@ def _peaks(decoder: Any, ids: list[int]) -> tuple[Peak, ...]:
     """The peak of each layer and of each module outside of the layers, in the order they ran."""
     found: dict[str, Peak] = {}
 
-    def seen(name: str, _: nn.Module, __: Any, output: Any) -> None:
+    def note(name: str, _: nn.Module, __: Any, output: Any) -> None:
         layer, module = _place(name)
         for value in output if isinstance(output, tuple | list) else [output]:
             if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
@@ -155,14 +155,14 @@ def _peaks(decoder: Any, ids: list[int]) -> tuple[Peak, ...]:
                 if layer not in found or _order(largest) > _order(found[layer].largest):
                     found[layer] = Peak(layer, module, largest)
 
-    hooks = [m.register_forward_hook(partial(seen, n)) for n, m in decoder.named_modules() if n]
+    hooks = [m.register_forward_hook(partial(note, n)) for n, m in decoder.named_modules() if n]
     text = decoder.config.get_text_config()
     most = getattr(text, "max_position_embeddings", None) or len(ids)
     try:
         with torch.no_grad(), evaluating(decoder):
             decoder(input_ids=torch.tensor([ids[:most]], device=decoder.device), use_cache=False)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        return ()  # the proof says so too, with the error
+        return ()  # the proof has the error
     finally:
         for hook in hooks:
             hook.remove()
@@ -177,4 +177,5 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def _order(value: float) -> float:
+    """The number as it is compared: NaN is the largest."""
     return math.inf if math.isnan(value) else value

@@ -1,7 +1,7 @@
-"""What a program has to do to give the vectors of a saved folder.
+"""What a program must do to give the same vectors from a saved folder.
 
-That stock sentence-transformers does it is proved on the model. Of other programs nothing is
-claimed, as none is run here: the facts are what the folder asks of them.
+Whether stock sentence-transformers gives them is proved on the model. Other programs are not run
+here, so nothing is claimed of them: the facts are what the folder requires.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from unmasked.mask.proof import Proof
 from unmasked.text.tokens import TextTokenizer
 
 CLOSED = {"is_causal": True, NATIVE_KEY: False}
-"""Keys of a config that open the mask, and their values where it is closed."""
+"""Config keys that open the mask, and their values if it is closed."""
 
 
 def requirements(
     report: Proof, config: Any, stock: str, tokens: TextTokenizer, pooling: str
 ) -> dict[str, str]:
-    """Whether stock sentence-transformers gives the vectors, and the rules that it follows.
+    """Whether stock sentence-transformers gives the vectors, and what other programs must do.
 
     Args:
         report: the proof.
-        config: of the model, mask open.
-        stock: what `stock_loading` says.
-        tokens: how texts become ids.
+        config: the config of the model with its mask open.
+        stock: the result of `stock_loading`.
+        tokens: the tokenizer with its template.
         pooling: the pooling mode.
     """
     if report.verdict == "impossible" or stock == "causal":
@@ -42,7 +42,7 @@ def requirements(
     if report.causal_layers:
         mask += "; the causal layers stay causal"
     found = {"sentence_transformers": f"yes, proved{eager}", "mask": mask}
-    rope = getattr(text, "rope_parameters", None) or {}  # one for all layers, or for each kind
+    rope = getattr(text, "rope_parameters", None) or {}  # one dict, or one per kind of layer
     parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
     if scaling := {part.get("rope_type", "default") for part in parts} - {"default"}:
         found["positions"] = f"must scale rotary positions by {', '.join(sorted(scaling))}"

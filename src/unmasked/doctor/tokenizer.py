@@ -1,8 +1,8 @@
-"""What a tokenizer adds, what a text costs in it, and whether a stock loader finds a prompt's end.
+"""What a tokenizer adds, how many tokens a text takes, and whether stock loaders find prompt ends.
 
 Tokens per character decide what training and encoding cost and how much of a text fits: a tokenizer
-that knows a language only by its bytes takes several tokens for one Korean syllable. It is shown
-before the training, on a few sentences of everyday prose. Cost: milliseconds.
+that encodes a language byte by byte takes several tokens for one Korean syllable. They are counted
+before training, on a few sentences of everyday prose. Cost: milliseconds.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from unmasked.text.tokens import TextTokenizer
 from unmasked.train.losses.mntp import find_mask_id
 
 PROBES = ("foo", "A sentence.", " after a space", '"quoted"', "1984", "한국어 문장", "\nnew line")
-"""Beginnings of texts that merge with what stands before them in one tokenizer or another."""
+"""Beginnings of texts that some tokenizers merge with the end of the prompt before them."""
 ENDINGS = {"newline": "Find the answer:\n", "colon": "query:", "space": "query: "}
-"""Judged where a model has no prompts of its own."""
+"""Prompts that are judged if a model has none."""
 
 SAMPLES = {
     "English": "The library opens at nine on weekdays, and visitors may borrow up to five books "
@@ -27,13 +27,13 @@ SAMPLES = {
     "빌릴 수 있습니다. 다른 사람이 예약한 책은 대출 기간을 연장할 수 없습니다. 더 이상 "
     "필요하지 않은 책은 다른 사람이 읽을 수 있도록 반납해 주세요.",
 }
-"""Everyday prose, a few sentences that say the same."""
+"""The same few sentences of everyday prose in each language."""
 POOR = 1.0
-"""Tokens per character from which on a tokenizer reads a language by pieces of its letters."""
+"""From this many tokens per character on, a tokenizer splits the letters of a language."""
 
 
 def describe(tokens: TextTokenizer, prompts: dict[str, str]) -> Facts:
-    """Special tokens, chat template, and whether each prompt's end is found."""
+    """Special tokens, chat template, tokens per character, and whether prompts' ends are found."""
     tokenizer: Any = tokens.tokenizer
     try:
         mask = tokenizer.convert_ids_to_tokens(find_mask_id(tokenizer, "blank"))
@@ -59,7 +59,7 @@ def per_character(tokens: TextTokenizer, language: str) -> str:
 
     Args:
         tokens: the tokenizer.
-        language: of `SAMPLES`.
+        language: one of `SAMPLES`.
     """
     text, plain = SAMPLES[language], TextTokenizer(tokens.tokenizer)  # no template around it
     (row,) = plain([text], max_length=16 * len(text))
@@ -67,14 +67,14 @@ def per_character(tokens: TextTokenizer, language: str) -> str:
     said = f"{count / len(text):.2f} ({count} tokens of {len(text)} characters)"
     if count < POOR * len(text):
         return said
-    return f"{said}: POOR, letters are cut up; a base that was trained on {language} takes fewer"
+    return f"{said}: POOR, letters are split; a base that was trained on {language} takes fewer"
 
 
 def judge(tokenizer: Any, prompt: str) -> str:
-    """Whether a stock loader finds where this prompt ends, by tokenising it alone."""
+    """Whether a stock loader, which tokenises a prompt alone, finds where it ends before a text."""
     alone = tokenizer(prompt)["input_ids"]
     if alone and alone[-1] in tokenizer.all_special_ids:
-        alone = alone[:-1]  # as sentence-transformers does
+        alone = alone[:-1]  # as sentence-transformers leaves it out
     merged = [p for p in PROBES if tokenizer(prompt + p)["input_ids"][: len(alone)] != alone]
     if not merged:
         return f"stable in stock loaders: {prompt!r}"
