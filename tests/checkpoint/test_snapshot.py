@@ -313,7 +313,8 @@ def test_a_full_disk_is_one_sentence(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_options_of_stock_saving(model, tmp_path):
+def test_the_options_of_stock_saving(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model.save(None)
     with pytest.raises(OutputError, match="is '', an empty name. Fix: name a folder"):
         model.save("")  # as of a variable that is not set; stock code raises as well
