@@ -43,7 +43,7 @@ def test_a_merged_encoder_is_saved_with_its_parts_and_scored_beside_them(
     ("given", "said"),
     [
         (["--weights", "0.7,0.4"], "the weights are 1.1 together"),
-        (["--weights", "0.7;0.3"], "should be numbers with commas"),
+        (["--weights", "0.7;0.3"], "should be numbers separated by commas"),
         (["--weights", "1"], "1 weights for 2 encoders. Fix: --weights 0.5,0.5"),
         (["--method", "slerp", "part2"], "slerp goes from one encoder to another"),
         (["absent"], "absent"),
@@ -90,7 +90,7 @@ def test_evaluate_shows_quality_beside_cost(cli, tiny_decoder, tasks, tmp_path):
     assert [rows[0][4], rows[2][4]] == [f"{whole:.2f}", f"{half:.2f}"]
     code, _, err = cli("evaluate", tiny_decoder, "nano", *options[:4])
     assert code == 2
-    assert "take one model apart" in " ".join(err.replace("│", " ").split())
+    assert "work on one model alone" in " ".join(err.replace("│", " ").split())
 
 
 def test_a_student_is_trained_from_a_named_teacher(cli, tiny_decoder, tmp_path):

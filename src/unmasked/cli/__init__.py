@@ -1,11 +1,11 @@
 """The commands: how does one work with the package from a shell?
 
-One function per verb; the work is done in the rooms below. Results go to stdout, progress to
-stderr. Exit codes: 0 when it is done; 2 for what the user can mend (the message says how, and
-``--debug`` shows the traceback); 130 when it was interrupted.
+There is one function per verb, which calls the rooms below. Results go to stdout, progress to
+stderr. Exit codes: 0 for success; 2 for an error that the user can correct (the message says how,
+and ``--debug`` shows the traceback); 130 after an interruption.
 
 Cost: ``unmasked --help`` answers in a fifth of a second, because nothing heavy is imported before
-a verb needs it. Others use `main`, the entry of the installed script, and `app` in tests.
+a verb needs it. Others use `main`, the entry point of the installed script; tests also use `app`.
 """
 
 from __future__ import annotations
@@ -68,12 +68,13 @@ def of_every_verb(
     ] = False,
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Take the options of every verb; `Verbs` reads ``debug``."""
+    """Options that come before any verb; `Verbs` reads ``debug``."""
 
 
 def main() -> None:
     """The ``unmasked`` command."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would cut through our line
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would break our progress line
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
-    debug = ["--debug"] if len(arguments) < len(sys.argv[1:]) else []  # also behind the verb
+    # typer accepts --debug only before the verb; move it there.
+    debug = ["--debug"] if len(arguments) < len(sys.argv[1:]) else []
     app([*debug, *arguments])

@@ -42,7 +42,7 @@ _ONE_FILE = (
     "Fix: name a folder, or leave out --format, --shard and --engine ray."
 )
 WHOLE_TEXT = 1_000_000
-"""Bytes from which a text is refused that is not divided; one that is may be as long as a line."""
+"""Texts of this many bytes or more are refused, unless they are split into passages."""
 
 INPUT = Annotated[
     str,
@@ -56,29 +56,31 @@ OUTPUT = Annotated[
     str,
     Option("-o", "--output", help="Folder of shards; or one .npy, .parquet or .safetensors file."),
 ]
-KEEP = Annotated[str | None, Option(help="Columns to put beside the vectors: a,b,c.")]
+KEEP = Annotated[str | None, Option(help="Columns to write beside the vectors: a,b,c.")]
 PROMPT = Annotated[str | None, Option(help="Text put before every input.")]
 BATCH_SIZE = Annotated[
-    int | None, Option(min=1, help="Maximum number of texts per forward.", show_default="by tokens")
+    int | None,
+    Option(min=1, help="Maximum texts per forward pass.", show_default="limited by tokens"),
 ]
 NORMALIZE = Annotated[bool, Option("--normalize", help="Scale vectors to length 1.")]
-TRUNCATE = Annotated[int | None, Option(min=1, help="Keep the first N numbers per vector.")]
+TRUNCATE = Annotated[int | None, Option(min=1, help="Keep the first N dimensions per vector.")]
 PRECISION = Annotated[
     Literal["float32", "float16", "int8", "binary"],
-    Option(help="Precision of the stored numbers; binary is one bit per number."),
+    Option(help="Number type of the stored vectors; binary is one bit per dimension."),
 ]
 RANGES = Annotated[
-    Path | None, Option(help="_ranges.npy of another run, for int8.", show_default="measured")
+    Path | None,
+    Option(help="For int8: the file _ranges.npy of another run.", show_default="measured"),
 ]
 FORMAT = Annotated[
     Literal["parquet", "npy", "safetensors"] | None,
     Option(help="Format of the shards in a folder.", show_default="parquet"),
 ]
-SHARD_ROWS = Annotated[int, Option(min=1, help="Rows of the input per shard.")]
-SHARD = Annotated[str | None, Option(metavar="i/n", help="This is machine i of n machines.")]
+SHARD_ROWS = Annotated[int, Option(min=1, help="Number of input rows per shard.")]
+SHARD = Annotated[str | None, Option(metavar="i/n", help="Encode part i of n, one per machine.")]
 ON_ERROR = Annotated[
     Literal["fail", "skip"],
-    Option(help="At a row without usable text: stop, or list it and go on."),
+    Option(help="At a row without usable text: stop, or list it and continue."),
 ]
 BYTES = Annotated[
     int | None,
@@ -89,23 +91,24 @@ BYTES = Annotated[
     ),
 ]
 ENGINE = Annotated[
-    Literal["local", "ray"], Option(help="Run one model in this process, or several on Ray.")
+    Literal["local", "ray"], Option(help="Run one model in this process, or several with Ray.")
 ]
 WORKERS = Annotated[
-    int | None, Option(min=1, help="Number of models on Ray.", show_default="number of GPUs")
+    int | None,
+    Option(min=1, help="With --engine ray: number of models.", show_default="number of GPUs"),
 ]
 QUANTIZE = Annotated[
     Literal["int8"] | None,
     Option(
-        help="8-bit weights of the model, on a CPU: faster and slightly less "
-        "exact; the loss is printed. The stored numbers are those of --precision."
+        help="Use 8-bit weights, on a CPU only: faster, slightly less exact; the difference is "
+        "printed. The stored vectors follow --precision."
     ),
 ]
 COMPILE = Annotated[
     Literal["auto", "always", "never"],
     Option(
-        help="Compile the decoder layers. auto: on a GPU, where the work is long enough to pay for "
-        "some 20 seconds."
+        help="Compile the decoder layers, which takes about 20 seconds. auto: on a GPU, if there "
+        "is enough text to make up for it."
     ),
 ]
 OVERWRITE = Annotated[bool, Option("--overwrite", help="Replace the output.")]
@@ -140,9 +143,9 @@ def encode(
     compile: COMPILE = "auto",
     overwrite: OVERWRITE = False,
 ) -> None:
-    """Turn texts, however many, into vectors on disk, row by row.
+    """Encode any number of texts into vectors on disk, one vector per row.
 
-    The same command continues a folder: shards that are whole are kept.
+    The same command continues an interrupted folder: finished shards are kept.
     """
     from unmasked import corpus
     from unmasked.files.readers import LONGEST_LINE
@@ -180,17 +183,17 @@ def _say_done(done: Encoded, waited: float | None, path: Path, listed: Path) -> 
     left_out = f"; {done.skipped:,} rows skipped, listed in {listed}" if done.skipped else ""
     terminal.show(f"{done.rows:,} vectors of {done.width} numbers in {path}{left_out}")
     if waited is not None:
-        terminal.say(f"while encoding, the device waited for texts {waited:.0%} of the time")
+        terminal.say(f"the device spent {waited:.0%} of the encoding time waiting for texts")
     if done.cut:
         terminal.show(
             f"{done.cut:,} texts are longer than the model's max_length, and only the beginning of "
-            "each counts. Fix: --chunk 256 makes passages of them."
+            "each was encoded. Fix: --chunk 256 splits them into passages."
         )
 
 
 def _everywhere(model: str) -> str:
-    """The name of a model on another machine, whose working directory is another one."""
-    if model == "nano" or not model.strip():  # everywhere, also where a folder is called so
+    """The model's name as an actor of Ray can use it, which has another working directory."""
+    if model == "nano" or not model.strip():  # 'nano' is the bundled decoder, never a local folder
         return model
     return str(Path(model).resolve()) if Path(model).exists() else model
 
@@ -203,7 +206,7 @@ def _say_left_out(source: Source) -> None:
 
 
 def _load(name: str, dtype: str, quantize: str | None, compile: str) -> LLM2Vec:
-    """The model, in this process or in an actor of Ray, which imports this function."""
+    """Load the model, in this process or in an actor of Ray, which imports this function."""
     from unmasked.compat.llm2vec import LLM2Vec
 
     terminal.quiet_libraries()
@@ -213,7 +216,7 @@ def _load(name: str, dtype: str, quantize: str | None, compile: str) -> LLM2Vec:
 def _to_file(
     load: Load, write: Callable[..., Encoded], source: Source, skip: bool
 ) -> tuple[Encoded, float | None]:
-    """What was written, and the share of the time that the device waited."""
+    """Encode into one file; see `_to_folder` for what is returned."""
     with terminal.waiting(f"checking {source.name}"):
         total = sum(source.survey(skip)) if source.on_disk else None
     with terminal.waiting("loading the model"):
@@ -226,7 +229,13 @@ def _to_file(
 def _to_folder(
     load: Load, write: Callable[..., Encoded], path: Path, actors: int | None
 ) -> tuple[Encoded, float | None]:
-    """Encode with `actors` models on Ray, 0 for one per GPU; with None, in this process.
+    """Encode into a folder of shards.
+
+    Args:
+        load: loads the model.
+        write: encodes and writes, given an engine.
+        path: the folder.
+        actors: number of models on Ray, 0 for one per GPU; None for one model in this process.
 
     Returns:
         What was written, and the share of the time that the device waited, if it is known.
@@ -253,14 +262,14 @@ def _to_folder(
 
 
 def _counter(line: terminal.Line, before: int, total: int | None) -> Progress:
-    """Shows rows, and what this run does in a second; the time left follows from that."""
+    """Shows the rows done, `before` of them by earlier runs, and the speed of this run."""
     begun, tokens_before = time.monotonic(), 0
     line.begin("encoding")
     line.advance(before, total)
 
     def told(rows: int, tokens: int | None) -> None:
         nonlocal tokens_before
-        if rows == before:  # only the ranges of int8 have been measured yet
+        if rows == before:  # no row is written yet: these tokens were for the ranges of int8
             tokens_before = tokens or 0
             return
         seconds = max(time.monotonic() - begun, 1e-9)

@@ -1,6 +1,6 @@
-"""How a command ends: an error that the user can mend is one paragraph and an exit code.
+"""How a command ends: an error that the user can correct becomes one paragraph and an exit code.
 
-Everything else is a fault of the program, whose traceback is shown.
+Any other error is a fault of the program, and its traceback is shown.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ KEPT = {
     "mine": "every finished shard is kept; run the same command to continue",
     "report": "figures that were drawn are kept",
 }
-"""What is on the disk after an interrupted verb; those that continue say it themselves."""
+"""Verb → what is on the disk after an interruption. ``run`` and ``train``, and ``encode`` into a
+folder, handle Ctrl-C themselves once their work has begun."""
 
 
 class Verbs(TyperGroup):
-    """The verbs of `unmasked`; an error in one of them ends as `end` says."""
+    """The verbs of `unmasked`; an error in any of them is passed to `end`."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
@@ -52,7 +53,10 @@ class Verbs(TyperGroup):
 
 
 def end(error: BaseException, verb: str, debug: bool = False) -> NoReturn:
-    """Print what the user can mend and exit; raise everything else again, and all with `debug`."""
+    """Print an error that the user can correct, and exit.
+
+    Any other error is raised again; with `debug`, every error is.
+    """
     code, message = explain(error, verb)
     if debug or not message:
         raise error
@@ -61,7 +65,7 @@ def end(error: BaseException, verb: str, debug: bool = False) -> NoReturn:
 
 
 def explain(error: BaseException, verb: str) -> tuple[int, str]:
-    """Exit code and message; the message is empty if the user cannot mend the error."""
+    """Exit code and message; the message is empty if the user cannot correct the error."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, f"interrupted: {KEPT.get(verb, 'nothing was written')}"
     if isinstance(error, UnmaskedError):

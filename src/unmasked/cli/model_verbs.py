@@ -1,10 +1,11 @@
-"""Verbs for a whole model: convert, evaluate, search, analyse, doctor, push."""
+"""Verbs that use or examine a finished model: convert, evaluate, search, analyse, doctor, push."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,8 @@ from typer import Argument, Option
 from unmasked.cli import terminal
 from unmasked.cli.failures import MISUSED
 from unmasked.cli.options import (
+    ALLOW_PARTIAL,
+    AS_JSON,
     CHUNK,
     COLUMN,
     DTYPE,
@@ -39,34 +42,38 @@ def convert(
     model: MODEL,
     output: NEW_FOLDER,
     peft: Annotated[
-        list[str] | None, Option(help="Adapter to merge; repeat for more, in order.")
+        list[str] | None,
+        Option(help="PEFT adapter to merge into the model; repeat for more, in their order."),
     ] = None,
     pooling: Annotated[
         Pooling | None,
-        Option(help="Pooling of token states.", show_default="the folder's, or mean"),
+        Option(help="Pooling of token states.", show_default="as saved, else mean"),
     ] = None,
     max_length: Annotated[
-        int | None, Option(min=2, help="Maximum number of tokens per input.", show_default="512")
+        int | None,
+        Option(min=2, help="Maximum tokens per input.", show_default="as saved, else 512"),
     ] = None,
     include_instruction: Annotated[
         bool,
-        Option("--include-instruction", help="Pool BOS and the instruction, as all engines do."),
+        Option(
+            "--include-instruction", help="Also pool BOS and the instruction, as all engines can."
+        ),
     ] = False,
     dtype: DTYPE = "checkpoint",
     attention: Annotated[
         str | None,
-        Option(help="Attention: sdpa, eager, ...", show_default="as transformers chooses"),
+        Option(
+            help="Attention implementation: sdpa, eager, ...", show_default="transformers' choice"
+        ),
     ] = None,
-    allow_partial: Annotated[
-        bool, Option("--allow-partial", help="Accept layers that stay causal (hybrids).")
-    ] = False,
+    allow_partial: ALLOW_PARTIAL = False,
     layers: Annotated[
         int | None, Option(help="Keep only the first LAYERS layers.", show_default="all")
     ] = None,
 ) -> None:
-    """Take the causal mask off, prove it, and save an encoder, without training.
+    """Remove the causal mask of a decoder, prove it, and save an encoder, without training.
 
-    Stock sentence-transformers loads the folder to the same vectors.
+    Stock sentence-transformers loads the folder and gives the same vectors.
     """
     with terminal.loading(f"loading {model}"):
         from unmasked.compat.llm2vec import LLM2Vec
@@ -74,7 +81,7 @@ def convert(
         encoder = LLM2Vec.from_pretrained(
             model,
             list(peft or []),
-            enable_bidirectional=True,  # also of an encoder that was saved with its mask closed
+            enable_bidirectional=True,  # even for an encoder that was saved with its mask closed
             pooling_mode=pooling,
             max_length=max_length,
             skip_instruction=False if include_instruction else None,
@@ -93,29 +100,37 @@ def _formats(wanted: bool) -> None:
     if wanted:
         from unmasked.evaluate.tasks.formats import formats_text
 
-        typer.echo(formats_text())  # tabs stay tabs
+        typer.echo(formats_text())  # not `terminal.show`: rich would expand the tabs of .tsv
         raise typer.Exit
 
 
 def evaluate(
     models: Annotated[
         list[str],
-        Argument(help="Hub name, folder, or 'nano'; the first is compared to the others."),
+        Argument(help="Hub names, folders or 'nano'; the first model is compared with the others."),
     ],
     tasks: Annotated[
-        list[str], Option(help="Task file or folder, words:FILE, or mteb name; repeat for more.")
+        list[str],
+        Option(
+            help="Task file or folder (see --formats), words:FILE for a linear probe on words, or "
+            "the mteb name of a public task or benchmark; repeat for more."
+        ),
     ],
     languages: Annotated[
-        list[str] | None, Option(help="Languages of public tasks: eng, kor, ...; repeat for more.")
+        list[str] | None,
+        Option(
+            help="Language of public tasks: eng, kor, ...; repeat for more.", show_default="all"
+        ),
     ] = None,
     against: Annotated[
         Literal["causal"] | None, Option(help="Also score the causal decoder, with each pooling.")
     ] = None,
     base: Annotated[
-        str | None, Option(help="The causal decoder.", show_default="the base of the first model")
+        str | None,
+        Option(help="Decoder of --against causal.", show_default="the base of the first model"),
     ] = None,
     results: Annotated[
-        Path, Option(help="Folder that keeps results of public tasks, to be continued.")
+        Path, Option(help="Folder of public tasks' results; tasks found there are not run again.")
     ] = Path("mteb"),
     every: Annotated[
         bool, Option("--all", help="Show every metric, not only the main one of each task.")
@@ -124,7 +139,7 @@ def evaluate(
         list[int] | None, Option(help="Also score the first LAYERS layers alone; repeat for more.")
     ] = None,
     dimensions: Annotated[
-        list[int] | None, Option(help="Also score shorter vectors; repeat for more.")
+        list[int] | None, Option(help="Also score vectors cut to this length; repeat for more.")
     ] = None,
     json_file: JSON_FILE = None,
     formats: Annotated[
@@ -132,7 +147,7 @@ def evaluate(
         Option("--formats", callback=_formats, is_eager=True, help="Show examples of task files."),
     ] = False,
 ) -> None:
-    """Score models with 95 % intervals, and show what the first gains on each other one."""
+    """Score models on tasks with 95 % intervals, and compare the first model with the others."""
     from unmasked.cli import tables
     from unmasked.evaluate.compare import compare_encoders
     from unmasked.evaluate.scorer import make_scorer
@@ -162,33 +177,31 @@ VECTORS = Annotated[
     str,
     Argument(
         metavar="VECTORS|CORPUS",
-        help="Folder or file that unmasked encode wrote; or texts, encoded for this time.",
+        help="Output of 'unmasked encode' (folder or file); or texts, which are encoded for this "
+        "search only.",
     ),
 ]
 QUERY = Annotated[
-    str | None, Argument(help="What to look for.", show_default="asked for, one after another")
+    str | None, Argument(help="Text to search for.", show_default="read from standard input")
 ]
 TEXTS = Annotated[
     str | None,
-    Option(
-        help="The texts that were encoded, to show them; not needed where they were kept with "
-        "--keep text."
-    ),
+    Option(help="The encoded texts, to be shown; not needed if they were kept with --keep text."),
 ]
 QUERY_PROMPT = Annotated[
-    str | None, Option(help="Text put before a query.", show_default="the model's for queries")
+    str | None, Option(help="Text put before every query.", show_default="the model's for queries")
 ]
 STORED_DTYPE = Annotated[
     Dtype | None,
-    Option(help="Number type of the weights.", show_default="that of the vectors, or auto"),
+    Option(help="Number type of the weights.", show_default="as in encoding, or auto"),
 ]
 
 
 def search(
     where: VECTORS,
     query: QUERY = None,
-    model: Annotated[str, Option(help="The model that encoded: its name or folder.")] = ...,  # type: ignore[assignment]
-    top: Annotated[int, Option(min=1, help="How many texts to show.")] = 10,
+    model: Annotated[str, Option(help="Hub name or folder of the encoding model.")] = ...,  # type: ignore[assignment]
+    top: Annotated[int, Option(min=1, help="Number of texts to show per query.")] = 10,
     texts: TEXTS = None,
     text_column: COLUMN = "text",
     whole_files: WHOLE = False,
@@ -200,9 +213,10 @@ def search(
     dtype: STORED_DTYPE = None,
     json_file: JSON_FILE = None,
 ) -> None:
-    """Show the nearest texts of an encoded corpus, with scores (cosine); exact, for looking.
+    """Show the texts of an encoded corpus that are nearest to a query, by exact cosine similarity.
 
-    Without a query it asks for one after another, until an empty line.
+    Meant for inspecting vectors, not for serving users. Without a query, queries are read line by
+    line from standard input, up to an empty line.
     """
     from unmasked.cli import tables
     from unmasked.corpus import search as room
@@ -211,44 +225,39 @@ def search(
     stored = room.open_vectors(where) if room.are_vectors(Path(where)) else None
     chunks = divided(chunk, overlap, late)
     if stored is not None and chunks is not None:
-        raise DataError(f"--chunk divides texts, and {where} holds vectors. Fix: leave it out.")
-    made = stored.settings if stored is not None else {}
+        raise DataError(f"--chunk splits texts, but {where} holds vectors. Fix: leave it out.")
+    encoded_with = stored.settings if stored is not None else {}
     with terminal.loading(f"loading {model}"):
         from unmasked.compat.llm2vec import LLM2Vec
 
-        encoder = LLM2Vec.from_pretrained(
-            model, dtype=dtype or made.get("dtype", "auto"), quantize=made.get("quantize")
-        )
+        dtype = dtype or encoded_with.get("dtype", "auto")
+        quantize = encoded_with.get("quantize")
+        encoder = LLM2Vec.from_pretrained(model, dtype=dtype, quantize=quantize)
     prompts = {"prompt": prompt, "prompt_name": prompt_name}
     if stored is None:
         source = Source(documents(where, whole_files), text_column)
         with terminal.Line() as line:
             line.begin("encoding")
-            told = partial(line.advance, total=None)
-            found = room.search_texts(encoder, source, chunks, progress=told, **prompts)
+            show = partial(line.advance, total=None)
+            find = room.search_texts(encoder, source, chunks, progress=show, **prompts)
     else:
-        of = Source(documents(texts, whole_files), text_column) if texts else None
-        found = room.VectorSearch(encoder, stored, of, **prompts)
+        shown = Source(documents(texts, whole_files), text_column) if texts else None
+        find = room.VectorSearch(encoder, stored, shown, **prompts)
     answers = []
-    for asked in [query] if query is not None else _queries():
-        (hits,) = found([asked], top)
+    for wanted in [query] if query is not None else _queries():
+        (hits,) = find([wanted], top)
         tables.show_hits(hits)
-        answers.append({"query": asked, "hits": [hit._asdict() for hit in hits]})
+        answers.append({"query": wanted, "hits": [hit._asdict() for hit in hits]})
     if json_file:
         write_text(json_file, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
 
 
 def _queries() -> Iterator[str]:
-    """Queries that are typed, or lines of standard input, until an empty one."""
-    shown = "query: " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            asked = input(shown).strip()
-        except EOFError:
-            return
-        if not asked:
-            return
-        yield asked
+    """The lines of standard input up to an empty one; on a terminal, with a prompt."""
+    prompt = "query: " if sys.stdin.isatty() else ""
+    with suppress(EOFError):
+        while line := input(prompt).strip():
+            yield line
 
 
 def analyse(
@@ -256,14 +265,14 @@ def analyse(
     task: Annotated[
         str | None,
         Option(
-            help="Task with texts that belong together (STS, pairs, reranking, retrieval).",
-            show_default="docstrings of this Python",
+            help="Task file or folder with related texts (STS, pairs, reranking, retrieval).",
+            show_default="docstrings of installed packages",
         ),
     ] = None,
     output: Annotated[Path | None, Option("-o", "--output", help="Folder for the figures.")] = None,
     json_file: JSON_FILE = None,
 ) -> None:
-    """Compare closed and open mask layer by layer, and measure the shape of the vectors."""
+    """Compare a model's states with closed and open mask by layer, and its vectors' geometry."""
     from unmasked.cli import tables
 
     with terminal.loading(f"analysing {model}"):
@@ -278,13 +287,16 @@ def analyse(
 
 
 def doctor(
-    model: Annotated[str | None, Argument(help="Model to examine as well.")] = None,
+    model: Annotated[
+        str | None,
+        Argument(help="Hub name or folder of a model, or 'nano'.", show_default="this machine"),
+    ] = None,
     load: Annotated[
-        bool, Option("--load", help="Download the weights of a hub model and examine them.")
+        bool, Option("--load", help="Examine a hub model's weights too, not only its config.")
     ] = False,
-    as_json: Annotated[bool, Option("--json", help="Write JSON, for programs.")] = False,
+    as_json: AS_JSON = False,
 ) -> None:
-    """Examine this machine, or a model: is it really bidirectional? Exit code 2 if it is not."""
+    """Examine this machine, or whether a model is really bidirectional (exit code 2 if not)."""
     from unmasked.doctor import environment, examine, lines
 
     waiting = terminal.loading if model else terminal.waiting
@@ -301,7 +313,7 @@ def doctor(
 def push(
     folder: Annotated[Path, Argument(help="Folder of a saved model, or of a run.")],
     repository: Annotated[str, Argument(help="NAME or ORGANISATION/NAME on the hub.")],
-    public: Annotated[bool, Option("--public", help="Let everybody see it.")] = False,
+    public: Annotated[bool, Option("--public", help="Make the repository public.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files and send nothing.")] = False,
 ) -> None:
     """Upload a saved model to the Hugging Face hub, private by default."""
@@ -313,8 +325,9 @@ def push(
     files = hub.list_files(folder)
     rows = [[name, terminal.short(size, "B")] for name, size in files]
     terminal.show_table(["file", "size"], rows)
-    total, who = sum(size for _, size in files), "public" if public else "private"
-    terminal.show(f"{len(files)} files, {terminal.short(total, 'B')}, to {repository} ({who})")
+    total = terminal.short(sum(size for _, size in files), "B")
+    visibility = "public" if public else "private"
+    terminal.show(f"{len(files)} files, {total}, to {repository} ({visibility})")
     if dry_run:
         terminal.show("dry run: nothing was sent")
         return

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share, and the checks of where a verb may write."""
+"""Arguments and options that several verbs share, and the checks of their output paths."""
 
 from __future__ import annotations
 
@@ -19,44 +19,48 @@ Dtype = Literal["auto", "checkpoint", "float32", "bfloat16", "float16"]
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """The shipped recipes that begin so; the shell adds files itself."""
+    """The shipped recipes whose names begin with `incomplete`; the shell completes file names."""
     from unmasked.recipe.files import shipped_recipes
 
     return [name for name in shipped_recipes() if name.startswith(incomplete)]
 
 
 def complete_setting(incomplete: str) -> list[str]:
-    """The settings that begin so, as far as their equals sign."""
+    """The settings whose names begin with `incomplete`, each followed by ``=``."""
     from unmasked.recipe.settings import settings
 
     found = [f"{one.name}=" for one in settings() if not one.section]
     return [name for name in found if name.startswith(incomplete)]
 
 
-MODEL = Annotated[str, Argument(help="Hub name, folder, or 'nano', the bundled decoder.")]
+MODEL = Annotated[
+    str, Argument(help="Hub name or folder of a model, or 'nano', the bundled decoder.")
+]
 RECIPE = Annotated[
     str,
-    Argument(help="YAML file, or the name of a shipped recipe.", autocompletion=complete_recipe),
+    Argument(
+        help="YAML file, or a name of 'unmasked recipes list'.", autocompletion=complete_recipe
+    ),
 ]
 OVERRIDES = Annotated[
     list[str] | None,
     Argument(
         metavar="SECTION.KEY=VALUE",
-        help="Settings to change: mntp.steps=500; 'unmasked recipes explain' lists them.",
+        help="Settings to change, e.g. mntp.steps=500; 'unmasked recipes explain' lists them.",
         autocompletion=complete_setting,
     ),
 ]
 DTYPE = Annotated[
     Dtype,
     Option(
-        help="Number type of the weights. auto: bfloat16 where the hardware has it; "
-        "checkpoint: the same, but never less than the checkpoint has."
+        help="Number type of the weights. auto: bfloat16 if the hardware supports it, else "
+        "float32; checkpoint: as auto, but never less precise than the checkpoint."
     ),
 ]
 
 
 def check_new(path: Path) -> Path:
-    """Refuse to write over a file, or into a folder that is not empty, with `OutputError`."""
+    """Raise `OutputError` if the path is an existing file, or a folder that is not empty."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         filled = " and is not empty" if path.is_dir() else ""
         raise OutputError(f"{path} exists{filled}. Fix: give another name.")
@@ -64,7 +68,7 @@ def check_new(path: Path) -> Path:
 
 
 def check_parent(path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written, before any work is done for it."""
+    """Raise `OutputError` if a file cannot be written, before any work is done for it."""
     if path is None:
         return path
     if not path.parent.is_dir():
@@ -81,14 +85,16 @@ def check_parent(path: Path | None) -> Path | None:
     return path
 
 
-COLUMN = Annotated[str, Option(help="Column that holds the text (ignored for .txt).")]
-PROMPT_NAME = Annotated[str | None, Option(help="Name of a prompt of the model.")]
+COLUMN = Annotated[str, Option(help="Column of the texts (ignored for .txt).")]
+PROMPT_NAME = Annotated[
+    str | None, Option(help="Use the model's prompt of this name, instead of --prompt.")
+]
 WHOLE = Annotated[
     bool,
     Option(
         "--whole-files",
-        help="Each file of the folder is one text, with its path as id: .txt, .md, .rst, .html, "
-        ".pdf, .docx.",
+        help="Read each file of the folder as one text, with its path as id: .txt, .md, .rst, "
+        ".html, .pdf, .docx.",
     ),
 ]
 CHUNK = Annotated[
@@ -96,31 +102,31 @@ CHUNK = Annotated[
     Option(
         min=1,
         metavar="TOKENS",
-        help="Divide texts into passages of at most so many tokens, along sentences.",
-        show_default="a text is cut at the model's max_length, and counted",
+        help="Split texts into passages of at most this many tokens, along sentences.",
+        show_default="a text is cut at the model's max_length",
     ),
 ]
 OVERLAP = Annotated[
-    int, Option(min=0, metavar="TOKENS", help="Tokens that a passage shares with the one before.")
+    int, Option(min=0, metavar="TOKENS", help="Tokens that a passage repeats from the one before.")
 ]
 LATE = Annotated[
     bool,
-    Option("--late", help="Pool each passage from one forward over its whole document."),
+    Option("--late", help="Pool each passage from one forward pass over its whole document."),
 ]
 
 
 def divided(chunk: int | None, overlap: int, late: bool) -> Chunks | None:
-    """How texts become passages; None if they stay whole."""
+    """How texts are split into passages; None if they are not.  `DataError` without `chunk`."""
     from unmasked.corpus import Chunks
 
     if chunk is None and (overlap or late):
         given = "--late" if late else f"--overlap {overlap}"
-        raise DataError(f"{given} is about passages. Fix: --chunk 256 {given}.")
+        raise DataError(f"{given} needs --chunk, which makes passages. Fix: --chunk 256 {given}.")
     return None if chunk is None else Chunks(chunk, overlap, late)
 
 
 def documents(texts: str, whole_files: bool) -> str:
-    """The name of texts, or of a folder of which each file is one."""
+    """The name of a source of texts; with `whole_files`, that of a folder whose files are texts."""
     from unmasked.files.documents import PREFIX
 
     return f"{PREFIX}{texts}" if whole_files and not texts.startswith(PREFIX) else texts
@@ -129,5 +135,9 @@ def documents(texts: str, whole_files: bool) -> str:
 NEW_FOLDER = Annotated[Path, Option("-o", "--output", callback=check_new, help="New folder.")]
 JSON_FILE = Annotated[
     Path | None,
-    Option("--json", callback=check_parent, help="Also write the numbers to this file."),
+    Option("--json", callback=check_parent, help="Also write the results to this file, as JSON."),
+]
+AS_JSON = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
+ALLOW_PARTIAL = Annotated[
+    bool, Option("--allow-partial", help="Accept a model that keeps causal layers (hybrids).")
 ]

@@ -1,6 +1,6 @@
-"""What a run shows: facts first, then progress and scores, then the table and the next command.
+"""What a run shows: its settings, then progress and scores, then the table and the next command.
 
-Training itself is `train.run.Run`, which is given a listener and a scorer here.
+`train.run.Run` does the training; the functions here pass it a listener and a scorer.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 def run_recipe(recipe: Recipe, path: Path, anchor: Anchor | None = None) -> None:
-    """Run, or continue, a recipe in a folder, and show it: facts, progress, table, next command.
+    """Run or continue a recipe in a folder, and show settings, progress, table and next command.
 
     Args:
         recipe, path: as in `train.run.Run`.
-        anchor: a published benchmark, on whose tasks the run is scored; None for the recipe's.
+        anchor: a published benchmark, whose tasks replace those of the recipe.
 
     Raises:
         UnmaskedError: see `train.run.Run`.
@@ -45,11 +45,11 @@ def run_recipe(recipe: Recipe, path: Path, anchor: Anchor | None = None) -> None
         from unmasked.train.run import Run
     leaks = Leaks({task: texts_of_task(task) for task in tasks if is_local(task)})
     with terminal.Line() as line:
-        scoring = score and _with_proof(score, line)
+        scoring = _showing_proof(score, line) if score else None
         work = Run(recipe, path, scoring, listener(line), anchor, leaks)
         terminal.facts(_header(work, tasks), stderr=True)
         finished = _is_finished(work)
-        with telling_what_is_kept(lambda: work):
+        with saying_what_is_kept(lambda: work):
             encoder = work.run()
     keep_command(path)
     terminal.show(encoder.report.summary())
@@ -63,21 +63,25 @@ def run_recipe(recipe: Recipe, path: Path, anchor: Anchor | None = None) -> None
 
 
 @contextmanager
-def telling_what_is_kept(run: Callable[[], Run]) -> Iterator[None]:
-    """In the block, Ctrl-C ends with what the folder of a run holds and how to go on."""
+def saying_what_is_kept(run: Callable[[], Run]) -> Iterator[None]:
+    """On Ctrl-C in the block, say what the folder of a run holds and how to continue, and exit.
+
+    Args:
+        run: returns the run; called only after an interruption.
+    """
     try:
         yield
     except KeyboardInterrupt:
         work = run()
-        kept = _progress(work)
+        kept = _kept(work)
         what = f"saved: {', '.join(kept)}" if kept else "no step is saved yet"
         how = "continue" if kept else "begin anew"
         terminal.say(f"interrupted: {work.path}: {what}; run the same command to {how}")
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _progress(work: Run) -> list[str]:
-    """What the folder of a run holds for the next start, in words; empty if that begins anew."""
+def _kept(work: Run) -> list[str]:
+    """What the next start can reuse from the folder of a run, in words; empty if nothing."""
     from unmasked.train.checkpoints import last_checkpoint
     from unmasked.train.fitting import is_done
 
@@ -92,22 +96,23 @@ def _progress(work: Run) -> list[str]:
 
 
 def _is_finished(work: Run) -> bool:
-    """Whether nothing is left to do: every stage is trained and scored, the result saved."""
+    """Whether nothing is left to do: every stage is trained and scored, and the result is saved."""
     from unmasked.train.fitting import is_done
 
     stages = [name for name, _ in work.recipe.stages()]
     scored = {stage["name"] for stage in work.results()}
-    whole = work.score is None or (
-        bool(scored & {BIDIRECTIONAL, BEFORE}) and scored.issuperset(stages)
-        if work.only is None
-        else scored >= work.only
-    )
-    done = all(is_done(work.path / name) for name in stages)
-    return done and whole and (work.path / "model" / "config.json").is_file()
+    if work.score is None:
+        all_scored = True
+    elif work.only is not None:  # the stages for which there are published figures
+        all_scored = scored >= work.only
+    else:
+        all_scored = bool(scored & {BIDIRECTIONAL, BEFORE}) and scored.issuperset(stages)
+    all_trained = all(is_done(work.path / name) for name in stages)
+    return all_trained and all_scored and (work.path / "model" / "config.json").is_file()
 
 
 def keep_command(run: Path) -> None:
-    """Write the command that first ended a run, and its machine, into its folder for the report."""
+    """Write the command that first finished a run, and its machine, into its folder."""
     from unmasked.train.devices import is_first
 
     if is_first() and not (run / COMMAND).exists():
@@ -123,7 +128,7 @@ def listener(line: terminal.Line) -> Listener:
     """A listener for `train.run.Run` that shows everything on a progress line."""
     from unmasked.train.callback import Listener
 
-    known: dict[str, float] = {}  # the newest value of each measure of the stage
+    known: dict[str, float] = {}  # the newest value of each measurement of the stage
 
     def stage(name: str) -> None:
         known.clear()
@@ -132,9 +137,9 @@ def listener(line: terminal.Line) -> Listener:
     def step(step: int, steps: int, measured: dict[str, float]) -> None:
         known.update(measured)
         if "train_runtime" in measured:
-            return  # the trainer's last word, whose loss is a mean over the whole stage
-        if "eval_token_loss" in known:
-            known.pop("eval_loss", None)  # a mean of batch means
+            return  # the trainer's summary, whose loss is a mean over the whole stage
+        if "eval_token_loss" in known:  # exact, while eval_loss is a mean of batch means
+            known.pop("eval_loss", None)
         texts = {
             "loss": "loss {:.4f}",
             "eval_loss": "held-out {:.4f}",
@@ -151,14 +156,15 @@ def listener(line: terminal.Line) -> Listener:
     return Listener(stage, step, scored)
 
 
-def _with_proof(score: Callable[[Any], Any], line: terminal.Line) -> Callable[[Any], Any]:
-    """A scorer that also shows the proof of the first encoder without its causal mask."""
-    shown: list[str] = []
+def _showing_proof(score: Callable[[Any], Any], line: terminal.Line) -> Callable[[Any], Any]:
+    """A scorer that also shows the proof of the first encoder whose mask is open."""
+    shown = False
 
     def scored(encoder: Any) -> Any:
+        nonlocal shown
         if not shown and encoder.report.verdict != "impossible":
-            shown.append(encoder.report.summary())
-            line.note(shown[0])
+            line.note(encoder.report.summary())
+            shown = True
         return score(encoder)
 
     return scored
@@ -168,7 +174,7 @@ def _header(work: Run, tasks: Sequence[str]) -> list[tuple[str, str]]:
     recipe = work.recipe
     dtype = str(work.dtype).removeprefix("torch.")
     if recipe.model.dtype == "auto":
-        dtype += " (auto: bfloat16 on a GPU that has it, float32 on CPU)"
+        dtype += " (auto: bfloat16 if the GPU supports it, else float32)"
     stages = [
         f"{name} {stage.steps:,} steps of {stage.batch_size * stage.gradient_accumulation}"
         for name, stage in recipe.stages()
@@ -177,7 +183,7 @@ def _header(work: Run, tasks: Sequence[str]) -> list[tuple[str, str]]:
         ("base", recipe.model.base),
         ("device", work.device.type),
         ("dtype", dtype),
-        ("attention", recipe.model.attention or "as transformers chooses"),
+        ("attention", recipe.model.attention or "chosen by transformers"),
         ("stages", ", ".join(stages) or "none: converted only"),
         ("tasks", ", ".join(tasks) or "none: nothing is scored"),
         ("output", str(work.path)),

@@ -1,7 +1,8 @@
 """The seed system's two commands, `train_mntp.py` and `train_simcse.py`, run as recipes.
 
-`unmasked.compat.seed` reads their flags and knows where their files lie. The folder of the results
-is a run folder as well, so the same command continues it, and its ``model`` is the merged encoder.
+`unmasked.compat.seed` reads their flags and knows where they put their files. The folder of the
+results is also a run folder, so the same command continues it, and its ``model`` is the merged
+encoder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from unmasked.compat import seed
 
 
 def main(stage: str) -> None:
-    """Run ``mntp`` or ``simcse`` with the process's command line; errors end as those of verbs."""
+    """Run ``mntp`` or ``simcse`` with the process's command line; errors are shown as by a verb."""
     try:
         run_script(stage)
     except (KeyboardInterrupt, Exception) as error:
@@ -22,7 +23,7 @@ def main(stage: str) -> None:
 
 
 def run_script(stage: str, arguments: Sequence[str] | None = None) -> None:
-    """Train a stage as the flags say and put the results where the seed system had them.
+    """Train a stage as the flags say, and put the results where the seed system put them.
 
     Args:
         stage: ``mntp`` or ``simcse``.

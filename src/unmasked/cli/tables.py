@@ -1,6 +1,6 @@
-"""Tables of results on stdout: stages of a run, encoders side by side, plans, a look inside.
+"""Tables of results on stdout: stages of a run, encoders side by side, plans, searches, analyses.
 
-Scores are shown times 100. Cost: `stage_table` draws one paired bootstrap per task.
+Scores are shown times 100. Cost: `stage_table` computes one paired bootstrap per task.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 def stage_table(
     run_folder: Path, samples: int = 1000, metrics: Sequence[str] | None = None
 ) -> None:
-    """One row per stage, the best causal baseline marked; below, what the last stage gained.
+    """Show one row per stage with the best causal baseline marked, then the last stage's gains.
 
     Args:
-        run_folder: with scores.
-        samples: redrawn test sets behind each interval.
-        metrics: ``TASK.METRIC`` of each column; by default the main one of each task.
+        run_folder: a run folder; without scores nothing is shown.
+        samples: number of bootstrap samples behind each interval.
+        metrics: ``TASK.METRIC`` of each column; by default the main metric of each task.
     """
     metrics = metrics or headline_metrics(run_folder)
     if not metrics:
@@ -44,10 +44,10 @@ def stage_table(
     columns = [compare_stages(run_folder, metric, samples) for metric in metrics]
     rows, marked = [], []
     for index, stage in enumerate(columns[0].scores):
-        best = [" *" if column.best_causal == stage else "  " for column in columns]
+        stars = [" *" if column.best_causal == stage else "  " for column in columns]
         scores = [f"{100 * column.scores[stage]:.2f}" for column in columns]
-        rows.append([stage, *map("".join, zip(scores, best, strict=True))])
-        if " *" in best:
+        rows.append([stage, *(score + star for score, star in zip(scores, stars, strict=True))])
+        if " *" in stars:
             marked.append(index)
     show_table(["stage", *metrics], rows, marked)
     if marked:
@@ -60,25 +60,25 @@ def stage_table(
 
 
 def published_table(run_folder: Path, recipe: Recipe, anchor: Anchor) -> None:
-    """Ours beside the published figures of a benchmark, one row per stage."""
+    """Show a run's scores beside the published figures of a benchmark, one row per stage."""
     for table in beside_published(run_folder, recipe, recipe.evaluate.bootstrap):
         if table.anchor != anchor:
             continue
         rows = []
-        for one in table.stages:
-            ours = _score_cells(one.ours) if one.ours else ("", "")
-            gap = "" if one.difference is None else f"{100 * one.difference:+.2f}"
-            rows.append([one.stage, *ours, f"{100 * one.published:.2f}", gap, one.verdict])
+        for row in table.stages:
+            ours = _score_cells(row.ours) if row.ours else ("", "")
+            gap = "" if row.difference is None else f"{100 * row.difference:+.2f}"
+            rows.append([row.stage, *ours, f"{100 * row.published:.2f}", gap, row.verdict])
         columns = ["stage", "ours", "95 % interval", "published", "difference", "published is"]
         show(f"{anchor.benchmark}, mean of {table.tasks} tasks; published: {anchor.source}")
         show_table(columns, rows)
 
 
 def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:
-    """One row per task and metric; of several encoders, one row per metric and encoder.
+    """Show the scores of encoders.
 
-    Several encoders are shown by the main metric of each task alone unless `every` is set, with
-    what the first gains on each.
+    One encoder gets a row for each task and metric. Several encoders get a row each for the main
+    metric of every task, or for every metric if `every` is True, with the first one's gain.
     """
     first = rows[0].encoder
     if all(row.encoder == first for row in rows):
@@ -97,17 +97,17 @@ def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:
         "encoder",
         "score",
         "95 % interval",
-        "gain on it",
+        "gain over it",
         "95 % interval",
-        "is it?",
+        "verdict",
     ]
     show_table(columns, cells, [i for i, row in enumerate(rows) if row.encoder == first])
 
 
 def trade_off_table(cuts: Sequence[Cut], rows: Sequence[EncoderScore]) -> None:
-    """One row per (layers, dimensions): its cost, and what it scores by each task's main metric.
+    """Show one row per (layers, dimensions), with its cost and each task's main metric.
 
-    Beside each score stands the share of the whole encoder's that it is.
+    Each score is followed by its share of the whole encoder's score.
     """
     names = headlines([f"{row.task}.{row.metric}" for row in rows])
     scores = {(f"{r.task}.{r.metric}", r.encoder): r.score.difference for r in rows}
@@ -124,7 +124,7 @@ def trade_off_table(cuts: Sequence[Cut], rows: Sequence[EncoderScore]) -> None:
 
 
 def plan_table(recipe: Recipe, plan: Plan) -> None:
-    """What holds for all stages, then one column per stage."""
+    """Show what all stages have in common, then one column per stage."""
     facts(
         [
             ("base", f"{recipe.model.base}, {short(plan.parameters)} parameters, {plan.dtype}"),
@@ -147,10 +147,9 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
         ("memory per device", lambda s: short(s.memory.total, "B")),
     ]
     if any(stage.teacher for stage in plan.stages):
-        before = ("teacher's texts", "while it encodes")
         rows[-1:-1] = [
-            (before[0], lambda s: short(s.teacher.texts) if s.teacher else ""),
-            (before[1], lambda s: short(s.memory.teaching, "B") if s.teacher else ""),
+            ("teacher's texts", lambda s: short(s.teacher.texts) if s.teacher else ""),
+            ("while it encodes", lambda s: short(s.memory.teaching, "B") if s.teacher else ""),
         ]
     marked = [len(rows) - 1]
     if any(stage.seconds is not None for stage in plan.stages):
@@ -165,20 +164,21 @@ def plan_table(recipe: Recipe, plan: Plan) -> None:
 
 
 def settings_text(below: str = "") -> str:
-    """The settings of a recipe at and below a name, all by default, a paragraph each."""
+    """The settings of a recipe at and below a name (by default all), with a paragraph each."""
     from unmasked.recipe.settings import settings
 
     parts = []
-    for one in settings(below):
-        default = f"default {one.default}" if one.default else "must be given"
-        head = f"[{one.name}]" if one.section else f"{one.name}: {one.allowed}; {default}"
-        lines = textwrap.wrap(one.about, 76, initial_indent="    ", subsequent_indent="    ")
+    for setting in settings(below):
+        default = f"default {setting.default}" if setting.default else "must be given"
+        name = setting.name
+        head = f"[{name}]" if setting.section else f"{name}: {setting.allowed}; {default}"
+        lines = textwrap.wrap(setting.about, 76, initial_indent="    ", subsequent_indent="    ")
         parts.append("\n".join([head, *lines]))
     return "\n".join(parts)
 
 
 def show_searches(searches: Sequence[DemoSearch]) -> None:
-    """A few searches: where the wanted document was found, and what was found instead."""
+    """Show a few searches: the rank of the wanted document, and the document that came first."""
     for search in searches:
         show(f'\nsearch: "{search.query}"')
         show(f"  wanted         {search.wanted}")
@@ -188,7 +188,7 @@ def show_searches(searches: Sequence[DemoSearch]) -> None:
 
 
 def show_analysis(found: Analysis) -> None:
-    """States with the mask closed and open, layer by layer; then the shape of the vectors."""
+    """Show the cosine of states with closed and open mask by layer, then the vectors' geometry."""
     if found.layers is None or found.spread is None:
         show("no closed mask to compare with: this model was saved without one\n")
     else:
@@ -217,7 +217,7 @@ def _gain_cells(gain: Interval | None) -> tuple[str, str, str]:
 
 def _limits(value: Interval) -> str:
     if value.low == value.high:
-        return "-"  # mteb's results keep no items to draw from
+        return "-"  # mteb's results keep no scores of single items to resample
     return f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
 
 
@@ -225,7 +225,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def show_hits(hits: Sequence[Hit]) -> None:
-    """For each text that was found, a line of score and place, and the beginning of the text."""
+    """Show each text that was found: a line with its score and place, then its beginning."""
     for hit in hits:
         place = [hit.id if hit.id is not None else f"row {hit.row}"]
         if hit.file is not None and hit.file != hit.id:

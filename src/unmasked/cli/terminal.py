@@ -1,6 +1,6 @@
-"""What the commands show: results on stdout, progress on stderr, one line while they work.
+"""What the commands print: results on stdout, progress on stderr, as one line while they work.
 
-On a terminal the progress line is live; elsewhere a plain line is written every few seconds.
+On a terminal the progress line is live; otherwise a plain line is written every few seconds.
 ``NO_COLOR`` and ``COLUMNS`` are honoured by rich. Cost: importing rich (0.1 s).
 """
 
@@ -16,18 +16,18 @@ from datetime import timedelta
 from pathlib import Path
 
 from rich import box
-from rich.console import Console, ConsoleOptions
+from rich.console import Console
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 PLAIN_EVERY = 5.0
-"""Seconds between two progress lines where there is no terminal."""
+"""Seconds between two progress lines if stderr is not a terminal."""
 
 
 def _console(stderr: bool) -> Console:
-    quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+    quiet = os.environ.get("RANK", "0") != "0"  # of several processes, only the first prints
     made = Console(stderr=stderr, highlight=False, markup=False, emoji=False, quiet=quiet)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = 10_000  # a file has no right edge
@@ -35,17 +35,17 @@ def _console(stderr: bool) -> Console:
 
 
 def say(text: str) -> None:
-    """A line of progress or advice, on stderr."""
+    """Print a line of progress or advice on stderr."""
     _console(stderr=True).print(Text(text), soft_wrap=True)
 
 
 def show(text: str) -> None:
-    """A line of the result, on stdout, never wrapped."""
+    """Print a line of the result on stdout, never wrapped."""
     _console(stderr=False).print(Text(text), soft_wrap=True)
 
 
 def facts(rows: Sequence[tuple[str, str]], *, stderr: bool = False) -> None:
-    """Two columns: what, and what it is."""
+    """Print pairs of label and value in two columns."""
     console = _console(stderr)
     width = max((len(label) for label, _ in rows), default=0)
     for label, value in rows:
@@ -55,9 +55,12 @@ def facts(rows: Sequence[tuple[str, str]], *, stderr: bool = False) -> None:
 def show_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int] = ()
 ) -> None:
-    """A table on stdout, all but the first column to the right, `marked` rows (numbers) in bold.
+    """Print a table on stdout; a table wider than the terminal is printed as paragraphs.
 
-    Where that is too wide for the terminal, each row is a paragraph with a line for each column.
+    Args:
+        columns: titles. The first column is aligned to the left, all others to the right.
+        rows: the cells.
+        marked: indices of the rows in bold.
     """
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, title in enumerate(columns):
@@ -65,19 +68,17 @@ def show_table(
     for index, row in enumerate(rows):
         made.add_row(*map(Text, row), style="bold" if index in marked else None)
     console = _console(stderr=False)
-    if made.columns and console.measure(made, options=_unbounded(console)).maximum > console.width:
-        _paragraphs(console, columns, rows, marked)
+    unbounded = console.options.update(max_width=10_000)
+    if made.columns and console.measure(made, options=unbounded).maximum > console.width:
+        _print_paragraphs(console, columns, rows, marked)
     else:
         console.print(made)
 
 
-def _unbounded(console: Console) -> ConsoleOptions:
-    return console.options.update(max_width=10_000)
-
-
-def _paragraphs(
+def _print_paragraphs(
     console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int]
 ) -> None:
+    """Print each row as a paragraph: its first cell, then a line for each other column."""
     width = max(map(len, columns[1:]), default=0)
     for index, (first, *others) in enumerate(rows):
         style = "bold" if index in marked else ""
@@ -88,12 +89,12 @@ def _paragraphs(
 
 
 def closing(saved: Path, following: Sequence[str] = (), done: bool = False) -> None:
-    """The last box: where the result is, and the next command.
+    """Print the closing box: where the result is, and the next command.
 
     Args:
         saved: what was written.
-        following: the words of the next command; by default, that of an encoder.
-        done: it was there already.
+        following: the words of the next command; by default, encode with the saved encoder.
+        done: whether the result existed before the command.
     """
     following = following or ["unmasked", "encode", str(saved), "texts.txt", "-o", "vectors.npy"]
     label = "done " if done else "saved"
@@ -107,7 +108,7 @@ def closing(saved: Path, following: Sequence[str] = (), done: bool = False) -> N
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """A spinner on a terminal, one line elsewhere, while something without steps goes on."""
+    """Show a spinner during work whose progress is unknown; without a terminal, print one line."""
     console = _console(stderr=True)
     if console.is_terminal:
         with console.status(Text(text)):
@@ -119,21 +120,21 @@ def waiting(text: str) -> Iterator[None]:
 
 @contextmanager
 def loading(text: str) -> Iterator[None]:
-    """`waiting` for work that imports the libraries, which are silenced from here on."""
+    """`waiting` during work that imports the libraries; their messages are silenced for good."""
     with waiting(text):
         quiet_libraries()
         yield
 
 
 def quiet_libraries() -> None:
-    """Silence the bars and notes of the libraries below; downloads from the hub still show.
+    """Silence the progress bars and warnings of the libraries, except for downloads from the hub.
 
-    What matters in their notes is an error here: weights that a checkpoint lacks, or a hub that
-    cannot be reached.
+    What matters in their warnings is an error in this package: weights that a checkpoint lacks, or
+    a hub that cannot be reached.
     """
-    # Deprecations between the libraries are for their authors.
+    # Deprecations between the libraries concern their authors only.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right itself
+    warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects this by itself
     from datasets.utils.logging import disable_progress_bar
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
@@ -175,8 +176,9 @@ class Line:
             disable=self._plain,
         )
         self._task = self._live.add_task("", visible=False)
-        self._name, self._told = "", -PLAIN_EVERY
-        self._first: tuple[float, int] | None = None  # when the work began, and with how much done
+        self._name = ""
+        self._printed_at = -PLAIN_EVERY
+        self._first: tuple[float, int] | None = None  # time and count of the first `advance`
 
     def __enter__(self) -> Line:
         self._live.start()
@@ -186,24 +188,24 @@ class Line:
         self._live.stop()
 
     def begin(self, name: str) -> None:
-        """A new piece of work, whose length is not known yet."""
-        self._name, self._first, self._told = name, None, -PLAIN_EVERY
+        """Begin a new piece of work, whose length is not known yet."""
+        self._name, self._first, self._printed_at = name, None, -PLAIN_EVERY
         self._live.reset(self._task, description=name, visible=True)
         if self._plain:
             self.note(name)
 
     def counted(self, name: str, done: int, total: int) -> None:
-        """Show how much of something is done; another name begins another piece of work."""
+        """Show how much of a piece of work is done; a new name begins a new one."""
         if name != self._name:
             self.begin(name)
         self.advance(done, total)
 
     def note(self, text: str) -> None:
-        """A line that stays, above the progress line."""
+        """Print a line that stays above the progress line."""
         self._console.print(Text(text, style="dim"), soft_wrap=True)
 
     def advance(self, done: int, total: int | None, *notes: str) -> None:
-        """Show how much is done, notes behind it, and the time left if it can be told."""
+        """Show how much is done, then notes, then the time left if it can be estimated."""
         now = time.monotonic()
         begun, first = self._first = self._first or (now, done)
         count = f"{done:,}/{total:,}" if total else f"{done:,}"
@@ -213,6 +215,6 @@ class Line:
             parts.append(f"ETA {duration(left)}")
         text = "  ".join(parts)
         self._live.update(self._task, description=text)
-        if self._plain and (now - self._told >= PLAIN_EVERY or done == total):
-            self._told = now
+        if self._plain and (now - self._printed_at >= PLAIN_EVERY or done == total):
+            self._printed_at = now
             self.note(text)

@@ -1,4 +1,4 @@
-"""Verbs around training: demo, run, train, mine, plan, report, and the shipped recipes."""
+"""Verbs for training: demo, run, reproduce, train, mine, plan, report, and the shipped recipes."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with the
 
 def demo(
     output: Annotated[Path, Option("-o", "--output", help="Run folder.")] = Path("runs/demo"),
-    quick: Annotated[bool, Option("--quick", help="Take only a few steps, as a trial.")] = False,
+    quick: Annotated[
+        bool, Option("--quick", help="Train for a few steps only, as a test.")
+    ] = False,
 ) -> None:
-    """Train the bundled decoder on the documentation installed on this machine, in minutes."""
+    """Train the bundled decoder on the docstrings of the installed Python packages, in minutes."""
     from unmasked.cli import run_display, tables
 
     with terminal.loading("loading the libraries"):
         from unmasked.demo import METRICS, demo_run, run_demo
     with (
-        run_display.telling_what_is_kept(partial(demo_run, output, quick=quick)),
+        run_display.saying_what_is_kept(partial(demo_run, output, quick=quick)),
         terminal.Line() as line,
     ):
         searches = run_demo(output, quick=quick, listener=run_display.listener(line))
@@ -59,7 +61,7 @@ def run(
         Path | None, Option("-o", "--output", help="Run folder.", show_default="runs/NAME")
     ] = None,
 ) -> None:
-    """Train all stages of a recipe, and score before and after each.
+    """Train all stages of a recipe, and score the model before and after each stage.
 
     The same command continues an interrupted run.
     """
@@ -78,13 +80,13 @@ def reproduce(
         Option("-o", "--output", help="Run folder.", show_default="runs/NAME-reproduced"),
     ] = None,
     every: Annotated[
-        bool, Option("--all", help="Score every published benchmark, not just the first.")
+        bool, Option("--all", help="Score every published benchmark, not only the cheapest.")
     ] = False,
 ) -> None:
-    """Run a recipe and put its scores beside the published ones, stage by stage.
+    """Run a recipe and compare its scores with the published ones, stage by stage.
 
-    The first benchmark is the cheapest. The same command continues; with --all, nothing is trained
-    or scored twice.
+    The same command continues an interrupted run. With --all it also continues a finished run:
+    nothing is trained or scored twice.
     """
     from unmasked.cli.run_display import run_recipe
     from unmasked.recipe.files import as_published, load_recipe
@@ -98,25 +100,25 @@ def reproduce(
         there = f"for {', '.join(bases)}" if bases else "none at all"
         raise RecipeError(
             f"{resolved.name} has no published figures ({given}); its anchors: {there}. "
-            "Fix: unmasked reproduce sheared-llama-1.3b, or anchors in the recipe."
+            "Fix: unmasked reproduce sheared-llama-1.3b, or add anchors to the recipe."
         )
     for anchor in anchors if every else anchors[:1]:
         run_recipe(resolved, output or Path("runs") / f"{resolved.name}-reproduced", anchor)
     if not every and len(anchors) > 1:
         left = ", ".join(anchor.benchmark for anchor in anchors[1:])
-        terminal.show(f"also published: {left}; the same command with --all scores them, too")
+        terminal.show(f"also published: {left}; the same command with --all scores them too")
 
 
 class StageCommand(TyperCommand):
-    """A command whose help also shows the settings of the stage that was named."""
+    """A command whose help also shows the settings of the stage that is named in the arguments."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Note the stage, as help is shown before the arguments are understood."""
+        """Remember the stage: ``--help`` ends the command before its arguments are parsed."""
         ctx.meta[STAGE] = next((word for word in args if word in STAGES), None)
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The usual help, then the settings."""
+        """Write the usual help, then the settings."""
         super().format_help(ctx, formatter)
         if stage := ctx.meta.get(STAGE):
             from unmasked.cli.tables import settings_text
@@ -129,12 +131,12 @@ def train(
         Literal["mntp", "simcse", "supervised"],
         Argument(metavar="STAGE", help="mntp, simcse or supervised; with --help, its settings."),
     ],
-    base: Annotated[str, Option(help="Model to start from: hub name, folder or adapter.")],
+    base: Annotated[str, Option(help="Model or adapter to start from: hub name or folder.")],
     data: Annotated[
         list[str],
         Option(
-            help="File of texts, or of pairs; repeat for more. Columns with names of their own "
-            "stand behind it: FILE:query=anchor,positive=text, or FILE:text=body."
+            help="File of texts, or of pairs (supervised); repeat for more. Columns with unusual "
+            "names: FILE:text=body, or FILE:query=anchor,positive=text."
         ),
     ],
     output: Annotated[Path, Option("-o", "--output", help="Run folder.")],
@@ -142,7 +144,8 @@ def train(
 ) -> None:
     """Train one stage: mntp on a decoder; simcse or supervised on any model or adapter.
 
-    The longest input of an encoder that is trained on stays as it is, unless model.max_length says.
+    An encoder keeps the max_length that it was saved with, unless model.max_length is given. The
+    same command continues an interrupted run.
     """
     from unmasked.checkpoint.folder import SETTINGS_NAME
     from unmasked.checkpoint.location import locate
@@ -159,20 +162,21 @@ def train(
 
 def mine(
     model: MODEL,
-    data: Annotated[str, Argument(help="Rows of query and positive; see train --data.")],
+    data: Annotated[str, Argument(help="File of pairs, as for 'unmasked train supervised'.")],
     output: Annotated[Path, Option("-o", "--output", help="New .jsonl file.")],
-    negatives: Annotated[int, Option(min=1, help="Maximum number of negatives per row.")] = 5,
+    negatives: Annotated[int, Option(min=1, help="Maximum number of new negatives per row.")] = 5,
     margin: Annotated[
-        float, Option(min=0, max=1, help="Margin below the positive's score, as a share of it.")
+        float,
+        Option(min=0, max=1, help="Negatives score below (1 - MARGIN) times the positive's score."),
     ] = 0.05,
-    skip: Annotated[int, Option(min=0, help="Number of nearest documents to leave out.")] = 0,
-    depth: Annotated[int, Option(min=1, help="Number of nearest documents to search.")] = 100,
+    skip: Annotated[int, Option(min=0, help="Skip the nearest SKIP documents of a query.")] = 0,
+    depth: Annotated[int, Option(min=1, help="Look at the nearest DEPTH documents only.")] = 100,
     corpus: Annotated[Path | None, Option(help="More documents: .txt, .jsonl or .csv.")] = None,
     instruction: Annotated[str, Option(help="Text put before every query.")] = "",
 ) -> None:
     """Find hard negatives for supervised training: wrong answers that the encoder ranks highly.
 
-    The same command continues what was interrupted.
+    The same command continues an interrupted search.
     """
     from unmasked.files.source import Source
     from unmasked.recipe.files import make_recipe
@@ -203,11 +207,12 @@ def mine(
     )
     if 2 * found.without > found.rows:
         terminal.say(
-            f"most rows have none: what is near their query scores within --margin {margin:g} of "
-            "the answer. Fix: --depth 1000 looks further down, --margin 0 takes what is nearer."
+            "most rows have none: the documents nearest to their query score within --margin "
+            f"{margin:g} of the positive, or above it. Fix: --depth 1000 looks further down, "
+            "--margin 0 also accepts scores just below the positive's."
         )
     if found.answers:
-        terminal.say(f"left out {found.answers:,} negatives that answer their query elsewhere")
+        terminal.say(f"left out {found.answers:,} negatives that are positives of another row")
     following = ["unmasked", "train", "supervised", "--base", model, "--data", str(output)]
     terminal.closing(output, [*following, "-o", "runs/supervised"])
 
@@ -215,8 +220,10 @@ def mine(
 def plan(
     recipe: RECIPE,
     overrides: OVERRIDES = None,
-    probe: Annotated[bool, Option("--probe", help="Also time a step on this machine.")] = False,
-    show_recipe: Annotated[bool, Option("--recipe", help="Also show every setting.")] = False,
+    probe: Annotated[
+        bool, Option("--probe", help="Also measure the time on this machine.")
+    ] = False,
+    show_recipe: Annotated[bool, Option("--recipe", help="Also show all settings.")] = False,
 ) -> None:
     """Show what a recipe would cost: steps, tokens, FLOPs, memory, disk and time.
 
@@ -241,7 +248,7 @@ def report(
         Path | None, Option("-o", "--output", help="HTML file.", show_default="RUN/report.html")
     ] = None,
 ) -> None:
-    """Draw one page about a run: stages, curves, maps, searches. It opens without a network."""
+    """Write a run's report, one HTML page that needs no network: stages, curves, maps, searches."""
     with terminal.loading("drawing the report"):
         from unmasked.doctor import environment, lines
         from unmasked.evaluate.report.page import write_report
@@ -252,7 +259,7 @@ def report(
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """List the recipes with their base models, and the licences of these."""
+    """List the recipes with their base models and the licences of these models."""
     from unmasked.recipe.files import load_recipe, shipped_recipes
 
     models = {name: load_recipe(name).model for name in shipped_recipes()}
@@ -265,7 +272,7 @@ def show_recipe(
         str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)
     ],
 ) -> None:
-    """Show a recipe as it is written."""
+    """Print the YAML file of a recipe."""
     typer.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
 
 
@@ -276,10 +283,10 @@ def copy_recipe(
     ],
     to: Annotated[Path | None, Argument(help="New file.", show_default="NAME.yaml")] = None,
     explain: Annotated[
-        bool, Option("--explain", help="Put above each setting what it means, as a comment.")
+        bool, Option("--explain", help="Add a comment above each setting that says what it does.")
     ] = False,
 ) -> None:
-    """Copy a recipe to a file, to change it and run it."""
+    """Copy a recipe to a file that you can change and run."""
     source, target = _shipped(name), to or Path(f"{name}.yaml")
     check_new(target)
     check_parent(target)
@@ -297,10 +304,10 @@ def copy_recipe(
 def explain_settings(
     name: Annotated[
         str,
-        Argument(metavar="[NAME]", help="Setting or section: mntp.learning_rate, mntp, model."),
+        Argument(metavar="[NAME]", help="Setting or section, e.g. mntp.learning_rate or mntp."),
     ] = "",
 ) -> None:
-    """Explain the settings of a recipe: what each does, its default, and what is allowed."""
+    """Explain the settings of a recipe: what each does, its default, and the allowed values."""
     from unmasked.cli.tables import settings_text
 
     terminal.show(settings_text(name))

@@ -1,1 +1,1 @@
-"""Verbs for training data, which need no model."""
+"""Verbs for training data: `data check`, which needs no model unless it is asked to use one."""

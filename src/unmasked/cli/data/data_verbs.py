@@ -15,39 +15,42 @@ from unmasked.errors import OutputError
 if TYPE_CHECKING:
     from unmasked.train.checking.checking import Findings
 
-data = typer.Typer(no_args_is_help=True, help="Training data, looked at before it is used.")
-
-
-@data.callback()
-def of_training_data() -> None:
-    """Look at training data before it is used."""
+data = typer.Typer(no_args_is_help=True, help="Check training data before it is used.")
 
 
 @data.command("check")
 def check_files(
-    files: Annotated[list[str], Argument(help="Files of texts or of pairs; see train --data.")],
+    files: Annotated[
+        list[str],
+        Argument(help="Files of texts or of pairs; columns as in 'unmasked train --data'."),
+    ],
     against: Annotated[
         list[str] | None,
-        Option(help="Task whose texts must not be trained on; as in evaluate; repeat for more."),
+        Option(help="Task of 'unmasked evaluate' that must not be trained on; repeat for more."),
     ] = None,
     similarity: Annotated[
         float,
-        Option(min=0.1, max=1, help="Share of runs of characters that makes a near copy; 1: none."),
+        Option(
+            min=0.1,
+            max=1,
+            help="Jaccard similarity of two near copies, over runs of 5 characters; 1 finds exact "
+            "copies only.",
+        ),
     ] = 0.8,
     model: Annotated[
         str | None, Option(help="Encoder that looks for false negatives.", show_default="none")
     ] = None,
     margin: Annotated[
         float,
-        Option(min=0, max=1, help="Share of the answer's score within which a negative is false."),
+        Option(min=0, max=1, help="False negatives score above (1 - MARGIN) times the positive."),
     ] = 0.05,
     write: Annotated[
-        Path | None, Option(help="New .jsonl file of what is left; why is said beside it.")
+        Path | None, Option(help="New .jsonl file of what is left; what is removed goes beside it.")
     ] = None,
 ) -> None:
     """Look for copies, for texts of tests, and for false negatives in training data.
 
-    Nothing is changed; --write makes a new file without them.
+    The files are not changed; --write makes a new file without what was found.
     """
     from unmasked.evaluate.tasks.tested import texts_of_task
     from unmasked.recipe.files import make_recipe
@@ -56,6 +59,7 @@ def check_files(
         check_new(check_parent(write) or write)
         if write.suffix != ".jsonl":
             raise OutputError(f"{write} should end in .jsonl. Fix: --write {write.stem}.jsonl")
+    # All other files are parsed as pairs; `check_data` finds those that have plain texts.
     texts = [file for file in files if ":text=" in file]
     pairs = [file for file in files if file not in texts]
     settings = {"name": "check", "model": {"base": "none"}, "supervised": {"data": pairs}}
@@ -81,14 +85,12 @@ def check_files(
 
 
 def _show(found: Findings) -> None:
-    least, median, many, most = found.lengths
-    rows = [
-        ("rows", f"{found.rows:,}"),
-        ("characters", f"{least:,} to {most:,}; half up to {median:,}, 95 % up to {many:,}"),
-    ]
+    least, median, percentile95, most = found.lengths
+    lengths = f"{least:,} to {most:,}; half up to {median:,}, 95 % up to {percentile95:,}"
+    rows = [("rows", f"{found.rows:,}"), ("characters", lengths)]
     if found.languages:
-        told = [f"{name} {share:.0%}" for name, share in list(found.languages.items())[:5]]
-        rows.append(("languages", ", ".join(told)))
+        shares = [f"{name} {share:.0%}" for name, share in list(found.languages.items())[:5]]
+        rows.append(("languages", ", ".join(shares)))
     for reason, count in found.reasons.most_common():
         rows.append((reason, f"{count:,}"))
     rows.append(("left", f"{found.kept:,}"))

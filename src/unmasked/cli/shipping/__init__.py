@@ -1,1 +1,1 @@
-"""Verbs for a model that leaves the house: exports, checks of other people's servers and models."""
+"""Verbs for putting a model to use elsewhere: serve, export, merge, and checks of the vectors."""

@@ -1,4 +1,4 @@
-"""evaluate --layers --dimensions: what the parts of one encoder score, beside what they cost."""
+"""evaluate --layers --dimensions: scores and costs of one encoder with fewer layers and numbers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ def score_cuts(
     dimensions: list[int],
     json_file: Path | None,
 ) -> None:
-    """Score every (layers, dimensions) of one encoder, and show quality beside cost."""
+    """Score one encoder with every combination of layers and dimensions, and show its cost.
+
+    Raises:
+        DataError: more than one model is given, or `against`.
+    """
     if len(models) > 1 or against:
         raise DataError(
-            "--layers and --dimensions take one model apart, and "
-            f"{'--against' if against else f'{len(models)} models'} is given as well. "
+            "--layers and --dimensions work on one model alone, but "
+            f"{'--against is' if against else f'{len(models)} models are'} given. "
             f"Fix: unmasked evaluate {shlex.quote(models[0])} with these options alone."
         )
     from unmasked.cli import tables

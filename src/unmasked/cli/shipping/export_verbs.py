@@ -1,4 +1,4 @@
-"""prove, verify and export: does it still see both ways, and is it still the same, elsewhere?"""
+"""prove, verify and export: is a model bidirectional, and are its vectors the same elsewhere?"""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from typer import Argument, Option
 
 from unmasked.cli import terminal
 from unmasked.cli.failures import MISUSED
-from unmasked.cli.options import NEW_FOLDER
+from unmasked.cli.options import ALLOW_PARTIAL, AS_JSON, NEW_FOLDER
 
 if TYPE_CHECKING:
     from unmasked.export.verifying import Verification
-
-AS_JSON = Annotated[bool, Option("--json", help="Write JSON, for programs.")]
 
 
 def prove(
     model: Annotated[str, Argument(help="Hub name or folder of any model, or 'nano'.")],
     opened: Annotated[
-        bool, Option("--open", help="Take the mask off first; by default it is proved as it is.")
+        bool,
+        Option(
+            "--open", help="Remove the causal mask first, instead of testing the model as it is."
+        ),
     ] = False,
-    allow_partial: Annotated[
-        bool, Option("--allow-partial", help="Accept layers that stay causal (hybrids).")
-    ] = False,
+    allow_partial: ALLOW_PARTIAL = False,
     as_json: AS_JSON = False,
 ) -> None:
-    """Prove that any model sees both ways, as it is. Exit code 2 if it does not.
+    """Prove whether any model attends in both directions, as it is (exit code 2 if not).
 
-    Also shows the largest number in each layer, and whether float16 would overflow.
+    Also shows the largest activation of each layer, and whether float16 would overflow.
     """
     with terminal.loading(f"proving {model}"):
         from unmasked.doctor.proving import LARGEST_FLOAT16, prove_model
@@ -42,30 +41,31 @@ def prove(
         terminal.show(found.proof.summary())
         rows = [[p.layer, f"{p.largest:.4g}", p.module or "itself"] for p in found.peaks]
         terminal.show_table(["layer", "largest number", "of its module"], rows)
-        verdict = {None: "not known", True: "overflows", False: "is wide enough"}
-        said = verdict[found.float16_overflows]
-        terminal.show(f"float16 (largest number {LARGEST_FLOAT16:.0f}): {said}")
+        verdicts = {None: "not known", True: "overflows", False: "is wide enough"}
+        verdict = verdicts[found.float16_overflows]
+        terminal.show(f"float16 (largest number {LARGEST_FLOAT16:.0f}): {verdict}")
     if found.proof.verdict not in ("full", *(["partial"] if allow_partial else [])):
         raise typer.Exit(MISUSED)
 
 
 def verify(
     target: Annotated[
-        str, Argument(metavar="URL|DIR", help="Address of a running server, or another folder.")
+        str,
+        Argument(metavar="URL|DIR", help="Address of a server, or folder of an encoder or export."),
     ],
-    against: Annotated[str, Option(help="Folder of the encoder that it should be.")],
+    against: Annotated[str, Option(help="Folder or hub name of the encoder to compare with.")],
     model: Annotated[
-        str | None, Option(help="The server's name of the model.", show_default="its first")
+        str | None, Option(help="The server's name for the model.", show_default="its first")
     ] = None,
     least: Annotated[
-        float, Option(min=0.0, max=1.0, help="Least cosine that counts as the same.")
+        float, Option(min=0.0, max=1.0, help="Minimum cosine of vectors that count as the same.")
     ] = 0.9999,
     as_json: AS_JSON = False,
 ) -> None:
-    """Compare a server's vectors with a folder's, and say why they differ. Exit code 2 if so.
+    """Compare a server's vectors with an encoder's; if they differ (exit code 2), find out why.
 
-    The server may speak as OpenAI's API or as text-embeddings-inference. A key for it is read
-    from the variable UNMASKED_API_KEY.
+    The server may implement OpenAI's API or that of text-embeddings-inference. If it needs an API
+    key, set the environment variable UNMASKED_API_KEY.
     """
     with terminal.loading(f"asking {target}"):
         from unmasked.export.verifying import verify_target
@@ -83,12 +83,11 @@ def _show_verification(found: Verification) -> None:
     from unmasked.export.parity import shown
 
     parity = found.parity
-    rows = zip(parity.texts, parity.cosines, strict=True)
-    low = sorted((cosine, number) for number, cosine in rows if cosine < parity.limit)
+    compared = zip(parity.cosines, parity.texts, strict=True)
+    low = sorted((cosine, number) for cosine, number in compared if cosine < parity.limit)
     for cosine, number in low[:5]:
         terminal.show(f"{cosine:.6f}  {shown(number)}")
-    count = f"{len(low)} of {len(parity.texts)} texts are lower"
-    verdict = "the same" if parity.same else count
+    verdict = "the same" if parity.same else f"{len(low)} of {len(parity.texts)} texts are lower"
     terminal.show(
         f"{found.target}: least cosine {parity.least:.6f} (limit {parity.limit}): {verdict}"
     )
@@ -100,7 +99,7 @@ def _show_verification(found: Verification) -> None:
         terminal.show(f"why   {fault}")
     nearest = f"least cosine {found.explanation.least:.6f}"
     if not found.explanation.faults:
-        terminal.show("why   not found: none of the usual mistakes comes nearer")
+        terminal.show("why   not found: none of the usual mistakes brings the vectors nearer")
     elif found.explanation.least < parity.limit:
         terminal.show(f"      this explains most of it ({nearest} read that way), not all")
     else:
@@ -110,26 +109,27 @@ def _show_verification(found: Verification) -> None:
 def export(
     model: Annotated[str, Argument(help="Folder or hub name of an encoder.")],
     to: Annotated[
-        Literal["onnx", "openvino", "gguf", "vllm", "tei"], Option(help="For which engine.")
+        Literal["onnx", "openvino", "gguf", "vllm", "tei"],
+        Option(help="Engine; gguf is for llama.cpp, tei is text-embeddings-inference."),
     ],
     output: NEW_FOLDER,
     weights: Annotated[
         Literal["float32", "float16", "bfloat16", "int8"] | None,
         Option(
-            help="Numbers of the weights.",
+            help="Number type of the weights.",
             show_default="float32; gguf, tei: float16; vllm: bfloat16",
         ),
     ] = None,
     opset: Annotated[
-        int | None, Option(min=18, help="Opset of ONNX.", show_default="the newest")
+        int | None, Option(min=18, help="With --to onnx: the opset.", show_default="the newest")
     ] = None,
     accept: Annotated[
-        bool, Option("--accept", help="Keep it although the engine gives other vectors.")
+        bool, Option("--accept", help="Keep the export even if the engine's vectors differ.")
     ] = False,
 ) -> None:
-    """Write an encoder for another engine, and compare twenty texts with torch.
+    """Export an encoder to another engine, and compare the vectors of twenty texts with torch's.
 
-    Other vectors are an error: a cosine below 0.9999, or 0.999 with weights of 8 bits.
+    A cosine below 0.9999, or 0.999 with 8-bit weights, is an error, and nothing is kept.
     """
     with terminal.loading(f"exporting {model}"):
         from unmasked.export.exporting import export_model

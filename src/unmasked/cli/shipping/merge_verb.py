@@ -1,4 +1,4 @@
-"""merge: one encoder of several that were trained from one base."""
+"""merge: several encoders that were trained from one base become one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from unmasked.cli import terminal
-from unmasked.cli.options import DTYPE, NEW_FOLDER
+from unmasked.cli.options import ALLOW_PARTIAL, DTYPE, NEW_FOLDER
 from unmasked.errors import ModelError
 
 
@@ -18,31 +18,33 @@ def _shares(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ModelError(
-            f"--weights '{text}' should be numbers with commas. Fix: --weights 0.7,0.3"
+            f"--weights '{text}' should be numbers separated by commas. Fix: --weights 0.7,0.3"
         ) from None
 
 
 def merge(
     models: Annotated[
         list[str],
-        Argument(metavar="A B [C ...]", help="Encoders or adapters of one base; A gives prompts."),
+        Argument(
+            metavar="A B [C ...]",
+            help="Encoders or adapters trained from one base; settings and prompts are A's.",
+        ),
     ],
     output: NEW_FOLDER,
     weights: Annotated[
-        str | None, Option(help="Share of each: 0.7,0.3.", show_default="the same for all")
+        str | None,
+        Option(help="Share of each encoder, with sum 1: 0.7,0.3.", show_default="equal shares"),
     ] = None,
     method: Annotated[
         Literal["linear", "slerp"],
-        Option(help="linear: weighted mean; slerp: along the sphere, for two."),
+        Option(help="linear: weighted mean; slerp: spherical interpolation, for two encoders."),
     ] = "linear",
     dtype: DTYPE = "checkpoint",
-    allow_partial: Annotated[
-        bool, Option("--allow-partial", help="Accept layers that stay causal (hybrids).")
-    ] = False,
+    allow_partial: ALLOW_PARTIAL = False,
 ) -> None:
-    """Merge encoders or adapters of one base into one, weight by weight; proved, then saved.
+    """Merge encoders or adapters of one base into one, weight by weight, and prove the result.
 
-    It often keeps more of what each part knows than either part does.
+    The merged encoder often keeps more of what each part has learned than the other part does.
     """
     shares = _shares(weights)
     with terminal.loading(f"merging {len(models)} encoders"):

@@ -1,4 +1,4 @@
-"""serve: the server's options, and what it says."""
+"""serve: the server's options, and the messages that it prints."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ SERVED = Annotated[
     list[str],
     Argument(
         metavar="MODEL",
-        help="Hub name, folder, or 'nano'; NAME=MODEL says what clients call it.",
+        help="Hub name, folder or 'nano'; NAME=MODEL sets the name that clients use.",
     ),
 ]
-HOST = Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")]
-PORT = Annotated[int, Option(min=0, max=65535, help="Port; 0 for any that is free.")]
+HOST = Annotated[str, Option(help="Address to listen on; 0.0.0.0 for every network interface.")]
+PORT = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
 KEYS = Annotated[
     Path | None,
-    Option(help="API keys, one a line; or set UNMASKED_API_KEYS.", show_default="no keys"),
+    Option(
+        help="File of API keys, one per line; or set UNMASKED_API_KEYS.", show_default="no keys"
+    ),
 ]
 INPUTS = Annotated[int, Option(min=1, help="Maximum number of texts per request.")]
 BODY = Annotated[int, Option(min=1, help="Maximum size of a request in MiB.")]
@@ -34,25 +36,28 @@ TOKENS = Annotated[
     int | None, Option(min=2, help="Maximum number of tokens per text.", show_default="the model's")
 ]
 CUT = Annotated[
-    bool, Option("--truncate", help="Cut texts that are too long where a request does not say.")
+    bool,
+    Option("--truncate", help="Cut texts that are too long, unless a request says otherwise."),
 ]
 QUEUE = Annotated[
-    int, Option(min=1, help="Texts that may wait; beyond, requests are refused (429).")
+    int, Option(min=1, help="Maximum number of waiting texts; further requests get status 429.")
 ]
-TIMEOUT = Annotated[float, Option(min=0.1, help="Seconds until a request is given up.")]
-WAIT = Annotated[float, Option(min=0, help="Milliseconds that a text may wait for others.")]
+TIMEOUT = Annotated[float, Option(min=0.1, help="Time limit of a request in seconds.")]
+WAIT = Annotated[
+    float, Option(min=0, help="Milliseconds that a text may wait for others to join its batch.")
+]
 BATCH = Annotated[
     int | None,
-    Option(min=1, help="Maximum number of tokens per forward.", show_default="by device"),
+    Option(min=1, help="Maximum number of tokens per forward pass.", show_default="by device"),
 ]
 EIGHT_BITS = Annotated[
     Literal["int8"] | None,
-    Option(help="8-bit weights, on a CPU: faster and less exact."),
+    Option(help="Use 8-bit weights, on a CPU only: faster, slightly less exact."),
 ]
 
 COMPILE = Annotated[
     Literal["auto", "always", "never"],
-    Option(help="Compile the decoder layers before it listens; auto: on a GPU."),
+    Option(help="Compile the decoder layers before listening. auto: on a GPU."),
 ]
 
 
@@ -73,7 +78,7 @@ def serve(
     quantize: EIGHT_BITS = None,
     compile: COMPILE = "auto",
 ) -> None:
-    """Answer OpenAI's /v1/embeddings and TEI's /embed over HTTP, until SIGTERM or Ctrl-C."""
+    """Serve OpenAI's /v1/embeddings and TEI's /embed over HTTP, until SIGTERM or Ctrl-C."""
     with terminal.waiting("starting"):
         try:
             from unmasked import serve as server
@@ -96,14 +101,14 @@ def serve(
         encoders = {name: _load(model, dtype, quantize, compile) for name, model in names.items()}
         if host not in ("127.0.0.1", "::1", "localhost") and not keys:
             terminal.say(f"anyone who reaches {host} can use this server: it has no API keys")
-        with terminal.waiting("making ready"):
+        with terminal.waiting("preparing the server"):
             service = server.Service(encoders, limits)
         with service:
             said = ", ".join(names)
             server.run_server(
                 service, keys, taken, lambda url: terminal.show(f"{said} at {url}/v1 (page: /docs)")
             )
-    terminal.say("stopped; every request that was accepted has its answer")
+    terminal.say("stopped; every accepted request was answered")
 
 
 def _load(name: str, dtype: str, quantize: str | None, compile: str) -> LLM2Vec:
