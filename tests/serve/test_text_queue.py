@@ -106,7 +106,7 @@ def test_too_many_texts_are_refused_with_the_time_they_take():
     given = Requests(most=3)
     given.queue.speed = 10.0
     given.put("alone", 10, 10, 10, 10)  # more than may wait, but nobody waits
-    with pytest.raises(Refusal, match="4 texts wait already, and 3 may") as refused:
+    with pytest.raises(Refusal, match="4 texts are waiting, and the limit is 3") as refused:
         given.put("more", 10)
     assert (refused.value.status, refused.value.retry_after) == (429, 4)
     assert given.queue.texts == 4

@@ -56,7 +56,7 @@ def convert(
     include_instruction: Annotated[
         bool,
         Option(
-            "--include-instruction", help="Also pool BOS and the instruction, as all engines can."
+            "--include-instruction", help="Also pool BOS and the instruction, as most engines do."
         ),
     ] = False,
     dtype: DTYPE = "checkpoint",

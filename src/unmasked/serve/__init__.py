@@ -1,14 +1,14 @@
 """How does a program in any language get the vectors of an encoder, over HTTP?
 
 `run_server` answers OpenAI's ``/v1/embeddings``, TEI's ``/embed`` and ``/similarity`` until it is
-told to stop. A vector is the one that `encode` returns for the same text with the same prompt.
+told to stop. Its vectors are those that `encode` returns for the same text with the same prompt.
 
-The way of a request: `routes` reads its body and awaits its texts; a worker thread checks it
-(`wire`) and tokenises it (`served_model`); `text_queue` orders the texts of all requests; one
-thread (`device_thread`) takes as many as fill a forward, whenever the device is free. `access`
-stands before all of it: keys, limits, errors without a stack trace. `measures` counts.
+Each request passes through these files: `routes` reads its body and awaits the vectors; a worker
+thread checks the body (`wire`) and tokenises the texts (`served_model`); `text_queue` orders the
+texts of all requests; one thread (`device_thread`) computes the next batch whenever the device is
+free. `access` wraps all of it: API keys, limits, errors without a stack trace. `measures` counts.
 
-Cost beside the forwards: one to two milliseconds a request.
+Cost besides the forward passes: one to two milliseconds per request.
 """
 
 from unmasked.serve.access import Limits, read_keys

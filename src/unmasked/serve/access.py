@@ -1,7 +1,7 @@
-"""What stands before every request: keys, limits, time, and errors that tell no secrets.
+"""What guards every request: API keys, limits, a time limit, and errors that leak nothing.
 
-A client never sees a stack trace. What is logged is where an error happened, and never its message,
-a text, a key or a path with a query: any of these may hold what is not for a log.
+A client never sees a stack trace. The log says where an error happened, but never contains its
+message, a text, a key or a path with a query, because any of these may be confidential.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from unmasked.serve.wire import Refusal
 logger = logging.getLogger(__name__)
 
 KEYS_VARIABLE = "UNMASKED_API_KEYS"
-"""Variable of the environment with keys, parted by commas or white space."""
+"""Environment variable with API keys, separated by commas or white space."""
 
 OPEN = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
-"""Paths that need no key: they tell nothing of models or of others' requests."""
+"""Paths that need no key: they reveal nothing about the models or about other requests."""
 
 PIECE = 1 << 16
-"""Bytes that are sent before the server looks whether the client reads them."""
+"""Bytes that are sent before the server checks whether the client still reads."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may ask for.
+    """What a client may ask for, and how texts are batched.
 
     Attributes:
-        body: bytes of a request.
-        inputs: texts of a request.
-        tokens: tokens of a text, if fewer than the model's own limit.
-        truncate: cut longer texts where a request does not say; else they are refused.
-        queue: texts that may wait before requests are refused with 429.
-        seconds: until a request is given up, from its first byte to the last of its answer.
-        wait: seconds that a text may wait for company while other requests are being read.
-        batch_tokens: tokens of a forward; None for what suits the device.
+        body: maximum bytes per request.
+        inputs: maximum texts per request.
+        tokens: maximum tokens per text, if lower than the model's own limit.
+        truncate: cut longer texts if the request does not say what to do; else they are refused.
+        queue: maximum number of waiting texts; further requests are refused with status 429.
+        seconds: time limit of a request, from its first byte to the last byte of its answer.
+        wait: seconds that a text may wait for others to join its batch, while requests are read.
+        batch_tokens: maximum tokens per forward pass; None for the default of the device.
     """
 
     body: int = 8 << 20
@@ -63,10 +63,10 @@ class Limits:
 
 
 class Keys:
-    """API keys, kept as digests, and compared in a time that does not depend on them.
+    """API keys, stored as digests and compared in constant time.
 
     Args:
-        keys: none at all lets everybody in.
+        keys: the keys; without any, every request is admitted.
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
@@ -76,50 +76,51 @@ class Keys:
         return bool(self._digests)
 
     def admit(self, scope: Scope) -> None:
-        """Let a request pass that has a key, or needs none.
+        """Admit a request that has a valid key or needs none.
 
         Raises:
-            Refusal: 401.
+            Refusal: 401, for any other request.
         """
         if not self._digests or scope["path"] in OPEN:
             return
         headers = dict(scope["headers"])
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(given.strip() if scheme.lower() == b"bearer" else b"").digest()
+        # A list, so that every key is compared: stopping early would tell which one matched.
         if not any([hmac.compare_digest(digest, known) for known in self._digests]):
             said = "no valid API key. Fix: send the header 'Authorization: Bearer KEY'."
             raise Refusal(401, said, "invalid_api_key")
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> Keys:
-    """The keys of a file, one a line, and of the environment.
+    """The keys of a file, one per line, and of the environment.
 
     Raises:
-        UnmaskedError: the file is there and holds no key; the server would be open to everybody.
+        UnmaskedError: the file contains no key, so the server would be open to everybody.
     """
     given = environment.get(KEYS_VARIABLE, "").replace(",", " ").split()
     if file is not None:
         try:
             lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
         except UnicodeDecodeError:
-            raise UnmaskedError(f"{file} is not text. Fix: one key a line, in UTF-8.") from None
-        own = [line for line in lines if line and not line.startswith("#")]
-        if not own:
+            raise UnmaskedError(f"{file} is not text. Fix: one key per line, in UTF-8.") from None
+        in_file = [line for line in lines if line and not line.startswith("#")]
+        if not in_file:
             raise UnmaskedError(f"{file} holds no key. Fix: openssl rand -hex 32 >> {file}")
-        given += own
+        given += in_file
     return Keys(given)
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The body of a request, if it says that it is JSON.
+    """The body of a request that is declared as JSON.
 
     Raises:
-        Refusal: it does not, is encoded, or has more bytes than it may.
-        ClientDisconnect: the client went away.
+        Refusal: it is not declared as JSON, is compressed, or has more than `most` bytes.
+        ClientDisconnect: the client has closed the connection.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        # A page in a browser may send any other type here without asking first.
+        # Browsers let any web page send other types here without a CORS preflight request.
         said = "the body is not declared as JSON. Fix: Content-Type: application/json."
         raise Refusal(415, said, "unsupported_media_type")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
@@ -128,6 +129,7 @@ async def read_body(request: Request, most: int) -> bytes:
         413, f"the body has more than {most} bytes. Fix: send fewer texts.", "body_too_large"
     )
     length = request.headers.get("content-length", "")
+    # 20 digits are enough; int() refuses very long strings.
     if length.isascii() and length.isdigit() and int(length[:20]) > most:
         raise too_large
     pieces, size = [], 0
@@ -143,11 +145,11 @@ class Guard:
     """ASGI middleware around all routes: key, time limit, metrics, and every error as JSON.
 
     Args:
-        app: what it guards.
-        keys: who may come in.
+        app: the application that it wraps.
+        keys: the valid API keys.
         seconds: the time limit of a request.
-        measures: what is counted.
-        routes: paths that are counted under their own name.
+        measures: counts requests.
+        routes: paths that are counted under their own name; all others are counted as ``other``.
     """
 
     def __init__(
@@ -172,27 +174,28 @@ class Guard:
             await asyncio.wait_for(self.app(scope, receive, sending), self.seconds)
         except ClientDisconnect:
             self.measures.dropped()
-            status = 499  # what nginx calls it
+            status = 499  # nginx's status for a connection that the client closed
         except Exception as error:
             failed = _as_refusal(error, self.seconds)
-        if failed is not None and not status:  # of an answer that was cut off, uvicorn takes care
+        if failed is not None and not status:  # if an answer has begun, uvicorn cuts it off
             await refuse(failed, sending)
         route = scope["path"] if scope["path"] in self.routes else "other"
         self.measures.answered(route, status, time.perf_counter() - begun)
 
 
 def _as_refusal(error: Exception, seconds: float) -> Refusal:
+    """The error that a client is sent; an unexpected one is logged without its message."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, asyncio.TimeoutError):
         return Refusal(504, f"no answer within {seconds:g} seconds.", "timeout")
     where = "".join(traceback.format_tb(error.__traceback__))
     logger.error("A request failed with %s:\n%s", type(error).__name__, where)
-    return Refusal(500, "the server failed at this request; its log says where.", "internal_error")
+    return Refusal(500, "the server failed on this request; its log says where.", "internal_error")
 
 
 async def refuse(refusal: Refusal, send: Send) -> None:
-    """Send an error."""
+    """Send an error as JSON."""
     body = json.dumps(refusal.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if refusal.retry_after is not None:
@@ -204,7 +207,7 @@ async def refuse(refusal: Refusal, send: Send) -> None:
 
 
 async def _in_pieces(message: Message, send: Send) -> None:
-    """Send a long answer piece by piece, so that the time limit holds for a client that is slow."""
+    """Send a long answer piece by piece, so that the time limit also ends one to a slow client."""
     body = message.get("body", b"")
     if len(body) <= PIECE:
         return await send(message)

@@ -1,8 +1,8 @@
-"""The one thread that runs forwards: it takes what waits, computes it, and tells who asked.
+"""The one thread that runs forward passes: it takes waiting texts and gives each its vector.
 
-One thread for all models, because they share the device, and because a packed batch belongs to the
-thread that runs it. A forward that fails is tried again text by text, so that only the request at
-fault fails.
+There is one thread for all models, because they share the device, and because a packed batch
+belongs to the thread that runs it. A batch that fails is run again text by text, so that only the
+request at fault fails.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Compute = Callable[[Sequence[TokenRow]], np.ndarray]
 """Vectors (N, D) of N rows of ids."""
 
 SICK = 5
-"""So many texts in a row without a vector, and the process should be started anew."""
+"""After this many failed texts in a row, ``/health`` reports that a restart is needed."""
 
 
 class DeviceThread:
-    """Computes what waits in a queue, until the queue is closed and empty.
+    """Computes the texts of a queue, until the queue is closed and empty.
 
     Args:
-        queue: where texts wait.
-        models: name → how its vectors are computed.
-        budget: most tokens of a forward.
-        measures: what is counted.
+        queue: the waiting texts.
+        models: name of a model → the function that computes its vectors.
+        budget: maximum tokens per forward pass.
+        measures: counts batches.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class DeviceThread:
         self._thread = threading.Thread(target=self._work, name="unmasked-device", daemon=True)
 
     def start(self) -> None:
-        """Begin to compute."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Compute what waits, then end."""
+        """Compute the waiting texts, then end the thread."""
         self.queue.close()
         self._thread.join()
 
     @property
     def healthy(self) -> bool:
-        """It runs, and has not failed at one text after another."""
+        """Whether the thread runs, and its last `SICK` texts have not all failed."""
         return self._thread.is_alive() and self._failed_in_a_row < SICK
 
     def _work(self) -> None:
@@ -70,12 +70,13 @@ class DeviceThread:
             self._compute(self.models[model], texts)
             seconds = time.perf_counter() - begun
             tokens = sum(len(text.row.ids) for text in texts)
+            # An exponential moving average, from which Retry-After is estimated.
             self.queue.speed += 0.2 * (tokens / seconds - self.queue.speed)
             self.measures.forward(model, len(texts), tokens, seconds)
-            self._tell(texts)
+            self._finish(texts)
 
     def _compute(self, compute: Compute, texts: Sequence[Waiting]) -> None:
-        """Give each text its vector, or its job the reason why there is none."""
+        """Give each text its vector, or its job the error that prevented it."""
         try:
             vectors = compute([text.row for text in texts])
         except Exception as error:
@@ -83,7 +84,7 @@ class DeviceThread:
                 for text in texts:
                     self._compute(compute, [text])
                 return
-            # Where it happened, and never the message, which may hold a text.
+            # Only the place is logged: the message may contain a text.
             where = "".join(traceback.format_tb(error.__traceback__))
             logger.error("A forward failed with %s:\n%s", type(error).__name__, where)
             texts[0].job.failure = error
@@ -93,7 +94,8 @@ class DeviceThread:
             for text, vector in zip(texts, vectors, strict=True):
                 text.job.vectors[text.index] = vector
 
-    def _tell(self, texts: Sequence[Waiting]) -> None:
+    def _finish(self, texts: Sequence[Waiting]) -> None:
+        """Settle the jobs that have all their vectors, or have failed, in their event loops."""
         ended: dict[AbstractEventLoop, set[Job]] = defaultdict(set)
         for text in texts:
             text.job.left -= 1

@@ -1,13 +1,12 @@
-"""What a server counts, for Prometheus: requests, texts, tokens, forwards, and what waits.
+"""Metrics of a server for Prometheus: requests, texts, tokens, batches, and the waiting texts.
 
-Labels are routes and names of models that are served, never what a client made up, so that their
-number is bounded. Each server has a registry of its own.
+Labels are known routes and the names of served models, never a client's own words, so their number
+is bounded. Each server has its own registry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -17,10 +16,10 @@ SIZES = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
 class Measures:
-    """The counters of one server.
+    """The metrics of one server.
 
     Args:
-        waiting: numbers of texts and of tokens that wait now.
+        waiting: returns the numbers of texts and of tokens that are waiting now.
     """
 
     def __init__(self, waiting: Callable[[], tuple[int, int]]) -> None:
@@ -30,7 +29,7 @@ class Measures:
         self._seconds = Histogram(
             "request_seconds", "Time until the answer.", ["route"], buckets=SECONDS, **own
         )
-        self._dropped = Counter("dropped", "Requests whose client was gone.", **own)
+        self._dropped = Counter("dropped", "Requests whose client disconnected.", **own)
         self._texts = Counter("texts", "Texts computed.", ["model"], **own)
         self._tokens = Counter("tokens", "Tokens computed.", ["model"], **own)
         self._forward_seconds = Histogram(
@@ -39,30 +38,27 @@ class Measures:
         self._forward_tokens = Histogram(
             "forward_tokens", "Tokens of a batch.", ["model"], buckets=SIZES, **own
         )
-        gauges = ("waiting_texts", "Texts that wait."), ("waiting_tokens", "Tokens that wait.")
-        for place, (name, said) in enumerate(gauges):
-            Gauge(name, said, **own).set_function(partial(_number, waiting, place))
+        texts = Gauge("waiting_texts", "Texts in the queue.", **own)
+        texts.set_function(lambda: waiting()[0])
+        tokens = Gauge("waiting_tokens", "Tokens in the queue.", **own)
+        tokens.set_function(lambda: waiting()[1])
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Count an answered request."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def dropped(self) -> None:
-        """A client was gone before its texts were computed."""
+        """Count a request whose client disconnected before the answer."""
         self._dropped.inc()
 
     def forward(self, model: str, texts: int, tokens: int, seconds: float) -> None:
-        """A batch was computed."""
+        """Count a batch that was computed."""
         self._texts.labels(model).inc(texts)
         self._tokens.labels(model).inc(tokens)
         self._forward_seconds.labels(model).observe(seconds)
         self._forward_tokens.labels(model).observe(tokens)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
-
-
-def _number(waiting: Callable[[], tuple[int, int]], place: int) -> int:
-    return waiting()[place]

@@ -1,8 +1,8 @@
-"""The process of a server: its address, its models, and how it ends.
+"""The process of a server: its address, the names of its models, and its end.
 
-The address is taken before a model is loaded, so that a mistake shows at once, and it listens only
-when all are there. On SIGTERM or Ctrl-C it listens no more, finishes what it accepted, and ends
-with status 0.
+The address is bound before a model is loaded, so that a mistake shows at once, but the server
+listens only after all models are loaded. On SIGTERM or Ctrl-C it stops listening, answers the
+requests that it has accepted, and exits with status 0.
 """
 
 from __future__ import annotations
@@ -21,46 +21,47 @@ from unmasked.serve.service import Service
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that has the address and does not listen yet; port 0 takes any that is free.
+    """A socket that is bound to the address but does not listen yet; port 0 takes a free port.
 
     Raises:
-        UnmaskedError: the address is taken, or is not of this machine.
+        UnmaskedError: the address is in use, or does not belong to this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        taken = socket.socket(family, kind, protocol)
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
-        said = error.strerror or str(error)
+        reason = error.strerror or str(error)
         raise UnmaskedError(
-            f"cannot listen on {host} port {port}: {said}. Fix: another --port (0 for any that is "
-            "free), or another --host."
+            f"cannot listen on {host} port {port}: {reason}. Fix: another --port (0 takes a free "
+            "one), or another --host."
         ) from error
-    return taken
+    return bound
 
 
-def url(taken: socket.socket) -> str:
-    """Where a socket is reached."""
-    host, port = taken.getsockname()[:2]
+def url(bound: socket.socket) -> str:
+    """The URL of a server that listens on this socket."""
+    host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def model_names(given: Iterable[str]) -> dict[str, str]:
-    """Name by which clients call a model → what is loaded.
+    """The name by which clients call each model → the hub name or folder that is loaded.
 
     Args:
-        given: ``MODEL`` or ``NAME=MODEL``; a folder is called by its last part, a repository of the
-            hub by its whole name.
+        given: ``MODEL`` or ``NAME=MODEL``. Without a name, a folder is called by the last part of
+            its path, and a model of the hub by its full name.
 
     Raises:
-        UnmaskedError: two have one name.
+        UnmaskedError: two models have the same name.
     """
     names: dict[str, str] = {}
     for word in given:
         name, equals, model = word.partition("=")
+        # An equals sign may also belong to a path: of an existing file, or behind a slash.
         if not equals or "/" in name or not name or not model or Path(word).exists():
             name, model = (Path(word).resolve().name if Path(word).is_dir() else word), word
         if name in names:
@@ -73,32 +74,33 @@ def model_names(given: Iterable[str]) -> dict[str, str]:
 
 
 def run_server(
-    service: Service, keys: Keys, taken: socket.socket, announce: Callable[[str], None]
+    service: Service, keys: Keys, bound: socket.socket, announce: Callable[[str], None]
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C, then finish those that were accepted.
 
     Args:
-        service: the models; its threads must run.
-        keys: who may come in.
-        taken: as `bind` returns it.
-        announce: told where the server is, once a connection to it is not refused any more.
+        service: the models; its threads must be running.
+        keys: the valid API keys.
+        bound: the socket from `bind`.
+        announce: is called with the server's URL as soon as clients can connect.
     """
     config = uvicorn.Config(
         application(service, keys),
         lifespan="off",
         log_level="warning",
-        access_log=False,  # a path with a query may hold what is not for a log
+        access_log=False,  # a path with a query may be confidential
         server_header=False,
         timeout_graceful_shutdown=int(service.limits.seconds) + 1,
     )
+    # uvicorn handles these signals while it runs, and raises them again when it ends. The handlers
+    # that do nothing let this function return instead of ending the process.
     before = {
-        number: signal.signal(number, lambda *_: None)  # uvicorn raises them again at its end
-        for number in (signal.SIGTERM, signal.SIGINT)
+        number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        taken.listen(config.backlog)
-        announce(url(taken))
-        uvicorn.Server(config).run(sockets=[taken])
+        bound.listen(config.backlog)
+        announce(url(bound))
+        uvicorn.Server(config).run(sockets=[bound])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""The routes, and the page that describes them.
+"""The routes, and the OpenAPI page that describes them.
 
-Bodies are read as bytes and checked in a worker thread, so FastAPI is told what they are only for
-its OpenAPI page.
+Bodies are read as bytes and checked in a worker thread, so FastAPI needs their types only for its
+OpenAPI page.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ BODIES = (EmbeddingsBody, EmbedBody, SimilarityBody)
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": said}
     for status, said in {
-        400: "The body is not what it should be, or asks for too much.",
+        400: "The body is invalid, or exceeds a limit.",
         401: "No valid API key.",
         404: "No such model.",
         413: "The body is too large.",
         415: "The body is not JSON.",
-        429: "Too many texts wait; Retry-After says for how long.",
-        504: "Not done in time.",
+        429: "Too many texts are waiting; see the header Retry-After.",
+        504: "The time limit was exceeded.",
     }.items()
 }
 
@@ -58,8 +58,8 @@ def application(service: Service, keys: Keys | None = None) -> FastAPI:
     """The ASGI application of a service.
 
     Args:
-        service: its threads must run.
-        keys: who may come in; by default, everybody.
+        service: the models; its threads must be running.
+        keys: the valid API keys; by default, none is needed.
     """
     app = FastAPI(title="unmasked", version=__version__, redoc_url=None)
     app.add_middleware(
@@ -72,13 +72,13 @@ def application(service: Service, keys: Keys | None = None) -> FastAPI:
     _add_embedding_routes(app, service)
     _add_state_routes(app, service)
 
-    @app.exception_handler(HTTPException)
-    async def other(_: Request, error: HTTPException) -> Response:
+    @app.exception_handler(HTTPException)  # unknown paths and methods
+    async def http_error(_: Request, error: HTTPException) -> Response:
         body = Refusal(error.status_code, f"{error.detail}.", "http_error").body()
         return JSONResponse(body, error.status_code, error.headers)
 
-    described = _description(app)
-    app.openapi = lambda: described  # type: ignore[method-assign]
+    description = _description(app)
+    app.openapi = lambda: description  # type: ignore[method-assign]
     return app
 
 
@@ -86,7 +86,7 @@ def _add_embedding_routes(app: FastAPI, service: Service) -> None:
     async def answer(
         request: Request, kind: type[Asked], inputs: Inputs[Asked], write: Write[Asked]
     ) -> Response:
-        service.queue.check_room()  # before a body is read
+        service.queue.check_room()  # refuse early, before the body is read
         body = await read_body(request, service.limits.body)
         async with _watching(request) as gone:
             written = await service.answer(kind, body, gone, inputs, write)
@@ -94,18 +94,18 @@ def _add_embedding_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/embeddings", response_model=EmbeddingsAnswer, **_takes(EmbeddingsBody))
     async def embeddings(request: Request) -> Response:
-        """Vectors of texts, in the shape of OpenAI."""
+        """Vectors of texts, in OpenAI's format."""
         return await answer(request, EmbeddingsBody, lambda body: body.input, _embeddings)
 
     @app.post("/embed", response_model=list[list[float]], **_takes(EmbedBody))
     async def embed(request: Request) -> Response:
-        """Vectors of texts, in the shape of text-embeddings-inference."""
+        """Vectors of texts, in the format of text-embeddings-inference."""
         return await answer(request, EmbedBody, lambda body: body.inputs, _embed)
 
     @app.post("/similarity", response_model=list[float], **_takes(SimilarityBody))
     async def similarity(request: Request) -> Response:
-        """How similar sentences are to a source sentence, as text-embeddings-inference has it."""
-        return await answer(request, SimilarityBody, _compared, _similarity)
+        """Similarity of a source sentence to others, in text-embeddings-inference's format."""
+        return await answer(request, SimilarityBody, _all_sentences, _similarity)
 
     @app.get("/v1/models", responses={401: REFUSALS[401]})
     async def models() -> ModelsAnswer:
@@ -123,12 +123,12 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", responses=failing)
     async def health() -> Response:
-        """Whether the process works; where it does not, start it anew."""
+        """Whether the process works; if not, restart it."""
         return state()
 
     @app.get("/ready", responses=failing)
     async def ready() -> Response:
-        """Whether requests may come. The server listens only when its models are loaded."""
+        """Whether requests can be answered. The server listens only after its models are loaded."""
         return state()
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, 401: REFUSALS[401]})
@@ -139,8 +139,8 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
 
 @asynccontextmanager
 async def _watching(request: Request) -> AsyncIterator[asyncio.Future[Any]]:
-    """A future that is done when the client of a request, whose body was read, has gone."""
-    gone = asyncio.ensure_future(request.receive())
+    """A future that is done when the client closes the connection; the body must have been read."""
+    gone = asyncio.ensure_future(request.receive())  # the only message that can still come
     try:
         yield gone
     finally:
@@ -148,7 +148,7 @@ async def _watching(request: Request) -> AsyncIterator[asyncio.Future[Any]]:
 
 
 def _takes(body: type) -> dict[str, Any]:
-    """What a route says of the body it takes."""
+    """Keyword arguments of a route: the OpenAPI description of its body and errors."""
     schema = {"$ref": f"#/components/schemas/{body.__name__}"}
     content = {"application/json": {"schema": schema}}
     return {
@@ -158,13 +158,13 @@ def _takes(body: type) -> dict[str, Any]:
 
 
 def _description(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI description, with the bodies that FastAPI does not see."""
-    described = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    """The OpenAPI description, with the schemas of the bodies, which FastAPI does not know."""
+    description = get_openapi(title=app.title, version=app.version, routes=app.routes)
     _, bodies = models_json_schema(
         [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
     )
-    described["components"]["schemas"] |= bodies["$defs"]
-    return described
+    description["components"]["schemas"] |= bodies["$defs"]
+    return description
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -173,9 +173,9 @@ def _description(app: FastAPI) -> dict[str, Any]:
 def _embeddings(ready: Prepared[EmbeddingsBody], vectors: np.ndarray) -> bytes:
     asked = ready.asked
     finished = ready.model.finish(vectors, asked.dimensions, asked.normalize)
-    packed = asked.encoding_format == "base64"
+    as_base64 = asked.encoding_format == "base64"
     data = ", ".join(
-        f'{{"object": "embedding", "index": {index}, "embedding": {_number_text(row, packed)}}}'
+        f'{{"object": "embedding", "index": {index}, "embedding": {_vector_json(row, as_base64)}}}'
         for index, row in enumerate(finished)
     )
     name, tokens = json.dumps(ready.model.name), ready.tokens
@@ -183,32 +183,26 @@ def _embeddings(ready: Prepared[EmbeddingsBody], vectors: np.ndarray) -> bytes:
     return f'{{"object": "list", "data": [{data}], "model": {name}, "usage": {usage}}}'.encode()
 
 
-def _number_text(vector: np.ndarray, packed: bool) -> str:
-    """A vector in JSON, one at a time, so that a long answer does not hold up the event loop."""
-    if packed:
+def _vector_json(vector: np.ndarray, as_base64: bool) -> str:
+    """One vector as JSON. A whole answer in one call would keep the GIL from the event loop."""
+    if as_base64:
         return json.dumps(base64.b64encode(vector.astype("<f4").tobytes()).decode())
     return json.dumps(vector.tolist())
 
 
 def _embed(ready: Prepared[EmbedBody], vectors: np.ndarray) -> bytes:
     finished = ready.model.finish(vectors, ready.asked.dimensions, ready.asked.normalize)
-    return f"[{', '.join(_number_text(row, False) for row in finished)}]".encode()
+    return f"[{', '.join(_vector_json(row, False) for row in finished)}]".encode()
 
 
-def _compared(body: SimilarityBody) -> list[str]:
+def _all_sentences(body: SimilarityBody) -> list[str]:
     if not body.inputs.sentences:
-        raise Refusal(
-            400,
-            "no sentence to compare. Fix: give at least one.",
-            "empty_input",
-            "inputs.sentences",
-        )
+        said = "no sentence to compare. Fix: give at least one."
+        raise Refusal(400, said, "empty_input", "inputs.sentences")
     return [body.inputs.source_sentence, *body.inputs.sentences]
 
 
 def _similarity(ready: Prepared[SimilarityBody], vectors: np.ndarray) -> bytes:
-    first, *_ = scores = ready.model.encoder.similarity(
-        torch.from_numpy(vectors[:1]), torch.from_numpy(vectors[1:])
-    )
-    assert len(scores) == 1
-    return json.dumps(first.tolist()).encode()
+    found = torch.from_numpy(vectors)
+    (scores,) = ready.model.encoder.similarity(found[:1], found[1:])  # (1, N - 1)
+    return json.dumps(scores.tolist()).encode()

@@ -1,7 +1,7 @@
-"""One model as it is served: from what a body asks to rows of ids, and from states to vectors.
+"""One served model: from the inputs of a request to rows of token ids, and from rows to vectors.
 
-Texts become ids in `text.tokens`, and vectors come from `forward.loop`, as in `encode`; here is
-only what a request may choose: the prompt, the most tokens, the numbers of a vector.
+Tokenising (`text.tokens`) and the forward pass (`forward.loop`) are those of `encode`. This file
+adds only what a request may choose: the prompt, cutting, and the length of a vector.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ BY_TYPE = {"query": ("query",), "document": ("document", "passage", "corpus")}
 """Names of prompts that `encode_query` and `encode_document` of sentence-transformers look for."""
 
 FEW_IDS, OWN = 64, 0.9
-"""Fewer ids than these are not judged; the share of own ids below which they are another's.
+"""`OWN` is the value of `own_share` below which ids are taken for another tokenizer's; inputs with
+fewer than `FEW_IDS` ids are not judged.
 
-Over four Wikipedia sentences or more, English and Korean, the ids of three tokenizers kept 1.00 of
-themselves; those of OpenAI's cl100k, read by these three, kept 0.84 in the median of English and
-0.22 to 0.74 of Korean.
+On four or more Wikipedia sentences, English and Korean, three tokenizers gave 1.00 for their own
+ids. For ids of OpenAI's cl100k they gave 0.84 in English (median) and 0.22 to 0.74 in Korean.
 """
 AS_TEXTS = (
-    "Fix: send texts, or ids of the model's own tokenizer (LangChain sends those of another one, "
-    "unless it is told check_embedding_ctx_length=False)."
+    "Fix: send texts, or ids of the model's own tokenizer (LangChain sends ids of another one, "
+    "unless check_embedding_ctx_length=False is set)."
 )
 
 
-def own_share(tokens: TextTokenizer, several: Sequence[Sequence[int]]) -> float:
-    """The share of ids that stay when the text they stand for is tokenised again; at most 1."""
-    same = whole = 0
-    for ids in several:
+def own_share(tokens: TextTokenizer, inputs: Sequence[Sequence[int]]) -> float:
+    """The share of ids that stay the same when they are decoded and tokenised again, 0 to 1."""
+    same = total = 0
+    for ids in inputs:
         text = tokens.backend.decode(ids, skip_special_tokens=False)
         again = tokens.backend.encode(text, add_special_tokens=False).ids
         same += (Counter(ids) & Counter(again)).total()
-        whole += max(len(ids), len(again))
-    return same / max(whole, 1)
+        total += max(len(ids), len(again))
+    return same / max(total, 1)
 
 
 class ServedModel:
-    """A loaded encoder under the name that clients call it by.
+    """A loaded encoder and its name.
 
     Args:
-        name: that name.
-        encoder: put into evaluation mode for good; its layers are compiled here, if
-            that was asked for when it was loaded.
-        max_tokens: most tokens of an input, if fewer than the model's own limit.
-        truncate: whether a text that is too long is cut where a request does not say.
+        name: the name by which clients call the model.
+        encoder: is put into evaluation mode for good. Its layers are compiled here if it was
+            loaded with that option.
+        max_tokens: maximum tokens per input, if lower than the model's own limit.
+        truncate: whether a text that is too long is cut if the request does not say what to do.
     """
 
     def __init__(
@@ -69,18 +69,19 @@ class ServedModel:
         self._vocabulary = int(config.get_text_config().vocab_size)
         tokens = encoder.backbone.tokens
         known = tokens.backend.encode("Some words, as they are read.", add_special_tokens=False).ids
+        # Foreign ids can only be recognised if this tokenizer restores its own ids after decoding.
         self._decodes = own_share(tokens, [known]) >= OWN
-        if encoder.backbone.compile_for(LONG_WORK, encoder.compiles):  # work without an end
+        if encoder.backbone.compile_for(LONG_WORK, encoder.compiles):  # a server's work has no end
             self._warm_up()
 
     def _warm_up(self) -> None:
-        """Run one batch of each kind, so that no request waits while a graph is made for it."""
+        """Run one batch of each kind, so that no request waits for compilation."""
         long = "word " * self.max_tokens
         for texts in ([""], ["", ""], ["a", "b c", "d"], [long], [long, ""]):
             self.vectors(self.encoder.backbone.tokens(texts, max_length=self.max_tokens))
 
     def described(self, created: int) -> ModelAnswer:
-        """What ``/v1/models`` says of it."""
+        """The model's entry in ``/v1/models``."""
         prompts = [name for name, prompt in self.encoder.prompts.items() if prompt]
         return ModelAnswer(
             id=self.name,
@@ -91,10 +92,10 @@ class ServedModel:
         )
 
     def prompt(self, asked: Body) -> str:
-        """The text before every input, as `encode` would choose it.
+        """The text before every input, chosen as by `encode`.
 
         Raises:
-            Refusal: the model has no prompt of this name.
+            Refusal: the model has no prompt of the given name.
         """
         if asked.prompt is not None:
             return asked.prompt
@@ -108,11 +109,11 @@ class ServedModel:
         return (prompts[name] or "") if name is not None else ""
 
     def rows(self, inputs: Texts, asked: Body, prompt: str) -> list[TokenRow]:
-        """Rows of ids of the inputs of a request; runs in a worker thread.
+        """Token rows of the inputs of a request; runs in a worker thread.
 
         Raises:
-            Refusal: an input is too long, an id is not one of the model's, or the prompt leaves no
-                room.
+            Refusal: an input is too long, an id is not in the model's vocabulary or the ids are of
+                another tokenizer, or the prompt leaves no room for a text.
         """
         backbone = self.encoder.backbone
         try:
@@ -122,7 +123,8 @@ class ServedModel:
                 rows = backbone.tokenize_inputs(inputs, prompt, self.max_tokens)
             else:
                 several: Any = inputs if isinstance(inputs[0], list) else [inputs]
-                rows = [self._of_ids(ids, prompt) for ids in several]
+                rows = [self._row_of_ids(ids, prompt) for ids in several]
+                # The beginning of the first inputs is enough, and bounds the cost.
                 self._check_own([ids[: 8 * FEW_IDS] for ids in several[:FEW_IDS]])
         except DataError as error:
             raise Refusal(400, str(error), "invalid_input") from None
@@ -133,25 +135,25 @@ class ServedModel:
                     400,
                     f"input {index} has {len(row.ids) + row.cut} tokens, of which {row.cut} do not "
                     f"fit: {self.name} takes {len(row.ids)} of such an input. Fix: a shorter text, "
-                    'or "truncate": true to have its end cut off.',
+                    'or "truncate": true to cut off its end.',
                     "context_length_exceeded",
                 )
         return rows
 
-    def _of_ids(self, ids: Sequence[int], prompt: str) -> TokenRow:
-        most = max(ids, default=0)
-        if most >= self._vocabulary:
+    def _row_of_ids(self, ids: Sequence[int], prompt: str) -> TokenRow:
+        largest = max(ids, default=0)
+        if largest >= self._vocabulary:
             raise Refusal(
                 400,
-                f"token {most} is not one of the {self._vocabulary} of {self.name}. {AS_TEXTS}",
+                f"token {largest} is not one of the {self._vocabulary} of {self.name}. {AS_TEXTS}",
                 "invalid_token",
             )
         return self.encoder.backbone.tokens.of_ids(ids, prompt, self.max_tokens)
 
-    def _check_own(self, several: Sequence[Sequence[int]]) -> None:
-        """Refuse ids of another tokenizer, whose vectors would be those of other words."""
-        enough = self._decodes and sum(map(len, several)) >= FEW_IDS
-        if enough and own_share(self.encoder.backbone.tokens, several) < OWN:
+    def _check_own(self, inputs: Sequence[Sequence[int]]) -> None:
+        """Refuse ids of another tokenizer: in this model's vocabulary they mean other words."""
+        can_judge = self._decodes and sum(map(len, inputs)) >= FEW_IDS
+        if can_judge and own_share(self.encoder.backbone.tokens, inputs) < OWN:
             said = f"these are not the ids that the tokenizer of {self.name} gives for their text."
             raise Refusal(400, f"{said} {AS_TEXTS}", "foreign_tokens")
 
@@ -159,7 +161,7 @@ class ServedModel:
         """(N, D) float32 vectors of N rows.
 
         Raises:
-            ModelError: a number is not finite, as happens where float16 overflows.
+            ModelError: a number is not finite, as happens if float16 overflows.
         """
         encoder = self.encoder
         found = running.encode_rows(encoder, encoder.backbone, rows, encoder.device)
@@ -168,12 +170,12 @@ class ServedModel:
         return np.asarray(found.numpy())
 
     def finish(self, vectors: np.ndarray, dimensions: int | None, normalize: bool) -> np.ndarray:
-        """Vectors of as many numbers as asked for, perhaps of length 1."""
+        """Vectors cut to `dimensions` (by default the encoder's), scaled to length 1 if asked."""
         shorter = dimensions or self.encoder.truncate_dim
         return np.asarray(running.finish(torch.from_numpy(vectors), shorter, normalize).numpy())
 
     def check_dimensions(self, dimensions: int | None) -> None:
-        """Refuse more numbers than a vector has."""
+        """Refuse more dimensions than a vector has."""
         if dimensions is not None and dimensions > self.width:
             said = f"dimensions is {dimensions}; {self.name} has {self.width}. Fix: give fewer."
             raise Refusal(400, said, "invalid_dimensions", "dimensions")

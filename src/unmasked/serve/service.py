@@ -1,4 +1,4 @@
-"""The models, their queue, and the way of a request from its bytes to those of its answer."""
+"""The models, their queue, and all steps from the bytes of a request to the bytes of its answer."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ THREADS = 4
 """Threads that check bodies, tokenise and write answers."""
 
 SMALL = 4096
-"""Numbers of an answer that are written at once, without a thread."""
+"""An answer with at most this many numbers is written in the event loop, without a thread."""
 
 
 @dataclass(frozen=True)
 class Prepared(Generic[Asked]):
-    """A request that was read: what it asks, of which model, and the ids of its texts."""
+    """A request that was read and checked: its body, its model, and the token rows of its texts."""
 
     asked: Asked
     model: ServedModel
@@ -43,7 +43,7 @@ class Prepared(Generic[Asked]):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all its texts."""
+        """The number of tokens of all its texts."""
         return sum(len(row.ids) for row in self.rows)
 
 
@@ -52,11 +52,11 @@ Write = Callable[[Prepared[Asked], np.ndarray], bytes]
 
 
 class Service:
-    """Encoders that answer requests; used as a context, within which its threads run.
+    """Encoders that answer requests. It is a context manager: its threads run within the context.
 
     Args:
         encoders: name → encoder.
-        limits: what a client may ask for.
+        limits: the limits of requests and batches.
     """
 
     def __init__(self, encoders: Mapping[str, TextEncoder], limits: Limits | None = None) -> None:
@@ -86,10 +86,10 @@ class Service:
         self.pool.shutdown()
 
     def find(self, name: str | None) -> ServedModel:
-        """The model of a name; without a name, the only one.
+        """The model with this name; without a name, the only model.
 
         Raises:
-            Refusal: there is none, or more than one.
+            Refusal: there is no such model, or no name although several models are served.
         """
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
@@ -105,13 +105,13 @@ class Service:
         """Check a body and tokenise its texts; runs in a worker thread.
 
         Raises:
-            Refusal: it is not what it should be.
+            Refusal: the body is invalid or exceeds a limit.
         """
         asked = parse(kind, body)
         model, given = self.find(asked.model), inputs(asked)
         if not given and not isinstance(given, str):
             raise Refusal(400, "the list is empty. Fix: give a text.", "empty_input", "input")
-        several = isinstance(given, list) and not isinstance(given[0], int)
+        several = isinstance(given, list) and not isinstance(given[0], int)  # else one text's ids
         if several and len(given) > self.limits.inputs:
             said = (
                 f"{len(given)} inputs; {self.limits.inputs} are allowed. Fix: send them in parts."
@@ -131,15 +131,16 @@ class Service:
         """The bytes of the answer to a body.
 
         Args:
-            kind: what the body has to be.
-            body: as it came.
-            gone: done when the client has gone.
-            inputs: the texts of such a body.
-            write: the answer that belongs to vectors; runs in a worker thread if it is long.
+            kind: the type of the body.
+            body: the bytes of the body.
+            gone: is done when the client has closed the connection.
+            inputs: returns the texts of a body.
+            write: turns vectors into the bytes of the answer; runs in a worker thread if these are
+                many.
 
         Raises:
-            Refusal: it is not served.
-            ClientDisconnect: the client has gone; its texts are not computed.
+            Refusal: the request is refused.
+            ClientDisconnect: the client has closed the connection; its remaining texts are dropped.
         """
         self.queue.check_room()
         with self.queue.arriving():

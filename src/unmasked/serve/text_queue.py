@@ -1,15 +1,15 @@
-"""Which texts are computed next, of all that wait: a fair order, decided as late as possible.
+"""Which of the waiting texts are computed next: a fair order, decided as late as possible.
 
-The device takes a batch when it is free, so texts gather while a forward runs, and nothing is
-decided before. A request is not served as a whole: each of its texts has a tag, the number of
-tokens that stand before it in its own request, counted from the clock of the queue, and the lowest
-tags go first. The clock moves by the tokens that each waiting request would have got by then, had
-all been served at once (weighted fair queueing, Demers, Keshav and Shenker 1989; tags as in
-start-time fair queueing, Goyal, Vin and Cheng 1996). So single texts, long or short, go in the
-order of their arrival; one of them does not wait for two thousand documents that came a moment
-before, and these still move on.
+The device takes a batch when it is free, so texts gather while a forward pass runs, and their order
+is decided only then. A request is not served as a whole. Each of its texts has a tag: the virtual
+time (the clock) at its arrival plus the number of tokens before it in its own request. Texts with
+the lowest tags go first. The clock advances by the tokens that each waiting request would have got
+if all were served at the same rate (weighted fair queueing, Demers, Keshav and Shenker 1989; tags
+as in start-time fair queueing, Goyal, Vin and Cheng 1996). So requests of one text, long or short,
+are served in the order of their arrival. They do not wait for a request of two thousand documents
+that came a moment before, and that request still makes progress.
 
-Cost: a push and a pop of a heap for each text.
+Cost: a push to and a pop from a heap for each text.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from unmasked.text.tokens import TokenRow
 
 
 class Job:
-    """The texts of one request, and the vectors they have got so far.
+    """The texts of one request, and their vectors so far.
 
     Attributes:
-        done: set when all texts have their vectors (N, D), or one failed.
-        gone: nobody waits for it any more; its texts are not computed.
-        taken: number of texts that left the queue; they leave in order.
+        done: the (N, D) vectors of all texts, or the error of the first text that failed.
+        left: number of texts without a vector.
+        taken: number of texts that have left the queue; they leave in order.
+        gone: whether nobody waits for the job any more; its remaining texts are not computed.
+        since: when the job was made.
     """
 
     def __init__(self, rows: Sequence[TokenRow]) -> None:
@@ -49,7 +51,7 @@ class Job:
         self.since = time.monotonic()
 
     def settle(self) -> None:
-        """Tell who waits; runs in the event loop."""
+        """Set `done`; runs in the event loop."""
         if self.done.done():
             return
         if self.failure is not None:
@@ -60,7 +62,7 @@ class Job:
 
 @dataclass(order=True, frozen=True)
 class Waiting:
-    """A text in the queue; ordered by its tag, then by arrival."""
+    """A text in the queue; sorted by its tag, then by arrival."""
 
     tag: float
     serial: int
@@ -73,16 +75,16 @@ class Waiting:
 
 
 class TextQueue:
-    """The texts that wait, by model; every method may be called from any thread.
+    """The waiting texts of each model; every method may be called from any thread.
 
     Args:
-        models: their names.
-        most: number of texts that may wait; a request that is alone may have more.
-        wait: seconds that a text may wait for company while other requests are being read.
+        models: names of the models.
+        most: maximum number of waiting texts; an empty queue accepts a request of any size.
+        wait: seconds that a text may wait for others to join its batch while requests are read.
 
     Attributes:
-        texts, tokens: how many wait now.
-        speed: tokens per second, as the device did lately.
+        texts, tokens: how many are waiting now.
+        speed: recent speed of the device in tokens per second.
     """
 
     def __init__(self, models: Sequence[str], most: int, wait: float) -> None:
@@ -90,25 +92,27 @@ class TextQueue:
         self.texts = self.tokens = 0
         self.speed = 1000.0
         self._heaps: dict[str, list[Waiting]] = {name: [] for name in models}
-        self._serial = self._arriving = self._jobs = 0
-        self._clock = 0.0
+        self._serial = 0
+        self._arriving = 0  # requests that are being read
+        self._jobs = 0  # jobs with texts in the queue
+        self._clock = 0.0  # virtual time, in tokens
         self._changed = threading.Condition()
         self._closed = False
 
     def check_room(self, texts: int = 1) -> None:
-        """Refuse more texts than may wait.
+        """Refuse a request whose texts would make too many wait.
 
         Raises:
-            Refusal: 429, with the time that what waits will take.
+            Refusal: 429, with the estimated time until the waiting texts are done.
         """
         if self.texts and self.texts + texts > self.most:
             seconds = min(60, max(1, round(self.tokens / self.speed)))
-            said = f"{self.texts} texts wait already, and {self.most} may. Fix: try again later."
-            raise Refusal(429, said, "queue_full", retry_after=seconds)
+            said = f"{self.texts} texts are waiting, and the limit is {self.most}."
+            raise Refusal(429, f"{said} Fix: try again later.", "queue_full", retry_after=seconds)
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """Within it a request is being read, for which others may wait a little."""
+        """A context in which a request is being read; texts may wait a little for its texts."""
         with self._changed:
             self._arriving += 1
         try:
@@ -119,10 +123,10 @@ class TextQueue:
                 self._changed.notify()
 
     def put(self, model: str, job: Job) -> None:
-        """Let the texts of a request wait.
+        """Add the texts of a request.
 
         Raises:
-            Refusal: too many wait already.
+            Refusal: too many texts are waiting already.
         """
         with self._changed:
             self.check_room(len(job.rows))
@@ -137,25 +141,25 @@ class TextQueue:
             self._changed.notify()
 
     def drop(self, job: Job) -> None:
-        """Forget the texts of a job that have not left the queue."""
+        """Give up the texts of a job that have not left the queue; `_head` removes them later."""
         with self._changed:
             if not job.gone:
                 job.gone = True
-                self._jobs -= job.taken < len(job.rows)
+                self._jobs -= job.taken < len(job.rows)  # a bool: 1 if the job has texts here
                 self.texts -= len(job.rows) - job.taken
                 self.tokens -= sum(len(row.ids) for row in job.rows[job.taken :])
 
     def close(self) -> None:
-        """Let `take` return nothing once the queue is empty."""
+        """Let `take` return no texts once the queue is empty."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def take(self, budget: int) -> tuple[str, list[Waiting]]:
-        """The next texts of one model, as many as have `budget` tokens; blocks until there are any.
+        """Wait for texts, then take the next ones of one model, up to `budget` tokens.
 
         Returns:
-            Its name, and at least one text; none once the queue is closed and empty.
+            The model's name and at least one text; no texts once the queue is closed and empty.
         """
         with self._changed:
             while True:
@@ -170,18 +174,20 @@ class TextQueue:
             return model, self._pop(model, budget)
 
     def _patience(self, heads: dict[str, Waiting], budget: int) -> float:
-        """Seconds that are worth waiting for requests that are on their way."""
+        """Seconds to wait for the texts of requests that are being read; 0 or less for none."""
         if not heads or not self._arriving or self.tokens >= budget:
             return 0.0
         return min(head.job.since for head in heads.values()) + self.wait - time.monotonic()
 
     def _head(self, model: str) -> Waiting | None:
+        """The model's next text, after texts that nobody waits for are removed."""
         heap = self._heaps[model]
         while heap and heap[0].job.gone:
             heapq.heappop(heap)
         return heap[0] if heap else None
 
     def _pop(self, model: str, budget: int) -> list[Waiting]:
+        """Take texts of a model up to `budget` tokens, at least one, and advance the clock."""
         taken: list[Waiting] = []
         tokens = 0
         while (head := self._head(model)) and (not taken or tokens + len(head.row.ids) <= budget):

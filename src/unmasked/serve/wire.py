@@ -1,9 +1,10 @@
-"""What goes over the wire: the bodies that are accepted, the answers, and the errors.
+"""What goes over the wire: the accepted bodies, the answers, and the errors.
 
-The shapes are those of OpenAI's embeddings and of Hugging Face's text-embeddings-inference (TEI),
-with a few fields more. An unknown field is an error that names the nearest one: nothing that a
-client asks for is ignored without a word. A body is checked in one pass, in Rust, off the event
-loop; the first fault ends the check, so that a hostile body cannot make it collect a million.
+The formats are those of OpenAI's embeddings and of Hugging Face's text-embeddings-inference (TEI),
+with a few additional fields. An unknown field is an error that names the nearest known one, so that
+nothing that a client asks for is silently ignored. A body is checked in one pass, in Rust, outside
+the event loop. The first fault in a list ends its check, so that a hostile body cannot produce a
+million errors.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ Strings = TypeAliasType("Strings", Annotated[list[str], FailFast()])
 TokenIds = TypeAliasType("TokenIds", Annotated[list[TokenId], FailFast()])
 SeveralTokenIds = TypeAliasType("SeveralTokenIds", Annotated[list[TokenIds], FailFast()])
 Texts = str | Strings | TokenIds | SeveralTokenIds
-"""A text, texts, the token ids of a text, or of texts."""
+"""One text, several texts, the token ids of one text, or of several."""
 
 KINDS = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
 
 
 class Refusal(Exception):
-    """A request that is not served, as the client is told.
+    """A request that is refused, with the error that the client gets.
 
     Args:
-        status: of HTTP.
-        message: what was given, what is allowed; holds nothing of a text.
-        code: a word for programs.
+        status: the HTTP status.
+        message: what was given and what is allowed; never contains a part of a text.
+        code: the kind of error, for programs.
         param: the field at fault.
-        retry_after: seconds until it may go better.
+        retry_after: seconds after which the client may try again.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Refusal(Exception):
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
     def body(self) -> dict[str, Any]:
-        """The error in OpenAI's shape."""
+        """The error in OpenAI's format."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         if self.status == 429:
             kind = "rate_limit_error"
@@ -57,22 +58,22 @@ class Refusal(Exception):
 
 
 class Body(BaseModel):
-    """What every body may ask of the model."""
+    """The fields that every body may have."""
 
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
     )
 
     model: str | None = None
-    """Name of the model; may be left out where only one is served."""
+    """Name of the model; optional if only one is served."""
     prompt: str | None = None
     """Text put directly before every input."""
     prompt_name: str | None = None
     """Name of one of the model's prompts."""
     input_type: Literal["query", "document"] | None = None
-    """The model's prompt for queries or for documents, if it has one."""
+    """Use the model's prompt for queries or for documents, if it has one."""
     truncate: bool | None = None
-    """Cut a text that is too long, instead of an error."""
+    """Cut off the end of a text that is too long; false makes it an error."""
 
 
 class EmbeddingsBody(Body):
@@ -81,13 +82,13 @@ class EmbeddingsBody(Body):
     input: Texts
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     encoding_format: Literal["float", "base64"] = "float"
-    """Numbers, or the bytes of float32 numbers, little endian, in base64."""
+    """Vectors as lists of numbers, or as base64 of little-endian float32 numbers."""
     dimensions: Annotated[int, Field(strict=True, ge=1)] | None = None
-    """Keep only the first so many numbers of every vector."""
+    """Keep only this many numbers of every vector, the first ones."""
     normalize: bool = False
     """Scale every vector to length 1."""
     user: str | None = None
-    """Accepted for OpenAI's sake; it is not used and not logged."""
+    """Accepted for compatibility with OpenAI; neither used nor logged."""
 
 
 class EmbedBody(Body):
@@ -96,7 +97,7 @@ class EmbedBody(Body):
     inputs: Texts
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     dimensions: Annotated[int, Field(strict=True, ge=1)] | None = None
-    """Keep only the first so many numbers of every vector."""
+    """Keep only this many numbers of every vector, the first ones."""
     normalize: bool = True
     """Scale every vector to length 1, as TEI does by default."""
     truncation_direction: Literal["Right", "right"] = "Right"
@@ -104,7 +105,7 @@ class EmbedBody(Body):
 
 
 class Compared(BaseModel):
-    """A sentence, and those it is compared with."""
+    """A sentence, and the sentences that it is compared with."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -113,7 +114,7 @@ class Compared(BaseModel):
 
 
 class HowCompared(BaseModel):
-    """Options of a comparison, as TEI has them."""
+    """Options of a comparison, as in TEI."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -130,7 +131,7 @@ class SimilarityBody(Body):
 
     @model_validator(mode="after")
     def take_parameters(self) -> Self:
-        """TEI's parameters are the fields that other bodies have themselves."""
+        """Move TEI's parameters to the fields of the same names, which all bodies have."""
         for name in ("truncate", "prompt_name"):
             given = getattr(self.parameters, name)
             if given is not None and getattr(self, name) is not None:
@@ -149,7 +150,7 @@ class Embedding(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of the inputs, the model's own (BOS) included."""
+    """Number of tokens of all inputs, special tokens such as BOS included."""
 
     prompt_tokens: int
     total_tokens: int
@@ -193,7 +194,7 @@ class Fault(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """An error, in OpenAI's shape."""
+    """An error, in OpenAI's format."""
 
     error: Fault
 
@@ -202,10 +203,10 @@ Asked = TypeVar("Asked", bound=Body)
 
 
 def parse(kind: type[Asked], body: bytes) -> Asked:
-    """The body as what it has to be.
+    """Parse and check a body.
 
     Raises:
-        Refusal: it is not; the message holds names of fields, never their content.
+        Refusal: the body is invalid; the message contains names of fields, never their content.
     """
     try:
         asked = kind.model_validate_json(body)
@@ -221,6 +222,7 @@ def parse(kind: type[Asked], body: bytes) -> Asked:
 
 
 def _misfit(kind: type[Body], error: ValidationError) -> Refusal:
+    """The refusal for the first fault that pydantic found in a body."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = [str(part) for part in first["loc"]]
     field = where[0] if where else None

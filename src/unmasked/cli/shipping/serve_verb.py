@@ -97,7 +97,7 @@ def serve(
         wait_ms / 1000,
         batch_tokens,
     )
-    with server.bind(host, port) as taken:
+    with server.bind(host, port) as bound:
         encoders = {name: _load(model, dtype, quantize, compile) for name, model in names.items()}
         if host not in ("127.0.0.1", "::1", "localhost") and not keys:
             terminal.say(f"anyone who reaches {host} can use this server: it has no API keys")
@@ -106,7 +106,7 @@ def serve(
         with service:
             said = ", ".join(names)
             server.run_server(
-                service, keys, taken, lambda url: terminal.show(f"{said} at {url}/v1 (page: /docs)")
+                service, keys, bound, lambda url: terminal.show(f"{said} at {url}/v1 (page: /docs)")
             )
     terminal.say("stopped; every accepted request was answered")
 
