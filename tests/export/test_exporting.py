@@ -228,7 +228,7 @@ def test_transformers_reads_the_states_back_from_a_gguf_file(saved, tmp_path, mo
     [
         ("stablelm", {}, "unknown family for llama.cpp 'stablelm'"),
         ("llama", {"pooling_mode": "weighted_mean"}, "unknown pooling mode for llama.cpp"),
-        ("mistral", {}, r"leaves this one \(4 to each side\)"),
+        ("mistral", {}, r"longer than this one \(4 tokens to each side\)"),
         ("gemma2", {"fields": {"query_pre_attn_scalar": 64}}, "query_pre_attn_scalar 64"),
     ],
 )
@@ -318,7 +318,7 @@ def test_each_key_that_a_loader_reads_is_needed(saved, tmp_path, to):
 
 def test_what_a_server_would_misread_is_refused(saved, tmp_path):
     folder = saved("qwen3", pooling_mode="weighted_mean")
-    with pytest.raises(ModelError, match="vllm does not pool by weighted_mean"):
+    with pytest.raises(ModelError, match="vllm does not support the pooling mode weighted_mean"):
         export_model(folder, "vllm", tmp_path / "out")
     with pytest.raises(ModelError, match="llama has no bidirectional form there"):
         export_model(saved("llama"), "tei", tmp_path / "out")

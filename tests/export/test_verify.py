@@ -116,7 +116,7 @@ PLANTED = {
     "right padding": (Reading(padding="right"), "right padding takes part in attention"),
     "dtype": (Reading(dtype="bfloat16"), "computed in bfloat16"),
     "no BOS": (Reading(ids="without BOS"), "BOS is not put before the text"),
-    "EOS": (Reading(ids="with EOS"), "EOS is put behind the text"),
+    "EOS": (Reading(ids="with EOS"), "EOS is put after the text"),
 }
 
 

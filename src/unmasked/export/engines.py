@@ -1,8 +1,8 @@
-"""Runs what was exported, to compare it: one `Engine` for each kind of folder.
+"""Runs exported encoders, to compare them: there is one `Engine` for each kind of folder.
 
-What the engine cannot be told is not told to it: a text goes through it as its users would send
-it. The folder says in `unmasked_export.json` what it is; without that file it is read as stock
-sentence-transformers reads it.
+An engine gets each text as its users would send it, without help for what its format cannot
+express. The folder's `unmasked_export.json` names its format; a folder without that file is run by
+stock sentence-transformers.
 
 Shapes: N texts, B rows of a batch, T tokens, D width.
 """
@@ -37,11 +37,11 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Engine:
-    """A way to get vectors from a folder.
+    """A program that computes vectors from a folder.
 
     Attributes:
-        name: what computes them.
-        vectors: (N, D) vectors of N ``(instruction, text)`` pairs.
+        name: the program's name.
+        vectors: computes (N, D) vectors of N ``(instruction, text)`` pairs.
         takes_empty: whether it has a vector for an empty text without an instruction.
     """
 
@@ -54,7 +54,7 @@ def engine_of(folder: Path) -> Engine:
     """The engine of a folder.
 
     Raises:
-        ModelError: it is no folder, or its format is not known.
+        ModelError: it is not a folder, or its format is not known.
         MissingExtraError: its engine is not installed.
     """
     if not folder.is_dir():
@@ -79,7 +79,7 @@ def engine_of(folder: Path) -> Engine:
 
 
 def saved_tokens(folder: Path) -> TextTokenizer:
-    """How texts become ids in a saved folder, whose weights may be gone."""
+    """The tokenizer of a saved folder; the folder needs no weights."""
     location = locate(folder)
     settings = read_settings(location.read_json(SETTINGS_NAME), {})
     eos = settings.pooling_mode == "eos_token"
@@ -99,13 +99,13 @@ def graph_engine(folder: Path, kind: str) -> Engine:
 
 
 def llama_engine(folder: Path) -> Engine:
-    """llama.cpp, with all that the file says and nothing beside it.
+    """llama.cpp, with no settings but those of the file.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
     """
     try:
-        made: Any = import_module("llama_cpp").Llama
+        llama: Any = import_module("llama_cpp").Llama
     except ImportError as error:
         raise MissingExtraError("llama-cpp-python", "llama") from error
     tokens = saved_tokens(folder)
@@ -114,9 +114,9 @@ def llama_engine(folder: Path) -> Engine:
     prefix = tokens.template.prefix
 
     def vectors(pairs: Pairs) -> np.ndarray:
-        sent = [prefix + tokens.join(instruction) + text for instruction, text in pairs]
-        with closing(made(str(folder / FILE), embedding=True, verbose=False, **options)) as llama:
-            return np.asarray([llama.embed(text) for text in sent], np.float32)
+        inputs = [prefix + tokens.join(instruction) + text for instruction, text in pairs]
+        with closing(llama(str(folder / FILE), embedding=True, verbose=False, **options)) as model:
+            return np.asarray([model.embed(text) for text in inputs], np.float32)
 
     return Engine("llama.cpp", vectors, takes_empty=bool(tokens.prefix or tokens.suffix))
 
@@ -141,7 +141,9 @@ def stock_engine(folder: Path) -> Engine:
     empty = model.prompts.get(model.default_prompt_name or "", "")
 
     def vectors(pairs: Pairs) -> np.ndarray:
+        # A newline between instruction and text keeps the first word from merging with the prompt.
         prompts = [f"{i}\n" if i and not i[-1].isspace() else i for i, _ in pairs]
+        # One text per batch, so that no padding is involved.
         rows = [
             model.encode([text], prompt=prompt or empty, show_progress_bar=False)[0]
             for prompt, (_, text) in zip(prompts, pairs, strict=True)

@@ -1,8 +1,9 @@
-"""`export_model`: an encoder for another engine, whole and compared, or not there.
+"""`export_model` writes an encoder for another engine, compares the vectors, or leaves nothing.
 
-The new folder begins as a saved encoder and keeps what the engine needs of it. At the end the fixed
-texts of `parity` go through the engine and through torch. What came out is kept beside the files,
-in `unmasked_export.json`. A folder that differs is not left behind unless that was accepted.
+The new folder begins as a saved encoder and keeps those of its files that the engine needs. In the
+end, the fixed texts of `parity` are encoded by the engine and by torch, and the result is written
+to `unmasked_export.json` in the folder. A folder whose vectors differ is only kept if the caller
+accepts that.
 
 Cost: the model is in memory twice, and three times for a moment.
 """
@@ -44,13 +45,17 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "vllm": ("bfloat16", "float16", "float32"),
     "tei": ("float16", "float32"),
 }
-"""The weights of each format, the usual ones first."""
+"""The number types that each format can have, its default first."""
 POOLS_ALL = ("gguf", "vllm", "tei")
 """Formats whose engines pool every token of an input."""
 
 
 class DifferentVectorsError(UnmaskedError):
-    """What was exported gives other vectors. Attribute ``parity`` says which."""
+    """An export gives other vectors than torch, or could not be compared.
+
+    Attributes:
+        parity: the comparison; None if the engine could not be run.
+    """
 
     def __init__(self, message: str, parity: Parity | None) -> None:
         super().__init__(message)
@@ -59,14 +64,14 @@ class DifferentVectorsError(UnmaskedError):
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported.
+    """An export.
 
     Attributes:
-        folder: where it is.
-        engine: what was compared.
-        weights: the numbers of its weights.
-        parity: its vectors against those of torch; None if the engine is not installed.
-        notes: what the engine cannot express, in words.
+        folder: its folder.
+        engine: the engine whose vectors were compared.
+        weights: the number type of its weights.
+        parity: its vectors compared with those of torch; None if the engine is not installed.
+        notes: sentences about what the engine cannot express.
     """
 
     folder: Path
@@ -89,18 +94,18 @@ def export_model(
     opset: int | None = None,
     accept: bool = False,
 ) -> Exported:
-    """Write an encoder for another engine, and compare.
+    """Write an encoder for another engine, and compare its vectors with those of torch.
 
     Args:
         model: folder or hub name of an encoder.
         to: the format.
         output: new folder.
-        weights: one of `WEIGHTS` of the format; None for the first of them.
-        opset: of ONNX; None for the newest that the converter knows.
-        accept: keep the folder although the engine gives other vectors.
+        weights: one of the format's `WEIGHTS`; None for the first of them.
+        opset: the ONNX opset; None for the newest that the converter knows.
+        accept: keep the folder even if the vectors differ or cannot be compared.
 
     Raises:
-        ModelError: it cannot be loaded, or the engine cannot compute it.
+        ModelError: the encoder cannot be loaded, or the engine cannot compute it.
         MissingExtraError: the extra ``export`` is not installed.
         DifferentVectorsError: the engine gives other vectors, or cannot be run here.
     """
@@ -112,8 +117,8 @@ def export_model(
     encoder = LLM2Vec.from_pretrained(model, dtype="float32", device="cpu", allow_partial=True)
     if encoder.settings.compat is not None:
         raise ModelError(
-            f"{model} finds texts by the rules of {encoder.settings.compat}, which no engine has. "
-            "Fix: load it without compat, save it, and export that folder."
+            f"{model} finds texts by the rules of {encoder.settings.compat}, which no engine "
+            "implements. Fix: load it without compat, save it, and export that folder."
         )
     with folder_aside(output) as folder:
         if to in ("vllm", "tei"):
@@ -124,12 +129,13 @@ def export_model(
             encoder.to(torch.float32)
         else:
             _convert(encoder, to, folder, weights, opset)
-        written = {"format": to, "weights": weights}
-        (folder / MANIFEST).write_text(json.dumps(written) + "\n", encoding="utf-8")
+        manifest = {"format": to, "weights": weights}  # by which `engine_of` finds the engine
+        (folder / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
         found = _compared(encoder, to, folder, weights)
-        _require(found, accept)
-        written |= found.as_dict() | {"accepted": accept}
-        text = json.dumps(written, indent=2, ensure_ascii=False)
+        if not accept:
+            _require_parity(found)
+        manifest |= found.as_dict() | {"accepted": accept}
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return Exported(output, found.engine, weights, found.parity, found.notes)
 
@@ -149,7 +155,7 @@ def _convert(encoder: LLM2Vec, to: str, folder: Path, weights: Any, opset: int |
 
 
 def _compared(encoder: LLM2Vec, to: str, folder: Path, weights: str) -> Exported:
-    """The fixed texts through the engine and through torch."""
+    """Encode the fixed texts with the engine and with torch, and compare the vectors."""
     notes = list(inexpressible(encoder, to))
     limit = LIMIT_OF_8_BITS if weights == "int8" else LIMIT
     numbers = [*range(len(TEXTS))]
@@ -167,7 +173,7 @@ def _compared(encoder: LLM2Vec, to: str, folder: Path, weights: str) -> Exported
 
 
 def _by_rules(encoder: LLM2Vec, to: str, folder: Path) -> Engine:
-    """What a server that is not run here computes by its rules, with the weights as written."""
+    """An `Engine` that computes by their rules what vLLM or TEI would, with the same weights."""
     pooled = "everything" if encoder.settings.skip_instruction else "text"
     dtype = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
     reading = Reading(pooled=pooled, dtype="" if dtype == "float32" else str(dtype))
@@ -179,36 +185,37 @@ def _by_rules(encoder: LLM2Vec, to: str, folder: Path) -> Engine:
 
 
 def inexpressible(encoder: LLM2Vec, to: str) -> list[str]:
-    """What an engine cannot be told of an encoder, in words."""
+    """Sentences about what an engine's format cannot express of an encoder."""
     tokens, found = encoder.backbone.tokens, []
     if to in POOLS_ALL and tokens.skip_instruction:
-        what = ["the instruction", *(["BOS"] if tokens.prefix else [])]
+        pooled = ["the instruction", *(["BOS"] if tokens.prefix else [])]
         found.append(
-            f"{to} pools {' and '.join(what)} with the text, and this encoder does not. A model "
-            "trained with model.include_instruction=true is the same there"
+            f"{to} pools {' and '.join(pooled)} with the text, but this encoder does not. A model "
+            "trained with model.include_instruction=true gives the same vectors there"
         )
     if tokens.template.suffix and to == "gguf":
         found.append(
-            f"the template ends every text in {tokens.template.suffix!r}, which llama.cpp does not "
-            "add: send it with every text"
+            f"the template ends every text with {tokens.template.suffix!r}, which llama.cpp does "
+            "not add: send it with every text"
         )
     if tokens.template.prefix:
         found.append(
-            f"the template begins every input with {tokens.template.prefix!r}: it is part of every "
-            "saved prompt, and has to be sent where prompts are not read"
+            f"the template begins every input with {tokens.template.prefix!r}, which is part of "
+            "every saved prompt: send it to programs that do not read saved prompts"
         )
     if tokens.doc_max_length is not None:
         found.append(
-            f"a text is cut after {tokens.doc_max_length} tokens here, and with its instruction "
-            "there"
+            f"a text is cut after {tokens.doc_max_length} tokens here, but together with its "
+            "instruction there"
         )
     return found
 
 
-def _require(found: Exported, accept: bool) -> None:
-    if accept or (found.parity is not None and found.parity.same):
+def _require_parity(found: Exported) -> None:
+    """Raise `DifferentVectorsError` unless the vectors were compared and are the same."""
+    if found.parity is not None and found.parity.same:
         return
-    kept = "Fix: --accept, to keep it all the same"
+    kept = "Fix: --accept, to keep the export all the same"
     notes = "".join(f" Note: {note.rstrip('.')}." for note in found.notes)
     if found.parity is None:
         raise DifferentVectorsError(f"{found.engine} could not be compared.{notes} {kept}.", None)

@@ -1,13 +1,13 @@
-"""Finds out why another program's vectors differ: makes the usual mistakes until one fits.
+"""Finds out why another program's vectors differ, by making the usual mistakes.
 
 A `Reading` is a way to turn a text into a vector, right or wrong: mask closed, BOS or the
-instruction pooled, the last token taken, a text cut short, padding attended to, fewer bits.
-`explain_difference` starts from the right one and, step by step, takes over the mistake that brings
-our vectors nearest to theirs; mistakes that turn out not to be needed are dropped. Nothing is read
-from the other program: only its vectors are known.
+instruction pooled, the last token pooled, a text cut short, padding attended to, lower precision.
+`explain_difference` starts from the right reading. In each step it adopts the mistake that brings
+our vectors nearest to theirs, and in the end it drops mistakes that are not needed (greedy
+search). Only the other program's vectors are known, nothing else of it.
 
-Cost: a forward of each text for each mistake that changes states (mask, ids, bits, padding), and a
-closed copy of the model; pooling is nearly free.
+Cost: a forward pass over each text for each mistake that changes the states (mask, ids, precision,
+padding), and a copy of the model with its mask closed; pooling costs almost nothing.
 
 Shapes: N texts, T tokens of a text, D width.
 """
@@ -34,11 +34,11 @@ from unmasked.model import TextEncoder
 from unmasked.text.tokens import TokenRow
 
 BETTER = 0.75
-"""A mistake is believed if it leaves at most this share of the difference."""
+"""A mistake is adopted if at most this share of the difference remains with it."""
 CUTS = (8, 16, 32, 64, 77, 128, 256, 384, 512, 1024, 2048, 4096)
-"""Numbers of tokens at which programs like to cut."""
+"""Lengths in tokens at which programs commonly cut an input."""
 NOISE = 2e-6
-"""Differences (1 - cosine) below this are what other kernels make of the same numbers."""
+"""Differences (1 - cosine) below this come from other kernels and are no mistake."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Reading:
         mode: the pooling mode; empty for the folder's own.
         ids: ``ours``; ``without BOS``; ``with EOS`` at the end.
         cut: tokens after which an input is cut; 0 for where the folder cuts.
-        padding: ``left`` or ``right`` if padding takes part in attention; empty if it does not.
+        padding: ``left`` or ``right`` if the padding on that side is attended to, else empty.
         dtype: the number type; empty for the reference's own.
     """
 
@@ -67,12 +67,12 @@ class Reading:
 RIGHT = Reading()
 
 WORDS = {
-    "closed": "the causal mask is on: every token sees only what is to its left",
+    "closed": "the causal mask is on: every token attends only to the tokens on its left",
     "BOS": "BOS is pooled with the text",
     "instruction": "the instruction is pooled with the text",
     "everything": "BOS and the instruction are pooled with the text",
     "without BOS": "BOS is not put before the text",
-    "with EOS": "EOS is put behind the text",
+    "with EOS": "EOS is put after the text",
     "cut": "texts are cut after {cut} tokens",
     "left": "left padding takes part in attention",
     "right": "right padding takes part in attention",
@@ -86,10 +86,10 @@ class Explanation:
     """What explains a difference.
 
     Attributes:
-        reading: the way to read that comes nearest to the other program's.
+        reading: the reading whose vectors are nearest to the other program's.
         faults: its mistakes in words; empty if none was found.
-        least: the least cosine of the other program's vectors to ours, read that way.
-        before: the same, read rightly.
+        least: the minimum cosine between the other program's vectors and those of `reading`.
+        before: the same for the right reading.
     """
 
     reading: Reading
@@ -99,25 +99,25 @@ class Explanation:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        wrong = {k: v for k, v in asdict(self.reading).items() if v != getattr(RIGHT, k)}
+        mistakes = {k: v for k, v in asdict(self.reading).items() if v != getattr(RIGHT, k)}
         return {
             "faults": list(self.faults),
-            "reading": wrong,
+            "reading": mistakes,
             "least_cosine_with_it": self.least,
         }
 
 
 class Reader:
-    """Reads inputs rightly and wrongly with one encoder.
+    """Computes the vectors of inputs in right and wrong readings, with one encoder.
 
     Args:
         encoder: the reference.
-        folder: what it was loaded from, for a second copy with the mask closed.
+        folder: the folder or hub name that it was loaded from, for a copy with the mask closed.
         inputs: N ``[instruction, text]`` pairs.
 
     Attributes:
-        rows: their tokens, read rightly.
-        own: the folder's pooling mode.
+        rows: their token rows in the right reading.
+        own: the encoder's pooling mode.
     """
 
     def __init__(self, encoder: TextEncoder, folder: str, inputs: Sequence[Any]) -> None:
@@ -129,22 +129,24 @@ class Reader:
         self._states: dict[Any, Tensor] = {}
 
     def vectors(self, reading: Reading) -> np.ndarray:
-        """(N, D) vectors of all inputs, read this way."""
+        """(N, D) vectors of all inputs in this reading."""
         rows = [self._read(row, reading) for row in self.rows]
-        width = max(len(row.ids) for row in rows) if reading.padding else 0
+        longest = max(len(row.ids) for row in rows) if reading.padding else 0
         found = []
         for row in rows:
-            states = self._of(row.ids, reading, width)
+            states = self._states_of(row.ids, reading, longest)  # (T, D)
             mask = torch.zeros(len(row.ids), dtype=torch.bool)
             mask[self._pooled(row, reading)] = True
             if not mask.any():
                 mask[:] = True
-            at = torch.arange(len(row.ids))
+            positions = torch.arange(len(row.ids))
+            only = torch.zeros_like(positions)  # every token belongs to the only text, number 0
             mode = reading.mode or self.own
-            found.append(pool(states, torch.zeros_like(at), at, mask, 1, mode)[0].float())
+            found.append(pool(states, only, positions, mask, 1, mode)[0].float())
         return torch.stack(found).numpy()
 
     def _read(self, row: TokenRow, reading: Reading) -> TokenRow:
+        """The row as this reading cuts it, without BOS or with EOS."""
         tokens = self.encoder.backbone.tokens
         ids, start, stop = row.ids, row.start, row.stop
         if reading.cut and len(ids) > reading.cut:
@@ -158,7 +160,7 @@ class Reader:
         return TokenRow(list(ids), start, stop)
 
     def _pooled(self, row: TokenRow, reading: Reading) -> list[int]:
-        """Positions that are pooled."""
+        """The positions that are pooled in this reading, in ascending order."""
         before = 0 if reading.ids == "without BOS" else len(self.encoder.backbone.tokens.prefix)
         text = [*range(row.start, row.stop)]
         added: dict[str, Sequence[int]] = {
@@ -170,16 +172,16 @@ class Reader:
         return sorted({at for at in (*text, *added[reading.pooled]) if at < len(row.ids)})
 
     @torch.inference_mode()
-    def _of(self, ids: list[int], reading: Reading, width: int) -> Tensor:
-        """(T, D) states of one input; `width` tokens with padding, if that is attended to."""
-        pads = max(width - len(ids), 0)
+    def _states_of(self, ids: list[int], reading: Reading, padded_to: int) -> Tensor:
+        """(T, D) states of one input, computed with padding up to `padded_to` tokens; cached."""
+        pads = max(padded_to - len(ids), 0)
         key = (reading.closed, reading.dtype, reading.padding if pads else "", pads, tuple(ids))
         if key not in self._states:
             backbone = self._model(reading.closed, reading.dtype)
             pad = int(backbone.tokenizer.pad_token_id)
             first = pads if reading.padding == "left" else 0
             padded = [pad] * first + ids + [pad] * (pads - first)
-            features = backbone.collate([TokenRow(padded, 0, len(padded))])
+            features = backbone.collate([TokenRow(padded, 0, len(padded))])  # all are attended to
             device = next(backbone.parameters()).device
             features = {name: value.to(device) for name, value in features.items()}
             states = backbone(features)["packed_states"]
@@ -187,22 +189,22 @@ class Reader:
         return self._states[key]
 
     def _model(self, closed: bool, dtype: str) -> Backbone:
-        """The backbone with its mask closed or with other numbers; made once."""
+        """The backbone, with its mask closed or in another number type; each is made once."""
         if (closed, dtype) not in self._models:
             own = self.encoder.backbone
             if dtype:
-                whole = copy.deepcopy(self._model(closed, "")).to(getattr(torch, dtype))
+                made = copy.deepcopy(self._model(closed, "")).to(getattr(torch, dtype))
             elif closed:
                 model = closed_copy(self._folder, next(own.parameters()).dtype)
-                whole = Backbone(model.to(self.encoder.device), own.tokens, "the mask is closed")
+                made = Backbone(model.to(self.encoder.device), own.tokens, "the mask is closed")
             else:
-                whole = own
-            self._models[closed, dtype] = whole.eval()
+                made = own
+            self._models[closed, dtype] = made.eval()
         return self._models[closed, dtype]
 
 
 def closed_copy(folder: str, dtype: torch.dtype) -> Any:
-    """The transformer of a saved folder, causal, whatever its config says."""
+    """The transformer of a saved folder with its causal mask on, whatever its config says."""
     found = loading.find(folder)
     config = copy.deepcopy(found.config)
     for part in (config, config.get_text_config()):
@@ -216,12 +218,12 @@ def closed_copy(folder: str, dtype: torch.dtype) -> Any:
 def explain_difference(
     reader: Reader, theirs: np.ndarray, batched: np.ndarray | None = None
 ) -> Explanation:
-    """The mistakes that bring our vectors nearest to theirs.
+    """Find the mistakes that bring our vectors nearest to the other program's.
 
     Args:
-        reader: reads the same inputs.
-        theirs: (N, D) vectors of the other program, each text asked for alone.
-        batched: (N, D) all asked for at once, if they differ from those.
+        reader: a reader of the same inputs.
+        theirs: (N, D) vectors of the other program, each text in a request of its own.
+        batched: (N, D) its vectors of all texts in one request, if they differ from `theirs`.
     """
 
     def all_cosines(reading: Reading) -> np.ndarray:
@@ -231,8 +233,9 @@ def explain_difference(
         return np.concatenate([alone, cosines(reader.vectors(reading), batched)])
 
     def distance(reading: Reading) -> float:
-        # A geometric mean: of two mistakes, one alone explains some texts wholly and others not at
-        # all, and that has to count for more than coming a little nearer everywhere.
+        # A geometric mean. If the program makes two mistakes, one of them alone may explain some
+        # texts fully and others not at all; that must count for more than a small improvement of
+        # all texts.
         return float(np.exp(np.log(1 - all_cosines(reading) + NOISE).mean()))
 
     best, least = RIGHT, distance(RIGHT)
@@ -243,7 +246,7 @@ def explain_difference(
         if tried[nearest] > BETTER * least:
             break
         best, least = nearest, tried[nearest]
-    for field in fields(Reading):  # what is not needed is no fault
+    for field in fields(Reading):  # drop mistakes that are not needed
         simpler = replace(best, **{field.name: getattr(RIGHT, field.name)})
         if simpler != best and distance(simpler) <= 1.1 * least:
             best = simpler
@@ -251,7 +254,7 @@ def explain_difference(
 
 
 def _neighbours(now: Reading, reader: Reader, batched: np.ndarray | None) -> Iterable[Reading]:
-    """What is tried next: every way to mask and pool, and every other single mistake."""
+    """The readings to try next: every combination of mask and pooling, or one other mistake."""
     modes = ["", *(mode for mode in STOCK_MODES if mode not in ("eos_token", reader.own))]
     for closed, pooled, mode in product(
         (False, True), ("text", "BOS", "instruction", "everything"), modes
@@ -266,12 +269,14 @@ def _neighbours(now: Reading, reader: Reader, batched: np.ndarray | None) -> Ite
 
 
 def _mistakes(reading: Reading) -> int:
+    """The number of mistakes in a reading."""
     return sum(
         getattr(reading, field.name) != getattr(RIGHT, field.name) for field in fields(reading)
     )
 
 
 def _said(reading: Reading, own: str) -> tuple[str, ...]:
+    """The mistakes of a reading in words."""
     keys = [
         "closed" if reading.closed else "",
         reading.pooled,

@@ -1,14 +1,14 @@
-"""The encoder as a GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio).
+"""The encoder as a GGUF file, for llama.cpp and programs built on it (Ollama, LM Studio).
 
 The file says ``attention.causal = false``, how to pool, and whether BOS and EOS are added; the
-weights are of 16 or 8 bits. llama.cpp pools every token, so an encoder that leaves BOS and the
-instruction out of pooling is another one there, and `exporting` says so with a number. What it
-cannot compute at all is refused here by name: other families, other rotary positions, a window that
-a text can leave.
+weights have 16 or 8 bits. llama.cpp pools every token, so an encoder that leaves BOS and the
+instruction out of pooling gives other vectors there, and `exporting` measures how different they
+are. What llama.cpp cannot compute at all is refused here with the reason: other families, other
+rotary positions, an attention window that is shorter than the longest text.
 
 Only the writer of llama.cpp's own ``gguf`` package is used. Cost: the weights are read once.
 
-Source: the names and layouts are those of llama.cpp's converter (ggml-org/llama.cpp, gguf-py).
+Source: names and layouts are those of llama.cpp's converter (ggml-org/llama.cpp, gguf-py).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Family:
     """How llama.cpp computes a family of transformers.
 
     Attributes:
-        arch: its name of the architecture.
-        interleaved: rotary positions pair neighbouring channels, so that the rows of the query and
-            key projections are stored in another order.
-        shifted: norms are stored with one added to them.
-        windows: its windows reach to both sides.
-        factors: rotary positions may be scaled by a factor for each channel.
+        arch: llama.cpp's name for the architecture.
+        interleaved: whether its rotary positions pair neighbouring channels, so that the rows of
+            the query and key projections must be stored in another order.
+        shifted: whether it expects norm weights with 1 added to them.
+        windows: whether its sliding windows reach to both sides.
+        factors: whether rotary frequencies can be divided by a factor each.
     """
 
     arch: str
@@ -60,11 +60,11 @@ FAMILIES = {
     "gemma2": Family("gemma2", shifted=True),
     "gemma3_text": Family("gemma-embedding", shifted=True, windows=True),
 }
-"""By the model type that transformers gives a family."""
+"""Model type in transformers → the family in llama.cpp."""
 POOLING = {"mean": 1, "bos_token": 2, "last_token": 3, "eos_token": 3}
-"""Our pooling modes that llama.cpp has, and its numbers for them."""
+"""Our pooling modes that llama.cpp supports → its numbers for them."""
 NORMAL, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = range(1, 7)
-"""What kinds of tokens a file tells apart."""
+"""The token types of a GGUF file."""
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -74,7 +74,7 @@ SPLITTERS = {
     (_LETTERS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
     (_LETTERS + r"\p{N}" + _REST,): "qwen2",
 }
-"""How a tokenizer cuts a text into words, and what llama.cpp calls that."""
+"""The pre-tokenizer steps of a tokenizer → llama.cpp's name for them."""
 
 
 def write_gguf(
@@ -83,7 +83,7 @@ def write_gguf(
     """Write ``model.gguf`` into a saved folder.
 
     Args:
-        folder: with the saved tokenizer.
+        folder: the saved folder, with its tokenizer.
         model: the bare transformer.
         tokens: how texts become ids.
         mode: the pooling mode.
@@ -101,24 +101,25 @@ def write_gguf(
     family = _family(model)
     path = folder / FILE
     writer = gguf.GGUFWriter(path, family.arch)
-    _shape(writer, model, tokens.max_length, family)
+    _add_shape(writer, model, tokens.max_length, family)
     writer.add_causal_attention(False)
     writer.add_pooling_type(gguf.PoolingType(POOLING[mode]))
-    _vocabulary(writer, json.loads((folder / "tokenizer.json").read_text("utf-8")), model, tokens)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    _add_vocabulary(writer, tokenizer, model, tokens)
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[family.arch]
     names = gguf.get_tensor_name_map(arch, model.config.get_text_config().num_hidden_layers)
-    small = gguf.GGMLQuantizationType.Q8_0
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
     kind = gguf.LlamaFileType.MOSTLY_Q8_0 if weights == "int8" else gguf.LlamaFileType.MOSTLY_F16
     writer.add_file_type(kind)
     for name, value in _tensors(model, family):
-        there = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         array = value.float().numpy()
         if array.ndim < 2:
-            writer.add_tensor(there, array)
-        elif weights == "int8" and array.shape[-1] % 32 == 0:
-            writer.add_tensor(there, gguf.quants.quantize(array, small), raw_dtype=small)
+            writer.add_tensor(gguf_name, array)
+        elif weights == "int8" and array.shape[-1] % 32 == 0:  # q8_0 has blocks of 32 numbers
+            writer.add_tensor(gguf_name, gguf.quants.quantize(array, q8_0), raw_dtype=q8_0)
         else:
-            writer.add_tensor(there, array.astype(np.float16))
+            writer.add_tensor(gguf_name, array.astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -135,22 +136,22 @@ def _family(model: Any) -> Family:
         )
     family = FAMILIES[text.model_type]
     scalar = getattr(text, "query_pre_attn_scalar", None)
-    if scalar is not None and scalar != _head(text):
+    if scalar is not None and scalar != _head_width(text):
         raise ModelError(
-            f"llama.cpp scales attention by the width of a head ({_head(text)}), this model by "
-            f"query_pre_attn_scalar {scalar}. Fix: --to onnx."
+            f"llama.cpp scales attention by the width of a head ({_head_width(text)}), but this "
+            f"model by query_pre_attn_scalar {scalar}. Fix: --to onnx."
         )
     return family
 
 
-def _head(text: Any) -> int:
+def _head_width(text: Any) -> int:
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
-def _shape(writer: Any, model: Any, max_length: int, family: Family) -> None:
-    """The numbers that llama.cpp builds the transformer from."""
+def _add_shape(writer: Any, model: Any, max_length: int, family: Family) -> None:
+    """Write the sizes and constants from which llama.cpp builds the transformer."""
     text = model.config.get_text_config()
-    head = _head(text)
+    head = _head_width(text)
     writer.add_vocab_size(text.vocab_size)
     writer.add_context_length(max_length)
     writer.add_embedding_length(text.hidden_size)
@@ -169,26 +170,27 @@ def _shape(writer: Any, model: Any, max_length: int, family: Family) -> None:
         writer.add_attn_logit_softcapping(cap)
     reach = window(model.config)
     if family.windows and reach is not None:
-        writer.add_sliding_window(2 * reach)
+        writer.add_sliding_window(2 * reach)  # llama.cpp counts the whole window
         writer.add_sliding_window_pattern([t == "sliding_attention" for t in text.layer_types])
         writer.add_rope_freq_base_swa(rope.get("sliding_attention", rope)["rope_theta"])
     elif reach is not None and max_length > reach + 1:
         raise ModelError(
-            f"llama.cpp knows no window to both sides for {text.model_type}, and a text of "
-            f"{max_length} tokens leaves this one ({reach} to each side). "
+            f"llama.cpp has no window to both sides for {text.model_type}, and a text of "
+            f"{max_length} tokens is longer than this one ({reach} tokens to each side). "
             f"Fix: save the encoder with max_length={reach + 1}, or --to onnx."
         )
 
 
 def _tensors(model: Any, family: Family) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every weight, as llama.cpp lays it out."""
+    """Name and value of every weight in llama.cpp's layout."""
     text = model.config.get_text_config()
     for name, value in model.state_dict().items():
         value = value.detach().cpu()
         heads = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
         part = name.split(".")[-2]
         if family.interleaved and part in heads:
-            halves = value.reshape(heads[part], 2, -1, *value.shape[1:])
+            # Rotary pairs of channels in a head: i and i + head/2 here, 2i and 2i + 1 in llama.cpp.
+            halves = value.reshape(heads[part], 2, -1, *value.shape[1:])  # (heads, 2, head/2, ...)
             value = halves.transpose(1, 2).reshape(value.shape)
         if family.shifted and part.endswith("norm"):
             value = value.float() + 1
@@ -205,7 +207,10 @@ def _tensors(model: Any, family: Family) -> Iterator[tuple[str, Tensor]]:
 
 
 def _rotary_factors(model: Any, text: Any) -> Tensor | None:
-    """By how much each rotary frequency is divided; None if all are as usual."""
+    """The number by which each rotary frequency is divided; None if all have their usual values.
+
+    An empty tensor stands for a scaling that cannot be written as such numbers.
+    """
     rotary = model.rotary_emb
     parts = ("full_attention", "sliding_attention") if hasattr(text, "layer_types") else ()
     for part in ("", *parts):
@@ -215,7 +220,8 @@ def _rotary_factors(model: Any, text: Any) -> Tensor | None:
             continue
         rope = text.rope_parameters
         theta = rope.get(part, rope).get("rope_theta", 1e4)
-        usual = 1 / theta ** (torch.arange(0, _head(text), 2, device=found.device) / _head(text))
+        head = _head_width(text)
+        usual = 1 / theta ** (torch.arange(0, head, 2, device=found.device) / head)
         scaling = getattr(rotary, f"{name}attention_scaling", 1.0)
         if scaling != 1.0 or len(found) != len(usual):
             return torch.zeros(0)
@@ -225,20 +231,20 @@ def _rotary_factors(model: Any, text: Any) -> Tensor | None:
     return None
 
 
-def _vocabulary(writer: Any, saved: dict[str, Any], model: Any, tokens: TextTokenizer) -> None:
-    """The tokens, and what is put around a text."""
+def _add_vocabulary(writer: Any, saved: dict[str, Any], model: Any, tokens: TextTokenizer) -> None:
+    """Write the tokenizer; `saved` is the content of ``tokenizer.json``."""
     vocabulary = saved["model"].get("vocab")
     if saved["model"].get("type") != "BPE":
         raise ModelError(
-            f"this tokenizer is of the kind {saved['model'].get('type')}; for llama.cpp only BPE "
-            "is written. Fix: --to onnx."
+            f"this tokenizer is of type {saved['model'].get('type')}; only BPE can be written for "
+            "llama.cpp. Fix: --to onnx."
         )
     size = model.config.get_text_config().vocab_size
     texts = [f"[UNUSED{i}]" for i in range(size)]
     kinds = [UNUSED] * size
     for text, number in vocabulary.items():
         texts[number], kinds[number] = text, NORMAL
-    fallback = bool(saved["model"].get("byte_fallback"))
+    fallback = bool(saved["model"].get("byte_fallback"))  # as in tokenizers from SentencePiece
     if fallback:
         for number, text in enumerate(texts):
             if len(text) == 6 and text.startswith("<0x"):
@@ -252,55 +258,56 @@ def _vocabulary(writer: Any, saved: dict[str, Any], model: Any, tokens: TextToke
         if unknown_token in vocabulary:
             kinds[vocabulary[unknown_token]] = UNKNOWN
             writer.add_unk_token_id(vocabulary[unknown_token])
-        _sentencepiece(writer, saved, texts, merges)
+        _add_sentencepiece(writer, saved, texts, merges)
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_splitter(saved["pre_tokenizer"]))
         writer.add_token_merges(merges)
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    _around(writer, tokens)
+    _add_special_tokens(writer, tokens)
 
 
-def _sentencepiece(writer: Any, saved: Any, texts: list[str], merges: list[str]) -> None:
-    """llama.cpp merges the pair with the best score first: that is the order of the merges."""
+def _add_sentencepiece(writer: Any, saved: Any, texts: list[str], merges: list[str]) -> None:
+    """Write scores in the order of `merges`: llama.cpp merges the pair with the best one first."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault(merge.replace(" ", "", 1), rank)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_scores([-float(ranks.get(text, len(merges))) for text in texts])
-    before = json.dumps([saved.get("normalizer"), saved.get("pre_tokenizer")])
-    prepends = '"Prepend"' in before or '"prepend_scheme": "always"' in before
-    writer.add_add_space_prefix(prepends or '"prepend_scheme": "first"' in before)
+    # A space before the text is added by a normalizer, or by the pre-tokenizer's prepend_scheme.
+    steps = json.dumps([saved.get("normalizer"), saved.get("pre_tokenizer")])
+    marks = ('"Prepend"', '"prepend_scheme": "always"', '"prepend_scheme": "first"')
+    writer.add_add_space_prefix(any(mark in steps for mark in marks))
     writer.add_remove_extra_whitespaces(False)
 
 
 def _splitter(saved: dict[str, Any] | None) -> str:
-    """llama.cpp's name of how a byte-level tokenizer cuts a text into words."""
+    """llama.cpp's name for the pre-tokenizer of a byte-level tokenizer."""
     parts = (saved or {}).get("pretokenizers", [saved] if saved else [])
-    seen = []
+    steps = []
     for part in parts:
         if part["type"] == "Digits" and part["individual_digits"]:
-            seen.append("digits")
+            steps.append("digits")
         elif part["type"] == "ByteLevel":
-            seen += ["bytes"] if part["use_regex"] and not part["add_prefix_space"] else []
+            steps += ["bytes"] if part["use_regex"] and not part["add_prefix_space"] else []
         else:
-            seen.append(str(part.get("pattern", {}).get("Regex", part["type"])))
-    if tuple(seen) not in SPLITTERS:
+            steps.append(str(part.get("pattern", {}).get("Regex", part["type"])))
+    if tuple(steps) not in SPLITTERS:
         raise ModelError(
-            f"llama.cpp has no name here for how this tokenizer cuts words ({seen}). "
-            f"Allowed: {', '.join(SPLITTERS.values())}. Fix: --to onnx."
+            f"this tokenizer splits texts into words by {steps}, for which no name in llama.cpp is "
+            f"known. Allowed: {', '.join(SPLITTERS.values())}. Fix: --to onnx."
         )
-    return SPLITTERS[tuple(seen)]
+    return SPLITTERS[tuple(steps)]
 
 
-def _around(writer: Any, tokens: TextTokenizer) -> None:
+def _add_special_tokens(writer: Any, tokens: TextTokenizer) -> None:
     eos = tokens.tokenizer.eos_token_id
     if len(tokens.prefix) > 1 or tokens.suffix not in ([], [eos]):
         raise ModelError(
-            "llama.cpp can put one token before a text and EOS behind it, and this tokenizer adds "
-            f"{len(tokens.prefix)} and {len(tokens.suffix)}. Fix: --to onnx."
+            "llama.cpp can add one token before a text and EOS after it, but this tokenizer adds "
+            f"{len(tokens.prefix)} before and {len(tokens.suffix)} after it. Fix: --to onnx."
         )
     if tokens.prefix:
         writer.add_bos_token_id(tokens.prefix[0])

@@ -1,13 +1,13 @@
 """The encoder as one graph with the pooling inside, for ONNX Runtime and OpenVINO.
 
-The graph takes ``input_ids`` and ``attention_mask``, both (B, T) of any B and T, and gives
+The graph takes ``input_ids`` and ``attention_mask``, both (B, T) for any B and T, and returns
 ``sentence_embedding`` (B, D) and ``last_hidden_state`` (B, T, D); these are the names that stock
-loaders and servers look for. Padding is to the right. In the mask, 0 is padding, 1 a token, and 2 a
-token that is read and not pooled: so an instruction is left out exactly. Leading special tokens
-(BOS) are left out without being told; where nothing would be left, everything is pooled.
+loaders and servers look for. Padding is on the right. In the mask, 0 is padding, 1 is a token, and
+2 is a token that is attended to but not pooled, so that an instruction is left out exactly. Leading
+special tokens (BOS) are never pooled, unless nothing else is left to pool.
 
-The conversion is transformers' own (`transformers.exporters`). Cost: one trace, a minute for a
-small model, and the weights twice in memory.
+transformers converts the model (`transformers.exporters`). Cost: one trace, a minute for a small
+model, and the weights twice in memory.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from unmasked.text.tokens import TextTokenizer, TokenRow
 
 Weights = Literal["float32", "float16", "int8"]
 READ_ONLY = 2
-"""In the mask of a graph: a token that is read and not pooled."""
+"""Value in the attention mask of a token that is attended to but not pooled."""
 FILES = {"onnx": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml"}
 """Where stock sentence-transformers looks for a graph in a folder."""
 
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
-"""What the extra ``export`` has for each kind of graph; ``nncf`` for weights of 8 bits."""
+"""Packages of the extra ``export`` for each kind of graph; 8-bit weights also need ``nncf``."""
 
 
 class VectorGraph(nn.Module):
     """A transformer and its pooling over padded batches.
 
-    Not the stock `Pooling`: of a mask without BOS and instruction it takes these for padding to the
-    left, and weighs the tokens behind them by other positions.
+    sentence-transformers' `Pooling` is not used: given a mask without BOS and the instruction, it
+    would take these for padding on the left, and weight the text by other positions.
 
     Args:
         model: the bare transformer.
         mode: a pooling mode of `forward.pooling`.
-        leading: number of special tokens before every text, which are not pooled; 0 if they are.
+        leading: number of special tokens before every text that are not pooled.
     """
 
     def __init__(self, model: Any, mode: str, leading: int) -> None:
@@ -63,26 +63,26 @@ class VectorGraph(nn.Module):
         self._leading = leading
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """See the module's text for names and shapes."""
+        """Run the transformer and pool; the file's docstring has the names and shapes."""
         real = attention_mask > 0
         states = self.model(
             input_ids=input_ids, attention_mask=real.long(), use_cache=False
         ).last_hidden_state  # (B, T, D)
         positions = torch.arange(real.shape[1], device=real.device)
-        text = (attention_mask == 1) & (positions >= self._leading)
-        pooled = text | (real & ~text.any(1, keepdim=True))
+        text = (attention_mask == 1) & (positions >= self._leading)  # (B, T)
+        pooled = text | (real & ~text.any(1, keepdim=True))  # everything if there is no text
         vectors = _pool_padded(states, pooled, positions, self._mode)
         return {"sentence_embedding": vectors, "last_hidden_state": states}
 
 
 def _pool_padded(states: Tensor, pooled: Tensor, positions: Tensor, mode: str) -> Tensor:
-    """`forward.pooling.pool` of (B, T, D) states, in operators that every engine has.
+    """`forward.pooling.pool` for (B, T, D) states, with operators that every engine has.
 
     Args:
-        states: padded to the right.
-        pooled: (B, T) which tokens are pooled.
-        positions: (T,) from 0.
-        mode: as there.
+        states: the states, padded on the right.
+        pooled: (B, T), True for the tokens that are pooled.
+        positions: (T,), counted from 0.
+        mode: the pooling mode.
 
     Returns:
         (B, D) vectors; zeros for a row that is all padding.
@@ -91,23 +91,23 @@ def _pool_padded(states: Tensor, pooled: Tensor, positions: Tensor, mode: str) -
         weights = pooled.float() * (positions + 1 if mode == "weighted_mean" else 1)  # (B, T)
         sums = (states.float() * weights[..., None]).sum(1)
         return (sums / weights.sum(1, keepdim=True).clamp(min=1)).to(states.dtype)
-    chosen = pooled.long() * positions * (mode != "bos_token")
-    last = chosen.amax(1)[:, None, None].expand(-1, 1, states.shape[2])
-    return states.gather(1, last)[:, 0] * pooled.any(1, keepdim=True)
+    # The last pooled position; for bos_token, the factor makes it position 0.
+    chosen = (pooled.long() * positions * (mode != "bos_token")).amax(1)  # (B,)
+    index = chosen[:, None, None].expand(-1, 1, states.shape[2])  # (B, 1, D)
+    return states.gather(1, index)[:, 0] * pooled.any(1, keepdim=True)
 
 
 def graph_inputs(tokens: TextTokenizer, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
     """The inputs of a graph for token rows, each (B, T) int64."""
     features = collate(rows, int(tokens.tokenizer.pad_token_id))
-    attention, text = features["attention_mask"], features["text_mask"]
-    mask = torch.where(text.bool(), attention, attention * READ_ONLY)
+    ids, attention, text = (features[n] for n in ("input_ids", "attention_mask", "text_mask"))
     if not tokens.skip_instruction:
-        return {"input_ids": features["input_ids"], "attention_mask": attention}
-    whole = (text == attention).all(1, keepdim=True)  # "": its context is pooled, BOS as well
-    return {
-        "input_ids": features["input_ids"],
-        "attention_mask": torch.where(whole, attention * READ_ONLY, mask),
-    }
+        return {"input_ids": ids, "attention_mask": attention}
+    # For an empty text, the text mask covers the whole row. Then no token is marked as text, and
+    # the graph pools all of them, BOS included.
+    whole_row = (text == attention).all(1, keepdim=True)  # (B, 1)
+    pooled = text.bool() & ~whole_row
+    return {"input_ids": ids, "attention_mask": torch.where(pooled, 1, attention * READ_ONLY)}
 
 
 def write_graph(
@@ -125,10 +125,10 @@ def write_graph(
         tokens: how texts become ids.
         mode: the pooling mode.
         model: the bare transformer with stock attention, float32, on the CPU.
-        kind: which graph.
-        folder: where the encoder's other files are.
-        weights: ``float32``; ``float16``; ``int8``: linear layers with 8-bit weights, one scale
-            per row, and numbers of 32 bits between them.
+        kind: the format of the graph.
+        folder: the folder of the encoder's other files.
+        weights: ``float32``, ``float16``, or ``int8`` for 8-bit weights of the linear layers, with
+            one scale per row and activations in float32.
         opset: the ONNX opset; None for the newest that the converter knows.
 
     Returns:
@@ -145,12 +145,12 @@ def write_graph(
     rows = tokens(["and a text", "another text"], [tokens.join("a few words"), ""])
     inputs = graph_inputs(tokens, rows)
     exporter, config = _converter(kind, weights, opset)
-    notes = logging.getLogger("torch.onnx")  # of operators that this graph does not have
-    level = notes.level
-    notes.setLevel(logging.ERROR)
+    logger = logging.getLogger("torch.onnx")  # it warns of operators that this graph does not have
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with redirect_stdout(StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # notes among the converters
+            warnings.simplefilter("ignore")  # deprecations between the converters
             exported = exporter.export(graph, inputs, config)
     except (AttributeError, IndexError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
@@ -158,7 +158,7 @@ def write_graph(
             f"({first_line(error)}). Fix: --to tei or --to vllm, which run the weights themselves."
         ) from error
     finally:
-        notes.setLevel(level)
+        logger.setLevel(level)
     path = folder / FILES[kind]
     path.parent.mkdir(parents=True)
     exporter.save_program(exported.program, path)
@@ -166,15 +166,15 @@ def write_graph(
 
 
 def require_packages(*names: str) -> None:
-    """Refuse to begin without a package of the extra ``export``."""
+    """Raise `MissingExtraError` if a package of the extra ``export`` is not installed."""
     for name in names:
         if find_spec(name) is None:
             raise MissingExtraError(name, "export")
 
 
 def _converter(kind: str, weights: Weights, opset: int | None) -> tuple[Any, Any]:
-    """The exporter of transformers and its config."""
-    exporters: Any = import_module("transformers.exporters")  # its names are made when asked for
+    """The exporter of transformers for a kind of graph, and its config."""
+    exporters: Any = import_module("transformers.exporters")  # its names are created lazily
     auto = torch.export.Dim.AUTO
     axes = {name: {0: auto, 1: auto} for name in ("input_ids", "attention_mask")}
     given: dict[str, Any] = {"dynamic": True, "dynamic_shapes": axes}
@@ -182,10 +182,10 @@ def _converter(kind: str, weights: Weights, opset: int | None) -> tuple[Any, Any
         import nncf
 
         mode = nncf.CompressWeightsMode.INT8_SYM
-        how = exporters.NNCFWeightCompressionConfig(mode=mode)
+        compression = exporters.NNCFWeightCompressionConfig(mode=mode)
         onnx = kind == "onnx"
-        make = exporters.NNCFOnnxQuantizer if onnx else exporters.NNCFOpenVINOQuantizer
-        given["quantizer"] = make(how)
+        quantizer = exporters.NNCFOnnxQuantizer if onnx else exporters.NNCFOpenVINOQuantizer
+        given["quantizer"] = quantizer(compression)
     if kind == "onnx":
         return exporters.OnnxExporter(), exporters.OnnxConfig(opset_version=opset, **given)
     half = weights == "float16"
@@ -194,11 +194,11 @@ def _converter(kind: str, weights: Weights, opset: int | None) -> tuple[Any, Any
 
 
 class GraphRunner:
-    """Runs a written graph on the CPU, one text at a time or several.
+    """Runs a written graph on the CPU.
 
     Args:
         tokens: how texts become ids.
-        kind: which graph.
+        kind: the format of the graph.
         path: its file.
     """
 
@@ -208,7 +208,7 @@ class GraphRunner:
         self._run = _onnx_session(path) if kind == "onnx" else _openvino_request(path)
 
     def vectors(self, pairs: Sequence[tuple[str, str]], rows_at_once: int = 8) -> np.ndarray:
-        """(N, D) vectors of N ``(instruction, text)`` pairs, in padded batches as they come."""
+        """(N, D) vectors of N ``(instruction, text)`` pairs, in padded batches of neighbours."""
         texts, prompts = split_pairs([list(pair) for pair in pairs], self._tokens.join)
         rows = self._tokens(texts, prompts)
         found = []

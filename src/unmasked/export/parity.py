@@ -1,7 +1,7 @@
-"""The twenty texts that every export and every server must place where torch places them.
+"""The twenty texts for which every export and every server must give the same vectors as torch.
 
-They are chosen for what goes wrong elsewhere: with and without an instruction, one word, many
-words, more than a window, Korean, emoji, code, blank space, nothing at all. Cost: twenty texts,
+They cover what goes wrong in other programs: with and without an instruction, one word, many words,
+longer than a sliding window, Korean, emoji, code, white space, an empty text. Cost: twenty texts,
 2,600 words in all.
 
 Shapes: N texts, D width of a vector.
@@ -46,20 +46,20 @@ TEXTS: tuple[tuple[str, str], ...] = (
     (SAME, _LOG),
     (FIND, ""),
 )
-"""(instruction, text); an empty instruction is none."""
+"""(instruction, text); an empty string means no instruction."""
 
 LIMIT, LIMIT_OF_8_BITS = 0.9999, 0.999
-"""The least cosine that is the same vector; with weights of 8 bits, that is as good as they get."""
+"""Minimum cosine of vectors that count as the same; with 8-bit weights, no more can be reached."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How near the vectors of an engine come to those of torch.
+    """How near an engine's vectors are to those of torch.
 
     Attributes:
-        cosines: of each text that was compared, in the order of `texts`.
-        texts: numbers of these texts in `TEXTS`.
-        limit: the least cosine that counts as the same.
+        cosines: the cosine for each compared text, in the order of `texts`.
+        texts: indices of these texts in `TEXTS`.
+        limit: the minimum cosine that counts as the same vector.
     """
 
     cosines: tuple[float, ...]
@@ -77,7 +77,7 @@ class Parity:
         return self.least >= self.limit
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with the texts that lie lowest named."""
+        """For JSON; cosines by the index of their text."""
         return {
             "least_cosine": self.least,
             "limit": self.limit,
@@ -87,16 +87,16 @@ class Parity:
 
 
 def shown(number: int) -> str:
-    """A text of `TEXTS` in a few words, with its instruction."""
+    """The text of `TEXTS` with this index and its instruction, shortened."""
     instruction, text = TEXTS[number]
     text = text if len(text) <= 32 else f"{text[:29]}..."
     return f"{text!r} after {instruction[:24]!r}" if instruction else repr(text)
 
 
 def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(N,) cosines of the rows of two (N, D) arrays; 0 where one is zero or not finite.
+    """(N,) cosines of the rows of two (N, D) arrays.
 
-    Two vectors of zeros are the same vector: 1.
+    The cosine is 0 if one of the two is zero or not finite, and 1 if both are zero.
     """
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
@@ -108,6 +108,6 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def compare_vectors(
     ours: np.ndarray, theirs: np.ndarray, limit: float, texts: Sequence[int] | None = None
 ) -> Parity:
-    """The parity of (N, D) vectors of the texts with these numbers; by default, of all."""
+    """Compare the (N, D) vectors of the texts with these indices, by default of all texts."""
     numbers = tuple(range(len(TEXTS)) if texts is None else texts)
     return Parity(tuple(map(float, cosines(ours, theirs))), numbers, limit)

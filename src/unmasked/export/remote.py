@@ -1,9 +1,9 @@
-"""Asks a running server for vectors, in OpenAI's shape or in that of text-embeddings-inference.
+"""Asks a running server for vectors, by OpenAI's API or by that of text-embeddings-inference.
 
-vLLM, llama.cpp, Ollama and most others speak the first; which one a server speaks is found by
-asking. Only the standard library is used. A key is taken from the variable UNMASKED_API_KEY, and
-goes to the given address and nowhere else: redirections are not followed with it. Cost: one request
-a text, and one for all.
+vLLM, llama.cpp, Ollama and most others implement OpenAI's; a first request finds out which one a
+server has. Only the standard library is used. An API key is read from the environment variable
+UNMASKED_API_KEY. It is sent to the given address only, never to the target of a redirection. Cost:
+one request per text, and one for all texts.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from unmasked.errors import DataError, first_line
 
 KEY = "UNMASKED_API_KEY"
 PATHS = {"openai": "/v1/embeddings", "tei": "/embed"}
-"""Where a server of each shape takes texts."""
+"""API → the path to which texts are sent."""
 
 
 class Refused(DataError):
-    """The server answered, and refused. Attribute ``status`` is its HTTP status."""
+    """The server refused a request.
+
+    Attributes:
+        status: its HTTP status.
+    """
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -38,18 +42,18 @@ class VectorServer:
     """A server that turns texts into vectors.
 
     Args:
-        url: its address, ``http://127.0.0.1:8000``, with the path or without.
-        model: how it calls the model; None takes the first that it lists, and is not sent if it
-            lists none.
-        timeout: seconds that an answer may take.
+        url: its address, such as ``http://127.0.0.1:8000``, with or without the path.
+        model: its name for the model. None takes the first model that it lists; if it lists none,
+            no name is sent.
+        timeout: time limit of a request in seconds.
 
     Attributes:
-        shape: ``openai`` or ``tei``.
-        address: where texts are sent.
-        prompted: it is `unmasked serve`, which takes what stands before a text apart from it.
+        shape: its API, ``openai`` or ``tei``.
+        address: the URL to which texts are sent.
+        prompted: whether it is `unmasked serve`, whose requests have a field for the prompt.
 
     Raises:
-        DataError: the address is no URL, or nothing there answers in either shape.
+        DataError: the address is not a URL, or no server there has one of the two APIs.
     """
 
     def __init__(self, url: str, model: str | None = None, timeout: float = 300.0) -> None:
@@ -73,11 +77,15 @@ class VectorServer:
             self.shape, self.address = self._find()
 
     def vectors(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
-        """(N, D) vectors of N texts, in one request, and in full if it takes a prompt apart.
+        """(N, D) vectors of N texts, in one request.
+
+        Args:
+            texts: the texts.
+            prompt: the text before each of them; only for a server that is `prompted`.
 
         Raises:
             Refused: the server answered with an error.
-            DataError: it does not answer, or with something else than vectors.
+            DataError: the server does not answer, or with something else than vectors.
         """
         if self.shape == "tei":
             body: dict[str, Any] = {"inputs": list(texts)}
@@ -87,7 +95,7 @@ class VectorServer:
         if self.prompted:
             body |= {"prompt": prompt, "truncate": True}
         elif prompt:
-            raise ValueError("this server takes no prompt apart from the text")
+            raise ValueError("requests to this server have no field for a prompt")
         answer = self._ask(self.address, body)
         try:
             rows = answer
@@ -103,6 +111,7 @@ class VectorServer:
         return found
 
     def _find(self) -> tuple[str, str]:
+        """Find the API and its URL by asking for a vector."""
         said = []
         for shape, path in PATHS.items():
             self.shape, self.address = shape, self._base + path
@@ -114,12 +123,12 @@ class VectorServer:
                 if error.status not in (404, 405, 501):
                     raise
         raise DataError(
-            f"{self._base} takes texts neither as OpenAI's API nor as text-embeddings-inference "
+            f"{self._base} has neither OpenAI's API nor that of text-embeddings-inference "
             f"({'; '.join(said)}). Fix: give the whole address, as http://HOST:PORT/v1/embeddings."
         )
 
     def _listed(self) -> list[dict[str, Any]]:
-        """The models that it lists; none if it has no such list."""
+        """The models that the server lists; empty if it has no such list."""
         try:
             listed = self._ask(f"{self._base}/v1/models", None)
             return [row for row in listed["data"] if isinstance(row, dict)]
@@ -127,6 +136,7 @@ class VectorServer:
             return []
 
     def _ask(self, address: str, body: dict[str, Any] | None) -> Any:
+        """Send a request (GET without a body, else POST) and parse its answer as JSON."""
         data = None if body is None else json.dumps(body).encode()
         request = Request(address, data, {"Content-Type": "application/json"})
         if key := os.environ.get(KEY):
@@ -151,6 +161,6 @@ class VectorServer:
 
     def _no_vectors(self, why: str) -> DataError:
         return DataError(
-            f"{self.address} answered something else than vectors ({why}). Fix: give the address "
-            "of the embeddings, as http://HOST:PORT/v1/embeddings."
+            f"{self.address} answered with something else than vectors ({why}). Fix: give the "
+            "address of the embeddings, as http://HOST:PORT/v1/embeddings."
         )

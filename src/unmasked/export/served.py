@@ -1,10 +1,10 @@
-"""What vLLM and text-embeddings-inference read of a folder, and what they do without being asked.
+"""What vLLM and text-embeddings-inference (TEI) read from a folder.
 
-Both run the saved weights by their own code, so nothing is converted: the folder has to say, in the
-keys that their loaders read, that the mask is off and how to pool. `LOADERS` lists these keys with
-the reason, and `check_keys` refuses a folder that lacks one. Neither program leaves a token out of
-pooling. They are not run here; what they compute by these rules is, and that is what is compared.
-`unmasked verify` compares the running server.
+Both run the saved weights with their own code, so nothing is converted. But the folder must say, in
+the keys that their loaders read, that the mask is off and how to pool. `LOADERS` lists these keys
+with the reasons, and `check_keys` refuses a folder that lacks one. Both programs always pool all
+tokens. They are not run here: `exporting` computes what they would by these rules, and compares
+that. `unmasked verify` compares a running server.
 
 Source: vllm (transformers_utils/config.py, model_executor/models/llama.py and qwen2.py),
 text-embeddings-inference (router/src/lib.rs, backends/candle/src/models).
@@ -28,11 +28,11 @@ FLAGS = {
     "last_token": "pooling_mode_lasttoken",
     "eos_token": "pooling_mode_lasttoken",
 }
-"""The flag of each pooling mode that both programs know."""
+"""Pooling mode → its flag in the pooling config; both programs support these modes."""
 CAUSAL_IN_TEI = ("mistral",)
-"""Families whose mask text-embeddings-inference never opens."""
+"""Families that TEI always runs with the causal mask."""
 IN_TEI = ("gemma3_text", "qwen2", "qwen3")
-"""Families that it runs with the mask open; of all others it runs the ONNX graph alone."""
+"""Families that TEI runs with the mask open; of all others it can only run the ONNX graph."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Key:
     """A key that a loader reads.
 
     Attributes:
-        file: where, in the folder.
-        name: of the key.
-        fits: whether a value is what the loader needs; None stands for a key that is not there.
-        why: what it does with it.
+        file: its file in the folder.
+        name: the name of the key.
+        fits: returns whether the loader can use a value; the value of a missing key is None.
+        why: what the loader does with it.
     """
 
     file: str
@@ -72,15 +72,15 @@ COMMON = (
 LOADERS = {
     "vllm": (
         *COMMON,
-        Key("config.json", "is_causal", _false, "without it attention is that of a decoder"),
-        Key(SENTENCE, "do_lower_case", _false, "without it the length above is ignored"),
+        Key("config.json", "is_causal", _false, "without it attention is causal"),
+        Key(SENTENCE, "do_lower_case", _false, "without it max_seq_length is ignored"),
         Key("modules.json", "sentence_transformers.models.Pooling", _given, "finds the pooling"),
     ),
     "tei": (
         *COMMON,
-        Key("config.json", NATIVE_KEY, bool, "without it attention is that of a decoder"),
-        Key(POOLING_FILE, "pooling_mode_max_tokens", _false, "the schema lacks no flag"),
-        Key(POOLING_FILE, "pooling_mode_mean_sqrt_len_tokens", _false, "the schema lacks no flag"),
+        Key("config.json", NATIVE_KEY, bool, "without it attention is causal"),
+        Key(POOLING_FILE, "pooling_mode_max_tokens", _false, "the flag is required"),
+        Key(POOLING_FILE, "pooling_mode_mean_sqrt_len_tokens", _false, "the flag is required"),
     ),
 }
 """The keys that each loader reads."""
@@ -95,27 +95,29 @@ def check_keys(folder: Path, kind: str, mode: str) -> None:
         mode: the pooling mode.
 
     Raises:
-        ModelError: it lacks a key, or asks for what the program does not have.
+        ModelError: the folder lacks a key, or the program does not support its family or pooling.
     """
     config = _read(folder / "config.json")
     family = str(config.get("model_type"))
     if mode not in FLAGS:
         raise ModelError(
-            f"{kind} does not pool by {mode}, and would take another way without a word. "
+            f"{kind} does not support the pooling mode {mode}, and would silently use another one. "
             f"Allowed: {', '.join(FLAGS)}. Fix: --to onnx."
         )
     if kind == "tei" and family not in IN_TEI:
-        why = "keeps its mask" if family in CAUSAL_IN_TEI else "has no bidirectional form there"
+        causal = family in CAUSAL_IN_TEI
+        why = "always has its causal mask" if causal else "has no bidirectional form there"
         raise ModelError(
             f"text-embeddings-inference: {family} {why}. Allowed: {', '.join(IN_TEI)}. "
             "Fix: --to onnx, which it runs as well (the images for CPUs)."
         )
     for key in (*LOADERS[kind], Key(POOLING_FILE, FLAGS[mode], _true, "how to pool")):
         value = _value(_read(folder / key.file), key.name)
-        opened = key.name == "is_causal" and config.get(NATIVE_KEY)  # the family's own key
+        # Some families have a key of their own that removes the mask.
+        opened = key.name == "is_causal" and config.get(NATIVE_KEY)
         if not (key.fits(value) or opened):
             raise ModelError(
-                f"{kind} reads {key.name} in {key.file} ({key.why}), and it is {value!r} there. "
+                f"{kind} reads {key.name} in {key.file} ({key.why}), but it is {value!r} there. "
                 "Fix: save the encoder again with this version."
             )
 
@@ -125,6 +127,6 @@ def _read(path: Path) -> Any:
 
 
 def _value(content: Any, name: str) -> Any:
-    if isinstance(content, list):  # modules.json: the path of the module of that type
+    if isinstance(content, list):  # modules.json: return the path of the module of type `name`
         return next((row["path"] for row in content if row["type"] == name), None)
     return content.get(name)

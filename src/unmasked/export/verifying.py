@@ -1,7 +1,7 @@
-"""Compares a running server, or another folder, with the encoder that it should be.
+"""Compares the vectors of a running server, or of another folder, with those of an encoder.
 
-The fixed texts of `parity` are asked for one by one and all at once, and compared with what the
-folder gives here. Where they differ, `faults.explain_difference` looks for the reason.
+The vectors of the fixed texts of `parity` are requested one by one and all at once. If they differ
+from the encoder's own, `faults.explain_difference` looks for the reason.
 
 Shapes: N texts, D width.
 """
@@ -25,22 +25,22 @@ from unmasked.export.parity import LIMIT, TEXTS, Parity, compare_vectors, cosine
 from unmasked.export.remote import Refused, VectorServer
 
 BATCHED = 0.9999
-"""Below this cosine of a text alone and beside others, its vector depends on the batch."""
+"""If the vectors of a text alone and in a batch have a lower cosine, they depend on the batch."""
 UNIT = 1e-2
-"""How far the length of a vector may be from one."""
+"""Largest difference between 1 and the length of a vector that counts as normalised."""
 
 Ask = Callable[[Sequence[tuple[str, str]]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found of a server or another folder.
+    """The result of a comparison.
 
     Attributes:
-        target: what was asked.
-        parity: its vectors against the folder's.
-        explanation: why they differ; None where they are the same.
-        notes: what else was found, in words: lengths of vectors, texts that were refused.
+        target: the server or folder whose vectors were compared.
+        parity: its vectors compared with the encoder's.
+        explanation: why they differ; None if they are the same.
+        notes: sentences about other findings: lengths of vectors, texts that were refused.
     """
 
     target: str
@@ -57,17 +57,17 @@ class Verification:
 def verify_target(
     target: str, folder: str | Path, model: str | None = None, limit: float = LIMIT
 ) -> Verification:
-    """Compare a server or a folder with an encoder.
+    """Compare the vectors of a server or a folder with those of an encoder.
 
     Args:
-        target: address of a server, or a folder: another encoder or an export.
-        folder: the encoder that it should be.
-        model: how the server calls its model.
-        limit: the least cosine that counts as the same.
+        target: the address of a server, or the folder of another encoder or of an export.
+        folder: the encoder whose vectors are the right ones.
+        model: the server's name for its model.
+        limit: the minimum cosine of vectors that count as the same.
 
     Raises:
-        DataError: it does not answer, or with vectors of another width.
-        ModelError: a folder that cannot be loaded.
+        DataError: the server does not answer, or its vectors have another width.
+        ModelError: a folder cannot be loaded.
     """
     encoder = LLM2Vec.from_pretrained(folder, dtype="float32", allow_partial=True)
     ask, name = _asker(target, encoder, model)
@@ -77,16 +77,17 @@ def verify_target(
     if ours.shape != alone.shape:
         raise DataError(
             f"{name} gives vectors of {alone.shape[1]} numbers, {folder} of {ours.shape[1]}: "
-            "they are not of one model. Fix: --against the folder that is served."
+            "they are different models. Fix: --against the folder that is served."
         )
     together = ask([TEXTS[n] for n in numbers])
     batched = cosines(alone, together).min() < BATCHED
     if batched:
-        notes.append("a text's vector depends on the texts beside it: padding reaches it")
+        notes.append("a text's vector depends on the other texts of its batch: padding reaches it")
     notes += _lengths(alone)
-    worse = np.where(cosines(ours, together) < cosines(ours, alone), 1, 0)
-    compared = np.where(worse[:, None] == 1, together, alone)
-    parity = compare_vectors(ours, compared, limit, numbers)
+    # Of the two vectors of each text, the one that is farther from ours is judged.
+    batch_is_worse = cosines(ours, together) < cosines(ours, alone)
+    worst = np.where(batch_is_worse[:, None], together, alone)
+    parity = compare_vectors(ours, worst, limit, numbers)
     explanation = None
     if not parity.same:
         reader = Reader(encoder, str(locate(folder).name), inputs)
@@ -95,7 +96,7 @@ def verify_target(
 
 
 def _asker(target: str, encoder: LLM2Vec, model: str | None) -> tuple[Ask, str]:
-    """How to get vectors from a target, and what it is called."""
+    """The function that gets vectors from a target, and the target's name in messages."""
     if "://" not in target:
         engine = engine_of(Path(locate(target).name))
         return engine.vectors, f"{target} ({engine.name})"
@@ -103,18 +104,18 @@ def _asker(target: str, encoder: LLM2Vec, model: str | None) -> tuple[Ask, str]:
     join, prefix = encoder.backbone.tokens.join, encoder.backbone.tokens.template.prefix
 
     def ask(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        if server.prompted:  # a request has one prompt
+        if server.prompted:  # a request has one prompt, so there is one request per instruction
             order = sorted(range(len(pairs)), key=lambda n: pairs[n][0])
             parts = groupby(order, key=lambda n: pairs[n][0])
-            rows = [server.vectors([pairs[n][1] for n in part], join(p)) for p, part in parts]
-            return np.concatenate(rows)[np.argsort(order)]
+            rows = [server.vectors([pairs[n][1] for n in part], join(i)) for i, part in parts]
+            return np.concatenate(rows)[np.argsort(order)]  # back in the order of `pairs`
         return server.vectors([prefix + join(instruction) + text for instruction, text in pairs])
 
     return ask, f"{server.address} ({server.shape})"
 
 
 def _one_by_one(ask: Ask) -> tuple[list[int], np.ndarray, list[str]]:
-    """Numbers of the texts that were taken, their vectors, and notes of those that were not."""
+    """Indices of the texts that got a vector, these vectors, and notes about the other texts."""
     numbers, found, notes = [], [], []
     for number, pair in enumerate(TEXTS):
         try:
@@ -123,7 +124,7 @@ def _one_by_one(ask: Ask) -> tuple[list[int], np.ndarray, list[str]]:
                 found.append(vector)
                 numbers.append(number)
             else:
-                notes.append(f"no vector (zeros) for {shown(number)}: it pools nothing")
+                notes.append(f"no vector (zeros) for {shown(number)}: nothing is pooled")
         except Refused as error:
             if pair[1] and error.status not in (400, 413, 422):
                 raise
@@ -138,6 +139,6 @@ def _lengths(vectors: np.ndarray) -> list[str]:
     if np.abs(lengths - 1).max() <= UNIT:
         return []
     return [
-        f"not normalised: the vectors are {lengths.min():.3g} to {lengths.max():.3g} long, and a "
-        "dot product of them is not their cosine"
+        f"not normalised: the vectors have lengths of {lengths.min():.3g} to {lengths.max():.3g}, "
+        "so a dot product of two is not their cosine"
     ]
