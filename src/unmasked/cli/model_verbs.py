@@ -104,24 +104,27 @@ def _formats(wanted: bool) -> None:
         raise typer.Exit
 
 
+COMPARED = Annotated[
+    list[str],
+    Argument(help="Hub names, folders or 'nano'; the first model is compared with the others."),
+]
+TASKS = Annotated[
+    list[str],
+    Option(
+        help="Task file or folder (see --formats), words:FILE for a linear probe on words, or the "
+        "mteb name of a public task or benchmark; repeat for more."
+    ),
+]
+LANGUAGES = Annotated[
+    list[str] | None,
+    Option(help="Language of public tasks: eng, kor, ...; repeat for more.", show_default="all"),
+]
+
+
 def evaluate(
-    models: Annotated[
-        list[str],
-        Argument(help="Hub names, folders or 'nano'; the first model is compared with the others."),
-    ],
-    tasks: Annotated[
-        list[str],
-        Option(
-            help="Task file or folder (see --formats), words:FILE for a linear probe on words, or "
-            "the mteb name of a public task or benchmark; repeat for more."
-        ),
-    ],
-    languages: Annotated[
-        list[str] | None,
-        Option(
-            help="Language of public tasks: eng, kor, ...; repeat for more.", show_default="all"
-        ),
-    ] = None,
+    models: COMPARED,
+    tasks: TASKS,
+    languages: LANGUAGES = None,
     against: Annotated[
         Literal["causal"] | None, Option(help="Also score the causal decoder, with each pooling.")
     ] = None,
