@@ -141,6 +141,25 @@ def test_every_error_has_its_end(error, verb, code, message):
         assert "Fix: change its permissions, or name another place." in found[1]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("encode x a.txt -o v --workers 2",
+         "--workers 2 has no effect without --engine ray. Fix: add --engine ray, or leave out"),
+        ("evaluate x --tasks t.tsv --base nano",
+         "--base nano has no effect without --against causal. Fix: add --against causal, or"),
+        ("export x --to gguf -o out --opset 18",
+         "--opset 18 has no effect without --to onnx. Fix: "),
+        ("search a.txt --model x --texts a.txt",
+         "--texts goes with vectors, but a.txt holds texts. Fix: leave it out."),
+    ],
+)  # fmt: skip
+def test_an_option_without_effect_is_refused(cli, tmp_path, words, said):
+    (tmp_path / "a.txt").write_text("one\n")
+    code, _, err = cli(*words.split())
+    assert (code, err[: len(said) + 7]) == (2, f"error: {said}")
+
+
 def test_completion_knows_recipes_and_settings():
     for words, expected in (
         ("unmasked run nano-s", "nano-supervised"),

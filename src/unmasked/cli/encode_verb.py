@@ -26,6 +26,7 @@ from unmasked.cli.options import (
     OVERLAP,
     PROMPT_NAME,
     WHOLE,
+    check_used,
     divided,
     documents,
 )
@@ -151,6 +152,7 @@ def encode(
     from unmasked.files.readers import LONGEST_LINE
     from unmasked.files.source import Source
 
+    check_used("--workers", workers, engine == "ray", "--engine ray")
     chunks = divided(chunk, overlap, late)
     path, one_file = Path(output), bool(Path(output).suffix) and not output.endswith("/")
     columns = tuple(word.strip() for word in (keep or "").split(",") if word.strip())

@@ -46,6 +46,7 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, Exception) as error:
+            # typer's message for an unknown choice lists the allowed ones; add the nearest.
             if choice := _CHOICE.search(message := getattr(error, "message", "")):
                 near = nearest(choice[1], re.findall("'([^']*)'", choice[2]), end="")
                 error.message = message + near.replace(", did", " Did")  # type: ignore[union-attr]

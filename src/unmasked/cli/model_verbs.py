@@ -30,6 +30,7 @@ from unmasked.cli.options import (
     WHOLE,
     Dtype,
     Pooling,
+    check_used,
     divided,
     documents,
 )
@@ -155,6 +156,7 @@ def evaluate(
     from unmasked.evaluate.compare import compare_encoders
     from unmasked.evaluate.scorer import make_scorer
 
+    check_used("--base", base, against is not None, "--against causal")
     score = make_scorer(tasks, languages, results)
     if layers or dimensions:
         score_cuts(models, against, score, layers or [], dimensions or [], json_file)
@@ -229,6 +231,8 @@ def search(
     chunks = divided(chunk, overlap, late)
     if stored is not None and chunks is not None:
         raise DataError(f"--chunk splits texts, but {where} holds vectors. Fix: leave it out.")
+    if stored is None and texts is not None:
+        raise DataError(f"--texts goes with vectors, but {where} holds texts. Fix: leave it out.")
     encoded_with = stored.settings if stored is not None else {}
     with terminal.loading(f"loading {model}"):
         from unmasked.compat.llm2vec import LLM2Vec

@@ -115,6 +115,13 @@ LATE = Annotated[
 ]
 
 
+def check_used(option: str, given: object, used: bool, needs: str) -> None:
+    """Raise `DataError` for an option that would have no effect, as it needs another one."""
+    if given is not None and not used:
+        said = f"{option} {given} has no effect without {needs}"
+        raise DataError(f"{said}. Fix: add {needs}, or leave out {option}.")
+
+
 def divided(chunk: int | None, overlap: int, late: bool) -> Chunks | None:
     """How texts are split into passages; None if they are not.  `DataError` without `chunk`."""
     from unmasked.corpus import Chunks

@@ -235,5 +235,5 @@ def show_hits(hits: Sequence[Hit]) -> None:
         lines = [f"{hit.score:.4f}  {', '.join(place)}"]
         if hit.text is not None:
             lines.append(f"        {shorten(hit.text, 200, placeholder=' ...')}")
-        for line in lines:  # what a corpus has of a terminal's own commands is not run
+        for line in lines:  # a text may contain control sequences, which the terminal would execute
             show(_CONTROL.sub("\ufffd", line))

@@ -125,18 +125,18 @@ def stock_engine(folder: Path) -> Engine:
     """Stock sentence-transformers, with the instruction given as its prompt.
 
     Raises:
-        ModelError: the folder is of no encoder, or not whole.
+        ModelError: the folder has no encoder, or cannot be loaded.
     """
     from sentence_transformers import SentenceTransformer
 
     if not (folder / "modules.json").is_file():
         raise ModelError(
-            f"{folder} does not say how its vectors are pooled (there is no modules.json), as of a "
+            f"{folder} does not say how its vectors are pooled (there is no modules.json), like a "
             f"decoder. Fix: unmasked convert {shlex.quote(str(folder))} -o DIR, and name DIR."
         )
     try:
         model = SentenceTransformer(str(folder), trust_remote_code=False)
-    except Exception as error:  # each part of a folder fails in its own way
+    except Exception as error:  # a broken file can raise any error
         raise locate(folder).unreadable(error) from error
     empty = model.prompts.get(model.default_prompt_name or "", "")
 

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from unmasked.cli import terminal
 from unmasked.cli.failures import MISUSED
-from unmasked.cli.options import ALLOW_PARTIAL, AS_JSON, NEW_FOLDER
+from unmasked.cli.options import ALLOW_PARTIAL, AS_JSON, NEW_FOLDER, check_used
 
 if TYPE_CHECKING:
     from unmasked.export.verifying import Verification
@@ -131,6 +131,7 @@ def export(
 
     A cosine below 0.9999, or 0.999 with 8-bit weights, is an error, and nothing is kept.
     """
+    check_used("--opset", opset, to == "onnx", "--to onnx")
     with terminal.loading(f"exporting {model}"):
         from unmasked.export.exporting import export_model
 
