@@ -130,7 +130,9 @@ def test_a_planted_fault_is_named(folder, encoder, planted):
     assert found.explanation.faults[0].startswith(words)
     assert found.explanation.reading == reading
     assert found.explanation.least > 0.99999
-    assert ("padding" in planted) == any("depends on the texts" in note for note in found.notes)
+    assert ("padding" in planted) == any(
+        "depends on the other texts" in note for note in found.notes
+    )
 
 
 def test_two_faults_at_once_are_both_named(folder, encoder):

@@ -139,6 +139,6 @@ def _lengths(vectors: np.ndarray) -> list[str]:
     if np.abs(lengths - 1).max() <= UNIT:
         return []
     return [
-        f"not normalised: the vectors have lengths of {lengths.min():.3g} to {lengths.max():.3g}, "
-        "so a dot product of two is not their cosine"
+        f"not normalised: the vectors are {lengths.min():.3g} to {lengths.max():.3g} long, so the "
+        "dot product of two is not their cosine"
     ]
