@@ -176,6 +176,6 @@ def test_the_verb(cli, tiny_decoder, tmp_path, sentences, monkeypatch):
         "1.0000  1.md",
     ]
     code, _, err = cli("search", "v", "a", *model, "--chunk", "8")
-    assert code == 2 and "--chunk divides texts, and v holds vectors. Fix" in err
+    assert code == 2 and "--chunk splits texts, but v holds vectors. Fix" in err
     code, _, err = cli("encode", tiny_decoder, "docs", "-o", "w", "--late")
     assert code == 2 and "Fix: --chunk 256 --late" in err
