@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 
 import numpy as np
@@ -149,6 +150,18 @@ def test_skipped_rows_of_one_file_are_listed(model, given, tmp_path):
     with pytest.raises(DataError, match="none of the first"):
         nothing, encoding = Source(given("n.txt", "\n\n")), Encoding(precision="int8")
         encode_corpus(model, nothing, tmp_path / "n.npy", encoding, skip=True)
+
+
+def test_a_skipped_row_of_a_file_whose_name_is_not_unicode_is_listed(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    try:
+        (tmp_path / "in" / os.fsdecode(b"\xe9.txt")).write_text("one\n\n")
+    except OSError:
+        pytest.skip("this file system takes Unicode names only")
+    done = encode_corpus(model, Source(str(tmp_path / "in")), tmp_path / "a.npy", skip=True)
+    assert (done.rows, done.skipped) == (1, 1)
+    (listed,) = (tmp_path / "a.skipped.jsonl").read_text().splitlines()
+    assert json.loads(listed)["row"] == 1
 
 
 def test_a_second_writer_of_the_same_file_is_refused(model, texts, tmp_path):

@@ -40,11 +40,11 @@ class Local:
         """Write the shards `todo`, in rising order, and yield the manifest entry of each."""
         model, done = self._load(), 0
 
-        def told(seen: int) -> None:
+        def report(seen: int) -> None:
             progress(done + seen, model.tokens_encoded)
 
-        told(0)
+        report(0)
         for shard in todo:
-            entry = write_shard(job, model, shard, stream, told)
+            entry = write_shard(job, model, shard, stream, report)
             done += entry.get("documents", entry["rows"]) + len(entry["skipped"])
             yield entry

@@ -153,12 +153,12 @@ class Manifest:
                 if path.stem[5:].isdecimal() and int(path.stem[5:]) % machines == place - 1:
                     path.unlink()
             with written_aside(self.path) as file:
-                file.write(_line(header))
+                file.write(json_line(header))
             self.header, self.finished = header, False
 
     def add(self, entry: dict[str, Any]) -> None:
         """Record a shard that has its final name."""
-        line = _line(entry)
+        line = json_line(entry)
         try:
             with self.path.open("ab") as file:
                 start = file.tell()
@@ -172,13 +172,13 @@ class Manifest:
     def finish(self) -> None:
         """Sort the lines by shard and write the last one."""
         with self.path.open("rb") as old, written_aside(self.path) as file:
-            file.write(_line(self.header))
+            file.write(json_line(self.header))
             for _, done in sorted(self.done.items()):
                 start, length = done.line
                 old.seek(start)
                 file.write(old.read(length))
             last = {"finished": True, "rows": self.rows, "skipped": self.skipped}
-            file.write(_line(last | ({"cut": self.cut} if self.cut else {})))
+            file.write(json_line(last | ({"cut": self.cut} if self.cut else {})))
         self.finished = True
 
     @property
@@ -274,13 +274,14 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _line(entry: dict[str, Any]) -> bytes:
+def json_line(entry: dict[str, Any]) -> bytes:
+    """An entry as a line of JSON; the name of a file need not be valid Unicode."""
     return json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def _compare(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     """Refuse a header that differs from the one that is in the folder."""
-    here = json.loads(_line(here))  # so that both sides have lists and no tuples
+    here = json.loads(json_line(here))  # so that both sides have lists and no tuples
     old, new = there.get("settings", {}), here["settings"]
     differing = [
         f"{key}: {json.dumps(old.get(key))} there, {json.dumps(new.get(key))} now"

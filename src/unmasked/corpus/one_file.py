@@ -5,7 +5,6 @@ An interrupted run starts again from the beginning, so a long corpus belongs in 
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unmasked.corpus.local import Progress
-from unmasked.corpus.manifest import lock
+from unmasked.corpus.manifest import json_line, lock
 from unmasked.corpus.shards import CorpusJob, Encoded, Shards, Stream, write_vectors
 from unmasked.corpus.stored_vectors import Encoding, read_ranges, save_ranges
 from unmasked.corpus.writers import OUTPUTS
@@ -103,18 +102,18 @@ def _write(
 ) -> Encoded:
     """Write the vectors, and the list of rows without one."""
 
-    def told(rows: int) -> None:
+    def report(rows: int) -> None:
         progress(rows, model.tokens_encoded)
 
     if not stream.reaches(0):
         raise job.source.empty()
-    told(0)
+    report(0)
     rows = stream.take(0, sys.maxsize)  # all of them
-    done = write_vectors(job, model, output, rows, 0, told)
+    done = write_vectors(job, model, output, rows, 0, report)
     listed = output.with_suffix(".skipped.jsonl")
     listed.unlink(missing_ok=True)  # it belonged to the file that was replaced
     if done.skipped:
         with written_aside(listed) as file:
             for fault in done.skipped:
-                file.write(json.dumps(fault, ensure_ascii=False).encode() + b"\n")
+                file.write(json_line(fault))
     return Encoded(done.vectors, job.width, len(done.skipped), done.cut)

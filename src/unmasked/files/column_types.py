@@ -66,7 +66,7 @@ def column_types(files: Sequence[str], names: Sequence[str]) -> list[pa.DataType
             found = _scanned(path, names, seen, found)
     types = []
     for name in names:
-        if seen and name not in seen:  # where every row is faulty, that is told as it is read
+        if seen and name not in seen:  # if every row is faulty, reading the rows says so
             raise fault_error(files[0], absent(name, seen, "name it with --keep"))
         kind = found.field(name).type if name in found.names else pa.null()
         types.append(pa.string() if pa.types.is_null(kind) else kind)

@@ -29,12 +29,12 @@ def hub_rows(path: str) -> Any:
     from datasets import load_dataset
 
     word, subset, split = hub_parts(path)
-    with told_of_hub(path):
+    with named_hub_errors(path):
         return load_dataset(word, subset or None, split=split or "train", streaming=True)
 
 
 @contextmanager
-def told_of_hub(path: str) -> Iterator[None]:
+def named_hub_errors(path: str) -> Iterator[None]:
     """Turn an error of `datasets` in the block into one that names the data set.
 
     Raises:

@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 
 from unmasked.errors import DataError, nearest
 from unmasked.files.content import LOOKED_AT, Fault, file_fault, row_fault, separator
-from unmasked.files.hub import HUB, hub_rows, told_of_hub
+from unmasked.files.hub import HUB, hub_rows, named_hub_errors
 
 KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 LONGEST_LINE = 1 << 26
@@ -295,7 +295,7 @@ def _batch_rows(
 
 def _hub(path: str, required: Mapping[str, str], wanted: Wanted) -> Iterator[Cells]:
     rows = hub_rows(path)
-    with told_of_hub(path):
+    with named_hub_errors(path):
         if rows.column_names is not None:
             rows = rows.select_columns(_columns(path, rows.column_names, required, wanted))
         yield from (Cells(number, values) for number, values in enumerate(rows, start=1))
