@@ -66,7 +66,7 @@ def option_row(name: str, hint: Any, default: Any) -> str:
     """A row of a table: what is written, which values, what it does."""
     kind, info = get_args(hint)[:2]
     if isinstance(info, ArgumentInfo):
-        written = f"`{(info.metavar or name).strip('{}[]')}`"
+        written = f"`{cell(info.metavar or name)}`"
     else:
         # In Annotated, typer takes the first name for a default until it reads the function.
         first = [info.default] if str(info.default).startswith("-") else []
@@ -77,7 +77,7 @@ def option_row(name: str, hint: Any, default: Any) -> str:
         said.append("Must be given.")
     elif isinstance(info.show_default, str):
         said.append(f"Default: {cell(info.show_default)}.")
-    elif default not in (None, False):
+    elif default not in (None, "") and default is not False:  # 0 is a default like any other
         said.append(f"Default: `{cell(str(default))}`.")
     return f"| {written} | {values_of(kind, info)} | {' '.join(said)} |"
 

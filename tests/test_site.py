@@ -50,6 +50,14 @@ def test_the_reference_has_every_verb_and_setting():
     assert all(one.name in module.settings_page() for one in settings())
 
 
+def test_every_row_of_the_commands_has_three_cells_and_a_default_that_is_one():
+    page = reference().commands_page()
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {4}
+    assert "Ellipsis" not in page and "Default: ``" not in page
+    assert "`A B [C ...]`" in page and "nearest SKIP documents of a query. Default: `0`." in page
+
+
 def test_the_site_is_built_without_a_warning_and_loads_nothing(tmp_path):
     pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]

@@ -204,8 +204,8 @@ STORED_DTYPE = Annotated[
 
 def search(
     where: VECTORS,
+    model: Annotated[str, Option(help="Model that encoded the texts: hub name or folder.")],
     query: QUERY = None,
-    model: Annotated[str, Option(help="Hub name or folder of the encoding model.")] = ...,  # type: ignore[assignment]
     top: Annotated[int, Option(min=1, help="Number of texts to show per query.")] = 10,
     texts: TEXTS = None,
     text_column: COLUMN = "text",

@@ -221,7 +221,7 @@ def plan(
     recipe: RECIPE,
     overrides: OVERRIDES = None,
     probe: Annotated[
-        bool, Option("--probe", help="Also measure the time on this machine.")
+        bool, Option("--probe", help="Also estimate the time, from a few real steps.")
     ] = False,
     show_recipe: Annotated[bool, Option("--recipe", help="Also show all settings.")] = False,
 ) -> None:
