@@ -151,6 +151,8 @@ def test_settings_are_explained(cli, tmp_path):
         0, "mntp.learning_rate: a number more than 0; default 5.0e-05",
     )  # fmt: skip
     assert "Highest learning rate" in out
+    code, _, err = cli("recipes", "explain", "learning_rate")  # without its section
+    assert code == 2 and "did you mean 'mntp.learning_rate'? Allowed: mntp.learning_rate, " in err
     code, _, err = cli("recipes", "explain", "mntp.learning_rat")
     assert (code, "did you mean 'mntp.learning_rate'?" in err) == (2, True)
     code, out, _ = cli("recipes", "copy", "nano", "mine.yaml", "--explain")

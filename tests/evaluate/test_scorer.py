@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support.tasks import hashed, sts_file
 
+from unmasked import LLM2Vec
 from unmasked.errors import DataError
 from unmasked.evaluate import load_task
 from unmasked.evaluate.scorer import make_scorer
@@ -41,6 +42,18 @@ def test_tasks_share_vectors_and_every_role_has_its_own(tmp_path, tiny):
     assert set(model.seen) == {("a", ""), ("b", ""), ("query", ""), ("query", "query")} | documents
     assert len(model.seen) == len(set(model.seen))
     assert results[0].scores == load_task(paths[0]).score(hashed(0)).scores
+
+
+def test_texts_that_are_cut_are_told_of_once_in_a_run(tmp_path, tiny_decoder, caplog):
+    """A run loads an encoder for each score; another length cuts other texts."""
+    score = make_scorer([sts_file(tmp_path, [(1, "a b " * 200, "b"), (2, "b", "c")], "long")])
+    told = []
+    for length in (16, 16, 8):
+        encoder = LLM2Vec.from_pretrained(tiny_decoder, max_length=length, device="cpu")
+        score(encoder)
+        told.append(caplog.text.count("longer than max_length"))
+        assert encoder.backbone.texts_cut == 1
+    assert told == [1, 1, 2]
 
 
 def test_a_fault_names_the_task(tmp_path, tiny):

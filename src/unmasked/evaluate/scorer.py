@@ -7,8 +7,10 @@ only for a name that is not a path.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,7 +61,12 @@ def make_scorer(
                 raise DataError(f"two tasks are called '{name}': {both}. {fix}")
             read[name] = given, score
 
+    cut = Counter[int | None]()  # truncated texts by length, of which one warning is enough
+
     def score_all(model: Any) -> list[TaskResult]:
+        length = getattr(model, "max_seq_length", None)
+        backbone, before = getattr(model, "backbone", SimpleNamespace(texts_cut=0)), cut[length]
+        backbone.texts_cut += before
         encode = encode_once(encode_by_role(model))  # shared by all tasks
         found = []
         for name, (_, score) in read.items():
@@ -67,6 +74,8 @@ def make_scorer(
                 found.append(score(model, encode))
             except DataError as error:
                 raise DataError(f"task {name}: {error}") from error
+        cut[length] = backbone.texts_cut
+        backbone.texts_cut -= before
         return found
 
     return score_all

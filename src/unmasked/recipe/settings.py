@@ -185,7 +185,12 @@ def _bounds(annotations: Sequence[Any]) -> str:
 
 
 def _unknown(name: str, every: Sequence[str]) -> str:
-    """The message for an unknown setting: compared with its section, or with the sections."""
+    """The message for an unknown setting: compared with its section, or with the sections.
+
+    A name without its section is compared with the settings of that name.
+    """
+    if inside := [other for other in every if other.endswith(f".{name}")]:
+        return unknown("setting", name, inside)
     section = name.rpartition(".")[0]
     siblings = [other for other in every if other.rpartition(".")[0] == section]
     top_level = [other for other in every if "." not in other]
