@@ -375,3 +375,38 @@ def test_bos_is_found_where_the_letter_a_yields_nothing(tiny_decoder, tmp_path):
     for other in reloaded(model, tmp_path / "saved"):
         close(other.encode(["bcd", "xyz"]), model.encode(["bcd", "xyz"]))
     assert model.tokenizer("bcd")["input_ids"][0] == 0
+
+
+# --- files that were edited by hand -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "said"),
+    [
+        ("llm2vec_config.json", "max_length", "512", "max_length '512' is not a number of tokens"),
+        ("llm2vec_config.json", "max_length", None, "max_length None is not a number of tokens"),
+        ("llm2vec_config.json", "max_length", 0, "max_length 0 is not a number of tokens"),
+        ("llm2vec_config.json", "max_length", True, "max_length True is not a number of tokens"),
+        ("llm2vec_config.json", "doc_max_length", 1.5, "doc_max_length 1.5 is not a number"),
+        ("llm2vec_config.json", "skip_instruction", "no", "skip_instruction 'no' is not true or"),
+        ("llm2vec_config.json", "pooling_mode", 3, "unknown pooling mode '3'"),
+        ("llm2vec_config.json", "template", 5, "unknown template '5'"),
+        ("config_sentence_transformers.json", "prompts", ["a"], "prompts are not texts by name"),
+        ("config_sentence_transformers.json", "prompts", {"query": 5}, "prompts are not texts by"),
+        ("config_sentence_transformers.json", "similarity_fn_name", "cosin", "mean 'cosine'"),
+        ("config_sentence_transformers.json", "similarity_fn_name", 5, "unknown similarity_fn"),
+        ("config_sentence_transformers.json", "truncate_dim", "x", "not a number of dimensions"),
+    ],
+)
+def test_a_saved_value_of_another_kind_is_named(model, tmp_path, file, key, value, said):
+    model.save(tmp_path / "e")
+    path = tmp_path / "e" / file
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), key: value}), "utf-8")
+    with pytest.raises(ModelError, match=said) as caught:
+        LLM2Vec.from_pretrained(tmp_path / "e", device="cpu")
+    assert "Fix: " in str(caught.value)
+
+
+def test_lengths_from_numpy_are_lengths(tiny_decoder):
+    model = LLM2Vec.from_pretrained(tiny_decoder, max_length=np.int64(9), device="cpu")
+    assert model.max_seq_length == 9

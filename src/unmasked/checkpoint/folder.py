@@ -25,6 +25,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -180,14 +181,36 @@ def read_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Setting
             ``...`` does.
 
     Raises:
-        ModelError: the template is unknown.
+        ModelError: a value cannot be used, or the template is unknown.
     """
     names = [field.name for field in fields(Settings)]
     values = {name: saved[name] for name in names if name in saved}
     for name, value in given.items():
         if value is not (... if name == "doc_max_length" else None):
             values[name] = value
+    for name in ("max_length", "doc_max_length"):
+        if name in values and not (name == "doc_max_length" and values[name] is None):
+            check_count(name, values[name], "tokens", SETTINGS_NAME)
+    if not isinstance(values.get("skip_instruction", True), bool):
+        found = values["skip_instruction"]
+        raise ModelError(
+            f"skip_instruction {found!r} is not true or false. "
+            f"Fix: one of these, in {SETTINGS_NAME} or as the argument."
+        )
     return Settings(**values | {"template": read_template(values.get("template"))})
+
+
+def check_count(name: str, value: Any, unit: str, file: str) -> None:
+    """Refuse a value that is not a whole number of 1 or more.
+
+    Raises:
+        ModelError: names the file that the value may come from.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ModelError(
+            f"{name} {value!r} is not a number of {unit}. "
+            f"Fix: a whole number of 1 or more, in {file} or as the argument."
+        )
 
 
 def within_positions(settings: Settings, positions: int | None) -> Settings:

@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers import SimilarityFunction
 from sentence_transformers.util import import_module_class
 from torch import nn
 
@@ -25,7 +26,7 @@ from unmasked.checkpoint import adapters, folder
 from unmasked.checkpoint.card import Card
 from unmasked.checkpoint.location import Location
 from unmasked.checkpoint.weights import require_finite
-from unmasked.errors import ModelError, OutputError, first_line
+from unmasked.errors import ModelError, OutputError, first_line, unknown
 from unmasked.mask.proof import stock_loading
 from unmasked.text.special_tokens import MARK
 from unmasked.text.templates import Template
@@ -199,7 +200,11 @@ def read_options(saved: Mapping[str, Any], template: Template) -> dict[str, Any]
     Returns:
         ``prompts`` without template and `MARK`, and, if the file has them,
         ``default_prompt_name``, ``similarity_fn_name`` and ``truncate_dim``.
+
+    Raises:
+        ModelError: a value of another kind, as after an edit by hand.
     """
+    _check_options(saved)
     prompts = {
         name: (prompt or "").removeprefix(MARK).removeprefix(template.prefix)
         for name, prompt in (saved.get("prompts") or {}).items()
@@ -212,6 +217,21 @@ def read_options(saved: Mapping[str, Any], template: Template) -> dict[str, Any]
     if default in prompts:
         options["default_prompt_name"] = default
     return {"prompts": prompts, **options}
+
+
+def _check_options(saved: Mapping[str, Any]) -> None:
+    file = folder.PROMPTS_NAME
+    prompts = saved.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(
+        isinstance(prompt, str | None) for prompt in prompts.values()
+    ):
+        example = '{"query": "Find the answer:\\n"}'
+        raise ModelError(f"{file}: prompts are not texts by name. Fix: such as {example}.")
+    allowed = SimilarityFunction.possible_values()
+    if (name := saved.get("similarity_fn_name")) is not None and name not in allowed:
+        raise ModelError(unknown(f"similarity_fn_name in {file}", str(name), allowed))
+    if (width := saved.get("truncate_dim")) is not None:
+        folder.check_count("truncate_dim", width, "dimensions", file)
 
 
 def merged(model: nn.Module) -> nn.Module:

@@ -85,10 +85,14 @@ def detect(chat_template: Any, vocabulary: Mapping[str, int]) -> Template | None
 
 
 def read_template(given: Template | Mapping[str, Any] | str | None) -> Template:
-    """A template from itself, from a mapping (saved, or a row), or from its name; None: `PLAIN`."""
+    """A template from itself, from a mapping (saved, or a row), or from its name; None: `PLAIN`.
+
+    Raises:
+        ModelError: no template has that name, or it is something else.
+    """
     if isinstance(given, Template):
         return given
-    if isinstance(given, str):
-        return named(given)
+    if not isinstance(given, Mapping | None):
+        return named(str(given))
     names = {field.name for field in fields(Template)}
     return Template(**{name: value for name, value in (given or {}).items() if name in names})
