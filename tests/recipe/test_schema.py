@@ -359,6 +359,8 @@ def test_differences_name_every_changed_setting_and_nothing_else():
         "simcse: set -> None",
     ]
     assert recipe_differences(old, old) == []
+    old, new = (load_recipe("nano-supervised", [f"supervised.data={name}"]) for name in "ab")
+    assert recipe_differences(old, new) == ["supervised.data.0.path: a -> b"]
 
 
 @pytest.mark.parametrize(

@@ -81,13 +81,17 @@ def recipe_differences(a: Recipe, b: Recipe) -> list[str]:
     """
     notes: Any = {"anchors": True, "published_data": True, "model": {"licence"}}
 
-    def walk(old: object, new: object, *keys: str) -> Iterator[str]:
+    def walk(old: Any, new: Any, *keys: object) -> Iterator[str]:
+        sides = (old, new)
+        if all(isinstance(side, list) for side in sides) and len(old) == len(new) > 0:
+            data_sets = all(isinstance(item, dict) for item in (*old, *new))
+            old, new = (dict(enumerate(side)) if data_sets else side for side in sides)
         if isinstance(old, dict) and isinstance(new, dict):
             for key in old:
                 yield from walk(old[key], new[key], *keys, key)
         elif old != new:
             shown = ["set" if isinstance(value, dict) else value for value in (old, new)]
-            yield f"{'.'.join(keys)}: {shown[0]} -> {shown[1]}"
+            yield f"{'.'.join(map(str, keys))}: {shown[0]} -> {shown[1]}"
 
     return list(walk(a.model_dump(exclude=notes), b.model_dump(exclude=notes)))
 
