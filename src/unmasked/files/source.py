@@ -177,7 +177,7 @@ class Source:
         return file if self.whole else where(file, row.number)
 
     def _repeated_id(self, row: Row) -> DataError:
-        given = f"an earlier row has the id {row.id!r:.80} too"
+        given = f"the id {row.id!r:.80} is also the id of an earlier row"
         return fault_error(self._place(row), (given, "give every row an id of its own, or none"))
 
     def records(self) -> Iterator[tuple[int, str, str | None]]:
