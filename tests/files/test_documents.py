@@ -113,7 +113,7 @@ def test_an_id_that_is_there_twice_is_refused_where_ids_must_differ(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}\n')
     (tmp_path / "b.jsonl").write_text('{"id": "1", "text": "c"}\n')
     assert len(list(Source(str(tmp_path)).records())) == 3
-    with pytest.raises(DataError, match=r"b\.jsonl, line 1: the id '1' is also the id of an earlier row"):
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1: the id '1' is also the id"):
         list(Source(str(tmp_path), distinct=True).records())
 
 
