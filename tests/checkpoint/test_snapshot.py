@@ -395,6 +395,7 @@ def test_bos_is_found_where_the_letter_a_yields_nothing(tiny_decoder, tmp_path):
         ("config_sentence_transformers.json", "prompts", {"query": 5}, "prompts are not texts by"),
         ("config_sentence_transformers.json", "similarity_fn_name", "cosin", "mean 'cosine'"),
         ("config_sentence_transformers.json", "similarity_fn_name", 5, "unknown similarity_fn"),
+        ("config_sentence_transformers.json", "similarity_fn_name", "maxsim", "fn_name in config"),
         ("config_sentence_transformers.json", "truncate_dim", "x", "not a number of dimensions"),
     ],
 )

@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SimilarityFunction
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import import_module_class
 from torch import nn
 
@@ -227,7 +227,7 @@ def _check_options(saved: Mapping[str, Any]) -> None:
     ):
         example = '{"query": "Find the answer:\\n"}'
         raise ModelError(f"{file}: prompts are not texts by name. Fix: such as {example}.")
-    allowed = SimilarityFunction.possible_values()
+    allowed = SentenceTransformer.SUPPORTED_SIMILARITY_FN_NAMES
     if (name := saved.get("similarity_fn_name")) is not None and name not in allowed:
         raise ModelError(unknown(f"similarity_fn_name in {file}", str(name), allowed))
     if (width := saved.get("truncate_dim")) is not None:
