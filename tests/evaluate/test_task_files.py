@@ -17,6 +17,12 @@ PAIRED = "label\tsentence1\tsentence2\n" + "".join(f"{n % 2}\ta{n}\tb{n}\n" for 
 RANKED = json.dumps({"query": "q", "positive": "good", "negative": ["bad", "worse"]}) + "\n"
 
 
+def test_a_slip_in_the_path_of_a_task_is_seen(tmp_path):
+    (tmp_path / "similar.tsv").touch()
+    with pytest.raises(DataError, match=r"no such file or folder, did you mean 'similar\.tsv'\?"):
+        load_task(tmp_path / "simliar.tsv")
+
+
 def test_the_columns_say_the_kind(tmp_path):
     write(
         tmp_path,

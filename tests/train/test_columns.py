@@ -253,6 +253,9 @@ def test_a_text_column_stands_behind_a_path_as_well(tmp_path):
     assert read_texts([f"{path}:text=body"]) == ["one", "two"]
     with pytest.raises(DataError, match=r"no column 'text' among body, id. Fix: give .*:text=NAME"):
         read_texts([path])
+    said = r"'body'. Fix: give \S+a.jsonl:text=NAME in place of \S+a.jsonl:text=bdy\."
+    with pytest.raises(DataError, match=said):
+        read_texts([f"{path}:text=bdy"])
     with pytest.raises(DataError, match=r"has one column, 'text'. Fix: .*:text=body"):
         read_texts([f"{path}:txt=body"])
 

@@ -235,7 +235,8 @@ class Source:
     @property
     def _required(self) -> dict[str, str]:
         # The commands that train have no option --text-column.
-        training = f"give {shlex.quote(f'{self.path}:text=NAME')} in place of {self.path}"
+        given = f"{self.path}:text={self.column}" if self.column != "text" else self.path
+        training = f"give {shlex.quote(f'{self.path}:text=NAME')} in place of {shlex.quote(given)}"
         return {self.column: training if self.skip_blank else "name it with --text-column"}
 
     def _checked(self, skip: bool = False) -> Iterator[Row]:

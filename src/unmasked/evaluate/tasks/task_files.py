@@ -53,7 +53,9 @@ def load_task(path: str | Path) -> kinds.Task:
         name = path.resolve().name
         return _load_classification(name, *split) if split else _load_retrieval(path)
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder. Fix: check the path.")
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings)
+        raise DataError(f"{path}: no such file or folder{near} Fix: check the path.")
     if path.suffix == ".jsonl":
         return _load_reranking(path)
     if path.suffix != ".tsv":
