@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -177,3 +178,16 @@ def test_another_process_finds_the_same(model, tiny_decoder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == model.fingerprint()
+
+
+def test_a_key_that_a_release_adds_with_its_default_changes_nothing(model, monkeypatch):
+    before = model.fingerprint()
+    config = type(model.backbone.model.config)
+    monkeypatch.setattr(config, "to_dict", partialmethod(_added, config.to_dict))
+    assert model.fingerprint() == before
+    monkeypatch.setattr(model.backbone.model.config, "added", 2, raising=False)
+    assert model.fingerprint() != before
+
+
+def _added(config, original):
+    return {**original(config), "added": getattr(config, "added", 1)}

@@ -14,6 +14,7 @@ import copy
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -108,25 +109,33 @@ def settings_now(tokens: Any, pooling: Any, rules: str | None) -> folder.Setting
     )
 
 
-_IDLE = re.compile(
+_IGNORED_KEYS = re.compile(
     "_.*|architectures|transformers_version|(torch_)?dtype|auto_map|is_causal|use_cache|.*_token_id|"
-    "use_bidirectional_attention|sliding_window|pruned_heads|quantization_config|return_dict|output_.*|.*_range|"
-    ".*dropout|.*_pdrop|id2label|label2id|problem_type|tie_word_embeddings"
+    "use_bidirectional_attention|sliding_window|pruned_heads|quantization_config|return_dict|"
+    "output_.*|.*_range|.*dropout|.*_pdrop|id2label|label2id|problem_type|tie_word_embeddings"
 )
-"""Keys of a config that decide no vector, or that the proof of the mask stands for."""
+"""Keys of a config that do not change vectors, or that only open the mask, which is proved."""
 
 
 def deciding(encoder: Any) -> list[Any]:
     """Everything besides weights and tokenizer that determines the vectors, as JSON values.
 
-    The weights do not tell whether the mask is open, and a `Normalize` has no weights. Usual values
-    are left out, so that the fingerprints of earlier versions stay valid. The config counts, apart
-    from what saving changes and no forward reads: the same weights compute other vectors with
-    another scaling of positions, number of heads or epsilon.
+    The weights do not tell whether the mask is open, and a `Normalize` has no weights. With another
+    number of heads, epsilon or scaling of positions in the config, the same weights give other
+    vectors. Usual values are left out, and so are those of the config that are its family's
+    defaults: a release of transformers that adds a key does not make another model of this one.
     """
     settings, proof, backbone = encoder.settings, encoder.report, encoder.backbone
-    stated = backbone.model.config.to_dict().items()
-    config = {name: value for name, value in stated if not _IDLE.fullmatch(name)}
+    own = backbone.model.config
+    usual: dict[str, Any] = {}
+    with suppress(TypeError, ValueError):  # a family whose config has no defaults
+        usual = type(own)().to_dict()
+    config = {
+        name: value
+        for name, value in own.to_dict().items()
+        if not _IGNORED_KEYS.fullmatch(name)
+        and (name == "model_type" or name not in usual or usual[name] != value)
+    }
     mask = (proof.verdict, proof.causal_layers, proof.window)
     rare = {
         "truncate_dim": encoder.truncate_dim,
