@@ -49,7 +49,8 @@ class Verbs(TyperGroup):
             # typer's message for an unknown choice lists the allowed ones; add the nearest.
             if choice := _CHOICE.search(message := getattr(error, "message", "")):
                 near = nearest(choice[1], re.findall("'([^']*)'", choice[2]), end="")
-                error.message = message + near.replace(", did", " Did")  # type: ignore[union-attr]
+                plain = message.removeprefix("Value error, ")
+                error.message = plain + near.replace(", did", " Did")  # type: ignore[union-attr]
             end(error, str(ctx.invoked_subcommand), debug=bool(ctx.params.get("debug")))
 
 
