@@ -113,15 +113,7 @@ def check_inputs(
             if len(held_out):
                 Blocks(file, held_out, stage.block_length, held_out=True)
         elif isinstance(stage, SimCSE):
-            texts = read_texts(stage.data, stage.max_texts)
-            _warn(leaks.told(f"{name}.data", stage.data, keys_in(texts)))
-            count = len(split_held_out(texts, stage.held_out, recipe.seed)[0])
-            if count < stage.batch_size:
-                raise DataError(
-                    f"simcse.data has {count} different texts to train on, fewer than one batch "
-                    f"of {stage.batch_size}. Fix: a smaller simcse.batch_size or simcse.held_out, "
-                    "or more texts."
-                )
+            _check_texts(stage, recipe.seed, leaks)
             with noise(trunk, stage.attention_dropout, stage.embedding_dropout):
                 pass  # entering it proves that the dropout has an effect
         else:
@@ -151,6 +143,18 @@ def _to_do(recipe: Recipe, path: Path) -> Iterator[tuple[str, AnyStage]]:
 def _warn(lines: Iterable[str]) -> None:
     for line in lines:
         logger.warning("%s", line)
+
+
+def _check_texts(stage: SimCSE, seed: int, leaks: Leaks) -> None:
+    texts = read_texts(stage.data, stage.max_texts)
+    _warn(leaks.told("simcse.data", stage.data, keys_in(texts)))
+    count = len(split_held_out(texts, stage.held_out, seed)[0])
+    if count < stage.batch_size:
+        raise DataError(
+            f"simcse.data has {count} different texts to train on, fewer than one batch of "
+            f"{stage.batch_size}. Fix: a smaller simcse.batch_size or simcse.held_out, or more "
+            "texts."
+        )
 
 
 def _check_pairs(stage: Supervised, seed: int, leaks: Leaks) -> None:
