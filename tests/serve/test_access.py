@@ -42,6 +42,7 @@ def refused(answer, status: int, code: str) -> str:
         ({"input": [[1], "a"]}, "invalid_type", "input is not"),
         ({"input": [10**6]}, "invalid_token", "token 1000000 is not one of the"),
         ({"input": "a", "promt": "b"}, "unknown_field", "did you mean 'prompt'?"),
+        ({"inputs": "a"}, "unknown_field", "did you mean 'input'?"),
         ({"input": "a", "prompt_name": "qery"}, "no_prompt", "did you mean 'query'?"),
         ({"input": "a", "prompt": "b", "input_type": "query"}, "conflict", "exclude each other"),
         ({"input": "a", "dimensions": 33}, "invalid_dimensions", "tiny has 32"),

@@ -222,8 +222,12 @@ def parse(kind: type[Asked], body: bytes) -> Asked:
 
 
 def _misfit(kind: type[Body], error: ValidationError) -> Refusal:
-    """The refusal for the first fault that pydantic found in a body."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    """The refusal for one of the faults that pydantic found in a body.
+
+    That is an unknown field, if there is one, as a misspelt field is a missing one too.
+    """
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     where = [str(part) for part in first["loc"]]
     field = where[0] if where else None
     if first["type"] == "json_invalid":
@@ -236,5 +240,5 @@ def _misfit(kind: type[Body], error: ValidationError) -> Refusal:
             400, f"{field} is not {KINDS}. Fix: give one of them.", "invalid_type", field
         )
     path = ".".join(part[:64] for part in where) or "the body"
-    said = f"{path}: {first['msg']}. Fix: give what /docs says of it."
+    said = f"{path}: {first['msg']}. Fix: see this field in /docs."
     return Refusal(400, said, str(first["type"]), field)
