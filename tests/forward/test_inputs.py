@@ -83,6 +83,18 @@ def test_a_tokenizer_of_another_model_is_told(model):
         wrong.encode(["a text of several words"])
 
 
+@pytest.mark.parametrize("length", [0, -5, True, "3", 2.5, None])
+def test_a_length_that_is_set_is_a_number_of_tokens(model, length):
+    with pytest.raises(ModelError, match="an encoder cuts texts at some number of tokens"):
+        model.max_seq_length = length
+
+
+def test_a_length_from_numpy_is_set(tiny_decoder):
+    model = LLM2Vec.from_pretrained(tiny_decoder)
+    model.max_seq_length = np.int64(9)
+    assert model.max_seq_length == 9 and model.encode("a b").shape == (32,)
+
+
 @pytest.mark.parametrize("length", [0, -5, True, "3", 2.5])
 def test_a_length_for_one_call_is_a_number_of_tokens(model, length):
     """0 stood for no limit, and a negative one was told as a lack of room."""

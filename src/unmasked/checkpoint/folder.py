@@ -25,7 +25,6 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -44,6 +43,7 @@ from unmasked.checkpoint.weights import without_bars
 from unmasked.errors import ModelError
 from unmasked.files.writing import folder_aside
 from unmasked.mask.opening import NATIVE_KEY
+from unmasked.text.inputs import is_count
 from unmasked.text.special_tokens import MARK, probe_text, surrounding_ids
 from unmasked.text.templates import PLAIN, Template, read_template
 
@@ -206,7 +206,7 @@ def check_count(name: str, value: Any, unit: str, file: str) -> None:
     Raises:
         ModelError: names the file that the value may come from.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+    if not is_count(value):
         raise ModelError(
             f"{name} {value!r} is not a number of {unit}. "
             f"Fix: a whole number of 1 or more, in {file} or as the argument."

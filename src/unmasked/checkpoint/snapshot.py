@@ -126,16 +126,6 @@ def deciding(encoder: Any) -> list[Any]:
     defaults: a release of transformers that adds a key does not make another model of this one.
     """
     settings, proof, backbone = encoder.settings, encoder.report, encoder.backbone
-    own = backbone.model.config
-    usual: dict[str, Any] = {}
-    with suppress(TypeError, ValueError):  # a family whose config has no defaults
-        usual = type(own)().to_dict()
-    config = {
-        name: value
-        for name, value in own.to_dict().items()
-        if not _IGNORED_KEYS.fullmatch(name)
-        and (name == "model_type" or name not in usual or usual[name] != value)
-    }
     mask = (proof.verdict, proof.causal_layers, proof.window)
     rare = {
         "truncate_dim": encoder.truncate_dim,
@@ -144,7 +134,21 @@ def deciding(encoder: Any) -> list[Any]:
         "mask": [] if mask == ("full", (), None) else mask,
     }
     unusual = {name: value for name, value in rare.items() if value not in (None, [], [None, None])}
+    config = _own_keys(backbone.model.config)
     return [asdict(settings), settings.compat is not None, *filter(None, [unusual]), config]
+
+
+def _own_keys(config: Any) -> dict[str, Any]:
+    """The keys of a config that change vectors, without the defaults of its family."""
+    defaults: dict[str, Any] = {}
+    with suppress(TypeError, ValueError):  # a family whose config has no defaults
+        defaults = type(config)().to_dict()
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if not _IGNORED_KEYS.fullmatch(name)
+        and (name == "model_type" or name not in defaults or defaults[name] != value)
+    }
 
 
 def named_card(card: Card, encoder: Any, name: str | None) -> Card:

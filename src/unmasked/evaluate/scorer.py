@@ -7,10 +7,9 @@ only for a name that is not a path.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.tasks.task_files import load_task
 from unmasked.evaluate.tasks.task_vectors import Encode, encode_once
 from unmasked.evaluate.tasks.tested import WORDS, is_path
+from unmasked.forward.backbone import Backbone
 
 RESULTS = "mteb"
 """The folder inside a run folder that holds results of public tasks."""
@@ -61,24 +61,36 @@ def make_scorer(
                 raise DataError(f"two tasks are called '{name}': {both}. {fix}")
             read[name] = given, score
 
-    cut = Counter[int | None]()  # truncated texts by length, of which one warning is enough
+    warned: set[int | None] = set()  # the lengths for which truncated texts caused a warning
 
     def score_all(model: Any) -> list[TaskResult]:
-        length = getattr(model, "max_seq_length", None)
-        backbone, before = getattr(model, "backbone", SimpleNamespace(texts_cut=0)), cut[length]
-        backbone.texts_cut += before
         encode = encode_once(encode_by_role(model))  # shared by all tasks
         found = []
-        for name, (_, score) in read.items():
-            try:
-                found.append(score(model, encode))
-            except DataError as error:
-                raise DataError(f"task {name}: {error}") from error
-        cut[length] = backbone.texts_cut
-        backbone.texts_cut -= before
+        with _one_warning(model, warned):
+            for name, (_, score) in read.items():
+                try:
+                    found.append(score(model, encode))
+                except DataError as error:
+                    raise DataError(f"task {name}: {error}") from error
         return found
 
     return score_all
+
+
+@contextmanager
+def _one_warning(model: Any, warned: set[int | None]) -> Iterator[None]:
+    """Let an encoder warn of truncated texts only if no other one of its length has."""
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, Backbone):
+        yield
+        return
+    backbone.warns_of_cuts = backbone.max_seq_length not in warned
+    try:
+        yield
+    finally:
+        backbone.warns_of_cuts = True
+        if backbone.texts_cut:
+            warned.add(backbone.max_seq_length)
 
 
 def _read(given: str, languages: Sequence[str] | None, results: Path) -> list[tuple[str, _Score]]:

@@ -25,7 +25,7 @@ from unmasked.forward.packing import Packed, enable_packing, is_checked, pack, r
 from unmasked.forward.pooling import LAYERS
 from unmasked.forward.waiting import DeviceTime
 from unmasked.mask.opening import check_length, decoder_of
-from unmasked.text.inputs import requested_length, split_pairs
+from unmasked.text.inputs import is_count, requested_length, split_pairs
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class Backbone(InputModule):
         tokens_encoded: tokens, without padding, that `encode` has processed; for measuring speed.
         device_time: the time spent in `encode`, and how much of it the device worked.
         texts_cut: how many texts `encode` has truncated.
+        warns_of_cuts: whether the first truncated texts cause a warning.
     """
 
     forward_kwargs = {BY_TOKENS}  # noqa: RUF012 (sentence-transformers declares it like this)
@@ -98,10 +99,11 @@ class Backbone(InputModule):
         self.tokens_encoded = 0
         self.device_time = DeviceTime()
         self.texts_cut = 0
+        self.warns_of_cuts = True
 
     def count_cut(self, texts: int) -> None:
         """Count truncated texts, and log a warning for the first ones."""
-        if texts and not self.texts_cut:
+        if texts and not self.texts_cut and self.warns_of_cuts:
             logger.warning(
                 "%s longer than max_length (%d tokens): only the beginning counts. Fix: a larger "
                 "max_length, or passages (unmasked encode --chunk). This is said only once.",
@@ -133,7 +135,7 @@ class Backbone(InputModule):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        if not isinstance(value, int) or value < 1:
+        if not is_count(value):
             raise ModelError(
                 f"max_seq_length {value!r}: an encoder cuts texts at some number of tokens. "
                 "Fix: a number of 1 or more, as large as the model takes."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,11 @@ def _describe(item: Any) -> str:
     return f"{type(item).__name__}{length}"
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of 1 or more; numpy's count, booleans do not."""
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
+
+
 def requested_length(options: Mapping[str, Any] | None) -> int | None:
     """The ``max_length`` in the `processing_kwargs` of a call; None if there is none.
 
@@ -119,7 +125,7 @@ def requested_length(options: Mapping[str, Any] | None) -> int | None:
                 allowed = map(".".join, _OPTIONS)
                 raise DataError(unknown("processing option", f"{kind}.{name}", allowed))
             if name == "max_length" and value is not None:
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                if not is_count(value):
                     raise DataError(
                         f"processing_kwargs: {kind}.max_length={value!r} is not a number of "
                         "tokens. Fix: give a whole number of 1 or more, or leave it out."

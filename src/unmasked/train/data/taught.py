@@ -255,10 +255,11 @@ def _claim(folder: Path, name: str, model: Any) -> bool:
         )
     own = {"name": name, "model": digest, "prompts": model.prompts}
     before = _facts(folder)
-    if other := {key: before.get(key) for key in own} != own:
+    is_other = any(before.get(key) != value for key, value in own.items())
+    if is_other:
         shutil.rmtree(folder, ignore_errors=True)
     write_text(folder / FACTS, json.dumps(own | {"files": _files_of(name)}) + "\n")
-    return other
+    return is_other
 
 
 def _files_of(name: str) -> dict[str, list[int]]:
