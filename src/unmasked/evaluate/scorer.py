@@ -19,7 +19,6 @@ from unmasked.evaluate.bootstrap import TaskResult
 from unmasked.evaluate.tasks.task_files import load_task
 from unmasked.evaluate.tasks.task_vectors import Encode, encode_once
 from unmasked.evaluate.tasks.tested import WORDS, is_path
-from unmasked.forward.backbone import Backbone
 
 RESULTS = "mteb"
 """The folder inside a run folder that holds results of public tasks."""
@@ -80,6 +79,8 @@ def make_scorer(
 @contextmanager
 def _one_warning(model: Any, warned: set[int | None]) -> Iterator[None]:
     """Let an encoder warn of truncated texts only if no other one of its length has."""
+    from unmasked.forward.backbone import Backbone  # imports torch, which a command line need not
+
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, Backbone):
         yield
