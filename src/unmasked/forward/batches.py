@@ -24,8 +24,9 @@ TOKEN_BUDGET = {"cpu": 1024, "cuda": 16384}
 HALF_ON_CPU = 2048
 """Tokens per forward of a CPU if weights have 16 bits, so that states take half the memory.
 
-With SmolLM-135M's shape in bfloat16, on a CPU with matrix units (AMX), 2048 tokens were 1.2 to 1.3
-times as fast as 1024, and 4096 were no faster (sentences and passages of `benchmarks/texts.py`).
+With SmolLM-135M's shape in bfloat16, on a CPU with matrix units (AMX), 128 texts of mixed lengths
+were encoded 1.28 times as fast as with 1024 tokens, 64 sentences 1.25 to 1.39 times, but 512
+sentences .95 times and 128 passages 1.05 times (`benchmarks/checkouts.py`).
 """
 
 LARGE_GPU = 32768, 40 * 10**9
