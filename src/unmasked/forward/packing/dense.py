@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from unmasked.forward.packing.layout import Packed
+from unmasked.forward.precision import has_amx
 
 LONG = 64
-"""Length from which bfloat16 attention on a CPU is faster as two matrix products than as SDPA."""
+"""Length from which bfloat16 attention is faster as two matrix products than as SDPA, on a CPU
+without matrix units. With them (AMX) SDPA was 1.1 to 4 times as fast at lengths of 48 to 2048
+(`benchmarks/attention.py`)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def attend(
 ) -> Tensor:
     """(B, H, T, d) attention: SDPA, or matrix products for what SDPA lacks or does slowly."""
     long_bfloat16 = query.dtype == torch.bfloat16 and query.shape[2] >= LONG
-    sdpa_is_slow = query.device.type == "cpu" and (extras.dropout > 0 or long_bfloat16)
+    sdpa_is_slow = query.device.type == "cpu" and (
+        extras.dropout > 0 or (long_bfloat16 and not has_amx())
+    )
     if extras.softcap is None and extras.sinks is None and not sdpa_is_slow:
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(
