@@ -88,6 +88,20 @@ def test_results_that_cannot_be_compared_are_refused() -> None:
         interval(a, "spearmen")
 
 
+def test_an_interval_of_redrawn_test_sets_is_that_of_student_within_what_is_possible() -> None:
+    def result(values: list[float]) -> TaskResult:
+        drawn = np.array(values)
+        return TaskResult("t", {"v_measure": drawn.mean()}, {"redrawn v_measure": drawn})
+
+    near, far, other = result([0.4, 0.5, 0.6]), result([-2.0, 0.5, 3.0]), result([0.5, 0.4, 0.3])
+    score = interval(near, "v_measure")
+    expected = stats.t.interval(0.95, 2, loc=0.5, scale=0.1)
+    assert (score.low, score.high) == pytest.approx(expected)
+    assert (interval(far, "v_measure").low, interval(far, "v_measure").high) == (0, 1)
+    gain = paired_difference(far, other, "v_measure")
+    assert (gain.low, gain.high) == (-1, 1)
+
+
 def test_a_thousand_samples_of_1500_pairs_take_less_than_two_seconds() -> None:
     a, b = sts_result(0.1), sts_result(0.2)
     start = time.process_time()

@@ -168,7 +168,8 @@ def _bootstrap(results: tuple[TaskResult, ...], metric: str, samples: int, seed:
         # Ten test sets are too few for percentiles, so this is the interval of Student's t.
         drawn = _difference([own[key] for own in items])
         margin = float(t.ppf((1 + CONFIDENCE) / 2, len(drawn) - 1) * drawn.std(ddof=1))
-        return Interval(observed, observed - margin, observed + margin)
+        lowest = 0.0 if len(results) == 1 else -1.0  # a fraction, or a difference of two
+        return Interval(observed, max(observed - margin, lowest), min(observed + margin, 1.0))
     size = len(next(iter(items[0].values())))
     values = [
         _difference([metric_values(own, metric, counts) for own in items])
