@@ -5,18 +5,15 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from importlib.metadata import packages_distributions, requires
+import tomllib
+from importlib.metadata import metadata, packages_distributions, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -104,3 +101,13 @@ def test_every_dependency_has_a_lowest_version():
         requirement = Requirement(given)
         if requirement.name != PROJECT["name"]:
             assert [s.operator for s in requirement.specifier].count(">=") == 1, given
+
+
+def test_the_lowest_python_is_one_that_the_tested_versions_take():
+    """Otherwise pip finds no version of a dependency there, and refuses to install anything."""
+    (lowest,) = re.findall(r"^>=(\d+\.\d+)$", PROJECT["requires-python"])
+    for name in names_of(PROJECT["dependencies"]):
+        assert f"{lowest}.99" in SpecifierSet(metadata(name)["Requires-Python"] or ""), name
+    for page in ("README.md", "README.ko.md", "Makefile"):
+        assert f"Python {lowest}" in (ROOT / page).read_text(encoding="utf-8"), page
+    assert f"< ({lowest.replace('.', ', ')})" in (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import get_device_name
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from typing_extensions import Self
 
 from unmasked.checkpoint import adapters, folder, loading, snapshot
 from unmasked.checkpoint.card import Card

@@ -91,7 +91,7 @@ def test_where_every_row_is_faulty_that_is_told(given):
 
 
 def test_declared_types_are_kept(tmp_path):
-    moment = datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)
+    moment = datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
     table = pa.table(
         {
             "text": ["a", "b"],

@@ -14,13 +14,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as stock_logging
-from typing_extensions import Self
 
 from unmasked.checkpoint.folder import Settings, read_settings
 from unmasked.checkpoint.loading import Found

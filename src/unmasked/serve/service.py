@@ -7,11 +7,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from starlette.requests import ClientDisconnect
-from typing_extensions import Self
 
 from unmasked.errors import unknown
 from unmasked.forward.batches import token_budget
