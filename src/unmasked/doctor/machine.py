@@ -55,4 +55,5 @@ def _devices() -> list[str]:
     if torch.backends.mps.is_available():
         found.append("mps")
     capability = torch.backends.cpu.get_cpu_capability()
-    return [*found, f"cpu {capability} {torch.get_num_threads()} threads"]
+    threads = torch.get_num_threads()
+    return [*found, f"cpu {capability}, {threads} thread{'s' * (threads != 1)}"]

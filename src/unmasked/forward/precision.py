@@ -29,13 +29,13 @@ class Precision:
 
 
 def bfloat16_instructions() -> str | None:
-    """The instruction set with which this CPU multiplies bfloat16; None if it has none."""
-    return _first_of("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+    """The fastest instruction set with which this CPU multiplies bfloat16; None without any."""
+    return _first_of("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 
 
 def int8_instructions() -> str | None:
-    """The instruction set with which this CPU multiplies 8-bit integers; None if it has none."""
-    return _first_of("avx512_vnni", "amx_int8", "avx_vnni")
+    """The fastest instruction set for products of 8-bit integers on this CPU; None without any."""
+    return _first_of("amx_int8", "avx512_vnni", "avx_vnni")
 
 
 def has_amx() -> bool:
