@@ -41,7 +41,7 @@ recipes copy NAME` copies it to a file of your own, and any setting can be chang
 line:
 
 ```bash
-unmasked run qwen3-0.6b mntp.data=corpus.txt.gz simcse.data=sentences.txt
+unmasked run qwen3-0.6b mntp.data=texts.txt simcse.data=texts.txt
 ```
 
 The licence is that of the base model, as stated on its page. Read it before you use or publish what
