@@ -3,7 +3,7 @@
 At 0.6B parameters two thirds of a forward on a GPU are element-wise kernels (norms, rotary
 positions, casts), which `torch.compile` fuses. Each layer is compiled with dynamic shapes, so that
 one graph serves all layers of a kind and all batches; our attention stays out of the graph. On a
-CPU most of the time goes to matrix products, so there is little to gain.
+CPU half of the time or more goes to matrix products, so there is less to gain.
 
 Compiling takes some 20 s, so ``auto`` compiles on a GPU only, when the tokens that a model has
 encoded and is about to encode reach `LONG_WORK`. With a 0.6B model, an H200 encoded 186,000 tokens
