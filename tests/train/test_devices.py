@@ -270,7 +270,8 @@ def test_ctrl_c_under_torchrun_saves_once_and_the_same_command_continues(two_yam
 
     launch("whole")
     told = launch("stopped", stop_after=5)
-    assert "interrupted: saved; run the same command to continue" in told
+    assert "interrupted: stopped: saved: mntp at step " in told
+    assert "of 60; run the same command to continue" in told
     assert len(list(Path("stopped/mntp").glob("checkpoint-*"))) == 1
     assert not Path("stopped/mntp/checkpoint.tmp").exists()
     launch("stopped")
