@@ -18,8 +18,9 @@ install: $(INSTALLED)
 # The version is checked here because pip would find out only after it has downloaded torch. torch
 # goes first: it is by far the largest, and everything else is resolved against it.
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later \
-	is needed, and $(PYTHON) is older. Fix: make demo PYTHON=python3.12")'
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	"error: Python 3.11 or later is needed, and $(PYTHON) is older. Fix: name a newer one: \
+	make $(MAKECMDGOALS) PYTHON=python3.12")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt torch
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
