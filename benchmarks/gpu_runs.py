@@ -78,13 +78,13 @@ def _step(setting: Setting, stage: str, checkpointing: bool, compiles: bool) -> 
             "compiled": compiled,
             "checking_and_compiling": checked,
             "share_of_peak": flops / peak(setting),
-            "planned_bytes": planned(stage, decoder, rows),
+            "planned_bytes": planned(stage, decoder, rows, compiled),
             "profile": gpu_parts.kernels(setting, sides.ours.step),
         }
     return found
 
 
-def planned(stage: str, decoder: Path, rows: int) -> int:
+def planned(stage: str, decoder: Path, rows: int, compiled: bool) -> int:
     """What `unmasked plan` says that a step adds to the weights."""
     from unmasked.recipe.schema import Recipe
     from unmasked.train.plan.cost import make_plan
@@ -97,7 +97,8 @@ def planned(stage: str, decoder: Path, rows: int) -> int:
     given: Found = {"data": str(data), "batch_size": rows}
     if stage == "mntp":
         given |= {"block_length": steps.BLOCK, "micro_batch_tokens": rows * steps.BLOCK}
-    recipe = {"name": "plan", "model": {"base": str(decoder)}, stage: given}
+    model = {"base": str(decoder), "compile": "always" if compiled else "never"}
+    recipe = {"name": "plan", "model": model, stage: given}
     memory = make_plan(Recipe.model_validate(recipe)).stages[0].memory
     return memory.total - memory.weights
 

@@ -248,6 +248,12 @@ def a_compiled_module_can_be_put_back():
     return compiled and module(torch.ones(1, 2)).shape == (1, 2)
 
 
+def the_compiler_can_stop_after_its_division():
+    from torch._dynamo import list_backends
+
+    return "aot_eager_decomp_partition" in list_backends(exclude_tags=())
+
+
 PROBES: dict[str, Callable[..., bool]] = {
     "_attn_implementation": attention_can_be_read,
     "q_offset": mask_takes_lengths_and_offsets,
@@ -278,6 +284,7 @@ PROBES: dict[str, Callable[..., bool]] = {
     "_flash_attention_forward": flash_attention_takes_offsets_and_dropout,
     "_compiled_call_impl": a_compiled_module_can_be_put_back,
     "_schema": flash_attention_takes_offsets_and_dropout,
+    "aot_eager_decomp_partition": the_compiler_can_stop_after_its_division,
 }
 """For each name of the table, a call that is true while the library has it as we use it."""
 

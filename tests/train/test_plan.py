@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from unmasked.checkpoint import adapters
 from unmasked.checkpoint.loading import load_config
 from unmasked.errors import ModelError
+from unmasked.mask.opening import decoder_of
 from unmasked.recipe.schema import Recipe
 from unmasked.train.plan.cost import make_plan
-from unmasked.train.plan.shapes import saved_activations
+from unmasked.train.plan.shapes import PARTITION, saved_activations
 
 SHAPE = {
     "vocab_size": 8000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
@@ -30,9 +31,10 @@ SHAPE = {
 }  # fmt: skip
 
 
-def plan_of(base, data, probe=False, **stages):
+def plan_of(base, data, probe=False, choice="auto", **stages):
     sections = {name: {"data": str(data)} | stage for name, stage in stages.items()}
-    recipe = Recipe.model_validate({"name": "t", "model": {"base": str(base)}, **sections})
+    model = {"base": str(base), "compile": choice}
+    recipe = Recipe.model_validate({"name": "t", "model": model, **sections})
     return recipe, make_plan(recipe, probe)
 
 
@@ -73,6 +75,11 @@ def test_activations_are_what_autograd_keeps_of_a_real_forward(tiny_decoder, tex
     _, plan = plan_of(tiny_decoder, texts, mntp={"lora": {"rank": 4}})
     counted = saved_activations(plan.stages[0].model, 3, length)
     model = adapters.attach(real_trunk(tiny_decoder), rank=4).train()
+    assert counted == pytest.approx(kept_by(model, 3, length), rel=0.05)
+
+
+def kept_by(model, rows, length):
+    """Bytes that autograd keeps of a real forward."""
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept = {}
 
@@ -83,9 +90,44 @@ def test_activations_are_what_autograd_keeps_of_a_real_forward(tiny_decoder, tex
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=torch.zeros(3, length, dtype=torch.int64), use_cache=False)
-    real = sum(storage.nbytes() for storage in kept.values())
-    assert counted == pytest.approx(real, rel=0.05)
+        model(input_ids=torch.zeros(rows, length, dtype=torch.int64), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [PARTITION, pytest.param("inductor", marks=pytest.mark.slow)],
+)
+def test_compiled_layers_keep_what_is_counted(tiny_decoder, texts, backend):
+    """The compiler computes again what is cheap, so less is kept than of plain layers."""
+    stage = {"lora": {"rank": 4}, "block_length": 128, "batch_size": 8}
+    plain, compiled = (
+        plan_of(tiny_decoder, texts, choice=choice, mntp=stage)[1].stages[0]
+        for choice in ("never", "always")
+    )
+    assert compiled.memory.activations < 0.8 * plain.memory.activations
+    model = adapters.attach(real_trunk(tiny_decoder), rank=4).train()
+    trunk = decoder_of(model)
+    trunk.enable_input_require_grads()
+    for layer in trunk.layers:
+        layer.compile(dynamic=True, backend=backend)
+    real = kept_by(model, 8, 128)
+    assert compiled.memory.activations == pytest.approx(real, rel=0.15)
+
+
+def test_layers_that_cannot_be_compiled_are_counted_as_they_are(
+    tiny_decoder, texts, monkeypatch, caplog
+):
+    def fail(*_):
+        raise RuntimeError("no such graph")
+
+    monkeypatch.setattr("unmasked.train.plan.cost.saved_by_a_layer", fail)
+    never, always = (
+        plan_of(tiny_decoder, texts, choice=choice, mntp={})[1].stages[0].memory
+        for choice in ("never", "always")
+    )
+    assert never == always
+    assert "no such graph" in caplog.text
 
 
 def test_gradient_checkpointing_and_full_training_are_counted(tiny_decoder, texts):

@@ -134,6 +134,19 @@ def tokens_of(stage: AnyStage) -> int:
     return rows * texts * stage.max_length // 4
 
 
+def compiles(stage: AnyStage, choice: str, device: torch.device) -> bool:
+    """Whether a stage compiles its layers, if its weights are not sharded.
+
+    Args:
+        stage: its settings.
+        choice: one of `compiling.CHOICES`; ``auto`` was not tried with several processes.
+        device: where it trains.
+    """
+    if choice == "auto" and devices.world() > 1:
+        return False
+    return compiling.pays(choice, device, tokens_of(stage))
+
+
 @contextmanager
 def layers_compiled(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -> Iterator[None]:
     """Within the block, the decoder layers are compiled if `stage` is long enough to pay for it.
@@ -141,8 +154,6 @@ def layers_compiled(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -
     Layers that were compiled for encoding are first put back: their gradients were not compared.
     """
     choice, model = setup.recipe.model.compile, decoder_of(setup.trunk)
-    if choice == "auto" and devices.world() > 1:  # not tried with several processes
-        choice = "never"
     compiling.put_back(model)
     # When only adapters are trained, the input of the first layer needs no gradient but that of all
     # other layers does, and layers would be compiled for both cases. So the first one gets it too.
@@ -150,9 +161,10 @@ def layers_compiled(setup: StageSetup, stage: AnyStage, trainer: StageTrainer) -
     if not trainer.is_fsdp_enabled:
         with trainer.accelerator.autocast():
             setup.encoder.backbone.packs_here()
-            if give_input_gradient and compiling.pays(choice, model.device, tokens_of(stage)):
-                model.enable_input_require_grads()
-            setup.encoder.backbone.compile_for(tokens_of(stage), choice, training=True)
+            if compiles(stage, choice, model.device):
+                if give_input_gradient:
+                    model.enable_input_require_grads()
+                setup.encoder.backbone.compile_for(tokens_of(stage), choice, training=True)
     elif choice == "always":  # not tried: FSDP's hooks around each layer gather its weights
         logger.warning("model.compile=always has no effect: the weights are sharded (FSDP).")
     try:

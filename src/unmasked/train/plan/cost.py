@@ -7,6 +7,7 @@ time of the full depth is extrapolated linearly from both.
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +28,18 @@ from unmasked.text.tokens import TextTokenizer
 from unmasked.train import devices
 from unmasked.train.data.pairs import PairRow, read_rows
 from unmasked.train.data.texts import iterate_texts
+from unmasked.train.fitting import compiles
 from unmasked.train.losses.depth import first_layers
 from unmasked.train.losses.mntp import LOGITS_AT_ONCE, micro_batch_rows
-from unmasked.train.plan.shapes import DecoderSizes, saved_activations, trained_trunk
+from unmasked.train.plan.shapes import (
+    DecoderSizes,
+    saved_activations,
+    saved_by_a_layer,
+    trained_trunk,
+)
 from unmasked.train.plan.teacher_cost import TeacherPlan, plan_teacher, seconds_of
+
+logger = logging.getLogger(__name__)
 
 SAMPLE = 512
 """Number of texts whose mean length is taken as that of all."""
@@ -70,6 +79,7 @@ class StagePlan:
         assumed: why no text could be read and the length is assumed; empty if texts were read.
         unread: why a source of texts cannot be read, where the plan needs none of its texts.
         teacher: the cost of a teacher that encodes the texts first, if there is one.
+        compiled_on: the device whose layers the stage compiles; None if it does not.
         seconds: duration of the stage; None without a probe.
         taught_seconds: the part of `seconds` in which the teacher encodes.
     """
@@ -85,6 +95,7 @@ class StagePlan:
     assumed: str = ""
     unread: str = ""
     teacher: TeacherPlan | None = None
+    compiled_on: torch.device | None = None
     seconds: float | None = None
     taught_seconds: float = 0.0
 
@@ -144,6 +155,12 @@ class StagePlan:
 
     def _activations(self) -> int:
         """Bytes that the forwards of one batch keep, at full depth and at each smaller depth."""
+        if self.compiled_on is not None:
+            try:
+                each = saved_by_a_layer(self.sizes, self.stage, self.compiled_on)
+                return round(each * self.tokens * sum(self.depths))
+            except Exception as error:  # the compiler's errors have no common class
+                logger.warning("Memory is counted for plain layers: %s.", first_line(error))
         kept = saved_activations(self.model, self.rows, self.length)
         for layers in self.depths[1:]:
             with first_layers(decoder_of(self.model), layers):
@@ -243,7 +260,13 @@ def make_plan(recipe: Recipe, probe: bool = False) -> Plan:
     sizes = DecoderSizes(config, dtype)
     tokenizer = prepare_tokenizer(loading.load_tokenizer(name, revision=revision))
     tokens = TextTokenizer(tokenizer, recipe.model.max_length)
-    stages = [_plan_stage(*named, sizes, tokens, device) for named in recipe.stages()]
+    stages = [
+        replace(
+            _plan_stage(name, stage, sizes, tokens, device),
+            compiled_on=device if compiles(stage, recipe.model.compile, device) else None,
+        )
+        for name, stage in recipe.stages()
+    ]
     if probe:
         stages = [stage.measured(device) for stage in stages]
     disk = sizes.parameters * dtype.itemsize + max((s.disk for s in stages), default=0)
