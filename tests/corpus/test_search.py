@@ -169,12 +169,16 @@ def test_the_verb(cli, tiny_decoder, tmp_path, sentences, monkeypatch):
     assert lines[1].strip() == sentences[2] and len(lines) == 4
     found = json.loads((tmp_path / "found.json").read_text())
     assert found[0]["query"] == sentences[2] and found[0]["hits"][0]["id"] == "2.md"
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{sentences[0]}\n{sentences[1]}\n\nunread\n"))
+    asked = f"{sentences[0]}\n{sentences[1]}\n\nunread\n".encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(asked)))
     code, out, _ = cli("search", "docs", "--whole-files", *model, "--top", "1")
     assert code == 0 and [line[:12] for line in out.splitlines()[::2]] == [
         "1.0000  0.md",
         "1.0000  1.md",
     ]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("한국어\n".encode("cp949"))))
+    code, _, err = cli("search", "v", *model)
+    assert code == 2 and "standard input, line 1" in err and "iconv" in err
     code, _, err = cli("search", "v", "a", *model, "--chunk", "8")
     assert code == 2 and "--chunk splits texts, but v holds vectors. Fix" in err
     code, _, err = cli("encode", tiny_decoder, "docs", "-o", "w", "--late")

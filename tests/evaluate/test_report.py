@@ -21,9 +21,9 @@ from unmasked.errors import DataError
 from unmasked.evaluate.bootstrap import PAIR_METRICS
 from unmasked.evaluate.report import searches
 from unmasked.evaluate.report.glossary import MEANINGS
-from unmasked.evaluate.report.page import write_report
+from unmasked.evaluate.report.page import _before, write_report
 from unmasked.evaluate.report.samples import Query, Sample
-from unmasked.recipe.schema import BEFORE, BIDIRECTIONAL
+from unmasked.recipe.schema import BEFORE, BIDIRECTIONAL, Recipe
 
 MARKS = [
     "& <b>bold</b> <!-- <script>",
@@ -152,12 +152,28 @@ def test_a_run_that_began_with_an_open_encoder_says_before_this_stage(run_folder
     assert "ausal" not in told[: told.index("How it was made")], "nothing is called causal"
 
 
+def test_a_run_without_intervals_has_none_in_its_report(run_folder, tmp_path):
+    plain = shutil.copytree(run_folder, tmp_path / "plain")
+    recipe = yaml.safe_load((plain / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["evaluate"]["bootstrap"] = 0
+    (plain / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    page = write_report(plain).read_text(encoding="utf-8")
+    assert "simcse over" in page and "95 % interval" not in page and "chance" not in page
+
+
+def test_before_is_loaded_as_the_run_loads_it(tiny_decoder):
+    model = {"base": str(tiny_decoder), "layers": 1, "include_instruction": True}
+    before = _before(Recipe.model_validate({"name": "x", "model": model}), None)
+    assert before.backbone.auto_model.config.num_hidden_layers == 1
+    assert not before.settings.skip_instruction
+
+
 def test_a_stage_that_was_cut_off_says_how_far_it_came(run_folder, tmp_path):
     cut = shutil.copytree(run_folder, tmp_path / "cut")
     (cut / "simcse" / "adapter_config.json").unlink()
     file = cut / "simcse" / "metrics.jsonl"
     kept = [n for n in file.read_text().splitlines() if json.loads(n)["step"] < 3]
-    file.write_text("".join(f"{line}\n" for line in kept))
+    file.write_text("".join(f"{line}\n" for line in kept) + '{"step": 3, "lo')  # and no further
     page = write_report(cut).read_text(encoding="utf-8")
     assert "mntp 3 steps, simcse 2 of 3 steps so far" in page
     assert "simcse</dt><dd>2 of 3 steps so far" in page

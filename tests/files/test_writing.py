@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,25 @@ def test_a_write_that_fails_is_told(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(OutputError, match="x is a file. Fix: name a folder"):
         folder_aside(tmp_path / "x").__enter__()
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
+    pipe, read = tmp_path / "p", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    write_text(pipe, "einß")
+    reader.join(10)
+    assert read == ["einß".encode()] and pipe.is_fifo() and names(tmp_path) == ["p"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "x").write_text("old")
+    (tmp_path / "x").symlink_to(tmp_path / "disk" / "x")
+    write_text(tmp_path / "x", "new")
+    assert (tmp_path / "x").is_symlink() and (tmp_path / "disk" / "x").read_text() == "new"
+    assert names(tmp_path) == ["disk", "disk/x", "x"]
 
 
 def test_a_folder_takes_its_place_when_it_is_whole(tmp_path):

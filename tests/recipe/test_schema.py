@@ -168,12 +168,18 @@ def test_a_bad_override_is_named(override, message):
     assert found.splitlines()[0].endswith(f"(override '{override}')")
 
 
+def test_a_list_of_files_may_be_longer_than_the_name_of_a_file():
+    files = [f"texts-{number}.txt" for number in range(60)]
+    assert load_recipe("nano", [f"mntp.data={','.join(files)}"]).mntp.data == files
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("mntp.steps", "override 'mntp.steps' should look like mntp.steps=500"),
         ("mntp..steps=1", "override 'mntp..steps=1' should look like"),
         ("name.first=1", "name has no keys (override 'name.first=1')"),
+        ("seed=!!timestamp x", "override 'seed=!!timestamp x': the value is not YAML"),
         ("mntp.data=[a", "override 'mntp.data=[a': the value is not YAML"),
     ],
 )
@@ -317,6 +323,7 @@ def test_a_warm_up_that_was_asked_for_is_not_shortened(recipe_file):
         ("", "recipe.yaml is empty"),
         ("- a\n", "recipe.yaml holds a list, not keys"),
         ("name: [\n", "recipe.yaml line 2 is not YAML"),
+        ("seed: !!timestamp x\n", "recipe.yaml is not YAML"),
         ("day: 2024-13-45\n", "recipe.yaml is not YAML: month must be in 1..12"),
         ("[" * 2000, "recipe.yaml is not YAML"),
         (b"name: \xff\n", "recipe.yaml is not UTF-8 text (byte 6). Fix: save it as UTF-8."),

@@ -36,6 +36,7 @@ from unmasked.cli.options import (
 )
 from unmasked.cli.shipping.cut_scores import score_cuts
 from unmasked.errors import DataError
+from unmasked.files.readers import fault_error, read_txt, where
 from unmasked.files.writing import write_text
 
 
@@ -261,10 +262,17 @@ def search(
 
 def _queries() -> Iterator[str]:
     """The lines of standard input up to an empty one; on a terminal, with a prompt."""
-    prompt = "query: " if sys.stdin.isatty() else ""
-    with suppress(EOFError):
-        while line := input(prompt).strip():
-            yield line
+    if sys.stdin.isatty():
+        with suppress(EOFError):
+            while line := input("query: ").strip():
+                yield line
+        return
+    for cells in read_txt("-", "query"):
+        if cells.fault is not None:
+            raise fault_error(where("-", cells.number), cells.fault)
+        if not (line := cells.values["query"].strip()):
+            return
+        yield line
 
 
 def analyse(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, Option
 
 from unmasked.errors import DataError, OutputError
+from unmasked.files.writing import is_special
 
 if TYPE_CHECKING:
     from unmasked.text.passages import Chunks
@@ -69,7 +70,7 @@ def check_new(path: Path) -> Path:
 
 def check_parent(path: Path | None) -> Path | None:
     """Raise `OutputError` if a file cannot be written, before any work is done for it."""
-    if path is None:
+    if path is None or is_special(path):
         return path
     if not path.parent.is_dir():
         fix = f"mkdir -p {shlex.quote(str(path.parent))}, or give another name"

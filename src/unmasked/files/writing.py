@@ -24,6 +24,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EEXIST, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
 
+def is_special(path: Path) -> bool:
+    """Whether something is there that is neither a file nor a folder, such as a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def aside_of(path: Path) -> Path:
     """The name that a file has until it is complete.
 
@@ -36,9 +41,18 @@ def aside_of(path: Path) -> Path:
 def written_aside(path: Path) -> Iterator[IO[bytes]]:
     """A file beside `path` that is flushed to disk and renamed to it when the block succeeds.
 
+    A link is followed, as by `open`. A pipe or a device, such as ``/dev/stdout``, is written to:
+    renaming would replace it by a file.
+
     Raises:
         OutputError: the disk is full, the file grew too large, or `path` cannot be written.
     """
+    if is_special(path):
+        with path.open("wb") as file:
+            yield file
+        return
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     aside = aside_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -170,7 +171,7 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         at = f" line {mark.line + 1}" if mark else ""
         raise RecipeError(
@@ -229,11 +230,13 @@ def _apply(override: str, data: dict[str, Any]) -> Place:
         section = copied
     try:
         value = yaml.safe_load(text)
-        if isinstance(value, str) and takes_list(place) and not Path(value).exists():
+        # `Path.exists` raises an error for a very long name on Python 3.11.
+        is_file = isinstance(value, str) and os.path.exists(value)  # noqa: PTH110
+        if isinstance(value, str) and takes_list(place) and not is_file:
             comma = _COMMA_OF_PAIRS if place[0] == "supervised" else _COMMA
             value = [yaml.safe_load(item) for item in comma.split(value) if item.strip()]
         section[last] = value
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, AttributeError):
         message = f"override '{override}': the value is not YAML. Fix: put it in quotes."
         raise RecipeError(message) from None
     return place

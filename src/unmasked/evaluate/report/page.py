@@ -78,16 +78,17 @@ def write_report(
         )
     output = Path(output) if output else run / "report.html"
     recipe = load_recipe(run / "recipe.yaml")
-    columns = [compare.compare_stages(run, metric) for metric in compare.headline_metrics(run)]
+    samples, metrics = recipe.evaluate.bootstrap, compare.headline_metrics(run)
+    columns = [compare.compare_stages(run, metric, samples) for metric in metrics]
     save: Save = partial(figures.save_figure, output.parent / "figures")
     with figures.style():
-        scores = [_intervals(run, column) for column in columns]
+        scores = [_intervals(run, column, samples) for column in columns]
         drawn = [figures.stages(c.metric, own) for c, own in zip(columns, scores, strict=True)]
         best = columns[0].best_causal if columns else None
         content = {
             "columns": columns,
             "scores": scores,
-            "published": beside_published(run, recipe),
+            "published": beside_published(run, recipe, samples),
             "stages": [save(f"stages-{number}", figure) for number, figure in enumerate(drawn)],
             "curves": [save(f"curves-{name}", figure) for name, figure in _curves(run, recipe)],
             "vectors": _vectors(run, recipe, best, save),
@@ -144,17 +145,17 @@ def _trained(run: Path, stage: str, steps: int) -> str:
 
 
 def _records(run: Path, stage: str) -> list[dict[str, Any]]:
-    """The lines of a stage's metrics.jsonl."""
+    """The lines of a stage's metrics.jsonl, without one that was not written to its end."""
     file = run / stage / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines]
+    lines = file.read_text(encoding="utf-8").splitlines(True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _intervals(run: Path, column: compare.Comparison) -> dict[str, Interval]:
+def _intervals(run: Path, column: compare.Comparison, samples: int) -> dict[str, Interval]:
     """The score of each stage, with its interval."""
     metric = column.metric.rpartition(".")[2]
     results = {stage: compare.read_result(run, stage, column.metric) for stage in column.scores}
-    return {stage: interval(result, metric) for stage, result in results.items()}
+    return {stage: interval(result, metric, samples) for stage, result in results.items()}
 
 
 def _curves(run: Path, recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -216,6 +217,9 @@ def _before(recipe: Recipe, best: str | None) -> TextEncoder:
     """The best causal baseline, or the encoder that the stages began with."""
     model, length = recipe.model, recipe.model.max_length
     if best is None:
+        options: dict[str, Any] = {"attn_implementation": model.attention, "layers": model.layers}
+        if model.include_instruction is not None:
+            options["skip_instruction"] = not model.include_instruction
         return LLM2Vec.from_pretrained(
             model.base,
             [*model.adapters],
@@ -224,6 +228,7 @@ def _before(recipe: Recipe, best: str | None) -> TextEncoder:
             max_length=length,
             allow_partial=True,
             revision=model.revision,
+            **options,
         )
     pooling = best.removeprefix(CAUSAL)
     return causal_encoder(find_base(model.base, model.revision), pooling, length)

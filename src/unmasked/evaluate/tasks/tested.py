@@ -5,9 +5,9 @@ Cost: reading the files; for a public task, the download of its data.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from unmasked.errors import DataError, first_line
@@ -60,7 +60,8 @@ def texts_of_task(task: str, languages: Sequence[str] | None = None) -> list[str
 
 def is_path(task: str) -> bool:
     """Whether the name of a task is a path, not a public name."""
-    return Path(task).exists() or _FILE.search(task) is not None
+    # `Path.exists` raises an error for a very long name on Python 3.11.
+    return os.path.exists(task) or _FILE.search(task) is not None  # noqa: PTH110
 
 
 def is_local(task: str) -> bool:
