@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -183,3 +185,10 @@ def require_finite(state: Mapping[str, torch.Tensor], source: str) -> None:
             f"{source}: {len(broken)} weights hold NaN or infinity ({', '.join(broken[:3])}), as "
             "after a diverged training. Fix: use an earlier checkpoint, or download it again."
         )
+
+
+def share_weights(folder: Path) -> None:
+    """Give the weights the file mode of the other files; safetensors makes them private."""
+    for weights in folder.glob("*.safetensors"):
+        other = next(file for file in folder.iterdir() if file.suffix == ".json")
+        shutil.copymode(other, weights)
