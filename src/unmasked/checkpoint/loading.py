@@ -110,7 +110,7 @@ def find(
     """
     given = locate(name, **hub).require()
     listed = peft if isinstance(peft, list) else [] if peft is None else [peft]
-    added = [locate_adapter(item, **hub) for item in listed]
+    added = [locate_adapter(item, **hub).require() for item in listed]
     trunk, chain = _resolve_chain(given, base)
     config = _load_config(trunk, given if chain else None)
     if layers is not None:
@@ -241,12 +241,26 @@ def _resolve_chain(given: Location, base: str | Path | None) -> tuple[Location, 
         if config.revision and not base:
             hub["revision"] = config.revision
         trunk = locate(below, **hub)
+        try:
+            trunk.require()
+        except ModelError as error:
+            raise _without_base(given, trunk, error) from error
         if any(trunk.name == passed.name for passed in chain):
             raise ModelError(
                 f"{chain[-1].name} names itself as its base. "
                 "Fix: base=MODEL, the decoder it was trained on."
             )
     return trunk, chain
+
+
+def _without_base(adapter: Location, base: Location, error: Exception) -> ModelError:
+    """The error for an adapter whose base cannot be reached because of `error`."""
+    reason = first_line(error).partition(" Fix: ")[0]
+    return ModelError(
+        f"the adapter {adapter.name} belongs to the base {base.name}, which cannot be reached: "
+        f"{reason} Fix: download {base.name} and name its folder: "
+        f"LLM2Vec.from_pretrained({adapter.name!r}, base='path/to/it')."
+    )
 
 
 def _load_config(location: Location, adapter: Location | None = None) -> PretrainedConfig:
@@ -261,12 +275,8 @@ def _load_config(location: Location, adapter: Location | None = None) -> Pretrai
             name, trust_remote_code=False, **location.hub
         )
     except (OSError, ValueError, KeyError) as error:
-        if adapter is not None:
-            raise ModelError(
-                f"the adapter {adapter.name} belongs to the base {name}, which cannot be reached: "
-                f"{first_line(error)} Fix: download {name} and name its folder: "
-                f"LLM2Vec.from_pretrained({adapter.name!r}, base='path/to/it')."
-            ) from error
+        if adapter is not None and not Path(name).is_dir():
+            raise _without_base(adapter, location, error) from error
         raise _unknown_family(location) or location.unreadable(error) from error
     if hasattr(config, "auto_map"):
         del config.auto_map  # code from the hub is not run, and a saved config does not name it
