@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -391,6 +392,19 @@ def test_the_options_of_stock_saving(model, tmp_path, monkeypatch):
     assert not (tmp_path / "other" / "llm2vec_config.json").exists()
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_tilde_is_the_home_folder(model, tmp_path, monkeypatch, kind):
+    """As in a path that a program has read; a folder called ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model.save(kind("~/models/encoder"))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    close(
+        LLM2Vec.from_pretrained(kind("~/models/encoder"), device="cpu").encode(TEXTS),
+        model.encode(TEXTS),
+    )
+
+
 def test_older_loaders_stop_with_a_sentence_and_this_one_does_not(model, tmp_path):
     """Versions before 5 turn the keys of this field into numbers, and never see is_causal."""
     model.save(tmp_path / "saved")
@@ -450,6 +464,14 @@ def test_bos_is_found_where_the_letter_a_yields_nothing(tiny_decoder, tmp_path):
         ("llm2vec_config.json", "skip_instruction", "no", "skip_instruction 'no' is not true or"),
         ("llm2vec_config.json", "pooling_mode", 3, "unknown pooling mode '3'"),
         ("llm2vec_config.json", "template", 5, "unknown template '5'"),
+        ("llm2vec_config.json", "pooling_mode", ["mean"], "unknown pooling mode '.'mean'.'"),
+        ("llm2vec_config.json", "template", {"prefix": None}, "template: prefix None is not a t"),
+        ("llm2vec_config.json", "template", {"suffix": 3}, "template: suffix 3 is not a text"),
+        ("llm2vec_config.json", "template", {"pool_suffix": "y"}, "pool_suffix 'y' is not true or"),
+        ("sentence_bert_config.json", "query_length", "abc", "query_length 'abc' is not a number"),
+        ("sentence_bert_config.json", "query_length", -3, "-3 is .*e/sentence_bert_config.json"),
+        ("sentence_bert_config.json", "document_length", 1.5, "document_length 1.5 is not a n"),
+        ("config_sentence_transformers.json", "default_prompt_name", ["a"], "is not the name of a"),
         ("config_sentence_transformers.json", "prompts", ["a"], "prompts are not texts by name"),
         ("config_sentence_transformers.json", "prompts", {"query": 5}, "prompts are not texts by"),
         ("config_sentence_transformers.json", "similarity_fn_name", "cosin", "mean 'cosine'"),

@@ -230,6 +230,11 @@ def bundled_path() -> Path:
     return Path(str(files("unmasked"))) / BUNDLED
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with ``~/`` at its beginning replaced by the home folder, as shells do it."""
+    return Path(path).expanduser() if str(path).startswith("~/") else Path(path)
+
+
 def locate(name: str | Path, **hub: Any) -> Location:
     """The location of a name; ``nano`` is the bundled decoder, ``./nano`` a folder.
 
@@ -252,6 +257,8 @@ def locate(name: str | Path, **hub: Any) -> Location:
             f"'{shown}' ({len(str(name))} characters) cannot be the name of a model: "
             f"{error.strerror}. Fix: give a folder, a hub name, or {BUNDLED}."
         ) from error
+    if str(name).startswith("~/") and expanded(name).is_dir() and not Path(name).exists():
+        name = expanded(name)
     if str(name) == BUNDLED and not (isinstance(name, Path) and name.is_dir()):
         return Location(str(bundled_path()), hub)
     given = str(name).rstrip("/") or "/"
