@@ -369,3 +369,39 @@ def test_texts_are_cut_at_the_positions_a_model_has(tiny_tokenizer, caplog):
     assert "has 24 positions" in caplog.text
     assert model.max_length == model.settings.max_length == 24
     assert np.isfinite(model.encode("word " * 100)).all()
+
+
+# --- arguments that cannot be used ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_length": "abc"}, "max_length 'abc' is not a number of tokens"),
+        ({"layers": "2"}, "layers '2': .* the first 1 to 2 can be kept"),
+        ({"layers": 1.0}, "layers 1.0: "),
+        ({"device": "foo"}, r"device 'foo' cannot be used: .* Allowed here: cpu"),
+        ({"device": "cuda:99"}, r"device 'cuda:99' cannot be used: .* Allowed here: cpu"),
+        ({"template": {"prefix": None}}, "template: prefix None is not a text"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(tiny_decoder, options, said):
+    with pytest.raises(ModelError, match=said) as caught:
+        LLM2Vec.from_pretrained(tiny_decoder, **options)
+    assert "Fix: " in str(caught.value)
+
+
+def test_a_device_that_is_not_there_is_named_wherever_it_is_given(tiny_decoder):
+    model = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    with pytest.raises(ModelError, match="device 'foo' cannot be used"):
+        model.encode(["a"], device="foo")
+    with pytest.raises(ModelError, match="device 'foo' cannot be used"):
+        LLM2Vec(model.model, model.tokenizer, device="foo")
+
+
+@pytest.mark.parametrize("prompt", [["x"], 3, ("x", "y")])
+@pytest.mark.parametrize("call", ["encode", "encode_query", "encode_document"])
+def test_a_prompt_is_one_string(tiny_decoder, prompt, call):
+    model = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    with pytest.raises(DataError, match=r"prompt is (list|int|tuple).* Allowed: one string.* Fix:"):
+        getattr(model, call)(["a"], prompt=prompt)

@@ -33,12 +33,12 @@ from unmasked.forward.compiling import check_choice
 from unmasked.forward.loop import running
 from unmasked.forward.loop.preparing import OUTPUTS, SENTENCE, Request
 from unmasked.forward.pooling import TextPooling, check_mode, own_pooling
-from unmasked.forward.precision import Precision, pick
+from unmasked.forward.precision import Precision, on_device, pick
 from unmasked.forward.quantization import Quantization
 from unmasked.forward.words import word_vectors
-from unmasked.mask.opening import check_length, learned_positions
+from unmasked.mask.opening import learned_positions
 from unmasked.mask.proof import Proof, prove
-from unmasked.text.inputs import listed, split_pairs
+from unmasked.text.inputs import check_prompt, listed, split_pairs
 from unmasked.text.special_tokens import prepare_tokenizer
 from unmasked.text.tokens import TextTokenizer
 
@@ -83,6 +83,7 @@ class TextEncoder(SentenceTransformer):
         behind: Sequence[nn.Module] = (),
         **stock: Any,
     ) -> None:
+        on_device(device or "cpu")
         adapters.check_nested(model)
         check_mode(settings.pooling_mode)
         settings = folder.within_positions(settings, learned_positions(model))
@@ -139,17 +140,16 @@ class TextEncoder(SentenceTransformer):
                 but prompts are added to its prompts.
 
         Raises:
-            ModelError: the model cannot be loaded or quantized, or the proof failed.
+            ModelError: the model cannot be loaded, quantized or run there, or the proof failed.
         """
         device, compile = device or get_device_name(), check_choice(compile)
+        target = on_device(device)
         if quantize is not None:
-            quantization.check(quantize, torch.device(device))
+            quantization.check(quantize, target)
         found = loading.find(name, peft, base, **hub)
-        asked = given.get("max_length")
-        if asked and asked != folder.Settings.max_length:  # nobody has asked for the default
-            check_length(asked, found.config)
-        precision = pick(dtype, torch.device(device), found.config)
+        precision = pick(dtype, target, found.config)
         tokenizer, settings = cls.read_checkpoint(found, given)
+        loading.check_asked(found, given.get("max_length"))
         model, report = loading.load_transformer(
             found, precision.dtype, attention, enable_bidirectional, allow_partial, allow_pickle
         )
@@ -258,10 +258,11 @@ class TextEncoder(SentenceTransformer):
             (N, D) float32 array; (D,) for a single string; (0, D) for an empty list.
 
         Raises:
-            DataError: an input is neither a string nor a pair, both kinds are mixed, or
-                ``output_value`` is unknown.
+            DataError: an input is neither a string nor a pair, both kinds are mixed, `prompt` is
+                not a string, or ``output_value`` is unknown.
         """
         inputs = kwargs.pop("sentences", inputs)
+        check_prompt(prompt)
         if not isinstance(inputs, str):
             inputs = listed(inputs)
             split_pairs(inputs)  # refuses a faulty input, with its index, before any work is done
@@ -287,7 +288,7 @@ class TextEncoder(SentenceTransformer):
     def _inference(
         self, inputs: list[Any], *, device: str | torch.device | None = None, **options: Any
     ) -> Any:
-        target = torch.empty(0, device=device or self.device).device  # "cuda" becomes "cuda:0"
+        target = on_device(device or self.device)
         if any(weight.device != target for weight in self.parameters()):
             self.to(target)
         options["stock_features"] = len(self) > 2 or not isinstance(self[1], TextPooling)
@@ -315,7 +316,7 @@ class TextEncoder(SentenceTransformer):
         copy, unless they are disabled. Files that another model left in the folder are removed.
 
         Args:
-            path: where to write; None writes nothing.
+            path: where to write (``~/`` is the home folder); None writes nothing.
             model_name: the name of the model in the model card.
             create_model_card: False leaves the README as it is.
             train_datasets: data sets that the model card names.

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
 from unmasked import LLM2Vec
@@ -137,14 +138,15 @@ def test_the_fix_of_a_push_is_about_what_failed(saved, monkeypatch, error, fix):
 def test_what_is_sent(saved, cli, monkeypatch):
     """To a repository that others cannot see, unless they shall: the parts of a model alone."""
     (saved / "optimizer.pt").write_bytes(b"x")
-    asked = []
+    asked, removed = [], []
 
     def create_repo(self, repo_id, *, private, exist_ok):
         asked.append((repo_id, private, exist_ok))
         return RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, delete_patterns, **_):
         asked.append((repo_id, Path(folder_path), sorted(allow_patterns)))
+        removed.append(delete_patterns)
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
@@ -156,6 +158,12 @@ def test_what_is_sent(saved, cli, monkeypatch):
     assert code == 0, err
     assert asked[2:] == [("org/y", False, True), ("org/y", saved, names)]
     assert out.endswith("pushed  https://huggingface.co/org/y\n")
+    earlier = (
+        "adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors",
+        "modules.json", "vocab.json", "onnx/model.onnx", "onnx/model.onnx_data",
+    )  # fmt: skip
+    others = ("README.md", "notes.txt", "vectors.safetensors", "data/config.json")
+    assert list(filter_repo_objects(earlier + others, allow_patterns=removed[0])) == list(earlier)
 
 
 def test_dry_run(saved, cli, tmp_path):

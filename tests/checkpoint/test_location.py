@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint import loading, location
-from unmasked.checkpoint.location import bundled_path, locate
+from unmasked.checkpoint.location import Location, bundled_path, locate
 from unmasked.checkpoint.push import list_files
 from unmasked.errors import ModelError
 
@@ -105,6 +116,108 @@ def test_what_is_in_the_cache_needs_no_hub(asked, monkeypatch):
     monkeypatch.setattr(location, "try_to_load_from_cache", lambda *_, **__: "config.json")
     assert locate("owner/decoder").require().name == "owner/decoder"
     assert asked == []
+
+
+def fails_with(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
+    answer: Any = SimpleNamespace(headers={}, request=None, status_code=status)
+    return kind(f"{status} of the server", response=answer)
+
+
+def unsure(cause: Exception) -> LocalEntryNotFoundError:
+    """What the hub's library makes of most errors: it says nothing about the repository."""
+    error = LocalEntryNotFoundError("an error happened")
+    error.__cause__ = cause
+    return error
+
+
+ABSENT = fails_with(404, RemoteEntryNotFoundError)
+REFUSED = [
+    unsure(fails_with(503)),
+    unsure(fails_with(429)),
+    unsure(ConnectionError("connection reset")),
+    fails_with(401),
+    fails_with(403, GatedRepoError),
+    RuntimeError("a proxy"),
+]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that answers every request for a file with `errors[0]`."""
+    errors = [ABSENT]
+
+    def answer(*_, **__):
+        raise errors[0]
+
+    monkeypatch.setattr(location, "hf_hub_download", answer)
+    monkeypatch.setattr(location, "is_offline_mode", lambda: False)
+    return errors
+
+
+@pytest.mark.parametrize("error", REFUSED, ids=str)
+def test_a_file_that_the_hub_could_not_send_is_not_taken_for_absent(hub, error):
+    """Without its settings, the model would be loaded with other ones, without a word."""
+    place = Location("owner/encoder")
+    assert place.fetch("llm2vec_config.json") is None
+    hub[0] = error
+    with pytest.raises(ModelError, match=r"owner/encoder/llm2vec_config.json cannot be f") as said:
+        place.read_json("llm2vec_config.json")
+    assert str(error.__cause__ or error) in str(said.value)
+    assert "Fix: try again; if access was refused, log in" in str(said.value)
+
+
+def test_a_repository_that_is_not_there_is_named(hub):
+    for kind in (RepositoryNotFoundError, RevisionNotFoundError):
+        hub[0] = fails_with(404, kind)
+        with pytest.raises(ModelError, match=r"cannot load owner/x: .*404 of the server\. Fix: ch"):
+            Location("owner/x").fetch("config.json")
+
+
+@pytest.mark.parametrize("way", ["variable", "option"])
+def test_without_a_network_a_repository_is_what_is_in_the_cache(hub, monkeypatch, way):
+    hub[0] = unsure(OfflineModeIsEnabled("offline"))
+    monkeypatch.setattr(location, "is_offline_mode", lambda: way == "variable")
+    place = Location("owner/encoder", {"local_files_only": True} if way == "option" else {})
+    assert place.fetch("modules.json") is None
+
+
+def test_what_the_cache_knows_to_be_absent_needs_no_hub(hub, tmp_path):
+    """The hub's library notes which files a repository lacks; the hub may be down later."""
+    hub[0] = unsure(fails_with(503))
+    cache = tmp_path / "models--owner--encoder"
+    for name in ("refs/main", f".no_exist/{'a' * 40}/modules.json", f"snapshots/{'a' * 40}/x"):
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_text("a" * 40)
+    place = Location("owner/encoder", {"cache_dir": str(tmp_path)})
+    assert place.fetch("modules.json") is None
+    with pytest.raises(ModelError, match="cannot be fetched"):
+        place.fetch("llm2vec_config.json")
+
+
+def test_a_base_out_of_reach_is_asked_for_once(asked, tmp_path, tiny_decoder):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    stated = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(stated))
+    with pytest.raises(ModelError, match=r"belongs to the base owner/base, which.*known\. Fix:"):
+        loading.find(adapter)
+    assert len(asked) == 1
+
+
+def test_local_files_only_asks_no_hub(asked):
+    with pytest.raises(ModelError, match="cannot load owner/decoder"):
+        loading.find("owner/decoder", local_files_only=True)
+    assert asked == []
+
+
+def test_a_name_that_is_too_long_is_refused():
+    with pytest.raises(ModelError, match=r"300 characters\) cannot be the name.*long\. Fix: give"):
+        LLM2Vec.from_pretrained("a" * 300)
+
+
+def test_a_name_that_no_repository_can_have_is_refused():
+    with pytest.raises(ModelError, match=r"cannot load owner/a--b: .*'owner/a--b'\. Fix: check"):
+        LLM2Vec.from_pretrained("owner/a--b")
 
 
 @pytest.mark.parametrize("name", ["", " "])

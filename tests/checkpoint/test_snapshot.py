@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,12 +266,71 @@ def test_what_another_model_left_is_removed_and_all_else_stays(model, tmp_path, 
     for name in (*LEFT, *kept):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
+    code = {"AutoModel": "modeling_x.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": code}))
     for other in reloaded(model, folder):
         close(other.encode(TEXTS), model.encode(TEXTS))
     assert [name for name in LEFT if (folder / name).exists()] == []
     assert [name for name in kept if not (folder / name).exists()] == []
     assert "removed files of another model" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+OF_THE_USER = (
+    "01_Raw/a.txt", "2024_Reports/x.csv", "original/a.txt", "onnx/notes.txt", "openvino/a.bin",
+    "attached/letter.pdf", "tokenizer_notes.md", "tokenizers/mine.json", "topics.model",
+    "vectors.safetensors", "modeling_mine.py", "3_Dense/letter.pdf", "chat_template_ideas.md",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("holds_model", [False, True])
+def test_files_of_the_user_stay_whatever_they_are_called(model, tmp_path, caplog, holds_model):
+    folder = tmp_path / "project"
+    also = ("vocab.txt", "model.onnx", "2_Dense/model.safetensors")  # of a model only beside one
+    for name in (*OF_THE_USER, *also):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "model.onnx").write_text("mine")
+    rows = [{"path": "../elsewhere"}, {"path": str(tmp_path / "elsewhere")}, {"path": 3}, "x"]
+    if holds_model:
+        (folder / "modules.json").write_text(json.dumps(rows))
+    model.save(folder)
+    assert [name for name in OF_THE_USER if not (folder / name).is_file()] == []
+    assert (tmp_path / "elsewhere" / "model.onnx").is_file()
+    assert [(folder / name).exists() for name in also] == 3 * [not holds_model]
+    assert (folder / "2_Dense").exists() is not holds_model, "a folder that became empty"
+    assert ("removed files" in caplog.text) is holds_model
+
+
+def test_a_module_is_removed_by_the_folder_that_the_old_model_names(model, tmp_path):
+    folder = tmp_path / "saved"
+    for name in ("head/config.json", "head/model.safetensors", "head/letter.pdf"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "modules.json").write_text(json.dumps([{"path": "head", "type": "x.Head"}]))
+    model.save(folder)
+    assert [file.name for file in (folder / "head").iterdir()] == ["letter.pdf"]
+
+
+def test_an_interrupted_save_leaves_the_old_weights(model, tmp_path, monkeypatch):
+    """They were removed before the new ones were on the disk: neither model was left."""
+    folder = tmp_path / "saved"
+    model.save(folder)
+    wanted = model.encode(TEXTS)
+    (folder / "model.safetensors").unlink()
+    model.model.save_pretrained(folder, max_shard_size="40kB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.fsync", interrupted)
+        model.save(folder)
+    close(LLM2Vec.from_pretrained(folder, device="cpu").encode(TEXTS), wanted)
+    model.save(folder)
+    assert [file.name for file in folder.glob("model*")] == ["model.safetensors"]
 
 
 def test_settings_that_are_left_out_do_not_stay_from_before(model, tmp_path):
@@ -332,6 +392,19 @@ def test_the_options_of_stock_saving(model, tmp_path, monkeypatch):
     assert not (tmp_path / "other" / "llm2vec_config.json").exists()
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_tilde_is_the_home_folder(model, tmp_path, monkeypatch, kind):
+    """As in a path that a program has read; a folder called ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model.save(kind("~/models/encoder"))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    close(
+        LLM2Vec.from_pretrained(kind("~/models/encoder"), device="cpu").encode(TEXTS),
+        model.encode(TEXTS),
+    )
+
+
 def test_older_loaders_stop_with_a_sentence_and_this_one_does_not(model, tmp_path):
     """Versions before 5 turn the keys of this field into numbers, and never see is_causal."""
     model.save(tmp_path / "saved")
@@ -391,6 +464,14 @@ def test_bos_is_found_where_the_letter_a_yields_nothing(tiny_decoder, tmp_path):
         ("llm2vec_config.json", "skip_instruction", "no", "skip_instruction 'no' is not true or"),
         ("llm2vec_config.json", "pooling_mode", 3, "unknown pooling mode '3'"),
         ("llm2vec_config.json", "template", 5, "unknown template '5'"),
+        ("llm2vec_config.json", "pooling_mode", ["mean"], "unknown pooling mode '.'mean'.'"),
+        ("llm2vec_config.json", "template", {"prefix": None}, "template: prefix None is not a t"),
+        ("llm2vec_config.json", "template", {"suffix": 3}, "template: suffix 3 is not a text"),
+        ("llm2vec_config.json", "template", {"pool_suffix": "y"}, "pool_suffix 'y' is not true or"),
+        ("sentence_bert_config.json", "query_length", "abc", "query_length 'abc' is not a number"),
+        ("sentence_bert_config.json", "query_length", -3, "-3 is .*e/sentence_bert_config.json"),
+        ("sentence_bert_config.json", "document_length", 1.5, "document_length 1.5 is not a n"),
+        ("config_sentence_transformers.json", "default_prompt_name", ["a"], "is not the name of a"),
         ("config_sentence_transformers.json", "prompts", ["a"], "prompts are not texts by name"),
         ("config_sentence_transformers.json", "prompts", {"query": 5}, "prompts are not texts by"),
         ("config_sentence_transformers.json", "similarity_fn_name", "cosin", "mean 'cosine'"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
 from transformers import AutoModelForCausalLM
@@ -111,3 +113,47 @@ def test_a_script_shows_no_bars_and_its_own_settings_stay(tiny_decoder, tmp_path
     LLM2Vec.from_pretrained(tiny_decoder, device="cpu").save(tmp_path / "saved")
     assert capfd.readouterr().err == ""
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+# --- configs of which no model can be built -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_size", "32", "'hidden_size' expected int, got str .value: '32'"),
+        ("num_hidden_layers", None, "'num_hidden_layers' expected int, got NoneType"),
+        ("num_attention_heads", 7, "32. is not a multiple of the number of attention heads .7"),
+        ("hidden_act", "foo", "unknown hidden_act 'foo'.* Allowed: gelu, "),
+        ("hidden_act", "sliu", "unknown hidden_act 'sliu', did you mean 'silu'"),
+        ("rope_scaling", {"type": "foo"}, "unknown rope_scaling.type 'foo'.* Allowed: .*yarn"),
+        ("vocab_size", -1, "vocab_size -1 is not a whole number of 1 or more"),
+        ("intermediate_size", -64, "intermediate_size -64 is not a whole number"),
+    ],
+)
+def test_a_value_of_the_config_that_is_wrong_is_named(tiny_decoder, tmp_path, key, value, said):
+    folder = tmp_path / "edited"
+    shutil.copytree(tiny_decoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ModelError, match=rf"edited/config.json: transformers .*{said}") as caught:
+        LLM2Vec.from_pretrained(folder, device="cpu")
+    assert "Fix: correct the value, or use the config.json" in str(caught.value)
+
+
+def test_a_full_memory_is_no_fault_of_the_config(tiny_decoder, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+
+
+def test_a_tokenizer_with_values_of_another_kind_is_one_sentence(tiny_decoder, tmp_path):
+    folder = tmp_path / "edited"
+    shutil.copytree(tiny_decoder, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": 3}))
+    with pytest.raises(ModelError, match=r"no tokenizer that can be read .*Fix: save the tok"):
+        LLM2Vec.from_pretrained(folder, device="cpu")

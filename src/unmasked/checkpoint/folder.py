@@ -13,7 +13,7 @@ writes, some servers silently pool the wrong token, so the files here follow the
     README.md                            model card
 
 A folder is written next to the old one and then moved into place, so an interrupted save leaves the
-old one whole. Files of another model that a loader would read are removed (`leftovers`).
+old one whole. Files of another model that a loader would read are removed last (`leftovers`).
 Cost: the weights are written once; the tokenizer is loaded twice to see how `AutoTokenizer` loads
 it.
 """
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -38,8 +37,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unmasked.checkpoint.adapters import write_attached
 from unmasked.checkpoint.card import Card, render
-from unmasked.checkpoint.leftovers import remove_leftovers
-from unmasked.checkpoint.weights import without_bars
+from unmasked.checkpoint.leftovers import find_leftovers, remove_leftovers
+from unmasked.checkpoint.weights import share_weights, without_bars
 from unmasked.errors import ModelError
 from unmasked.files.writing import folder_aside
 from unmasked.mask.opening import NATIVE_KEY
@@ -133,7 +132,7 @@ def write_folder(
         with without_bars():
             model.save_pretrained(folder)  # type: ignore[operator]
         write_attached(folder, attached)
-        _share_weights(folder)
+        share_weights(folder)
         native = hasattr(model.config, NATIVE_KEY)
         _complete_config(folder / "config.json", native, needs_eager, closed)
         # Stock loaders have one limit for the whole input: take the shorter of the two.
@@ -169,7 +168,8 @@ def write_folder(
                 own_limits,
             )
             (folder / "README.md").write_text(text, encoding="utf-8")
-        remove_leftovers(Path(path), folder)
+        leftovers = find_leftovers(Path(path), folder)
+    remove_leftovers(Path(path), leftovers)  # now that the new files are in place
 
 
 def read_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
@@ -328,7 +328,7 @@ def _write_module(folder: Path, number: int, module: nn.Module) -> dict[str, Any
         )
     (folder / path).mkdir()
     module.save(str(folder / path), safe_serialization=True)  # type: ignore[operator]
-    _share_weights(folder / path)
+    share_weights(folder / path)
     loaded = kind.load(str(folder / path))  # type: ignore[attr-defined]
     before, after = module.state_dict(), loaded.state_dict()
     same_weights = before.keys() == after.keys() and all(
@@ -341,10 +341,3 @@ def _write_module(folder: Path, number: int, module: nn.Module) -> dict[str, Any
             "Fix: an activation function of torch.nn with its default arguments."
         )
     return {"idx": number, "name": str(number), "path": path, "type": reference}
-
-
-def _share_weights(folder: Path) -> None:
-    """Give the weights the file mode of the other files; safetensors makes them private."""
-    for weights in folder.glob("*.safetensors"):
-        other = next(file for file in folder.iterdir() if file.suffix == ".json")
-        shutil.copymode(other, weights)

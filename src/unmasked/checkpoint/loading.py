@@ -32,16 +32,19 @@ from unmasked.checkpoint.folder import (
     MODULES_NAME,
     PROMPTS_NAME,
     SETTINGS_NAME,
+    Settings,
+    check_count,
 )
 from unmasked.checkpoint.location import Location, locate, locate_adapter
 from unmasked.checkpoint.weights import (
+    faulty_config,
     load_model,
     require_finite,
     require_whole,
     with_first_layers,
 )
 from unmasked.errors import ModelError, NotBidirectionalError, first_line, nearest
-from unmasked.mask.opening import open_config
+from unmasked.mask.opening import check_length, open_config
 from unmasked.mask.proof import Proof, open_mask, require
 
 
@@ -76,8 +79,15 @@ class Found:
 
     @property
     def lengths(self) -> tuple[int | None, int | None]:
-        """Length limits for queries and for documents; None where the encoder has no own limit."""
+        """Length limits for queries and for documents; None where the encoder has no own limit.
+
+        Raises:
+            ModelError: a saved limit is not a number of tokens.
+        """
         saved = self.encoder.read_json(LENGTHS_NAME)
+        for name in LENGTHS:
+            if saved.get(name) is not None:
+                check_count(name, saved[name], "tokens", f"{self.encoder.name}/{LENGTHS_NAME}")
         query, document = (saved.get(name) for name in LENGTHS)
         return query, document
 
@@ -110,7 +120,7 @@ def find(
     """
     given = locate(name, **hub).require()
     listed = peft if isinstance(peft, list) else [] if peft is None else [peft]
-    added = [locate_adapter(item, **hub) for item in listed]
+    added = [locate_adapter(item, **hub).require() for item in listed]
     trunk, chain = _resolve_chain(given, base)
     config = _load_config(trunk, given if chain else None)
     if layers is not None:
@@ -122,6 +132,18 @@ def find(
     encoder = given if given.fetch(MODULES_NAME) else trunk
     options = given.read_json(PROMPTS_NAME) or trunk.read_json(PROMPTS_NAME)
     return Found(given, trunk, chain, added, config, tokenizer, settings, options, encoder, layers)
+
+
+def check_asked(found: Found, length: int | None) -> None:
+    """Refuse a `max_length` that was given, beyond the positions of the model.
+
+    Nobody has asked for the default, which is cut to the positions (`folder.within_positions`).
+
+    Raises:
+        ModelError: the length is too large.
+    """
+    if length is not None and length != Settings.max_length:
+        check_length(length, found.config)
 
 
 def load_transformer(
@@ -240,13 +262,27 @@ def _resolve_chain(given: Location, base: str | Path | None) -> tuple[Location, 
         hub = {key: value for key, value in given.hub.items() if key != "revision"}
         if config.revision and not base:
             hub["revision"] = config.revision
-        trunk = locate(below, **hub)
+        trunk = locate(below if isinstance(below, Path) else str(below), **hub)
+        try:
+            trunk.require()
+        except ModelError as error:
+            raise _without_base(given, trunk, error) from error
         if any(trunk.name == passed.name for passed in chain):
             raise ModelError(
                 f"{chain[-1].name} names itself as its base. "
                 "Fix: base=MODEL, the decoder it was trained on."
             )
     return trunk, chain
+
+
+def _without_base(adapter: Location, base: Location, error: Exception) -> ModelError:
+    """The error for an adapter whose base cannot be reached because of `error`."""
+    reason = first_line(error).partition(" Fix: ")[0]
+    return ModelError(
+        f"the adapter {adapter.name} belongs to the base {base.name}, which cannot be reached: "
+        f"{reason} Fix: download {base.name} and name its folder: "
+        f"LLM2Vec.from_pretrained({adapter.name!r}, base='path/to/it')."
+    )
 
 
 def _load_config(location: Location, adapter: Location | None = None) -> PretrainedConfig:
@@ -260,14 +296,14 @@ def _load_config(location: Location, adapter: Location | None = None) -> Pretrai
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, trust_remote_code=False, **location.hub
         )
-    except (OSError, ValueError, KeyError) as error:
-        if adapter is not None:
-            raise ModelError(
-                f"the adapter {adapter.name} belongs to the base {name}, which cannot be reached: "
-                f"{first_line(error)} Fix: download {name} and name its folder: "
-                f"LLM2Vec.from_pretrained({adapter.name!r}, base='path/to/it')."
-            ) from error
-        raise _unknown_family(location) or location.unreadable(error) from error
+    except Exception as error:  # each family checks its config in its own way
+        if unknown_family := _unknown_family(location):
+            raise unknown_family from error
+        if not isinstance(error, OSError | ValueError):
+            raise faulty_config(location, error) from error
+        if adapter is not None and not Path(name).is_dir():
+            raise _without_base(adapter, location, error) from error
+        raise location.unreadable(error) from error
     if hasattr(config, "auto_map"):
         del config.auto_map  # code from the hub is not run, and a saved config does not name it
     return config
@@ -296,7 +332,7 @@ def _load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, trust_remote_code=False, **location.hub
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each class of tokenizers has errors of its own
         if Path(name).is_dir() and (Path(name) / "config.json").is_file():
             raise ModelError(
                 f"{name} has a model but no tokenizer that can be read (tokenizer.json). "

@@ -17,9 +17,18 @@ from huggingface_hub import (
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
+    is_offline_mode,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from unmasked.errors import ModelError, first_line, nearest
 
@@ -47,7 +56,15 @@ class Location:
     hub: dict[str, Any] = field(default_factory=dict)
 
     def fetch(self, filename: str) -> str | None:
-        """Path of one file; None if the folder or repository does not have it."""
+        """Path of one file; None if the folder or repository does not have it.
+
+        Without a network (``local_files_only``, ``HF_HUB_OFFLINE=1``), a repository is what is in
+        the hub's cache. A file that the hub could not send may exist, and without it this would be
+        another model, so that is an error.
+
+        Raises:
+            ModelError: the hub did not say whether there is such a file.
+        """
         if Path(self.name).is_dir():
             path = Path(self.name) / filename
             return str(path) if path.is_file() else None
@@ -55,8 +72,32 @@ class Location:
             return None
         try:
             return str(hf_hub_download(self.name, filename, **self.hub))
-        except (EntryNotFoundError, OSError):
-            return None
+        except Exception as error:  # each network layer has errors of its own
+            if self._is_absent(filename, error):
+                return None
+            if _names_nothing(error):
+                raise self.unreadable(error) from error
+            raise ModelError(
+                f"{self.name}/{filename} cannot be fetched: {_answer(error)}. Whether there is "
+                "such a file is not known, and without it this may be another model. Fix: try "
+                "again; if access was refused, log in with 'hf auth login' or set HF_TOKEN; with "
+                "HF_HUB_OFFLINE=1, only what is in the hub's cache is loaded."
+            ) from error
+
+    def _is_absent(self, filename: str, error: Exception) -> bool:
+        """Whether `error`, from fetching a file, means that the repository does not have it."""
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return True  # the hub has said so
+        if isinstance(error, HFValidationError):
+            return True  # no repository has such a name
+        if self.hub.get("local_files_only") or is_offline_mode():
+            return isinstance(error, LocalEntryNotFoundError)
+        # The cache also keeps which files a repository lacks: neither None nor a path.
+        return not isinstance(self._in_cache(filename), str | None)
+
+    def _in_cache(self, filename: str) -> Any:
+        known = {key: self.hub[key] for key in ("cache_dir", "revision") if self.hub.get(key)}
+        return try_to_load_from_cache(self.name, filename, **known)
 
     def read_json(self, filename: str) -> dict[str, Any]:
         """The JSON object in one file; empty if the file does not exist.
@@ -98,6 +139,8 @@ class Location:
     def require(self) -> Location:
         """Return this location if it exists, is in the hub's cache, or the hub can be reached.
 
+        With ``local_files_only`` the hub is not asked; what is not there is reported later.
+
         The hub's own library retries an unreachable hub for half a minute per file; this method
         tries once.
 
@@ -116,11 +159,10 @@ class Location:
             if pasted or self.name.startswith("~/"):
                 fix = f"give {pasted[1] if pasted else Path(self.name).expanduser()}"
             raise ModelError(f"{self.name}: no such folder{self.hint()} Fix: {fix}.")
-        cached = {key: self.hub[key] for key in ("cache_dir", "revision") if self.hub.get(key)}
-        if any(try_to_load_from_cache(self.name, part, **cached) for part in PARTS_OF_A_MODEL):
-            return self
-        url = hf_hub_url(self.name, PARTS_OF_A_MODEL[0], revision=self.hub.get("revision"))
         try:
+            if any(map(self._in_cache, PARTS_OF_A_MODEL)) or self.hub.get("local_files_only"):
+                return self
+            url = hf_hub_url(self.name, PARTS_OF_A_MODEL[0], revision=self.hub.get("revision"))
             get_hf_file_metadata(url, token=self.hub.get("token"))
         except HfHubHTTPError:
             pass  # the hub can be reached; a missing file is reported when it is fetched
@@ -130,15 +172,17 @@ class Location:
 
     def unreadable(self, error: Exception) -> ModelError:
         """The error to raise if this location cannot be loaded because of `error`."""
-        first = first_line(error)
         if Path(self.name).exists():
+            first = first_line(error)
             fix = "save or download it again"
             if isinstance(error, ImportError):
                 fix = "install what is missing, or leave out the option that needs it"
             return ModelError(f"cannot load {self.name}: {first} Fix: {fix}.")
+        private = " (and log in with 'hf auth login', if it is private)"
+        login = private if isinstance(error, RepositoryNotFoundError) else ""
         return ModelError(
             f"cannot load {self.name}: it is not a folder here{self.hint()} The hub answered: "
-            f"{first.rstrip('.')}. Fix: check the name and the network, or download the model "
+            f"{_answer(error)}. Fix: check the name and the network{login}, or download the model "
             "where there is one and name its folder (in a recipe, model.base=FOLDER); "
             f"'{BUNDLED}' is the model that comes with the package."
         )
@@ -150,6 +194,22 @@ class Location:
         models = [_shown(path) for path in siblings if path.is_dir() and _model_in(path)]
         hint = nearest(str(given), [BUNDLED])  # first: a typing error in the most used name
         return hint if hint != "." else nearest(_shown(given), models)
+
+
+def _names_nothing(error: Exception) -> bool:
+    """Whether the hub has answered that it has no such repository or revision."""
+    missing = isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
+    return missing and not isinstance(error, GatedRepoError)
+
+
+def _answer(error: BaseException) -> str:
+    """What the hub or the network answered, without a full stop at its end."""
+    while isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__  # the error of the request, of which this one only says that it was
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # The line with the id of a request has only the status; the next one says what was refused.
+    said = [line for line in lines if "Request ID:" not in line] or lines or [type(error).__name__]
+    return said[0].rstrip(".")
 
 
 def _shown(path: Path) -> str:
@@ -170,6 +230,11 @@ def bundled_path() -> Path:
     return Path(str(files("unmasked"))) / BUNDLED
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with ``~/`` at its beginning replaced by the home folder, as shells do it."""
+    return Path(path).expanduser() if str(path).startswith("~/") else Path(path)
+
+
 def locate(name: str | Path, **hub: Any) -> Location:
     """The location of a name; ``nano`` is the bundled decoder, ``./nano`` a folder.
 
@@ -177,13 +242,23 @@ def locate(name: str | Path, **hub: Any) -> Location:
     The name of a run folder stands for the encoder in it.
 
     Raises:
-        ModelError: the name is empty.
+        ModelError: the name is empty, or the system allows no such path.
     """
     if not str(name).strip():
         raise ModelError(
             f"the name of a model is {str(name)!r} (perhaps from a variable that is not set). "
             f"Fix: give a folder, a hub name, or {BUNDLED}."
         )
+    try:
+        Path(name).exists()
+    except OSError as error:  # such as a name that is too long for the system
+        shown = f"{str(name)[:60]}..." if len(str(name)) > 60 else str(name)
+        raise ModelError(
+            f"'{shown}' ({len(str(name))} characters) cannot be the name of a model: "
+            f"{error.strerror}. Fix: give a folder, a hub name, or {BUNDLED}."
+        ) from error
+    if str(name).startswith("~/") and expanded(name).is_dir() and not Path(name).exists():
+        name = expanded(name)
     if str(name) == BUNDLED and not (isinstance(name, Path) and name.is_dir()):
         return Location(str(bundled_path()), hub)
     given = str(name).rstrip("/") or "/"

@@ -1,13 +1,15 @@
 """Uploads a saved model folder to the Hugging Face hub: private unless told otherwise.
 
 Only files that are part of a model are uploaded, never training checkpoints or anything else in the
-folder. Cost: the upload.
+folder. The same commit removes what loaders would read of an earlier model in the repository, such
+as its `adapter_config.json`; it stays in the history of the repository. Cost: the upload.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from unmasked.checkpoint.leftovers import READ_BY_LOADERS
 from unmasked.checkpoint.location import Location, locate
 from unmasked.errors import ModelError, OutputError, first_line
 
@@ -55,6 +57,8 @@ def list_files(folder: Path) -> list[tuple[str, int]]:
 def push(folder: Path, repository: str, private: bool = True, message: str = "Add model") -> str:
     """Upload a model folder; the repository is created if it does not exist.
 
+    Files of an earlier model that a loader would read besides the new ones are removed from it.
+
     Args:
         folder: as `TextEncoder.save` writes it.
         repository: ``NAME`` or ``ORGANISATION/NAME``.
@@ -78,7 +82,11 @@ def push(folder: Path, repository: str, private: bool = True, message: str = "Ad
     try:
         made = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(
-            repo_id=made.repo_id, folder_path=folder, allow_patterns=names, commit_message=message
+            repo_id=made.repo_id,
+            folder_path=folder,
+            allow_patterns=names,
+            delete_patterns=list(READ_BY_LOADERS),  # but not what is uploaded
+            commit_message=message,
         )
     except Exception as error:  # every layer below (http, auth, xet) has errors of its own
         answered = isinstance(error, HfHubHTTPError | LocalTokenNotFoundError)

@@ -25,7 +25,7 @@ from torch import nn
 
 from unmasked.checkpoint import adapters, folder
 from unmasked.checkpoint.card import Card
-from unmasked.checkpoint.location import Location
+from unmasked.checkpoint.location import Location, expanded
 from unmasked.checkpoint.weights import require_finite
 from unmasked.errors import ModelError, OutputError, first_line, unknown
 from unmasked.mask.proof import stock_loading
@@ -51,7 +51,7 @@ def save_encoder(
 
     Args:
         encoder: a `TextEncoder`.
-        path: folder to write; None writes nothing.
+        path: folder to write, where ``~/`` is the home folder; None writes nothing.
         card: content of the README.
         with_card: False writes no README.
         with_settings: False leaves `llm2vec_config.json` out.
@@ -79,7 +79,7 @@ def save_encoder(
     stock = stock_loading(model)
     _log_differences(settings, tokens.template, exact, stock)
     folder.write_folder(
-        path,
+        expanded(path),
         model,
         tokenizer,
         settings,
@@ -243,6 +243,11 @@ def _check_options(saved: Mapping[str, Any]) -> None:
     allowed = SentenceTransformer.SUPPORTED_SIMILARITY_FN_NAMES
     if (name := saved.get("similarity_fn_name")) is not None and name not in allowed:
         raise ModelError(unknown(f"similarity_fn_name in {file}", str(name), allowed))
+    if not isinstance(name := saved.get("default_prompt_name"), str | None):
+        raise ModelError(
+            f"{file}: default_prompt_name {name!r} is not the name of a prompt. "
+            f"Fix: one of {', '.join(prompts) or 'no prompts'}, or null."
+        )
     if (width := saved.get("truncate_dim")) is not None:
         folder.check_count("truncate_dim", width, "dimensions", file)
 

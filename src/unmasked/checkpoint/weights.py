@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoModel, PretrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as notes
 
 from unmasked.checkpoint.location import Location
-from unmasked.errors import ModelError, first_line
+from unmasked.errors import ModelError, first_line, unknown
+from unmasked.text.inputs import is_count
 
 _NEVER_RUN = "pooler."
 """Prefix of weights that base encoders use after the last states; we never run them."""
@@ -65,7 +71,8 @@ def load_model(
         use_safetensors: None also allows pickles.
 
     Raises:
-        ModelError: no weights, a truncated file, or shapes that differ from the config.
+        ModelError: no weights, a truncated file, shapes that differ from the config, or a config
+            of which no model can be built.
     """
     extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     # The auto classes also look for an adapter, and ask the hub for it without these options.
@@ -105,6 +112,10 @@ def load_model(
                 f"(tensors only). ({first_line(error)})"
             ) from error
         raise source.unreadable(error) from error
+    except Exception as error:  # each family builds its layers from the config in its own way
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in str(error):
+            raise
+        raise faulty_config(source, error) from error
     if mismatched := sorted(info["mismatched_keys"]):
         name, saved, built = mismatched[0]
         raise ModelError(
@@ -113,6 +124,41 @@ def load_model(
             "use the config.json that was saved with these weights."
         )
     return model, sorted(info["missing_keys"])
+
+
+def faulty_config(source: Location, error: Exception) -> ModelError:
+    """The error for a config.json with which transformers cannot build a model.
+
+    transformers names the value in some of its errors; in others it is looked up in the file.
+    """
+    given = list(_values(source.read_json("config.json")))
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        named = [(key, value) for key, value in given if error.args and value == error.args[0]]
+        said = f"{type(error).__name__} {said}"
+        for key, value in named[:1]:
+            known = ROPE_INIT_FUNCTIONS if "rope" in key else ACT2FN if "act" in key else {}
+            said = unknown(key, str(value), known) if known else f"{key} {value!r} is not known"
+            said = said.partition(" Fix: ")[0]
+    elif "negative dimension" in said:
+        named = [(k, v) for k, v in given if isinstance(v, int) and v < 0 and f"{v}" in said]
+        if named:
+            wrong = ", ".join(f"{key} {value}" for key, value in named)
+            said = f"{wrong} is not a whole number of 1 or more"
+    return ModelError(
+        f"{source.name}/config.json: transformers {transformers.__version__} cannot build a model "
+        f"with it: {said.rstrip('.')}. Fix: correct the value, or use the config.json that was "
+        "saved with these weights."
+    )
+
+
+def _values(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a config with its name, such as ``rope_scaling.type``."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{above}{name}.")
+        else:
+            yield above + name, value
 
 
 def with_first_layers(name: str, config: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -128,9 +174,9 @@ def with_first_layers(name: str, config: PretrainedConfig, layers: int) -> Pretr
     """
     full: Any = config.get_text_config()
     depth = int(getattr(full, "num_hidden_layers", 0) or 0)
-    if not 1 <= layers <= depth:
+    if not is_count(layers) or layers > depth:
         raise ModelError(
-            f"layers {layers}: {name} has {depth} layers, of which the first 1 to {depth} can be "
+            f"layers {layers!r}: {name} has {depth} layers, of which the first 1 to {depth} can be "
             f"kept. Fix: layers={max(1, depth // 2)}, or another number from 1 to {depth}."
         )
     cut = copy.deepcopy(config)
@@ -183,3 +229,10 @@ def require_finite(state: Mapping[str, torch.Tensor], source: str) -> None:
             f"{source}: {len(broken)} weights hold NaN or infinity ({', '.join(broken[:3])}), as "
             "after a diverged training. Fix: use an earlier checkpoint, or download it again."
         )
+
+
+def share_weights(folder: Path) -> None:
+    """Give the weights the file mode of the other files; safetensors makes them private."""
+    for weights in folder.glob("*.safetensors"):
+        other = next(file for file in folder.iterdir() if file.suffix == ".json")
+        shutil.copymode(other, weights)

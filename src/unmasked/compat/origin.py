@@ -55,10 +55,10 @@ def training_data(model: str | Path, revision: str | None = None) -> list[str]:
 def _made_from(place: Location) -> Location | None:
     """The model that a model says it was made from; None if it names none."""
     try:
-        place.require()
+        is_adapter = adapters.is_adapter(place.require())
     except ModelError:
         return None  # out of reach: requesting each of its files would take half a minute
-    if adapters.is_adapter(place):
+    if is_adapter:
         config = adapters.read_adapter_config(place)
         base = config.base_model_name_or_path
         return _place(base, config.revision) if base else None

@@ -34,7 +34,7 @@ CAUSAL_BASELINES = ("mean", "weighted_mean", "last_token")
 
 def check_mode(mode: str) -> str:
     """The mode itself, or a `ModelError` that names the allowed ones."""
-    if mode not in STOCK_MODES:
+    if not isinstance(mode, str) or mode not in STOCK_MODES:
         raise ModelError(unknown("pooling mode", str(mode), STOCK_MODES))
     return mode
 

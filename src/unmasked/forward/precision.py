@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from unmasked.errors import ModelError, unknown
+from unmasked.errors import ModelError, first_line, unknown
 
 NAMES = ("auto", "checkpoint", "float32", "bfloat16", "float16")
 NARROW = 512
@@ -46,6 +46,25 @@ def has_amx() -> bool:
 def _first_of(*instructions: str) -> str | None:
     found = torch.cpu.get_capabilities()
     return next((name for name in instructions if found.get(name)), None)
+
+
+def on_device(name: str | torch.device) -> torch.device:
+    """The device with that name, with its number: ``cuda`` is ``cuda:0``.
+
+    Raises:
+        ModelError: there is no such device, or this torch cannot use it.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        number = torch.cuda.device_count()
+        allowed = ["cpu", *(f"cuda:{index}" for index in range(number))]
+        allowed += ["mps"] if torch.backends.mps.is_available() else []
+        raise ModelError(
+            f"device {str(name)!r} cannot be used: {first_line(error).rstrip('.')}. Allowed here: "
+            f"{', '.join(allowed)}. Fix: device='{allowed[1 if number else 0]}', or leave it out "
+            "for the best one."
+        ) from error
 
 
 def pick(name: str, device: torch.device, config: Any = None) -> Precision:

@@ -87,6 +87,20 @@ def split_pairs(
     return texts, prompts
 
 
+def check_prompt(prompt: Any) -> None:
+    """Refuse a prompt that is not one string.
+
+    Raises:
+        DataError: it is something else, such as a list with a prompt for each text.
+    """
+    if not isinstance(prompt, str | None):
+        raise DataError(
+            f"prompt is {_describe(prompt)}. Allowed: one string, which is put before every input. "
+            "Fix: prompt='Find the answer:', or for a prompt of its own for each text, "
+            "encode([[instruction, text], ...])."
+        )
+
+
 def _check_surrogates(index: int, text: str) -> None:
     try:
         text.encode()

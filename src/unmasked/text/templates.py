@@ -30,12 +30,25 @@ class Template:
             to the text in every tokenizer; a space, which the published models use, merges with the
             first word of the text.
         pool_suffix: whether the suffix is pooled with the text.
+
+    Raises:
+        ModelError: a value of another kind.
     """
 
     prefix: str = ""
     suffix: str = ""
     joint: str = "\n"
     pool_suffix: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind = bool if name == "pool_suffix" else str
+            if not isinstance(value, kind):
+                allowed = "true or false" if kind is bool else 'a text, such as ""'
+                raise ModelError(
+                    f"template: {name} {value!r} is not {allowed}. "
+                    "Fix: one of these, in llm2vec_config.json or as the argument."
+                )
 
     def join(self, instruction: str) -> str:
         """The prompt for an instruction: with the joint, unless it ends in white space."""
