@@ -43,6 +43,27 @@ def test_a_limit_of_one_names_exact_copies_only():
     assert copies.find(LONG + ".") is None and copies.find(LONG) is not None
 
 
+def test_a_text_that_is_added_is_found_beside_others_that_are_like_it():
+    words = [f"word{i}" for i in range(24)]
+    first, second, third = (" ".join(words[at : at + 20]) for at in (0, 2, 4))
+    for labels in ({"second": second}, {"first": first, "second": second}):
+        copies = Copies(0.8)
+        for label, text in labels.items():
+            copies.add(text, label)
+        assert copies.find(second) == ("second", 1.0)
+        near = copies.find(third)
+        assert near is not None and near.of == "second"
+    copies.add(f" {first.upper()}", "again")
+    assert copies.find(first) == ("first", 1.0)
+
+
+def test_a_test_text_that_is_like_another_is_no_less_removed(tmp_path):
+    (tmp_path / "a.txt").write_text(f"{LONG}!\nAnother text\n")
+    found = check_data([Pairs(path=str(tmp_path / "a.txt"))], {"t": [LONG, LONG + "!"]})
+    assert found.reasons == {"a text of t": 1}
+    assert "text 2 of t (100% alike)" in found.examples["a text of t"][0]
+
+
 def test_texts_lose_their_copies_and_those_of_tests(tmp_path):
     texts = [
         "one text that stays here",

@@ -110,7 +110,7 @@ def check_data(
     known = Copies(similarity)
     for name, texts in tests.items():
         for number, text in enumerate(texts, start=1):
-            known.find(text, add_as=f"text {number:,}{OF}{name}")
+            known.add(text, f"text {number:,}{OF}{name}")
     seen, found, sample = Copies(similarity), Findings(), _Sample()
     with ExitStack() as stack:
         keep, drop = _writers(stack, write)
