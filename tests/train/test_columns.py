@@ -129,6 +129,16 @@ def test_tables_with_tabs_are_read_with_and_without_a_header(rows, header):
         rows("a text\tb\tc\nd\te\n", "a.tsv")
 
 
+def test_a_line_without_a_header_looks_like_texts_and_is_told(rows):
+    unknown = "title\tbody\turl\nCats\tCats are animals\thttp://a\nDogs\tDogs bark\thttp://b\n"
+    with pytest.raises(DataError, match="line 1: no columns 'query' and 'positive' among title"):
+        rows(unknown, "a.tsv")
+    _, told = rows("what is it\tthis\nand this\tthat\n", "a.tsv")
+    assert told.endswith("; no header: columns by their place")
+    _, told = rows("query\tpositive\nwhat is it\tthis\nand this\tthat\n", "a.tsv")
+    assert "no header" not in told
+
+
 @pytest.mark.parametrize(
     ("cell", "negatives"),
     [
