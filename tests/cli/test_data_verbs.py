@@ -22,6 +22,10 @@ def test_data_check_reports_and_writes_what_is_left(cli, tmp_path):
     assert len((tmp_path / "clean.removed.jsonl").read_text().splitlines()) == 2
     code, _, err = cli(*command, "--write", "clean.jsonl")
     assert (code, "clean.jsonl exists" in err) == (2, True)
+    (tmp_path / "clean.jsonl").unlink()
+    code, _, err = cli(*command, "--write", "clean.jsonl")
+    assert (code, "clean.removed.jsonl exists" in err) == (2, True)
+    assert not (tmp_path / "clean.jsonl").exists()
     code, _, err = cli(*command, "--write", "clean.txt")
     assert (code, "Fix: --write clean.jsonl" in err) == (2, True)
     code, _, err = cli("data", "check", "b.jsonl")

@@ -175,6 +175,14 @@ def test_mine_and_train_supervised(cli, tiny_decoder, tmp_path):
     assert code == 0, err
     assert re.search(r"^24 rows, \d+ negatives, \d+ rows without any$", out, re.M)
     assert "most rows have none" not in err
+    mined = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
+    assert {row["instruction"] for row in mined} == {"Find:"}
+    (tmp_path / "more.txt").write_text("a document\n\nanother\n")
+    (tmp_path / "more.jsonl").write_text('{"body": "a document"}\n{"body": "another"}\n')
+    for number, corpus in enumerate(("more.txt", "more.jsonl:text=body")):
+        code, _, err = cli(*mining[:4], f"{number}.jsonl", *mining[5:], "--corpus", corpus)
+        assert code == 0, err
+    assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
     code, _, err = cli(*mining[:3], "-o", "shallow.jsonl", "--depth", "4")
     assert "most rows have none" in err and "Fix: --depth 1000" in err
     assert "unmasked train supervised --base" in out

@@ -13,6 +13,7 @@ import pytest
 from unmasked.errors import DataError, RecipeError
 from unmasked.recipe.files import make_recipe
 from unmasked.recipe.schema import Pairs
+from unmasked.recipe.teaching import Teacher
 from unmasked.train.data.mixing import inputs_of
 from unmasked.train.data.pairs import read_rows
 from unmasked.train.data.texts import read_texts
@@ -126,6 +127,16 @@ def test_tables_with_tabs_are_read_with_and_without_a_header(rows, header):
         rows("qury\tpositive\na\tb\nc\td\n", "a.tsv")
     with pytest.raises(DataError, match="line 2: 2 columns instead of 3"):
         rows("a text\tb\tc\nd\te\n", "a.tsv")
+
+
+def test_a_line_without_a_header_looks_like_texts_and_is_told(rows):
+    unknown = "title\tbody\turl\nCats\tCats are animals\thttp://a\nDogs\tDogs bark\thttp://b\n"
+    with pytest.raises(DataError, match="line 1: no columns 'query' and 'positive' among title"):
+        rows(unknown, "a.tsv")
+    _, told = rows("what is it\tthis\nand this\tthat\n", "a.tsv")
+    assert told.endswith("; no header: columns by their place")
+    _, told = rows("query\tpositive\nwhat is it\tthis\nand this\tthat\n", "a.tsv")
+    assert "no header" not in told
 
 
 @pytest.mark.parametrize(
@@ -335,6 +346,32 @@ def test_a_label_is_read_however_it_is_written(rows, name):
     assert [row.query for row in read] == ["q0", "q1"] and f"label: {name}" in told
     with pytest.raises(DataError, match="'Score' says how much"):
         rows([{"sentence1": "q", "sentence2": "p", "Score": 3.5}] * 2)
+
+
+@pytest.mark.parametrize(
+    "cell", ["[{[1, 2]: 3}]", "[{{}}]", "[" * 100_000 + "]" * 100_000, "[" * 900 + "]" * 900]
+)
+def test_a_cell_that_looks_like_a_list_ends_in_a_text_or_an_error_of_its_line(rows, cell):
+    try:
+        found, _ = rows(f'query,positive\n"q","{cell}"\n"r","s"\n', "a.csv")
+    except DataError as error:
+        assert "a.csv, line 2: " in str(error)
+    else:
+        assert found[0].positive == cell
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [10**400, "[" * 100_000 + "]" * 100_000, [[[[0.5]]]]],
+    ids=["huge", "nested text", "nested"],
+)
+@pytest.mark.parametrize("loss", ["cosent", "cosine"])
+def test_numbers_that_no_float_can_hold_are_refused_with_their_line(tmp_path, cell, loss):
+    row = {"query": "q", "positive": "p", "scores": cell, "vectors": [[cell], [1.0]]}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    pairs, teacher = Pairs(path=str(tmp_path / "a.jsonl")), Teacher(loss=loss, contrastive=0)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: "):
+        list(read_rows(pairs, teacher=teacher))
 
 
 def test_no_id_is_suggested_for_a_text(rows):

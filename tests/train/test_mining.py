@@ -12,10 +12,11 @@ import torch
 from datasets import Dataset
 from sentence_transformers.util import mine_hard_negatives
 
-from unmasked.errors import DataError
+from unmasked.errors import DataError, OutputError
 from unmasked.forward.nearest import best_scores
 from unmasked.forward.nearest.best_scores import BestScores, add_products
 from unmasked.recipe.schema import Pairs
+from unmasked.train.data.pairs import read_rows
 from unmasked.train.mining import band, work_folder
 from unmasked.train.mining.mining import mine
 
@@ -176,6 +177,37 @@ def test_an_instruction_stands_before_the_queries_alone(pairs, tmp_path):
     pairs = pairs.model_copy(update={"instruction": ["Find:"]})
     mine(model, pairs, tmp_path / "out.jsonl")
     assert None in model.prompts and any(p and re.match("Find:", p) for p in model.prompts)
+
+
+def test_an_instruction_is_written_to_the_rows_without_their_own(tmp_path):
+    rows = [{"query": f"q {i}", "positive": f"a {i}", "instruction": None} for i in range(20)]
+    rows[3]["instruction"] = "Its own:"
+    pairs = pairs_of(tmp_path / "pairs.jsonl", rows)
+    pairs = pairs.model_copy(update={"instruction": ["Find:"]})
+    mine(StandIn(), pairs, tmp_path / "out.jsonl")
+    told = [row.query_instruction for row in read_rows(Pairs(path=str(tmp_path / "out.jsonl")))]
+    assert told == ["Its own:" if i == 3 else "Find:" for i in range(20)]
+
+
+def test_a_second_search_for_the_same_file_is_refused_and_the_first_goes_on(pairs, tmp_path):
+    seen = []
+
+    def second(what, done, total):
+        if not seen:
+            seen.append(what)
+            with pytest.raises(OutputError, match=r"at work in .*\.out\.jsonl\.work.* Fix:"):
+                mine(StandIn(0), pairs, tmp_path / "out.jsonl")
+
+    mine(StandIn(), pairs, tmp_path / "out.jsonl", progress=second)
+    mine(StandIn(), pairs, tmp_path / "alone.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    assert seen and not list(tmp_path.glob(".*.work"))
+
+
+def test_a_column_of_a_teacher_is_refused_because_new_negatives_have_none(tmp_path):
+    with pytest.raises(DataError, match="'sim' is named .* Fix: leave it out"):
+        mine(StandIn(0), Pairs(path="nowhere.jsonl", teacher="sim"), tmp_path / "out.jsonl")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("way", ["numpy", "faiss"])

@@ -8,6 +8,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -22,8 +23,8 @@ from unmasked.recipe.teaching import Teacher
 from unmasked.train.callback import StageCallback
 from unmasked.train.data import taught as taught_vectors
 from unmasked.train.data.mixing import PairCollator, inputs_of
-from unmasked.train.data.pairs import read_rows
-from unmasked.train.data.taught import TeacherVectors, compute_vectors, projection
+from unmasked.train.data.pairs import read_rows, store_rows
+from unmasked.train.data.taught import TeacherVectors, compute_vectors, projection, taught
 from unmasked.train.losses.depth import depths
 from unmasked.train.losses.supervised import RankingLoss
 from unmasked.train.losses.teacher import TeacherLoss
@@ -422,11 +423,33 @@ def test_settings_that_learn_nothing_or_two_things_at_once_are_refused():
 def test_a_projection_keeps_the_largest_directions_and_is_kept(tmp_path):
     wide = np.zeros((50, 6), dtype=np.float32)
     wide[:, [1, 4]] = np.random.default_rng(0).normal(size=(50, 2)) * (3, 1)
-    found = projection([wide[:20], wide[20:]], 2, tmp_path / "p.npy")
+    kept = tmp_path / "p.npz"
+    found = projection([wide[:20], wide[20:]], 2, kept, "wide")
     assert np.abs(found).round(3).argmax(axis=0).tolist() == [1, 4]
     np.testing.assert_allclose(wide @ found @ found.T, wide, atol=1e-5)
-    assert projection([], 2, tmp_path / "p.npy").tolist() == found.tolist()
-    assert projection([wide], 6, tmp_path / "other.npy") is None
+    assert projection([], 2, kept, "wide").tolist() == found.tolist()
+    assert projection([wide], 6, tmp_path / "other.npz", "wide") is None
+    other = projection([wide[:, [1, 0, 2, 3, 5, 4]]], 2, kept, "other")
+    assert np.abs(other).round(3).argmax(axis=0).tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("wide", [48, 64])
+def test_a_projection_of_earlier_rows_is_not_used_for_others(tmp_path, wide):
+    def shares(folder, seed, width):
+        scale = np.random.default_rng(seed).permutation([30] * 4 + [1] * (width - 4))
+        told = np.random.default_rng(1).normal(size=(20, 2, width)) * scale
+        rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(20)]
+        rows = [{**row, "vectors": each.tolist()} for row, each in zip(rows, told, strict=True)]
+        write_text(tmp_path / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        stage = stage_of(tmp_path, Teacher(projection="pca"))
+        store_rows(stage.data, tmp_path / "rows.arrow", teacher=stage.teacher)
+        stored = Dataset.from_file(str(tmp_path / "rows.arrow"))
+        batch = [stored[i] for i in range(4)]
+        return taught(stage, stored, folder, 8)(batch, inputs_of(stage.data, batch, 0)).numpy()
+
+    shares(tmp_path / "kept", 0, 48)
+    wanted = shares(tmp_path / "fresh", 5, wide)
+    np.testing.assert_array_equal(shares(tmp_path / "kept", 5, wide), wanted)
 
 
 def recipe_of(tiny_decoder, stage, **model):

@@ -171,14 +171,19 @@ def mine(
     ] = 0.05,
     skip: Annotated[int, Option(min=0, help="Skip the nearest SKIP documents of a query.")] = 0,
     depth: Annotated[int, Option(min=1, help="Look at the nearest DEPTH documents only.")] = 100,
-    corpus: Annotated[Path | None, Option(help="More documents: .txt, .jsonl or .csv.")] = None,
-    instruction: Annotated[str, Option(help="Text put before every query.")] = "",
+    corpus: Annotated[
+        str | None,
+        Option(help="More documents: texts as for 'unmasked train mntp', e.g. FILE:text=body."),
+    ] = None,
+    instruction: Annotated[
+        str, Option(help="Text put before every query; written to rows without their own.")
+    ] = "",
 ) -> None:
     """Find hard negatives for supervised training: wrong answers that the encoder ranks highly.
 
     The same command continues an interrupted search.
     """
-    from unmasked.files.source import Source
+    from unmasked.files.training_source import training_source
     from unmasked.recipe.files import make_recipe
 
     check_new(output)
@@ -186,7 +191,7 @@ def mine(
     if output.suffix != ".jsonl":
         fix = f"Fix: -o {shlex.quote(str(output.with_suffix('.jsonl')))}."
         raise OutputError(f"{output} should end in .jsonl, which training reads. {fix}")
-    more = (text for _, text, _ in Source(str(corpus)).records()) if corpus else ()
+    more = (text for _, text, _ in training_source(corpus).records()) if corpus else ()
     given: dict[str, Any] = {"name": "mine", "model": {"base": model}}
     stage = make_recipe(given | {"supervised": {"data": data}}).supervised
     assert stage is not None

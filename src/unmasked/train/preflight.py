@@ -22,11 +22,13 @@ from transformers import TrainingArguments
 from unmasked.errors import DataError, MissingExtraError, RecipeError
 from unmasked.files.training_source import training_source
 from unmasked.model import TextEncoder
-from unmasked.recipe.schema import MNTP, AnyStage, Recipe, SimCSE, Supervised
+from unmasked.recipe.schema import MNTP, AnyStage, Pairs, Recipe, SimCSE, Supervised
+from unmasked.recipe.teaching import Teacher
 from unmasked.train import devices
 from unmasked.train.checking.leaks import Leaks, keys_in
+from unmasked.train.data.columns import argument_of, find_columns
 from unmasked.train.data.mixing import OneSourceBatches
-from unmasked.train.data.pairs import read_rows, split_rows
+from unmasked.train.data.pairs import files_of, first_columns, read_rows, split_rows
 from unmasked.train.data.taught import check_widths, compute_vectors
 from unmasked.train.data.texts import Blocks, key_of, read_texts, split_held_out, token_file
 from unmasked.train.fitting import TEACHER, TOKENS, is_done
@@ -167,11 +169,21 @@ def _check_pairs(stage: Supervised, seed: int, leaks: Leaks) -> None:
         for row in read(pairs):
             counts[-1] += 1
             keys.extend(map(key_of, (row.query, row.positive, *row.negatives)))
-        _warn(leaks.told("supervised.data", [pairs.path], np.frombuffer(keys, np.uint64)))
+        given = [_argument_of(pairs, stage.teacher)]
+        _warn(leaks.told("supervised.data", given, np.frombuffer(keys, np.uint64)))
     rows = Dataset.from_dict({"source": np.repeat(np.arange(len(counts)), counts)})
     train, _ = split_rows(rows, stage.held_out, seed)
     batch, weights = stage.batch_size // devices.world(), [pairs.weight for pairs in stage.data]
     OneSourceBatches(np.asarray(train["source"]), batch, weights, devices.world())
+
+
+def _argument_of(pairs: Pairs, teacher: Teacher | None) -> str:
+    """A data set for ``unmasked data check``, with the column of the teacher that the rows have."""
+    if teacher is None or teacher.wants is None or pairs.teacher is not None:
+        return argument_of(pairs)
+    there = first_columns(files_of(pairs)[0])
+    taught = find_columns(pairs, there, pairs.path, teacher.wants).taught
+    return argument_of(pairs, teacher=taught[0]) if len(taught) == 1 else argument_of(pairs)
 
 
 def _check_teacher(stage: Supervised, width: int) -> None:

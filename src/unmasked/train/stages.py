@@ -177,6 +177,8 @@ def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
         )
         if stage.teacher is not None and stage.teacher.model is not None:
             compute_vectors(stage, folder, width, logger.info)  # only those that are missing
+        # Writes the projection, which is then only read, also by the other processes.
+        taught(stage, Dataset.from_file(str(setup.folder / ROWS)), folder, width)
     devices.wait()
     rows = Dataset.from_file(str(setup.folder / ROWS))
     kept, held_out = split_rows(rows, stage.held_out, setup.recipe.seed)

@@ -56,9 +56,7 @@ def check_files(
     from unmasked.recipe.files import make_recipe
 
     if write is not None:
-        check_new(check_parent(write) or write)
-        if write.suffix != ".jsonl":
-            raise OutputError(f"{write} should end in .jsonl. Fix: --write {write.stem}.jsonl")
+        _check_output(write)
     # All other files are parsed as pairs; `check_data` finds those that have plain texts.
     texts = [file for file in files if ":text=" in file]
     pairs = [file for file in files if file not in texts]
@@ -68,6 +66,8 @@ def check_files(
     with terminal.loading("loading the libraries"):
         from unmasked.compat.llm2vec import LLM2Vec
         from unmasked.train.checking.checking import check_data, removed_of
+    if write is not None:
+        check_new(removed_of(write))
     tests = {task: texts_of_task(task) for task in against or []}
     encoder = None
     if model is not None:
@@ -82,6 +82,12 @@ def check_files(
     if write is not None:
         terminal.show(f"removed  {removed_of(write)}")
         terminal.show(f"saved    {write}")
+
+
+def _check_output(write: Path) -> None:
+    check_new(check_parent(write) or write)
+    if write.suffix != ".jsonl":
+        raise OutputError(f"{write} should end in .jsonl. Fix: --write {write.stem}.jsonl")
 
 
 def _show(found: Findings) -> None:

@@ -15,7 +15,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,14 +24,13 @@ import numpy as np
 
 from unmasked.errors import MissingExtraError
 from unmasked.files import readers
-from unmasked.files.source import find_files
 from unmasked.files.training_source import training_source
 from unmasked.files.writing import written_aside
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import Pairs
 from unmasked.train.checking.copies import Copies
 from unmasked.train.data.columns import NAMES
-from unmasked.train.data.pairs import PairRow, line_of, read_rows
+from unmasked.train.data.pairs import PairRow, first_columns, line_of, placed_rows
 
 SAMPLE = 2000
 """Number of texts whose language is detected."""
@@ -44,7 +43,7 @@ Write = Callable[[dict[str, Any]], object]
 
 
 class Item(NamedTuple):
-    """A row: its file and number, its texts, and the `PairRow` if it is one."""
+    """A row: its file and line, its texts, and the `PairRow` if it is one."""
 
     place: str
     texts: list[str]
@@ -93,13 +92,13 @@ def check_data(
 
     Args:
         data: files of pairs, or of texts: .txt, a file with a column ``text`` and no column of
-            queries, or ``FILE:text=COLUMN``.
+            queries, ``FILE:text=COLUMN``, ``documents:PATH``, or ``-``, standard input.
         tests: name of a test set → its texts.
         similarity: see `copies.Copies`.
         encoder: used to find false negatives; None does not look for them.
         margin: a negative whose score comes within this share of the positive's is a false one.
-        write: a new .jsonl file for the sound rows; beside it, ``NAME.removed.jsonl`` says what was
-            removed and why.
+        write: a new .jsonl file for the sound rows, with a teacher's scores or vectors if they have
+            any; beside it, ``NAME.removed.jsonl`` says what was removed and why.
         tell: called with a line about the columns of each file.
         progress: called with the number of rows read so far.
 
@@ -110,7 +109,7 @@ def check_data(
     known = Copies(similarity)
     for name, texts in tests.items():
         for number, text in enumerate(texts, start=1):
-            known.find(text, add_as=f"text {number:,}{OF}{name}")
+            known.add(text, f"text {number:,}{OF}{name}")
     seen, found, sample = Copies(similarity), Findings(), _Sample()
     with ExitStack() as stack:
         keep, drop = _writers(stack, write)
@@ -130,28 +129,31 @@ def check_data(
 
 
 def items_of(given: Pairs | str, tell: Callable[[str], object]) -> Iterator[Item]:
-    """The rows of a data set of pairs or of texts."""
+    """The rows of a data set of pairs or of texts, as training reads them."""
     if isinstance(given, Pairs) and _has_pairs(given):
-        for row in read_rows(given, tell=tell):
-            texts = [row.query, row.positive, *row.negatives]
-            yield Item(f"{given.path}, row {row.number + 1:,}", texts, row)
-    else:
-        source = training_source(given if isinstance(given, str) else given.path)
-        for file in source.files:
-            part = replace(source, path=file)
-            for line, text, _ in part.records():
-                yield Item(f"{part.name}, line {line:,}", [text], None)
+        for place, row in placed_rows(given, tell=tell, keep=True):
+            yield Item(place, [row.query, row.positive, *row.negatives], row)
+        return
+    source = training_source(given if isinstance(given, str) else given.path)
+    empty = True
+    for line in source.rows():
+        if line.fault is not None:
+            raise source.error(line)
+        file, empty = source.files[line.file], False
+        yield Item(file if source.whole else readers.where(file, line.number), [line.text], None)
+    if empty:
+        raise source.empty()
 
 
 def _has_pairs(given: Pairs) -> bool:
     """Whether a data set has pairs, not plain texts, judged by its columns."""
     if given.query or given.positive:
         return True
-    file = find_files(given.path)[0]
-    if readers.kind_of(file) == ".txt":
+    source = training_source(given.path)
+    if source.whole or not source.again:  # documents, and standard input
         return False
-    first = next(iter(readers.read(file, {})), None)
-    there = first.values if first else {}
+    tables = [file for file in source.files if readers.kind_of(file) != ".txt"]
+    there = first_columns(tables[0]) if tables else ["text"]
     return "text" not in there or bool({*NAMES["query"]} & {*there})
 
 
@@ -203,13 +205,23 @@ def _true_negatives(
         query, limit = asked[row.query], float(asked[row.query] @ stored[row.positive])
         scores = [float(query @ stored[text]) for text in row.negatives]
         false = [score > limit - margin * abs(limit) for score in scores]
-        pairs = list(zip(row.negatives, scores, false, strict=True))
-        for text, score, is_false in pairs:
+        for text, score, is_false in zip(row.negatives, scores, false, strict=True):
             if is_false:
                 said = f"{score:.2f} to the query, its answer {limit:.2f}"
                 found.add("false negative", f"{item.place}: {said}: {text[:60]}")
                 drop({"place": item.place, "why": "false negative", "of": said, "negative": text})
-        yield item._replace(row=row._replace(negatives=[t for t, _, out in pairs if not out]))
+        yield item._replace(row=_without_negatives(row, false))
+
+
+def _without_negatives(row: PairRow, removed: Sequence[bool]) -> PairRow:
+    """A row without some of its negatives, and without a teacher's scores or vectors of them."""
+
+    def left(values: Sequence[Any], before: int) -> list[Any]:
+        flags = [False] * before + [*removed]
+        return [v for v, out in zip(values, flags, strict=True) if not out] if values else []
+
+    negatives, scores = left(row.negatives, 0), left(row.scores, 1)
+    return row._replace(negatives=negatives, scores=scores, vectors=left(row.vectors, 2))
 
 
 def _line(item: Item) -> dict[str, Any]:

@@ -52,24 +52,38 @@ class Copies:
             text: the text to look for.
             add_as: if given and `text` is no copy, `text` is added under this label.
         """
-        text = folded(text)
+        hashed, text = None, folded(text)
         if label := self._exact.get(text):
             return Copy(label, 1.0)
         found: Copy | None = None
         if self.similarity < 1:
             runs = _runs(text)
-            hashed = MinHash(num_perm=PERMUTATIONS)
-            hashed.update_batch([run.encode() for run in runs])
+            hashed = _hashed(runs)
             for other in self._near.query(hashed):
                 theirs = _runs(other)
                 share = len(runs & theirs) / len(runs | theirs)
                 if share >= self.similarity and (found is None or share > found.share):
                     found = Copy(self._exact[other], share)
-            if add_as and found is None:
-                self._near.insert(text, hashed)
         if add_as and found is None:
-            self._exact[text] = add_as
+            self._insert(text, add_as, hashed)
         return found
+
+    def add(self, text: str, label: str) -> None:
+        """Add a text, also if it is a near copy of one that was added; an exact copy is there."""
+        text = folded(text)
+        if text not in self._exact:
+            self._insert(text, label, _hashed(_runs(text)) if self.similarity < 1 else None)
+
+    def _insert(self, text: str, label: str, hashed: MinHash | None) -> None:
+        self._exact[text] = label
+        if hashed is not None:
+            self._near.insert(text, hashed)
+
+
+def _hashed(runs: set[str]) -> MinHash:
+    hashed = MinHash(num_perm=PERMUTATIONS)
+    hashed.update_batch([run.encode() for run in runs])
+    return hashed
 
 
 def _runs(text: str) -> set[str]:

@@ -31,20 +31,23 @@ class Leaks:
         self._keys = {name: np.unique(keys_in(texts)) for name, texts in tests.items()}
 
     def told(self, where: str, data: Sequence[str], keys: np.ndarray) -> list[str]:
-        """A warning for each test set of which texts are in the training data.
+        """A warning if texts of any test sets are in the training data; else none.
 
         Args:
             where: the setting that names the training data, such as ``mntp.data``.
-            data: its files.
+            data: its files, as arguments of a command.
             keys: (N,) `texts.key_of` of each training text.
         """
-        lines = []
-        for name, known in self._keys.items():
-            if count := int(np.isin(known, keys).sum()):
-                command = ["unmasked", "data", "check", *data, "--against", name]
-                command += ["--write", "checked.jsonl"]
-                lines.append(
-                    f"{where} has {count:,} of the {len(known):,} texts of {name}, so its scores "
-                    f"will be too high. Fix: {shlex.join(command)}, and train on checked.jsonl."
-                )
-        return lines
+        counts = {name: int(np.isin(known, keys).sum()) for name, known in self._keys.items()}
+        found = [name for name, count in counts.items() if count]
+        if not found:
+            return []
+        # One command for all of them: a second one could not write the same file.
+        command = ["unmasked", "data", "check", *data]
+        command += [word for name in found for word in ("--against", name)]
+        command += ["--write", "checked.jsonl"]
+        shares = [f"{counts[n]:,} of the {len(self._keys[n]):,} texts of {n}" for n in found]
+        return [
+            f"{where} has {', and '.join(shares)}, so its scores will be too high. "
+            f"Fix: {shlex.join(command)}, and train on checked.jsonl."
+        ]

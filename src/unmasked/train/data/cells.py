@@ -16,6 +16,7 @@ import json
 import math
 import tokenize
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -127,15 +128,20 @@ def _written_numbers(column: str, value: object) -> object:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         given = f"'{column}' is {value!r:.40}"
         raise FaultyCell(given, "give numbers, a list of them as JSON: [0.9, 0.1]") from None
 
 
 def _number(column: str, item: object) -> float:
-    if isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
-        raise FaultyCell(f"'{column}' holds {item!r:.40}", "give finite numbers")
-    return float(item)
+    number = math.nan
+    if isinstance(item, int | float) and not isinstance(item, bool):
+        with suppress(OverflowError):  # a whole number may be larger than any float
+            number = float(item)
+    if not math.isfinite(number):
+        given = f"a {type(item).__name__}" if isinstance(item, list | dict) else f"{item!r:.40}"
+        raise FaultyCell(f"'{column}' holds {given}", "give finite numbers")
+    return number
 
 
 def _passage(column: str, item: object, fix: str) -> GivenText:
@@ -173,11 +179,11 @@ def written_list(column: str, value: str, strict: bool = True) -> object:
         return value
     try:
         found = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             found = ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError):
-            found = None
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            found = None  # among them a dict with a list as its key, and thousands of brackets
         if isinstance(found, list) and _strings(value) > len(_flat(found)):
             # numpy prints strings without commas between them, and Python joins such literals.
             found = None

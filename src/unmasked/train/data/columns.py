@@ -42,6 +42,8 @@ TAUGHT = {
 }
 """The names of a teacher's columns; FlagEmbedding's ``pos_scores`` and ``neg_scores`` belong
 together."""
+ANY = "any"
+"""Asks for a teacher's scores or vectors if the file has them, to keep them with the rows."""
 _LABELS = ("label", "labels", "gold_label")
 _IDS = re.compile(r".*ids?", re.IGNORECASE)
 """Columns that are never suggested for a text."""
@@ -91,7 +93,9 @@ def find_columns(
         pairs: the data set; a column that it names must exist.
         there: the columns of the file, or the keys of a row.
         where: the file and line, for errors.
-        wants: ``scores`` or ``vectors`` if the rows must have a teacher's.
+        wants: ``scores`` or ``vectors`` if the rows must have a teacher's; `ANY` if they may have
+            some. Then labels are read, and pairs that match to a degree refused, as without a
+            teacher, unless the data set names its column.
 
     Raises:
         DataError: a column is missing, or two could have the same role.
@@ -129,7 +133,9 @@ def find_columns(
         raise _error(where, f"'{query}' is named as query and as positive", "name two columns")
     instruction = roles.get("instruction")
     taught = _taught(pairs, wants, there, where) if wants else ()
-    label = _label(pairs, query, positive, there, where, taught)
+    certain = taught if wants != ANY or pairs.teacher else ()
+    label = _label(pairs, query, positive, there, where, certain)
+    taught = () if label is not None else taught  # only with `ANY`: else both are refused
     negatives = tuple(n for n in pairs.negative or _negatives(there) if n in there)
     used = {query, positive, *negatives, instruction, label, *taught}
     unused = tuple(name for name in there if name not in used)
@@ -144,7 +150,10 @@ def _taught(pairs: Pairs, wants: str, there: Sequence[str], where: str) -> tuple
             said = _missing(pairs.teacher, there)
             raise _error(where, said, _instead(pairs, teacher=near))
         return (pairs.teacher,)
-    found = [names for names in TAUGHT[wants] if all(name in there for name in names)]
+    known = dict.fromkeys(names for w in TAUGHT if wants in (w, ANY) for names in TAUGHT[w])
+    found = [names for names in known if all(name in there for name in names)]
+    if wants == ANY:
+        return found[0] if len(found) == 1 else ()
     if not found:
         said = f"no column '{wants}', which supervised.teacher reads, among {', '.join(there)}"
         fix = f"{_instead(pairs, teacher='NAME')}, or supervised.teacher=MODEL to compute them"
@@ -255,13 +264,22 @@ def _instead(pairs: Pairs, **columns: str | list[str]) -> str:
     return f"give {_argument(pairs, **columns)} in place of {_argument(pairs)}"
 
 
+def argument_of(pairs: Pairs, **columns: str | list[str]) -> str:
+    """The data set as an argument of a command, with all that decides which texts it has.
+
+    Args:
+        pairs: the data set.
+        columns: role → column, in place of those that it names.
+    """
+    parts = {"subset", "split", "query", "positive", "negative", "teacher", "max_rows"}
+    given = pairs.model_dump(include=parts, exclude_defaults=True) | columns
+    several = {role: n if isinstance(n, list) else [n] for role, n in given.items()}
+    settings = [f"{role}={name}" for role, names in several.items() for name in names]
+    return ":".join(filter(None, (pairs.path, ",".join(settings))))
+
+
 def _argument(pairs: Pairs, **columns: str | list[str]) -> str:
-    """The data set as an argument of a command, with other columns than it has."""
-    roles = {"query", "positive", "negative", "teacher"}
-    given = pairs.model_dump(include=roles, exclude_defaults=True) | columns
-    several = {role: [n] if isinstance(n, str) else n for role, n in given.items()}
-    parts = [f"{role}={name}" for role, names in several.items() for name in names]
-    return shlex.quote(":".join(filter(None, (pairs.path, ",".join(parts)))))
+    return shlex.quote(argument_of(pairs, **columns))
 
 
 def _error(where: str, given: str, fix: str) -> DataError:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 from unmasked.train.data.cells import FaultyCell
 
-Texts = tuple[str, str, list[str], str, str, list[float], list[list[float]]]
-"""Query, positive, negatives, the instructions of query and documents, and a teacher's scores and
-vectors."""
+Texts = tuple[str, str, list[str], str, str, list[float], list[list[float]], str]
+"""Query, positive, negatives, the instructions of query and documents, a teacher's scores and
+vectors, and the file and line."""
 WORDS: dict[object, bool | None] = {
     "entailment": True,
     "contradiction": False,

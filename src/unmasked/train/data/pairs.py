@@ -30,12 +30,11 @@ from unmasked.train.data.cells import (
     FaultyCell,
     GivenText,
     ListsInStrings,
-    numbers_of,
     passages_of,
     query_of,
-    vectors_of,
 )
-from unmasked.train.data.columns import Columns, check_found, find_columns, holds_several
+from unmasked.train.data.columns import ANY, Columns, check_found, find_columns, holds_several
+from unmasked.train.data.given_scores import given_scores
 from unmasked.train.data.judged import Groups, Texts, matches
 from unmasked.train.data.record import digest_of, sizes_of
 
@@ -98,12 +97,29 @@ def read_rows(
             ambiguous, a text is missing or empty, there are fewer than two rows, or scores or
             vectors are not one for each text; names file, line and fix.
     """
+    return (row for _, row in placed_rows(pairs, source, tell, teacher))
+
+
+def placed_rows(
+    pairs: Pairs,
+    source: int = 0,
+    tell: Callable[[str], object] = lambda said: None,
+    teacher: Teacher | None = None,
+    keep: bool = False,
+) -> Iterator[tuple[str, PairRow]]:
+    """The rows of `read_rows`, each with its place, such as ``a.jsonl, line 3``.
+
+    Args:
+        pairs, source, tell, teacher: as in `read_rows`.
+        keep: read a teacher's scores or vectors if there are any, without a teacher.
+    """
     found: dict[tuple[str, ...], Columns] = {}
     number, judged = -1, Groups()
-    for number, texts in enumerate(_every_texts(pairs, found, judged, teacher)):
-        query, positive, negatives, asked, answered, scores, vectors = texts
+    wants = ANY if keep else teacher.wants if teacher is not None else None
+    for number, texts in enumerate(_every_texts(pairs, found, judged, teacher, wants)):
+        query, positive, negatives, asked, answered, scores, vectors, place = texts
         known = (query, positive, negatives, source, number, asked, answered)
-        yield PairRow(*known, scores, vectors)
+        yield place, PairRow(*known, scores, vectors)
     if number < 1:
         given = f"there is {'only one row' if number == 0 else 'no row'}, but a query learns to "
         given += "find its document among those of other rows"
@@ -111,15 +127,28 @@ def read_rows(
     check_found(pairs, [name for known in found.values() for name in (*known.used, *known.unused)])
     rows = "row" if judged.left_out == 1 else "rows"
     left = f"; {judged.left_out:,} {rows} left out by their label" if judged.left_out else ""
-    tell(columns.told(pairs, found.values()) + left)
+    bare = any(_headless(pairs, path) for path in files_of(pairs))
+    told = columns.told(pairs, found.values()) + left
+    tell(told + ("; no header: columns by their place" if bare else ""))
+
+
+def first_columns(path: str) -> list[str]:
+    """The columns of a file's first row; by their place if a .tsv file has no header."""
+    if names := _headless(Pairs(path=path), path):
+        return [*names]
+    rows = readers.read(path, {}, lambda there: there)
+    return [*next((row.values for row in rows if row.fault is None), {})]
 
 
 def _every_texts(
-    pairs: Pairs, found: dict[tuple[str, ...], Columns], judged: Groups, teacher: Teacher | None
+    pairs: Pairs,
+    found: dict[tuple[str, ...], Columns],
+    judged: Groups,
+    teacher: Teacher | None,
+    wants: str | None,
 ) -> Iterator[Texts]:
     """The texts of all rows; fills `found` (columns → their roles) and `judged` on the way."""
-    wants = teacher.wants if teacher is not None else None
-    cells = ((path, row) for path in _files(pairs) for row in _cells(pairs, path, found, wants))
+    cells = ((path, row) for path in files_of(pairs) for row in _cells(pairs, path, found, wants))
     for path, row in islice(cells, pairs.max_rows):
         where = readers.where(path, row.number)
         if row.fault is not None:
@@ -130,7 +159,7 @@ def _every_texts(
         known = found[there]
         try:
             typed = readers.kind_of(path) not in WITHOUT_LISTS
-            for texts in _texts(known, row.values, teacher, typed):
+            for texts in _texts(known, row.values, teacher, typed, where):
                 if known.label is None:
                     yield from judged.rest()
                     yield texts
@@ -143,7 +172,7 @@ def _every_texts(
 
 
 def _texts(
-    known: Columns, values: Mapping[str, Any], teacher: Teacher | None, typed: bool
+    known: Columns, values: Mapping[str, Any], teacher: Teacher | None, typed: bool, where: str
 ) -> list[Texts]:
     """The texts of a row, once for each of its positives.
 
@@ -152,6 +181,7 @@ def _texts(
         values: the cells of the row.
         teacher: what is learned from a teacher.
         typed: whether the kind of file has real lists, so that none must be written as a string.
+        where: the place of the row.
     """
 
     def texts_of(column: str, fix: str = "remove it") -> list[GivenText]:
@@ -180,47 +210,11 @@ def _texts(
     if not isinstance(own, str | None):
         raise FaultyCell(f"'{known.instruction}' is a {type(own).__name__}", "give a string")
     others, of_query = [text.text for text in negatives], query.instruction or own or ""
-    taught = _taught(known, values, teacher, len(positives), len(negatives))
+    taught = given_scores(known, values, teacher, len(positives), len(negatives))
     return [
-        (query.text, positive.text, others, of_query, instructions[0], *scores_and_vectors)
+        (query.text, positive.text, others, of_query, instructions[0], *scores_and_vectors, where)
         for positive, scores_and_vectors in zip(positives, taught, strict=True)
     ]
-
-
-def _taught(
-    known: Columns,
-    values: Mapping[str, Any],
-    teacher: Teacher | None,
-    positives: int,
-    negatives: int,
-) -> list[tuple[list[float], list[list[float]]]]:
-    """For each positive of a row, a teacher's scores and vectors, with those of the negatives.
-
-    A single score of a pair is its score. A single score of a triplet is the margin between its
-    documents, as in data for margin-MSE; it is read as the scores (margin, 0).
-    """
-    if not known.taught or teacher is None:
-        return [([], [])] * positives
-    name, count = known.taught[0], positives + negatives
-    if teacher.wants == "vectors":
-        query, *documents = vectors_of(name, values[name], 1 + count)
-        return [([], [query, own, *documents[positives:]]) for own in documents[:positives]]
-    if len(known.taught) == 2:  # one column of positives' scores, one of negatives'
-        of_each = zip(known.taught, (positives, negatives), strict=True)
-        scores = [score for key, n in of_each for score in numbers_of(key, values[key], n)]
-    elif (positives, negatives) == (1, 1) and _is_margin(values[name]) and teacher.loss != "cosent":
-        scores = [*numbers_of(name, values[name], 1), 0.0]
-    else:
-        scores = numbers_of(name, values[name], count)
-    if teacher.loss != "cosent" and not negatives:
-        given = f"a row without negatives, from which the loss {teacher.loss} learns nothing"
-        raise FaultyCell(given, "give negatives, or loss=cosent contrastive=0")
-    return [([own, *scores[positives:]], []) for own in scores[:positives]]
-
-
-def _is_margin(value: object) -> bool:
-    """Whether a cell is a single number, perhaps as a string."""
-    return not isinstance(value, list | tuple) and not str(value).lstrip().startswith("[")
 
 
 def _cells(
@@ -237,7 +231,7 @@ def _cells(
         found.setdefault(tuple(known.used), known)
         return known.used
 
-    if readers.kind_of(path) == ".tsv" and (names := _headless(pairs, path)):
+    if names := _headless(pairs, path):
         for row in readers.read_txt(path, "line"):
             if row.fault is not None:
                 yield row
@@ -248,7 +242,12 @@ def _cells(
 
 
 def _headless(pairs: Pairs, path: str) -> tuple[str, ...] | None:
-    """The columns of a .tsv file without a header; None if it has one."""
+    """The columns of a .tsv file without a header; None if it has one, or is of another kind.
+
+    Its first line must look like texts: names of columns have no white space.
+    """
+    if readers.kind_of(path) != ".tsv":
+        return None
     first = next((row.values.get("line", "") for row in readers.read_txt(path, "line")), "")
     cells, named = first.split("\t"), {pairs.query, pairs.positive, *pairs.negative}
     known = [name for names in columns.NAMES.values() for name in names]
@@ -257,7 +256,10 @@ def _headless(pairs: Pairs, path: str) -> tuple[str, ...] | None:
         for cell in cells
         if cell
     )
-    return None if header or not 2 <= len(cells) <= 3 else TRIPLE[: len(cells)]
+    looks_like_texts = any(len(cell.split()) > 1 for cell in cells)
+    if header or not looks_like_texts or not 2 <= len(cells) <= 3:
+        return None
+    return TRIPLE[: len(cells)]
 
 
 def _by_place(row: readers.Cells, names: Sequence[str]) -> readers.Cells:
@@ -268,7 +270,7 @@ def _by_place(row: readers.Cells, names: Sequence[str]) -> readers.Cells:
     return readers.Cells(row.number, {}, (given, "put one tab between columns, none inside a text"))
 
 
-def _files(pairs: Pairs) -> list[str]:
+def files_of(pairs: Pairs) -> list[str]:
     """The files behind the path; a data set on the hub with its subset and split."""
     files = find_files(pairs.path, KINDS)
     if not files[0].startswith(HUB):
@@ -306,12 +308,15 @@ def store_rows(
             arrays = [pa.array(values, kind) for values, kind in columns]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
             count, digests = count + len(chunk), [*digests, digest_of(chunk)]
-    files = [path for pairs in data for path in _files(pairs)]
+    files = [path for pairs in data for path in files_of(pairs)]
     return {"source": digest_of(digests), "texts": count, "files": sizes_of(files)}
 
 
 def line_of(row: PairRow, negatives: Sequence[str]) -> dict[str, Any]:
-    """A row as an object for a .jsonl file that `read_rows` reads back, instructions included."""
+    """A row as an object for a .jsonl file that `read_rows` reads back, instructions included.
+
+    The scores or vectors of a row must be those of these negatives.
+    """
 
     def instructed(text: str) -> str | list[str]:
         return [row.document_instruction, text] if row.document_instruction else text
@@ -322,7 +327,8 @@ def line_of(row: PairRow, negatives: Sequence[str]) -> dict[str, Any]:
     line["negatives"] = [instructed(text) for text in negatives]
     if row.query_instruction:
         line["instruction"] = row.query_instruction
-    return line
+    taught = {"scores": row.scores, "vectors": row.vectors}
+    return line | {name: given for name, given in taught.items() if given}
 
 
 def split_rows(rows: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:

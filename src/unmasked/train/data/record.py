@@ -46,11 +46,18 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
             the size of each file.
 
     Raises:
-        DataError: the stage has a checkpoint that was made with other texts; says what has changed.
+        DataError: the stage has a checkpoint that was made with other texts, and says what has
+            changed; or by a version of this package that recorded them in another way.
     """
     file = folder / FACTS
     if last_checkpoint(folder) is not None and file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
+        if len(before["source"]) != len(facts["source"]):
+            raise DataError(
+                f"an earlier version of this package made the last checkpoint of {folder.name}. It "
+                f"recorded the texts in another way, so {file} does not show whether they have "
+                "changed. Fix: continue with that version, or choose another output folder."
+            )
         if before["source"] != facts["source"]:
             raise DataError(
                 f"the texts of {folder.name} have changed since its last checkpoint: "

@@ -37,12 +37,13 @@ from unmasked.recipe.teaching import SCORES, Teacher
 from unmasked.text.templates import PLAIN
 from unmasked.train.data.mixing import Input, Taught, inputs_of
 from unmasked.train.data.pairs import read_rows
+from unmasked.train.data.record import digest_of
 from unmasked.train.data.texts import text_key
 
 logger = logging.getLogger(__name__)
 
 FACTS = "teacher.json"
-PROJECTION = "projection.npy"
+PROJECTION = "projection.npz"
 _CHUNK = 4096  # texts per part
 
 
@@ -78,7 +79,8 @@ class TeacherVectors:
         self.keys = every[self.order]
         self.projection = None
         if teacher.projection == "pca" and teacher.loss not in SCORES:
-            self.projection = projection(self.parts, width, folder / PROJECTION)
+            source = digest_of([_facts(folder).get("model"), every.tobytes()])
+            self.projection = projection(self.parts, width, folder / PROJECTION, source)
 
     def __call__(self, rows: Sequence[dict[str, Any]], inputs: Sequence[Input]) -> Tensor:
         """(R, W) vectors of the inputs of a batch."""
@@ -88,15 +90,20 @@ class TeacherVectors:
         return torch.from_numpy(vectors if self.projection is None else vectors @ self.projection)
 
 
-def projection(parts: Iterable[np.ndarray], width: int, kept: Path) -> np.ndarray | None:
+def projection(
+    parts: Iterable[np.ndarray], width: int, kept: Path, source: str
+) -> np.ndarray | None:
     """(W, width) the principal directions of vectors; None if W is not larger than `width`.
 
     Of all linear maps to `width` numbers this one changes the inner products least (Eckart and
-    Young, 1936), so the vectors are not centred. It is written to the file `kept`, so that a run
-    that continues on another machine has the same directions.
+    Young, 1936), so the vectors are not centred. It is written to the file `kept` with `source`, a
+    digest of the vectors, so that a run that continues on another machine has the same directions,
+    and one on other vectors has its own.
     """
-    if kept.is_file() and (found := np.load(kept)).shape[1] == width:
-        return np.asarray(found)
+    if kept.is_file():
+        with np.load(kept) as found:
+            if str(found["source"]) == source and found["directions"].shape[1] == width:
+                return np.asarray(found["directions"])
     moments: Any = 0.0  # (W, W)
     for part in parts:
         wide = np.asarray(part, dtype=np.float64)
@@ -106,7 +113,7 @@ def projection(parts: Iterable[np.ndarray], width: int, kept: Path) -> np.ndarra
     _, directions = np.linalg.eigh(moments)
     chosen = np.ascontiguousarray(directions[:, ::-1][:, :width], dtype=np.float32)
     with written_aside(kept) as file:
-        np.save(file, chosen)
+        np.savez(file, directions=chosen, source=source)
     return chosen
 
 
@@ -139,7 +146,6 @@ def compute_vectors(
                 return compute_vectors(stage, folder, width, tell)
         if _is_written(files, keys, folder, name):
             continue
-        (folder / PROJECTION).unlink(missing_ok=True)  # it was computed from other vectors
         vectors = _encode(model, inputs)
         if not np.isfinite(vectors).all():
             raise DataError(
@@ -200,7 +206,7 @@ def taught(stage: Supervised, rows: Any, folder: Path, width: int) -> Taught | N
     if teacher.projection == "none":
         return vectors_of_rows
     batches = (np.concatenate(rows[i : i + 256]["vectors"]) for i in range(0, len(rows), 256))
-    chosen = projection(batches, width, folder / PROJECTION)
+    chosen = projection(batches, width, folder / PROJECTION, _digest_of_vectors(rows))
     narrow = None if chosen is None else torch.from_numpy(chosen)
 
     def projected(batch: Sequence[dict[str, Any]], inputs: Sequence[Input]) -> Tensor:
@@ -208,6 +214,15 @@ def taught(stage: Supervised, rows: Any, folder: Path, width: int) -> Taught | N
         return vectors if narrow is None else vectors @ narrow
 
     return projected
+
+
+def _digest_of_vectors(rows: Any) -> str:
+    """A digest of the vectors of stored rows, from their bytes; quick, as no list is made."""
+    tables = rows.select_columns("vectors").with_format("arrow").iter(_CHUNK)
+    lists = (table.column("vectors").combine_chunks().flatten() for table in tables)
+    return digest_of(
+        part for each in lists for part in (len(each), each.flatten().to_numpy().tobytes())
+    )
 
 
 def _different_inputs(stage: Supervised) -> Iterator[Input]:

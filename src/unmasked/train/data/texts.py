@@ -88,7 +88,7 @@ class TokenFile:
         ids: (N,) int32, memory-mapped.
         ends: (D + 1,) borders between texts: text i is ``ids[ends[i] : ends[i + 1]]``.
         keys: (D,) numbers of the texts, which are equal for equal texts.
-        source: an identifier that changes with the files and the tokenizer.
+        source: a digest of the texts and the tokenizer; the same for copies of the files.
         files: the size in bytes of each file that was read.
     """
 
@@ -111,7 +111,8 @@ def token_file(
 ) -> TokenFile:
     """The token file of some texts, which is made if the folder does not have it.
 
-    Its name is a digest of the files (name, size and time), the limit and the tokenizer.
+    Its name is a digest of the files (name, size and time), the limit and the tokenizer: files that
+    were only copied are read again, and give the same `TokenFile.source`.
 
     Raises:
         DataError: as `iterate_texts`.
@@ -134,7 +135,10 @@ def token_file(
         ends, keys = arrays["ends"], arrays["keys"]
     mapped = np.memmap(ids, dtype=np.int32, mode="r", shape=(int(ends[-1]),))
     files = sizes_of([given for source in sources for given in source.files])
-    return TokenFile(mapped, ends, keys, name, files)
+    digest = hashlib.blake2b(tokens.backend.to_str().encode(), digest_size=16)
+    for array_read in (ends, keys):
+        digest.update(np.ascontiguousarray(array_read).data)
+    return TokenFile(mapped, ends, keys, digest.hexdigest(), files)
 
 
 def _write_ids(

@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from unmasked.errors import DataError
-from unmasked.files.writing import written_aside
+from unmasked.files.writing import folder_for_one, written_aside
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import Pairs
 from unmasked.text.templates import PLAIN
@@ -34,6 +34,7 @@ from unmasked.train.mining.work_folder import (
     keys_of,
 )
 
+LOCK = ".lock"
 INSTRUCTIONS = ("query_instruction", "document_instruction")
 
 
@@ -73,7 +74,7 @@ def mine(
     Args:
         model: the encoder whose mistakes become negatives.
         pairs: the rows. Negatives that they have are kept; the data set's first instruction is the
-            prompt of the queries.
+            prompt of the queries, and is written to each row that has none of its own.
         output: a ``.jsonl`` file of query, positive and negatives.
         negatives: maximum number of new negatives per row.
         margin: a negative must score lower than the query's lowest positive by at least this share
@@ -86,28 +87,54 @@ def mine(
 
     Raises:
         DataError: an argument is out of range, a row is faulty, there are fewer documents than
-            `skip` requires, or no negative was found.
+            `skip` requires, a column of a teacher is named, or no negative was found.
+        OutputError: another process mines to the same file, or it cannot be written.
     """
     _check(negatives, margin, skip, depth)
-    work = _store(pairs, output, corpus, tell)
+    _check_teacher(pairs)
+    folder = output.with_name(f".{output.name}.work")
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_for_one(folder, LOCK):
+        try:
+            work = _store(pairs, folder, corpus, tell)
+            last = _last_rank(pairs, work, skip, depth)
+        except DataError:
+            if is_new:
+                work_folder.clear_away(folder)
+            raise
+        prompt = PLAIN.join(pairs.instruction[0]) if pairs.instruction else None
+        facts = {"vectors": [work.digest, model.fingerprint(), prompt], "band": [skip, last]}
+        work_folder.begin(folder, facts, tell)
+        search = _search(model, work, prompt, (skip, last), progress)
+        nothing_found = _nothing_found(pairs, work, skip, margin)
+        found = _write(output, pairs, work, search, (negatives, margin), nothing_found)
+        work_folder.clear_away(folder)
+    return found
+
+
+def _last_rank(pairs: Pairs, work: _Work, skip: int, depth: int) -> int:
+    """The number of candidates of a query, with those that are skipped; refuses a band of none."""
     documents = len(work.documents.first)
     last = min(depth, documents - 1)
     if last <= skip:
-        work_folder.clear_away(work.folder)
         raise DataError(
             f"{pairs.path}: of {documents} distinct documents the nearest {skip} are left out "
             f"(--skip), only the nearest {depth} are candidates (--depth), and a query's positive "
             "does not count, so none is left. Fix: a larger --depth, a smaller --skip, more "
             "rows, or --corpus FILE."
         )
-    prompt = PLAIN.join(pairs.instruction[0]) if pairs.instruction else None
-    facts = {"vectors": [work.digest, model.fingerprint(), prompt], "band": [skip, last]}
-    work_folder.begin(work.folder, facts, tell)
-    search = _search(model, work, prompt, (skip, last), progress)
-    nothing_found = _nothing_found(pairs, work, skip, margin)
-    found = _write(output, work, search, (negatives, margin), nothing_found)
-    work_folder.clear_away(work.folder)
-    return found
+    return last
+
+
+def _check_teacher(pairs: Pairs) -> None:
+    """Refuse a teacher's scores or vectors: the negatives that are found would have none."""
+    if pairs.teacher is not None:
+        raise DataError(
+            f"{pairs.path}: '{pairs.teacher}' is named as the column of a teacher, and the "
+            "negatives that are found have no scores or vectors of it. Fix: leave it out, and "
+            "train with supervised.teacher=MODEL, which computes them."
+        )
 
 
 def _check(negatives: int, margin: float, skip: int, depth: int) -> None:
@@ -139,18 +166,12 @@ class _Search(NamedTuple):
 
 
 def _store(
-    pairs: Pairs, output: Path, corpus: Iterable[str], tell: Callable[[str], object]
+    pairs: Pairs, folder: Path, corpus: Iterable[str], tell: Callable[[str], object]
 ) -> _Work:
     """Read and check all texts, and store them in memory-mapped files, also when continuing."""
-    folder = output.with_name(f".{output.name}.work")
-    is_new = not folder.exists()
-    try:
-        rows_digest = store_rows([pairs], folder / "rows.arrow", tell)["source"]
-        corpus_digest = work_folder.store_texts(corpus, folder / "corpus.arrow")
-    except DataError:
-        if is_new:
-            work_folder.clear_away(folder)
-        raise
+    pairs = pairs.model_copy(update={"instruction": []})  # which would hide those of the rows
+    rows_digest = store_rows([pairs], folder / "rows.arrow", tell)["source"]
+    corpus_digest = work_folder.store_texts(corpus, folder / "corpus.arrow")
     rows = Dataset.from_file(str(folder / "rows.arrow"))
     if any(any(part[name]) for part in rows.iter(work_folder.SHARD) for name in INSTRUCTIONS):
         tell(f"{pairs.path}: the rows keep their own instructions; the search does not use them")
@@ -212,17 +233,23 @@ def _chosen(bands: np.ndarray, limits: np.ndarray, most: int) -> Iterator[list[i
 
 
 def _write(
-    output: Path, work: _Work, search: _Search, wanted: tuple[int, float], nothing: DataError
+    output: Path,
+    pairs: Pairs,
+    work: _Work,
+    search: _Search,
+    wanted: tuple[int, float],
+    nothing: DataError,
 ) -> Mined:
     """Write every row with its negatives; raises `nothing` if there are no new ones.
 
     Args:
-        output, work, search: where to, the rows, and what was found.
+        output, pairs, work, search: where to, the data set, its rows, and what was found.
         wanted: maximum number of new negatives per row, and the margin.
         nothing: the error if no row got a negative.
     """
     most, margin = wanted
     limits = _limits(work, search, margin)
+    instruction = next(iter(pairs.instruction), "")
     count = without = answered = mined = 0
     with written_aside(output) as file:
         for begin in range(0, len(work.rows), work_folder.SHARD):
@@ -238,6 +265,7 @@ def _write(
                 every = list(dict.fromkeys([*given, *(texts[place] for place in places)]))
                 answered, mined = answered + len(row.negatives) - len(given), mined + len(places)
                 count, without = count + len(every), without + (not every)
+                row = row._replace(query_instruction=row.query_instruction or instruction)
                 line = json.dumps(line_of(row, every), ensure_ascii=False)
                 file.write(line.encode() + b"\n")
         if not mined:
