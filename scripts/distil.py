@@ -4,19 +4,20 @@
     python scripts/distil.py --share 0.3 --seeds 0
     python scripts/distil.py --tasks DATA/sts/stsb_en_dev.tsv --output docs/results.md
 
-The teacher is the encoder that `unmasked demo` makes. The student is its first three of six layers:
-as they are, trained on the demo's pairs alone, on the teacher's vectors alone, on both, and on the
-pairs and how the teacher shares out a query among a batch (the recipe as it is shipped). All train
-for the same number of steps on the same rows. Everything is kept in ``--work``, trained and scored,
-and the same command continues; more seeds or tasks add to it. Cost: the demo, and 9 to 14 minutes
-of processor time for each student.
+The student is the first three of six layers of the encoder that `unmasked demo` makes: as they are,
+trained on the demo's pairs alone, on a teacher's vectors alone, on both, and on the pairs and how
+the teacher shares out a query among a batch (the recipe as it is shipped). The teacher is the
+demo's encoder, or all its layers after as many steps on the same pairs as the students take. All
+students train for the same number of steps on the same rows. Everything is kept in ``--work``,
+trained and scored, and the same command continues; more seeds or tasks add to it. Cost: the demo,
+9 to 14 minutes of processor time for each student, and twice that for the second teacher.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -37,6 +38,11 @@ STUDENTS = {
 }
 """Settings of the supervised stage that differ from the recipe's."""
 
+FURTHER = ", teacher trained further"
+"""End of the name of a student whose teacher was trained further than the demo's encoder."""
+
+NAMES = [*STUDENTS, *(name + FURTHER for name in STUDENTS if name != "pairs alone")]
+
 
 def make_teacher(folder: Path, share: float) -> Path:
     """The demo's encoder, after a share of its steps, and its data."""
@@ -51,20 +57,42 @@ def make_teacher(folder: Path, share: float) -> Path:
     return folder / "model"
 
 
-def students(
-    teacher: Path, work: Path, seed: int, share: float, names: Sequence[str] = tuple(STUDENTS)
-) -> Iterator[tuple[str, Path]]:
-    """Name and folder of the encoder of each student, as soon as it is trained."""
-    data, steps = teacher.parent / "data" / "pairs.jsonl", max(10, round(300 * share))
-    own = [f"model.base={teacher}", "evaluate.tasks=[]", f"seed={seed}", f"supervised.data={data}"]
-    own += [f"supervised.steps={steps}", f"supervised.warmup_steps={steps // 10}"]
-    for name in names:
-        settings = (f"teacher.model={teacher}", *STUDENTS[name])
-        changed = [f"supervised.{setting}" for setting in settings]
-        folder = work / f"seed-{seed}" / name.replace(" ", "-")
-        print(f"{name}, seed {seed}", flush=True)
-        Run(load_recipe("distil", [*own, *changed]), folder).run()
-        yield name, folder / "model"
+def train_supervised(
+    start: Path, folder: Path, share: float, seed: int, settings: Sequence[str]
+) -> Path:
+    """The encoder of the recipe `distil` on the demo's pairs, from the demo's encoder.
+
+    Args:
+        start: the demo's encoder.
+        folder: where the run is kept.
+        share: of the recipe's steps.
+        seed: of the run.
+        settings: what differs from the recipe, in full names.
+    """
+    steps = max(10, round(300 * share))
+    own = [f"model.base={start}", "evaluate.tasks=[]", f"seed={seed}"]
+    own += [f"supervised.data={start.parent / 'data' / 'pairs.jsonl'}", f"supervised.steps={steps}"]
+    own += [f"supervised.warmup_steps={steps // 10}", *settings]
+    Run(load_recipe("distil", own), folder).run()
+    return folder / "model"
+
+
+def train_further(start: Path, work: Path, share: float) -> Path:
+    """All layers of the demo's encoder after the students' steps on the students' pairs."""
+    print("teacher trained further", flush=True)
+    settings = ["model.layers=null", "supervised.teacher=null"]
+    return train_supervised(start, work / "further-teacher", share, 0, settings)
+
+
+def train_student(
+    name: str, start: Path, teacher: Path, work: Path, seed: int, share: float
+) -> Path:
+    """The encoder of one student, by its name."""
+    print(f"{name}, seed {seed}", flush=True)
+    settings = (f"teacher.model={teacher}", *STUDENTS[name.removesuffix(FURTHER)])
+    changed = [f"supervised.{setting}" for setting in settings]
+    folder = work / f"seed-{seed}" / name.replace(",", "").replace(" ", "-")
+    return train_supervised(start, folder, share, seed, changed)
 
 
 class KeptScores:
@@ -115,28 +143,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/distil-table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=list(STUDENTS), default=list(STUDENTS))
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--share", type=float, default=1.0, help="Share of all numbers of steps.")
     parser.add_argument("--tasks", nargs="*", default=[], help="Task files beside the demo's.")
     parser.add_argument("--output", type=Path, help="Page that the table is put into.")
     asked = parser.parse_args()
-    teacher = make_teacher(asked.work / "teacher", asked.share)
-    tasks = [teacher.parent / "data" / demo.TASK, *asked.tasks]
+    start = make_teacher(asked.work / "teacher", asked.share)
+    tasks = [start.parent / "data" / demo.TASK, *asked.tasks]
     scores = KeptScores(asked.work / "scores.json", tasks)
-    whole = scores.of("teacher", partial(LLM2Vec.from_pretrained, teacher))
-    half = scores.of("its first half", partial(LLM2Vec.from_pretrained, teacher, layers=3))
+    whole = scores.of("teacher", partial(LLM2Vec.from_pretrained, start))
+    half = scores.of("its first half", partial(LLM2Vec.from_pretrained, start, layers=3))
     rows = {"teacher, all layers": [whole], "its first half, as it is": [half]}
+    further, best = start, whole
+    if any(name.endswith(FURTHER) for name in asked.only):
+        further = train_further(start, asked.work, asked.share)
+        best = scores.of("further teacher", partial(LLM2Vec.from_pretrained, further))
+        rows["teacher trained further, all layers"] = [best]
     for seed in asked.seeds:
-        for name, folder in students(teacher, asked.work, seed, asked.share, asked.only):
+        for name in asked.only:
+            teacher = further if name.endswith(FURTHER) else start
+            folder = train_student(name, start, teacher, asked.work, seed, asked.share)
             found = scores.of(f"{name}, seed {seed}", partial(LLM2Vec.from_pretrained, folder))
             rows.setdefault(name, []).append(found)
-    best = mean(whole.values())
-    lines = [f"| encoder | {' | '.join(whole)} | average | of the teacher |"]
+    lines = [f"| encoder | {' | '.join(whole)} | average | of its teacher |"]
     lines.append("|---" * (len(whole) + 3) + "|")
     for name, seeds in rows.items():
         averages = [mean(found.values()) for found in seeds]
         cells = [cell([found[task] for found in seeds]) for task in whole]
-        share = f"{100 * mean(averages) / best:.1f} %"
+        own = best if name.endswith(FURTHER) or seeds == [best] else whole
+        share = f"{100 * mean(averages) / mean(own.values()):.1f} %"
         lines.append(f"| {name} | {' | '.join(cells)} | {cell(averages)} | {share} |")
     show(asked.output, "distil", lines)
 
