@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from unmasked.corpus.manifest import manifest_entry
 from unmasked.corpus.stored_vectors import read_ranges
 from unmasked.errors import DataError, OutputError, first_line
 from unmasked.files.writing import not_written
@@ -111,11 +112,12 @@ def _folder(path: Path) -> StoredVectors:
     header: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
     for manifest in sorted(path.glob("_manifest*.jsonl")):
-        lines = [json.loads(line) for line in _whole_lines(manifest)]
+        whole = enumerate(_whole_lines(manifest))
+        lines = [manifest_entry(manifest, line, first=i == 0) for i, line in whole]
         header = lines[0] if lines else {}
         entries += [line for line in lines[1:] if "shard" in line]
         if not lines or "finished" not in lines[-1]:
-            shards = f"{max(len(lines) - 1, 0)} shards are there"
+            shards = f"{len({entry['shard'] for entry in entries})} shards are there"
             fix = "run the unmasked encode command that began it again"
             raise DataError(f"{path}: {manifest.name} is not finished, {shards}. Fix: {fix}.")
     machines = header.get("settings", {}).get("machines", 1)
