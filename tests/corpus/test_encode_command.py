@@ -73,7 +73,7 @@ def test_many_machines_and_kinds(cli, tiny_decoder, corpus):
     one = [tiny_decoder, "corpus/a.jsonl", "-o", "v.npy", "--precision", "int8"]
     assert cli(*one, "--ranges", "out/_ranges.npy")[0] == 0
     np.testing.assert_array_equal(np.load("v.npy"), np.concatenate(parts))
-    assert Path("v.ranges.npy").read_bytes() == Path("out/_ranges.npy").read_bytes()
+    assert Path("v.npy.ranges.npy").read_bytes() == Path("out/_ranges.npy").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -130,3 +130,29 @@ def test_control_c_keeps_whole_shards_and_the_same_command_continues(
     assert done.stdout == "12,000 vectors of 32 numbers in v\n"
     assert len(list((tmp_path / "v").glob("part-*"))) == 24
     assert all(p.stat().st_mtime_ns == time for p, time in there.items())
+
+
+def test_control_c_says_what_one_file_keeps(cli, tiny_decoder, corpus, monkeypatch):
+    """A folder is continued by the same command, but one file begins again."""
+    from unmasked import corpus as room
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "encode_corpus", interrupted)
+    code, out, err = cli(tiny_decoder, "corpus/a.jsonl", "-o", "v.npy")
+    assert (code, out) == (130, "")
+    assert err.endswith(
+        "interrupted: nothing was kept; the same command begins again; "
+        "a folder (-o NAME/) can be continued\n"
+    )
+    monkeypatch.setattr(room, "encode_folder", interrupted)
+    code, _, err = cli(tiny_decoder, "corpus/a.jsonl", "-o", "v")
+    assert code == 130 and err.endswith("run the same command to continue\n")
+
+
+def test_an_output_that_is_read_is_refused_before_the_model_is_loaded(cli, corpus):
+    code, _, err = cli("no-such-model", "corpus", "-o", "corpus/v.npy")
+    assert code == 2 and "corpus/v.npy is in the folder that is read. Fix: " in err
+    code, _, err = cli("no-such-model", "corpus/a.jsonl", "-o", "corpus/v.npy", "--overwrite")
+    assert code == 2 and "in the folder that is read" not in err

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_skipped_rows_of_one_file_are_listed(model, given, tmp_path):
     for kind in (".npy", ".safetensors", ".parquet"):
         output = tmp_path / f"v{kind}"
         assert encode_corpus(model, Source(path), output, skip=True, window=2) == (2, 32, 2, 0)
-        listed = (tmp_path / "v.skipped.jsonl").read_text().splitlines()
+        listed = (tmp_path / f"v{kind}.skipped.jsonl").read_text().splitlines()
         assert [json.loads(line)["row"] for line in listed] == [1, 2]
     import pyarrow.parquet as pq
 
@@ -160,7 +161,7 @@ def test_a_skipped_row_of_a_file_whose_name_is_not_unicode_is_listed(model, tmp_
         pytest.skip("this file system takes Unicode names only")
     done = encode_corpus(model, Source(str(tmp_path / "in")), tmp_path / "a.npy", skip=True)
     assert (done.rows, done.skipped) == (1, 1)
-    (listed,) = (tmp_path / "a.skipped.jsonl").read_text().splitlines()
+    (listed,) = (tmp_path / "a.npy.skipped.jsonl").read_text().splitlines()
     assert json.loads(listed)["row"] == 1
 
 
@@ -178,16 +179,16 @@ def test_a_second_writer_of_the_same_file_is_refused(model, texts, tmp_path):
                   progress=meanwhile)  # fmt: skip
     assert refused
     np.testing.assert_allclose(np.linalg.norm(np.load(output), axis=1), 1, atol=1e-5)
-    assert {p.name for p in output.parent.iterdir()} == {"v.npy", "v.skipped.jsonl"}
+    assert {p.name for p in output.parent.iterdir()} == {"v.npy", "v.npy.skipped.jsonl"}
 
 
 def test_the_list_of_rows_skipped_is_that_of_this_file(model, texts, tmp_path):
     output = tmp_path / "v.npy"
     encode_corpus(model, Source(str(texts)), output, skip=True)
-    assert output.with_suffix(".skipped.jsonl").is_file()
+    assert (tmp_path / "v.npy.skipped.jsonl").is_file()
     texts.write_text("one\ntwo\n")
     encode_corpus(model, Source(str(texts)), output, skip=True, overwrite=True)
-    assert not output.with_suffix(".skipped.jsonl").exists()
+    assert not (tmp_path / "v.npy.skipped.jsonl").exists()
 
 
 def test_ranges_that_nothing_would_use_are_refused(model, texts, tmp_path):
@@ -223,3 +224,94 @@ def test_a_value_that_does_not_fit_names_its_row(tmp_path):
         with pytest.raises(DataError, match=r"row 8 \(from 0\): 'n' is 'x', which the type int64"):
             writer.write([[7, 8], [1, "x"]], np.zeros((2, 2), dtype="float32"))
         writer.close()
+
+
+def test_files_of_one_stem_have_their_own_ranges_and_lists(model, given, tmp_path, sentences):
+    from unmasked.corpus.search import search_in
+
+    source = Source(given("a.txt", "\n".join(["", *sentences]) + "\n"))
+    other = Source(given("b.txt", "one\ntwo\nthree\n"))
+    encoding = Encoding(precision="int8")
+    encode_corpus(model, source, tmp_path / "v.npy", encoding, skip=True)
+
+    def found():
+        return search_in(model, tmp_path / "v.npy")(sentences[:2], 3)
+
+    before = found()
+    assert [hits[0].row for hits in before] == [1, 2]
+    for kind in (".safetensors", ".parquet"):
+        encode_corpus(model, other, tmp_path / f"v{kind}", encoding)
+        assert found() == before
+    # An earlier version named both after the stem; they are read if there are no others.
+    for kind in ("ranges.npy", "skipped.jsonl"):
+        (tmp_path / f"v.npy.{kind}").rename(tmp_path / f"v.{kind}")
+    assert found() == before
+    encode_corpus(model, other, tmp_path / "v.npy", encoding, overwrite=True)
+    assert [hits[0].row for hits in search_in(model, tmp_path / "v.npy")(["one"], 1)] == [0]
+    (tmp_path / "v.npy.skipped.jsonl").write_text("7\n")
+    with pytest.raises(DataError, match="is no list of skipped rows. Fix: encode"):
+        found()
+
+
+def test_an_interrupted_overwrite_leaves_vectors_ranges_and_list(model, given, tmp_path):
+    output, int8 = tmp_path / "out" / "v.npy", Encoding(precision="int8")
+    source = Source(given("a.txt", "one\n\ntwo\n"))
+    encode_corpus(model, source, output, int8, skip=True)
+    before = {path.name: path.read_bytes() for path in output.parent.iterdir()}
+    assert set(before) == {"v.npy", "v.npy.ranges.npy", "v.npy.skipped.jsonl"}
+
+    def stop(rows, tokens):
+        if rows:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        other = Source(given("b.txt", "three\nfour\n"))
+        encode_corpus(model, other, output, int8, overwrite=True, progress=stop)
+    assert {path.name: path.read_bytes() for path in output.parent.iterdir()} == before
+
+
+def test_an_output_that_is_read_is_refused(model, given, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one\ntwo\n")
+    for name in ("v.parquet", "v.npy", "more/v.npy"):
+        with pytest.raises(OutputError, match="in the folder that is read. Fix: name one outside"):
+            encode_corpus(model, Source(str(folder)), folder / name)
+    output = tmp_path / "v.parquet"
+    encode_corpus(model, Source(str(folder / "a.txt")), output)
+    (tmp_path / "link.parquet").symlink_to(output)
+    rows = Source(given("v.npy.skipped.jsonl", '{"text": "one"}\n'))
+    ranges = given("r.npy", "")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    replaced = [
+        (Source(str(output)), output, None),
+        (Source(str(output)), tmp_path / "link.parquet", None),
+        (rows, tmp_path / "v.npy", None),
+        (Source(str(folder / "a.txt")), tmp_path / "r.npy", Path(ranges)),
+    ]
+    for source, path, used in replaced:
+        with pytest.raises(OutputError, match="would replace .*, which is read. Fix: give another"):
+            check_output(path, True, source, used)
+        with pytest.raises(OutputError, match="would replace .*, which is read. Fix: give another"):
+            int8 = Encoding(precision="int8")
+            encode_corpus(model, source, path, int8, overwrite=True, ranges=used)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_bits_that_do_not_fill_their_bytes_are_scored_as_in_a_folder(
+    model, given, tmp_path, sentences
+):
+    from unmasked.corpus.search import open_vectors, search_in
+
+    source = Source(given("a.txt", "\n".join(sentences) + "\n"))
+    encoding = Encoding(precision="binary", truncate_dim=20)
+    encode_folder(Local(lambda: model), source, tmp_path / "v", encoding)
+    expected = [hit.score for hit in search_in(model, tmp_path / "v")(["a cat"], 8)[0]]
+    for kind in (".safetensors", ".parquet"):
+        encode_corpus(model, source, tmp_path / f"v{kind}", encoding)
+        assert open_vectors(tmp_path / f"v{kind}").width == 20
+        found = search_in(model, tmp_path / f"v{kind}")(["a cat"], 8)[0]
+        assert [hit.score for hit in found] == expected
+    with pytest.raises(OutputError, match=r"20 dimensions.*Fix: -o .*v\.safetensors, or --tr.* 16"):
+        encode_corpus(model, source, tmp_path / "v.npy", encoding)
+    encode_corpus(model, source, tmp_path / "v.npy", Encoding(precision="binary", truncate_dim=16))

@@ -183,3 +183,70 @@ def test_the_verb(cli, tiny_decoder, tmp_path, sentences, monkeypatch):
     assert code == 2 and "--chunk splits texts, but v holds vectors. Fix" in err
     code, _, err = cli("encode", tiny_decoder, "docs", "-o", "w", "--late")
     assert code == 2 and "Fix: --chunk 256 --late" in err
+
+
+@pytest.mark.parametrize("output", ["v", "v.parquet"])
+def test_kept_columns_are_no_fields_of_a_hit(model, tmp_path, sentences, output):
+    """Whatever their names are; and the text is that of the column that was encoded."""
+    path, names = tmp_path / "t.jsonl", ("begin", "end", "score", "file", "text")
+    other = {"begin": 3, "end": 5, "score": 0.5, "file": 7, "text": "another text"}
+    rows = [{"body": text, **other} for text in sentences]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    def found(keep, chunks=None):
+        source = Source(str(path), "body", keep=keep)
+        encoding = Encoding(chunks=chunks)
+        if output == "v":
+            engine = Local(lambda: model)
+            encode_folder(engine, source, tmp_path / output, encoding, overwrite=True)
+        else:
+            encode_corpus(model, source, tmp_path / output, encoding, overwrite=True)
+        return search_in(model, tmp_path / output)([sentences[2]], 1)[0][0]
+
+    hit = found(names)
+    assert hit[1:] == (2, None, None, None, None, None) and hit.score == pytest.approx(1, abs=1e-5)
+    assert found((*names, "body"))[1:] == (2, None, None, None, None, sentences[2])
+    hit = found(("text", "body"), Chunks(24))
+    assert hit.row == 2 and hit.text and hit.text == sentences[2][hit.begin : hit.end]
+    hit = found(("text",), Chunks(24))
+    assert hit.begin is not None and hit.text is None
+
+
+def test_files_of_others_are_refused_and_not_a_traceback(model, tmp_path, sentences):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from unmasked.corpus.search import are_vectors
+
+    vectors = model.encode(sentences[:2], show_progress_bar=False)
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    null = pa.array([None, [1.0] * 32], flat.type)
+    tables = [
+        {"text": sentences[:2], "vector": flat},
+        {"row": ["a", "b"], "vector": flat},
+        {"row": [0, 1], "vector": [[1.0], [2.0]]},
+        {"row": [0, 1], "vector": null},
+    ]
+    for table in tables:
+        pq.write_table(pa.table(table), tmp_path / "u.parquet")
+        with pytest.raises(DataError, match="cannot be opened as vectors.*Fix: give the complete"):
+            open_vectors(tmp_path / "u.parquet")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
+    assert not are_vectors(tmp_path / "bad.parquet")
+    with pytest.raises(DataError, match="not a whole Parquet file"):
+        list(Source(str(tmp_path / "bad.parquet")).rows())
+    np.savez(tmp_path / "several.npz", vectors)
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    (tmp_path / "empty.npy").touch()
+    np.save(tmp_path / "number.npy", 5)
+    heads = {"long": b"\xff" * 8, "list": b"\x02" + bytes(7) + b"[]", "none": b"\x02" + bytes(7)}
+    for name, head in heads.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(head)
+    for path in [*tmp_path.glob("*.npy"), *tmp_path.glob("*.safetensors")]:
+        with pytest.raises(DataError, match="Fix: give the complete output"):
+            open_vectors(path)
+    # A file of a version that wrote no settings has its columns only.
+    rows = {"row": [0, 1], "begin": [4, 0], "end": [7, 1], "text": sentences[:2], "vector": flat}
+    pq.write_table(pa.table(rows), tmp_path / "old.parquet")
+    hit = search_in(model, tmp_path / "old.parquet")([sentences[0]], 1)[0][0]
+    assert (hit.row, hit.begin, hit.end, hit.text) == (0, 4, 7, sentences[0][4:7])

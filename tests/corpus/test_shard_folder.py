@@ -386,3 +386,91 @@ def test_standard_input_continues_only_with_the_same_texts(model, tmp_path, monk
         run(text + "six\n")
     with pytest.raises(DataError, match="none of the first 4096 rows has a vector"):
         run("", "w")
+
+
+def test_a_refused_command_leaves_what_overwrite_would_replace(model, given, tmp_path, monkeypatch):
+    """Also where the refusal comes from the model, the ranges, or texts that cannot be surveyed."""
+    folder, good, blank = tmp_path / "v", given("a.txt", "a\nb\n"), given("b.txt", "a\n\n")
+    make(model, good, folder, Shards(ranges=None), Encoding(precision="int8"))
+    before = contents(folder)
+    np.save(tmp_path / "r.npy", np.zeros((2, 31), "f4"))
+
+    def no_model():
+        raise DataError("no model")
+
+    def refused(error, words, source, shards=None, encoding=None, load=lambda: model):
+        with pytest.raises(error, match=words):
+            encode_folder(Local(load), Source(source), folder, encoding, shards, overwrite=True)
+        assert contents(folder) == before
+
+    refused(DataError, "an empty text", blank)
+    refused(DataError, "no model", good, load=no_model)
+    refused(DataError, "from 1 to 32", good, encoding=Encoding(truncate_dim=33))
+    int8 = Encoding(precision="int8")
+    refused(DataError, r"shape \(2, 31\)", good, Shards(ranges=tmp_path / "r.npy"), int8)
+    refused(DataError, "none of the first", given("n.txt", "\n\n"), Shards(skip=True), int8)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    refused(DataError, "there is no text in it", "-")
+    # Its own ranges may be given, and are read before they are deleted.
+    ranges = folder / "_ranges.npy"
+    make(model, good, folder, Shards(ranges=ranges), int8, overwrite=True)
+    assert contents(folder) == before
+
+
+def test_shards_are_not_encoded_into_the_folder_that_they_are_in(model, given, tmp_path):
+    path = given("a.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+    make(model, Source(path, keep=("text",)), tmp_path / "v")
+    before = contents(tmp_path / "v")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="which is read, is in .*Fix: name another folder"):
+            make(model, tmp_path / "v" / "part-000000.parquet", tmp_path / "v", overwrite=overwrite)
+        assert contents(tmp_path / "v") == before
+
+
+def test_a_folder_killed_while_a_lost_shard_was_made_again_is_finished(
+    model, corpus, tmp_path, monkeypatch
+):
+    from unmasked.corpus.manifest import Manifest
+    from unmasked.corpus.search import open_vectors
+
+    source, shards = Source(str(corpus), max_bytes=1000), Shards(rows=7, skip=True)
+    make(model, source, tmp_path / "v", shards)
+    whole = contents(tmp_path / "v")
+    (tmp_path / "v" / "part-000002.parquet").unlink()
+    with monkeypatch.context() as killed:
+        killed.setattr(Manifest, "finish", lambda manifest: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            make(model, source, tmp_path / "v", shards)
+    with pytest.raises(DataError, match="not finished, 3 shards are there"):
+        open_vectors(tmp_path / "v")
+    make(model, source, tmp_path / "v", shards)
+    assert contents(tmp_path / "v") == whole
+    assert len(open_vectors(tmp_path / "v")) == 16
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "5\n",
+        "[]\n",
+        "half",
+        '{"format": 1}\n',
+        '{"format": 1, "settings": [], "inputs": []}\n',
+        '{"format": 1, "settings": {}, "inputs": [1]}\n',
+        '{"format": 1, "settings": {}, "inputs": []}\n7\n',
+        '{"format": 1, "settings": {}, "inputs": []}\n{"shard": 0}\n',
+        '{"format": 1, "settings": {}, "inputs": []}\nnull\n{"finished": true}\n',
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(model, given, tmp_path, lines):
+    from unmasked.corpus.search import open_vectors
+
+    for name in ("_manifest.jsonl", "_manifest-1-of-2.jsonl"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(lines)
+        with pytest.raises((DataError, OutputError), match="Fix: "):
+            open_vectors(folder)
+    if lines.endswith("\n"):  # half a line is dropped, and the folder is begun
+        with pytest.raises(OutputError, match="is not a manifest. Fix: name another folder"):
+            make(model, given("a.txt", "a\n"), tmp_path / "_manifest.jsonl")

@@ -157,3 +157,27 @@ def test_no_id_is_dropped_in_another_file_of_the_folder(tmp_path):
     pq.write_table(pa.table({"text": ["b"], "_id": ["x"]}), tmp_path / "2.parquet")
     with pytest.raises(DataError, match=r"2\.parquet, row 1: '_id' is 'x', but rows before"):
         list(Source(str(tmp_path)).records())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_nanoseconds_of_a_time_of_day_are_not_lost_without_a_word(tmp_path, nested):
+    times = pa.array([1, 123456789], pa.time64("ns"))
+    kept_times = pa.StructArray.from_arrays([times], ["at"]) if nested else times
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["a", "b"], "x": kept_times}), path)
+    with pytest.raises(DataError, match=r"time64\[ns\].* would be lost. Fix: cast it to time64"):
+        kept(path)
+    pq.write_table(pa.table({"text": ["a", "b"], "x": pa.array([1, 2], pa.time64("us"))}), path)
+    assert [time.microsecond for time in kept(path)[1]] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", [pa.timestamp("s"), pa.timestamp("ms"), pa.date32()])
+def test_a_time_that_python_cannot_hold_is_a_fault_of_its_row(tmp_path, kind):
+    far = 2**31 - 1 if kind == pa.date32() else 10**15
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "x": pa.array([1, far, 2], kind)}), path)
+    source = Source(path, keep=("x",))
+    assert [row.fault is None for row in source.rows()] == [True, False, True]
+    with pytest.raises(DataError, match=r"row 2: a date outside the years 1 to 9999.*Fix: correct"):
+        source.survey()
+    assert Source(path).survey() == [3]  # the column is not read

@@ -16,7 +16,7 @@ import typer
 from typer import Argument, Option
 
 from unmasked.cli import terminal
-from unmasked.cli.failures import INTERRUPTED
+from unmasked.cli.failures import INTERRUPTED, ONE_FILE_KEPT
 from unmasked.cli.options import (
     CHUNK,
     COLUMN,
@@ -168,10 +168,10 @@ def encode(
     given: dict[str, Any] = {"source": source, "encoding": encoding, "overwrite": overwrite}
     _say_left_out(source)
     if one_file:
-        corpus.check_output(path, overwrite)
+        corpus.check_output(path, overwrite, source, ranges)
         write = partial(corpus.encode_corpus, output=path, skip=skip, ranges=ranges, **given)
         done, waited = _to_file(load, write, source, skip)
-        listed = path.with_suffix(".skipped.jsonl")
+        listed = corpus.skipped_of(path)
     else:
         kind, actors = f".{format or 'parquet'}", (workers or 0) if engine == "ray" else None
         shards = corpus.Shards(kind, shard_rows, part=part, skip=skip, ranges=ranges)
@@ -219,13 +219,17 @@ def _to_file(
     load: Load, write: Callable[..., Encoded], source: Source, skip: bool
 ) -> tuple[Encoded, float | None]:
     """Encode into one file; see `_to_folder` for what is returned."""
-    with terminal.waiting(f"checking {source.name}"):
-        total = sum(source.survey(skip)) if source.on_disk else None
-    with terminal.waiting("loading the model"):
-        model = load()
-    with terminal.Line() as line:
-        done = write(model, progress=_counter(line, 0, total))
-    return done, model.backbone.device_time.waited
+    try:
+        with terminal.waiting(f"checking {source.name}"):
+            total = sum(source.survey(skip)) if source.on_disk else None
+        with terminal.waiting("loading the model"):
+            model = load()
+        with terminal.Line() as line:
+            done = write(model, progress=_counter(line, 0, total))
+        return done, model.backbone.device_time.waited
+    except KeyboardInterrupt:
+        terminal.say(f"interrupted: {ONE_FILE_KEPT}")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _to_folder(

@@ -35,8 +35,11 @@ KEPT = {
     "mine": "every finished shard is kept; run the same command to continue",
     "report": "figures that were drawn are kept",
 }
-"""Verb → what is on the disk after an interruption. ``run`` and ``train``, and ``encode`` into a
-folder, handle Ctrl-C themselves once their work has begun."""
+"""Verb → what is on the disk after an interruption. ``run``, ``train`` and ``encode`` handle Ctrl-C
+themselves once their work has begun."""
+ONE_FILE_KEPT = (
+    "nothing was kept; the same command begins again; a folder (-o NAME/) can be continued"
+)
 
 
 class Verbs(TyperGroup):

@@ -22,7 +22,7 @@ from unmasked.corpus.one_file import check_output, encode_corpus
 from unmasked.corpus.ray import OnRay
 from unmasked.corpus.shard_folder import encode_folder
 from unmasked.corpus.shards import Encoded, Shards
-from unmasked.corpus.stored_vectors import PRECISIONS, Encoding, encode_passages
+from unmasked.corpus.stored_vectors import PRECISIONS, Encoding, encode_passages, skipped_of
 from unmasked.corpus.writers import OUTPUTS
 from unmasked.text.passages import Chunks, Passage
 
@@ -44,4 +44,5 @@ __all__ = [
     "encode_folder",
     "encode_passages",
     "parse_part",
+    "skipped_of",
 ]

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +75,7 @@ class Manifest:
         header: settings and inputs; empty before `begin`.
         done: the shards that are complete, by number.
         finished: whether the last line says that everything is done.
+        replacing: whether the folder still has what `clear` deletes, the output of an earlier call.
     """
 
     folder: Path
@@ -82,6 +83,7 @@ class Manifest:
     header: dict[str, Any] = field(default_factory=dict)
     done: dict[int, WholeShard] = field(default_factory=dict)
     finished: bool = False
+    replacing: bool = False
 
     @property
     def path(self) -> Path:
@@ -89,6 +91,13 @@ class Manifest:
         place, machines = self.part
         name = "_manifest" if machines == 1 else f"_manifest-{place}-of-{machines}"
         return self.folder / f"{name}.jsonl"
+
+    def clear(self) -> None:
+        """Delete what ``--overwrite`` replaces; called once nothing can be refused any more."""
+        for path in self.folder.iterdir() if self.replacing else ():
+            if path.suffix != ".lock":
+                path.unlink()
+        self.replacing = False
 
     def read(self) -> None:
         """Read what an earlier run wrote, and drop an incomplete last line.
@@ -107,20 +116,12 @@ class Manifest:
             os.truncate(self.path, start)
 
     def _take(self, line: bytes, start: int) -> None:
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            fix = "name another folder"
-            raise OutputError(f"{self.path} is not a manifest. Fix: {fix}.") from error
+        entry = manifest_entry(self.path, line, first=start == 0)
+        # A shard after the line that says so was lost and written again: finishing comes after it.
+        self.finished = "finished" in entry
         if start == 0:
-            if (version := entry.get("format")) != FORMAT:
-                raise OutputError(
-                    f"{self.path}: unknown format {version!r}. Fix: name another folder."
-                )
             self.header = entry
-        elif "finished" in entry:
-            self.finished = True
-        else:
+        elif not self.finished:
             file = self.folder / entry["file"]
             if file.is_file() and file.stat().st_size == entry["bytes"]:
                 self._keep(entry, (start, len(line)))
@@ -145,7 +146,8 @@ class Manifest:
         for path in sorted(self.folder.glob("_manifest*.jsonl")):
             if path != self.path or self.done:
                 with path.open("rb") as file:
-                    _compare(self.folder, json.loads(file.readline() or b"{}"), header)
+                    there = manifest_entry(path, file.readline() or b"{}", first=True)
+                _compare(self.folder, there, header)
         if not self.done:
             place, machines = self.part
             # Shards that have their final name but no line, as the run was killed in between.
@@ -206,7 +208,8 @@ class Manifest:
 def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manifest]:
     """The manifest of a folder, which is created if needed and locked against other processes.
 
-    A new folder is removed again if an error comes before anything is written to it.
+    With `overwrite`, what is in the folder is not read, and stays until `Manifest.clear`. A new
+    folder is removed again if an error comes before anything is written to it.
 
     Raises:
         OutputError: another process writes to the folder, or other files are in it.
@@ -220,7 +223,7 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
         raise OutputError(
             f"{folder} has other files in it ({', '.join(strangers[:3])}). Fix: name a new folder."
         )
-    manifest = Manifest(folder, part)
+    manifest = Manifest(folder, part, replacing=overwrite)
     fix = "name another folder, or divide the work with --shard 1/2 and --shard 2/2"
     try:
         with ExitStack() as locks:
@@ -228,10 +231,7 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
             if overwrite:  # no other machine may be writing to it
                 for other in folder.glob("._manifest-*.lock"):
                     locks.enter_context(lock(other, folder, fix))
-                for path in folder.iterdir():
-                    if path.suffix != ".lock":
-                        path.unlink()
-            if manifest.path.is_file():
+            elif manifest.path.is_file():
                 manifest.read()
             yield manifest
     except BaseException:
@@ -277,6 +277,41 @@ def checksum(path: Path) -> str:
 def json_line(entry: dict[str, Any]) -> bytes:
     """An entry as a line of JSON; the name of a file need not be valid Unicode."""
     return json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+_NUMBERS, _NAMES = ("shard", "first_row", "rows", "bytes"), ("file", "texts")
+_SHARD = dict.fromkeys(_NUMBERS, int) | dict.fromkeys(_NAMES, str) | {"skipped": list}
+
+
+def manifest_entry(path: Path, line: bytes, first: bool = False) -> dict[str, Any]:
+    """A line of a manifest: of settings and inputs if it is the first, of a shard, or the last.
+
+    Raises:
+        OutputError: the line is none of these, or another version of this package wrote it.
+    """
+    try:
+        entry = json.loads(line)
+    except ValueError:  # half a line, or no text
+        entry = None
+    if first and isinstance(entry, dict) and entry.get("format") != FORMAT:
+        version = entry.get("format")
+        raise OutputError(f"{path}: unknown format {version!r}. Fix: name another folder.")
+    if first:
+        good = _has(entry, {"settings": dict, "inputs": list})
+        good = good and all(_has(given, {"file": str}) for given in entry["inputs"])
+    else:
+        good = isinstance(entry, dict) and ("finished" in entry or _has(entry, _SHARD))
+        faults = entry.get("skipped", []) if good and "shard" in entry else []
+        good = good and all(_has(fault, {"row": int}) for fault in faults)
+    if not good:
+        raise OutputError(f"{path} is not a manifest. Fix: name another folder.")
+    known: dict[str, Any] = entry
+    return known
+
+
+def _has(entry: Any, kinds: Mapping[str, type]) -> bool:
+    """Whether an object of JSON has some keys with values of these types."""
+    return isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in kinds.items())
 
 
 def _compare(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

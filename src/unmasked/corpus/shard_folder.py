@@ -51,7 +51,8 @@ def encode_folder(
         folder: a new folder, or one that the same call began.
         encoding: prompt, normalisation, precision and so on.
         shards: how the rows are divided into shards.
-        overwrite: delete the shards that are there, and begin again.
+        overwrite: begin again, and delete the shards that are there once the source and the model
+            have been checked.
         announce: called with a description of each step before the first shard; returns a context
             manager that is active during the step.
         begin: called with the number of rows that are done and the total number, if it is known;
@@ -62,8 +63,8 @@ def encode_folder(
 
     Raises:
         DataError: see `Source.records`; or a vector is not finite.
-        OutputError: the folder has other files in it, was begun with other settings or inputs, or
-            another process writes to it.
+        OutputError: the folder has other files in it (the source, for example), was begun with
+            other settings or inputs, or another process writes to it.
     """
     encoding, shards = (encoding or Encoding()).of(source), shards or Shards()
     folder = Path(folder)
@@ -72,6 +73,7 @@ def encode_folder(
     source = replace(source, distinct=encoding.chunks is not None)
     _check_folder(source, folder, overwrite and shards.part[1] > 1)
     with locked(folder, shards.part, overwrite) as manifest:
+        _check_inside(source, folder)
         with announce(f"checking {source.name}"):
             inputs, counts = _survey(source, shards.skip, manifest, engine.needs_counts)
         with announce("loading the model"):
@@ -83,7 +85,10 @@ def encode_folder(
         job = CorpusJob(source, encoding, folder, shards, window, width)
         if encoding.precision == "int8":
             with announce(f"measuring the ranges of int8 on the first {CALIBRATION} rows"):
-                job = replace(job, ranges=_shared_ranges(engine, job, stream))
+                job = replace(job, ranges=_shared_ranges(engine, job, stream, manifest))
+        if manifest.replacing and not stream.reaches(0):  # standard input may be empty
+            raise source.empty()
+        manifest.clear()
         manifest.begin(settings | _folder_settings(job), inputs)
         _fill(engine, job, manifest, stream, begin)
         return Encoded(manifest.rows, width, manifest.skipped, manifest.cut)
@@ -96,6 +101,13 @@ def _check_folder(source: Source, folder: Path, deletes_others: bool) -> None:
     if deletes_others:
         given = "--overwrite would delete the shards of other machines"
         raise OutputError(f"{given}. Fix: name a new folder.")
+
+
+def _check_inside(source: Source, folder: Path) -> None:
+    """Refuse shards of the output as its source."""
+    for file in source.files if source.on_disk else ():
+        if Path(file).resolve().is_relative_to(folder.resolve()):
+            raise OutputError(f"{file}, which is read, is in {folder}. Fix: name another folder.")
 
 
 def _survey(
@@ -161,17 +173,20 @@ def _folder_settings(job: CorpusJob) -> dict[str, Any]:
     }
 
 
-def _shared_ranges(engine: Local | OnRay, job: CorpusJob, stream: Stream) -> np.ndarray:
+def _shared_ranges(
+    engine: Local | OnRay, job: CorpusJob, stream: Stream, manifest: Manifest
+) -> np.ndarray:
     """The ranges in the folder, which all machines share; the first machine saves them."""
     path, chosen, (place, machines) = job.folder / RANGES, job.shards.ranges, job.shards.part
     given = None if chosen is None else read_ranges(chosen, job.width)
     own = job.folder / f"._ranges-{place}-of-{machines}.npy"
     own.unlink(missing_ok=True)  # left by a run that was killed
-    if not path.is_file():
+    if manifest.replacing or not path.is_file():
         measured = given
         if measured is None:
             texts, window = stream.head(), job.window
             measured = engine.ask(lambda model: job.encoding.measure_ranges(model, texts, window))
+        manifest.clear()
         save_ranges(own, measured)
         try:
             os.link(own, path)  # unlike a rename, it fails if another machine was first

@@ -99,6 +99,7 @@ class CorpusJob:
         window: rows encoded at a time.
         width: D, the dimensions of a vector before bits are packed.
         ranges: (2, D) ranges for int8.
+        said: settings that the file has in its metadata; a folder has them in its manifest.
     """
 
     source: Source
@@ -108,6 +109,7 @@ class CorpusJob:
     window: int
     width: int
     ranges: np.ndarray | None = None
+    said: dict[str, Any] | None = None
 
     @property
     def with_files(self) -> bool:
@@ -227,8 +229,7 @@ def write_vectors(
     """Encode rows, of which the first is number `first`, into a file, completely or not at all."""
     digest, written, seen = new_digest(), 0, 0
     skipped: Skipped = []
-    columns = _columns(job)
-    dtype, width = job.encoding.stored_type(job.width)
+    columns, stored = _columns(job), job.encoding.stored_type(job.width)
     read: deque[RowWindow] = deque()  # windows that were read and are not written yet
 
     def texts() -> Iterator[list[str]]:
@@ -244,7 +245,7 @@ def write_vectors(
     with (
         written_aside(path) as file,
         # Closed before its file, also after an error: pyarrow's writer writes when it is closed.
-        closing(make_writer(job.shards.kind, file, dtype, width, columns)) as writer,
+        closing(make_writer(job.shards.kind, file, *stored, columns, job.said)) as writer,
         closing(job.encoding(model, texts())) as encoded,  # ends its threads
     ):
         for passages, computed in encoded:

@@ -249,6 +249,16 @@ def read_ranges(path: Path, width: int) -> np.ndarray:
     return np.ascontiguousarray(ranges, dtype="<f4")
 
 
+def ranges_of(output: Path) -> Path:
+    """The file of the ranges of one file of int8 vectors."""
+    return output.with_name(f"{output.name}.ranges.npy")
+
+
+def skipped_of(output: Path) -> Path:
+    """The file that lists the rows without a vector in one file of vectors."""
+    return output.with_name(f"{output.name}.skipped.jsonl")
+
+
 def save_ranges(path: Path, ranges: np.ndarray) -> None:
     """Write ranges to a file, completely or not at all."""
     with written_aside(path) as file:

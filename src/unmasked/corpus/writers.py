@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import IO, Any
 
@@ -17,6 +17,8 @@ import numpy as np
 from unmasked.errors import DataError
 
 OUTPUTS = (".npy", ".parquet", ".safetensors")
+SAID = "unmasked"
+"""Key of the settings that one file has in its metadata, as JSON."""
 Columns = Sequence[Sequence[object]]
 """Values of the columns beside the vectors, N per column."""
 
@@ -27,6 +29,7 @@ def make_writer(
     dtype: np.dtype[Any],
     width: int,
     columns: Sequence[tuple[str, Any]] = (),
+    said: Mapping[str, Any] | None = None,
 ) -> FlatWriter | ParquetWriter:
     """A writer that takes windows in order; the file is complete once the writer is closed.
 
@@ -37,10 +40,13 @@ def make_writer(
         width: how many numbers a stored vector has.
         columns: names and Arrow types (or their names) of the columns beside the vector; only
             .parquet has them, and the first is the row number.
+        said: settings to write into the file; .npy has no place for them.
     """
     if kind == ".parquet":
-        return ParquetWriter(file, dtype, width, columns)
-    return FlatWriter(file, partial(_npy if kind == ".npy" else _safetensors, dtype, width))
+        return ParquetWriter(file, dtype, width, columns, said)
+    if kind == ".npy":
+        return FlatWriter(file, partial(_npy, dtype, width))
+    return FlatWriter(file, partial(_safetensors, dtype, width, said))
 
 
 class FlatWriter:
@@ -71,11 +77,14 @@ def _npy(dtype: np.dtype[Any], width: int, rows: int) -> bytes:
     return header.getvalue()
 
 
-def _safetensors(dtype: np.dtype[Any], width: int, rows: int) -> bytes:
+def _safetensors(
+    dtype: np.dtype[Any], width: int, given: Mapping[str, Any] | None, rows: int
+) -> bytes:
     """8 bytes of length, then JSON padded with spaces; the tensor is called ``vectors``."""
     kind = {"f4": "F32", "f2": "F16", "i1": "I8", "u1": "U8"}[dtype.str[1:]]
     place = [0, rows * width * dtype.itemsize]
-    said = {"vectors": {"dtype": kind, "shape": [rows, width], "data_offsets": place}}
+    said: dict[str, Any] = {} if given is None else {"__metadata__": {SAID: json.dumps(given)}}
+    said["vectors"] = {"dtype": kind, "shape": [rows, width], "data_offsets": place}
     text = json.dumps(said, separators=(",", ":")).encode().ljust(256)
     return len(text).to_bytes(8, "little") + text
 
@@ -89,6 +98,7 @@ class ParquetWriter:
         dtype: np.dtype[Any],
         width: int,
         columns: Sequence[tuple[str, Any]],
+        said: Mapping[str, Any] | None = None,
     ) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -98,7 +108,8 @@ class ParquetWriter:
             for name, kind in columns
         ]
         vector = pa.list_(pa.from_numpy_dtype(dtype), width)
-        self.schema = pa.schema([*fields, ("vector", vector)])
+        metadata = None if said is None else {SAID: json.dumps(said)}
+        self.schema = pa.schema([*fields, ("vector", vector)], metadata)
         names = [name for name, _ in columns]
         # Vectors do not compress; everything beside them does.
         self.table_writer = pq.ParquetWriter(

@@ -177,10 +177,13 @@ def _row_by_row(path: str, name: str, batch: Iterable[Cells], found: pa.Schema) 
 
 
 def _check_stored(path: str, name: str, kind: pa.DataType) -> None:
-    """Refuse a type that .parquet cannot store, before anything is encoded."""
+    """Refuse a type that .parquet cannot store, or Python not hold, before anything is encoded."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if "time64[ns]" in str(kind):  # also inside a list or a struct
+        given = f"column '{name}' has the type {kind}, whose nanoseconds would be lost"
+        raise fault_error(path, (given, "cast it to time64[us], or leave it out of --keep"))
     try:
         pq.write_table(pa.table({name: pa.array([], kind)}), io.BytesIO())
     except pa.ArrowException as error:

@@ -173,8 +173,14 @@ def _count_ascii(raw: bytes, encoding: str) -> int:
     return 0 if "\ufffd" in text[:-1] else sum(map(str.isascii, text))
 
 
-def row_fault(path: str, error: UnicodeDecodeError) -> Fault:
-    """The fault of a line that is not UTF-8, with an encoding in which it is text."""
+def row_fault(path: str, error: UnicodeDecodeError | OverflowError) -> Fault:
+    """The fault of a line that is not UTF-8, with an encoding in which it is text.
+
+    Or, in .parquet, of a row with a time that Python cannot hold.
+    """
+    if isinstance(error, OverflowError):
+        given = f"a date outside the years 1 to 9999, or too long a duration ({error})"
+        return given, "correct it, or leave its column out"
     raw, place = bytes(error.object), error.start
     given = f"not UTF-8 (byte {raw[place]:#04x} at position {place})"
     encoding = encoding_of(raw)

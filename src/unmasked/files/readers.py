@@ -285,11 +285,11 @@ def _batch_rows(
 ) -> Iterator[tuple[dict[str, Any], Fault | None]]:
     try:
         yield from ((values, None) for values in batch.to_pylist())
-    except UnicodeDecodeError:  # somewhere in the batch: find the row
+    except (UnicodeDecodeError, OverflowError):  # somewhere in the batch: find the row
         for index in range(batch.num_rows):
             try:
                 yield {name: batch.column(name)[index].as_py() for name in columns}, None
-            except UnicodeDecodeError as error:
+            except (UnicodeDecodeError, OverflowError) as error:
                 yield {}, row_fault(path, error)
 
 
