@@ -15,7 +15,7 @@ Shapes: T tokens of a sentence, W words, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -76,8 +76,12 @@ def word_vectors(
     return vectors
 
 
-def _check_words(sentences: Sequence[Sequence[str]]) -> None:
-    """Refuse what is not a list of lists of words, with the index of the faulty sentence."""
+def _check_words(sentences: Sequence[Sequence[Any]]) -> None:
+    """Refuse what is not a list of lists of words.
+
+    Raises:
+        DataError: names the index of the faulty sentence.
+    """
     if isinstance(sentences, str):
         raise DataError("sentences are one string. Fix: encode_words([text.split()]).")
     for index, words in enumerate(sentences):
