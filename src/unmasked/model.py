@@ -68,6 +68,7 @@ class TextEncoder(SentenceTransformer):
     """
 
     precision: Precision | None = None
+    loaded: tuple[str, Any] = ("", None)  # what was named to load, and its place
     compiles: str = "auto"  # whether `encode` compiles the decoder layers (`forward.compiling`)
     quantization: Quantization | None = None
 
@@ -166,6 +167,7 @@ class TextEncoder(SentenceTransformer):
             **{**options, **stock, "prompts": prompts},
         )
         encoder.precision, encoder.compiles = precision, compile
+        encoder.loaded = str(name), found.given
         encoder.backbone.query_length, encoder.backbone.document_length = found.lengths
         adapters.remember(encoder, found.encoder)
         if quantize is not None:
@@ -319,7 +321,7 @@ class TextEncoder(SentenceTransformer):
             path: where to write (``~/`` is the home folder); None writes nothing.
             model_name: the name of the model in the model card.
             create_model_card: False leaves the README as it is.
-            train_datasets: data sets that the model card names.
+            train_datasets: data sets that the model card names, after those of the loaded folder.
             safe_serialization: only True; weights are always safetensors.
             card: content of the model card, in place of `model_name` and `train_datasets`.
             save_config: False leaves `llm2vec_config.json` out.
@@ -329,11 +331,10 @@ class TextEncoder(SentenceTransformer):
             OutputError: the folder cannot be written.
         """
         self._require_full_precision("saved")
-        own = Card(self.base_name, self.report.summary(), datasets=train_datasets or ())
         snapshot.save_encoder(
             self,
             path,
-            card or snapshot.named_card(own, self, model_name),
+            card or snapshot.own_card(self, model_name, train_datasets or ()),
             create_model_card,
             save_config,
             safe_serialization,

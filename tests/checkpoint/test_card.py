@@ -190,3 +190,39 @@ def test_training_data_is_named_in_the_card_and_for_mteb(tiny_decoder, tmp_path)
     meta = public.Instructed(again).mteb_model_meta
     assert meta.training_datasets == {"org/pairs", "mine.jsonl"}
     assert not public.Instructed(encoder).mteb_model_meta.training_datasets
+
+
+def test_a_loaded_encoder_keeps_its_base_and_its_data_when_it_is_saved(tiny_decoder, tmp_path):
+    from unmasked.compat.origin import find_base, training_data
+
+    first = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    first.base_name = "org/decoder"
+    first.save(tmp_path / "first", train_datasets=["org/data"])
+    again = LLM2Vec.from_pretrained(tmp_path / "first", device="cpu")
+    again.save(tmp_path / "again", train_datasets=["org/more"])
+    assert find_base(tmp_path / "again").name == "org/decoder"
+    assert training_data(tmp_path / "again") == ["org/data", "org/more"]
+    again.save(tmp_path / "first")  # over its own origin
+    assert training_data(tmp_path / "first") == ["org/data"]
+    again.base_name = "org/other"
+    again.save(tmp_path / "other")
+    assert find_base(tmp_path / "other").name == "org/other"
+
+
+def test_a_base_of_this_machine_is_named_by_the_text_of_the_card(tiny_decoder, tmp_path):
+    LLM2Vec.from_pretrained(tiny_decoder, device="cpu").save(tmp_path / "first")
+    LLM2Vec.from_pretrained(tmp_path / "first", device="cpu").save(tmp_path / "again")
+    for name in ("first", "again"):
+        text = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert f"- **Base model:** {tiny_decoder.name}\n" in text
+
+
+@pytest.mark.parametrize("head", [b"- a", b"a: [", b"base_model: \xff\xfe"])
+def test_a_card_that_cannot_be_read_names_nothing(tiny_decoder, tmp_path, head):
+    from unmasked.compat.origin import find_base, training_data
+
+    LLM2Vec.from_pretrained(tiny_decoder, device="cpu").save(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_bytes(b"---\n" + head + b"\n---\ntext")
+    assert find_base(tmp_path / "model").name == str(tmp_path / "model")
+    assert training_data(tmp_path / "model") == []
+    LLM2Vec.from_pretrained(tmp_path / "model", device="cpu").save(tmp_path / "again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from support.vectors import close
 from transformers import AutoTokenizer
 
 from unmasked import LLM2Vec
+from unmasked.checkpoint.folder import Settings
 from unmasked.compat.seed import parser
 from unmasked.errors import ModelError
 from unmasked.model import TextEncoder
@@ -128,6 +130,44 @@ def test_the_constructor_takes_a_folder_as_from_pretrained_does(tiny_decoder, tm
     assert built.settings == loaded.settings
     close(built.encode(TEXTS, prompt_name="sts"), loaded.encode(TEXTS, prompt_name="sts"))
     assert LLM2Vec(tmp_path / "saved", pooling_mode="weighted_mean").pooling_mode == "weighted_mean"
+
+
+def test_with_a_name_the_constructor_takes_settings_and_opens_the_mask(tiny_decoder, tmp_path):
+    settings = Settings(pooling_mode="last_token", max_length=77, doc_max_length=None)
+    built = LLM2Vec(str(tiny_decoder), max_length=66, settings=settings, device="cpu")
+    assert built.settings == replace(settings, max_length=66)
+    causal = LLM2Vec(tiny_decoder, enable_bidirectional=False, device="cpu")
+    assert causal.report.verdict == "impossible"
+    causal.save(tmp_path / "causal")
+    assert LLM2Vec(tmp_path / "causal", device="cpu").report.verdict == "impossible"
+    opened = LLM2Vec(tmp_path / "causal", enable_bidirectional=True, device="cpu")
+    assert opened.report.verdict == "full"
+
+
+def test_with_a_name_the_constructor_refuses_what_it_would_not_use(tiny_decoder, model):
+    for name, value in {"tokenizer": model.tokenizer, "report": model.report}.items():
+        with pytest.raises(ModelError, match=rf"^{name} was given .*Fix: leave {name} out"):
+            LLM2Vec(tiny_decoder, device="cpu", **{name: value})
+
+
+def test_arguments_by_name_take_precedence_over_the_settings(tiny_decoder):
+    from transformers import AutoModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
+    decoder = AutoModel.from_pretrained(tiny_decoder)
+    settings = Settings(max_length=50, doc_max_length=20)
+    built = LLM2Vec(decoder, tokenizer, "last_token", settings=settings, device="cpu")
+    assert built.settings == replace(settings, pooling_mode="last_token")
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "3", 2.5])
+def test_the_length_of_a_text_that_is_set_is_a_number_of_tokens(tiny_decoder, value):
+    model = LLM2Vec.from_pretrained(tiny_decoder, device="cpu", doc_max_length=9)
+    with pytest.raises(ModelError, match="doc_max_length .* is not a number of tokens.*Fix"):
+        model.doc_max_length = value
+    assert model.doc_max_length == 9
+    model.doc_max_length = None
+    assert model.doc_max_length is None
 
 
 def test_a_constructor_without_a_proof_opens_the_mask_on_request(tiny_decoder, model):

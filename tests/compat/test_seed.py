@@ -193,6 +193,20 @@ def test_b53_flags_are_those_of_the_installed_transformers():
         trainer_options(["--no_such_flag", "1"])
 
 
+@pytest.mark.parametrize("value", ["1e-8", "1E-8", "1.0e-8", "0.00000001", "+1e-08"])
+def test_a_number_is_a_number_as_python_writes_it(value):
+    """YAML reads 1e-8 as a text, which the optimiser cannot use."""
+    assert trainer_options(["--adam_epsilon", value]) == {"adam_epsilon": 1e-8}
+    assert trainer_options(["--optim_args", "lr=1e-8"]) == {"optim_args": "lr=1e-8"}
+    assert trainer_options([f"--optim_args={value}x"]) == {"optim_args": f"{value}x"}
+
+
+def test_a_value_that_is_no_yaml_is_refused_with_a_fix_that_works():
+    with pytest.raises(RecipeError, match=r"^--optim_args \{: .*Fix: .*--optim_args \"'\{'\""):
+        trainer_options(["--optim_args", "{"])
+    assert trainer_options(["--optim_args", "'{'"]) == {"optim_args": "{"}
+
+
 def test_b48_further_arguments_reach_the_trainer(tmp_path):
     from unmasked.recipe.schema import MNTP
     from unmasked.train.trainer import stage_arguments

@@ -82,6 +82,24 @@ def test_what_cannot_be_a_vector_is_refused(model):
         model.encode_words([["x"], []])
     with pytest.raises(DataError, match=r"sentence 0 has \d+ tokens and the model reads.*Fix"):
         model.encode_words([["word"] * 600])
+    with pytest.raises(DataError, match=r"sentence 1 is a string \('How are'\).*text\.split\(\)"):
+        model.encode_words([["x"], "How are"])
+    with pytest.raises(DataError, match=r"sentences are one string.*Fix: .*text\.split\(\)"):
+        model.encode_words("How are")
+    with pytest.raises(DataError, match=r"sentence 0 has a word that is not a string: 3 .*Fix"):
+        model.encode_words([["x", 3]])
+    with pytest.raises(DataError, match=r"sentence 0 is empty or has an empty word.*Fix"):
+        model.encode_words([["x", ""]])
+
+
+def test_the_default_prompt_of_a_model_is_not_put_before_words(tiny_decoder):
+    plain = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    asks = LLM2Vec.from_pretrained(
+        tiny_decoder, device="cpu", prompts={"q": "Find: "}, default_prompt_name="q"
+    )
+    expected, found = plain.encode_words(SENTENCES), asks.encode_words(SENTENCES)
+    for words, same in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(words, same)
 
 
 # Files

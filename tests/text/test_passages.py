@@ -59,6 +59,16 @@ def test_a_text_that_fits_is_one_passage_as_it_stands(tokens):
         assert divide(tokens, text, Chunks(64, 8)) == [(0, len(text))]
 
 
+def test_a_call_of_the_tokenizer_itself_does_not_cut_the_document(tokens, document):
+    """transformers leaves truncation switched on in the backend."""
+    spans = divide(tokens, document, Chunks(16, 4))
+    windows = list(windows_of(tokens, document, spans, "", 60))
+    tokens.tokenizer(["a"], truncation=True, max_length=8)
+    assert divide(tokens, document, Chunks(16, 4)) == spans
+    tokens.tokenizer(["a"], truncation=True, max_length=8)
+    assert list(windows_of(tokens, document, spans, "", 60)) == windows
+
+
 def test_windows_hold_every_passage_whole(tokens, document):
     spans = divide(tokens, document, Chunks(24, 4))
     backend = tokens.tokenizer.backend_tokenizer

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from unmasked.errors import DataError, ModelError
 from unmasked.text.special_tokens import MARK, prepare_tokenizer, surrounding_ids
@@ -102,6 +103,10 @@ def test_b6_an_instruction_that_leaves_no_room_is_an_error(tokenizer):
     tokens = TextTokenizer(prepare_tokenizer(tokenizer), max_length=16)
     with pytest.raises(DataError, match="leaves no room for the text"):
         tokens(["text"], "a very long instruction " * 5)
+    with pytest.raises(DataError, match="leaves no room for the text"):
+        tokens([""], "a very long instruction " * 5)
+    exact = TextTokenizer(prepare_tokenizer(tokenizer), max_length=len(tokens([""], "Ask:")[0].ids))
+    assert exact([""], "Ask:") == tokens([""], "Ask:")
 
 
 def test_b9_eos_is_appended_exactly_once(tokenizer):
@@ -133,12 +138,109 @@ def test_a_post_processor_of_another_vocabulary_is_refused(tiny_tokenizer, numbe
 
 
 def test_b12_an_existing_padding_token_is_kept(tiny_tokenizer):
-    import copy
-
     with_pad = copy.deepcopy(tiny_tokenizer)
-    with_pad.pad_token = "!"
+    with_pad.add_special_tokens({"pad_token": "!"})
     assert prepare_tokenizer(with_pad).pad_token == "!"
     assert prepare_tokenizer(tiny_tokenizer).pad_token == "</s>"
+
+
+@pytest.fixture
+def nameless():
+    """A byte-level BPE without any special token, in which "!" has the id 0 and is merged."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, show_progress=False, special_tokens=[]
+    )
+    backend.train_from_iterator(["a != b", "wow!! 안녕하세요!!"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+SPLIT_AT = ["a != b", "wow!!! really", "안녕하세요!", "plain", *TEXTS]
+
+
+@pytest.mark.parametrize("text", SPLIT_AT)
+def test_a_padding_token_of_last_resort_splits_no_text(nameless, text):
+    assert nameless.convert_ids_to_tokens(0) == "!"
+    prepared = prepare_tokenizer(nameless)
+    assert prepared(MARK + text)["input_ids"] == nameless(text)["input_ids"]
+    assert prepared.pad_token_id is not None  # stock loaders need one
+
+
+@pytest.mark.parametrize("text", SPLIT_AT)
+@pytest.mark.parametrize("name, token", [("pad", "!"), ("pad", "[PAD]"), ("mask", "a")])
+def test_a_token_that_was_only_named_splits_no_text(tiny_tokenizer, name, token, text):
+    given = copy.deepcopy(tiny_tokenizer)
+    setattr(given, f"{name}_token", token)
+    prepared = prepare_tokenizer(given)
+    assert prepared(MARK + text)["input_ids"] == given(text)["input_ids"]
+    assert prepared.pad_token == "</s>"
+
+
+def test_an_added_token_pads_before_any_other_but_never_bos(nameless):
+    nameless.add_tokens(["<start>", "<other>"])
+    first, second = nameless.convert_tokens_to_ids(["<start>", "<other>"])
+    assert prepare_tokenizer(nameless).pad_token_id == first
+    nameless.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", first)]
+    )
+    assert prepare_tokenizer(nameless).pad_token_id == second
+
+
+def test_stock_loaders_read_a_folder_with_the_padding_token_of_last_resort(nameless, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from support.tiny import model
+
+    from unmasked import LLM2Vec
+
+    made = model("llama", vocab_size=len(nameless))
+    own = LLM2Vec(made, nameless, enable_bidirectional=True, device="cpu")
+    own.save(tmp_path / "saved")
+    again = LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+    stock = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    texts = ["a != b", "wow!!! really, and longer than the other"]
+    for vectors in (again.encode(texts), stock.encode(texts)):
+        assert abs(vectors - own.encode(texts)).max() < 1e-5
+    assert again.fingerprint() == own.fingerprint()
+
+
+def suffix_ids(model):
+    suffix = model.backbone.tokens.template.suffix
+    return model.tokenizer(suffix, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("suffix", ["\nend", " E", "<|im_end|>", " [/INST]", "</s>!"])
+def test_a_suffix_of_ordinary_tokens_splits_no_text_after_saving(
+    tiny_decoder, tmp_path, caplog, suffix
+):
+    from unmasked import LLM2Vec
+
+    template = {"prefix": "", "suffix": suffix, "pool_suffix": True}
+    model = LLM2Vec.from_pretrained(tiny_decoder, device="cpu", template=template)
+    model.save(tmp_path / "saved")
+    assert "Stock loaders cannot pool this template exactly" in caplog.text
+    again = LLM2Vec.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.tokenizer.added_tokens_decoder.keys() == {0, 1}
+    texts = ["the end bend end", "if a >b: x->y", "list[int]] x", "A Europe E Enter E", "no!!!"]
+    assert again.backbone.tokens(texts) == model.backbone.tokens(texts)
+    folder, ids = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved"), suffix_ids(model)
+    assert folder("x")["input_ids"][-len(ids) :] == ids, "servers append the suffix"
+    assert abs(again.encode(texts) - model.encode(texts)).max() == 0
+    assert again.fingerprint() == model.fingerprint()
+
+
+def test_a_suffix_that_is_an_added_token_stays_exact_in_stock_loaders(tiny_tokenizer):
+    given = copy.deepcopy(tiny_tokenizer)
+    given.add_tokens(["<|im_end|>"])
+    tokens = TextTokenizer(prepare_tokenizer(given), template=Template("", "<|im_end|>", "", True))
+    saved, exact = tokens.for_stock()
+    assert exact and saved("a")["input_ids"][-1] == given.convert_tokens_to_ids("<|im_end|>")
+    assert saved.extra_special_tokens == ["<|im_end|>"]
 
 
 def test_skip_instruction_false_pools_everything(tokenizer):
@@ -226,3 +328,7 @@ def test_a_call_of_the_tokenizer_itself_leaves_no_padding_behind(tiny_tokenizer)
     before = tokens(texts), tokens(texts, "an instruction\n"), tokens.fixed_tokens
     tokens.tokenizer(texts, padding="max_length", truncation=True, max_length=3)
     assert (tokens(texts), tokens(texts, "an instruction\n"), tokens.fixed_tokens) == before
+    texts = ["a text. Another one. " * 40]
+    whole = tokens.locate(texts[0])
+    tokens.tokenizer(texts, truncation=True, max_length=3)
+    assert tokens.locate(texts[0]) == whole

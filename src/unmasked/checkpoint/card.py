@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from yaml import YAMLError
 
 from unmasked import __version__
 from unmasked.errors import origin_of_package
@@ -155,6 +158,15 @@ print(model.similarity(vectors, vectors))
 {libraries}
 
 {CITATION}"""
+
+
+def front_matter(file: str | Path | None) -> dict[str, Any]:
+    """The facts at the head of a model card; empty without a card, or if it cannot be read."""
+    from huggingface_hub import metadata_load
+
+    with suppress(OSError, ValueError, YAMLError):  # other programs and people write cards, too
+        return (metadata_load(file) if file else None) or {}
+    return {}
 
 
 def _task_limit(name: str, number: int) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,10 +24,10 @@ from sentence_transformers.util import import_module_class
 from torch import nn
 
 from unmasked.checkpoint import adapters, folder
-from unmasked.checkpoint.card import Card
+from unmasked.checkpoint.card import TRAINED_ON, Card, front_matter
 from unmasked.checkpoint.location import Location, expanded
 from unmasked.checkpoint.weights import require_finite
-from unmasked.errors import ModelError, OutputError, first_line, unknown
+from unmasked.errors import ModelError, OutputError, UnmaskedError, first_line, unknown
 from unmasked.mask.proof import stock_loading
 from unmasked.text.special_tokens import MARK
 from unmasked.text.templates import Template
@@ -149,6 +149,38 @@ def _own_keys(config: Any) -> dict[str, Any]:
         if not _IGNORED_KEYS.fullmatch(name)
         and (name == "model_type" or name not in defaults or defaults[name] != value)
     }
+
+
+def own_card(encoder: Any, model_name: str | None, datasets: Sequence[str]) -> Card:
+    """The card of an encoder: with the base and the data of the folder that it was loaded from.
+
+    Args:
+        encoder: a `TextEncoder`; a `base_name` that was set after loading takes precedence.
+        model_name: the name of the model, if it has one.
+        datasets: what it was trained on since.
+    """
+    name, place = encoder.loaded
+    base, trained = made_from(place) if place else (None, [])
+    if encoder.base_name != name or not base:
+        base = encoder.base_name
+    names = list(dict.fromkeys([*trained, *datasets]))
+    return named_card(Card(base, encoder.report.summary(), datasets=names), encoder, model_name)
+
+
+def made_from(place: Location) -> tuple[str | None, list[str]]:
+    """The base and the training data in the card of a folder that this package saved."""
+    with suppress(UnmaskedError):  # the folder or the hub may be out of reach by now
+        if place.read_json(folder.SETTINGS_NAME) and (file := place.fetch("README.md")):
+            known = front_matter(file)
+            data, base = known.get(TRAINED_ON), known.get("base_model")
+            if not isinstance(base, str):  # a folder of another machine stands in the text alone
+                text = Path(file).read_text(encoding="utf-8", errors="replace")
+                base = found[1] if (found := _BASE.search(text)) else None
+            return base, [str(name) for name in data] if isinstance(data, list) else []
+    return None, []
+
+
+_BASE = re.compile(r"^- \*\*Base model:\*\* (.+)$", re.MULTILINE)
 
 
 def named_card(card: Card, encoder: Any, name: str | None) -> Card:

@@ -9,13 +9,13 @@ full length, because the original cuts by words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, where
 
-from unmasked.forward.pooling import TextPooling
+from unmasked.forward.pooling import TextPooling, pool
 from unmasked.text.special_tokens import MARK
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
@@ -107,3 +107,29 @@ def positions_in_text(rows: Tensor, positions: Tensor, is_text: Tensor, batch: i
     first = candidates.new_full((batch,), int(last))
     first = first.scatter_reduce(0, rows, candidates, "amin")  # (B,)
     return positions - first[rows]
+
+
+def pool_padded(
+    features: Mapping[str, Tensor], padded: Tensor, mode: str, pools_all: bool, counted: bool
+) -> Tensor:
+    """Pool padded states, with padding on either side, as the original's `get_pooling`.
+
+    Args:
+        features: ``attention_mask`` and optionally the tokens to pool, ``text_mask`` or
+            ``embed_mask``: (B, T) each.
+        padded: (B, T, D).
+        mode: how token states become a vector.
+        pools_all: pool the tokens of the instruction, too.
+        counted: count positions as `CountingPooling`.
+
+    Returns:
+        (B, D).
+    """
+    attention = features["attention_mask"]
+    chosen = features.get("text_mask", features.get("embed_mask", attention))
+    rows, columns = attention.nonzero(as_tuple=True)  # (N,), (N,): the real tokens
+    positions = columns - attention.argmax(dim=1)[rows]  # from the first real token of the row
+    is_text = (attention if pools_all else chosen)[rows, columns].bool()
+    if counted:
+        positions = positions_in_text(rows, positions, is_text, len(attention))
+    return pool(padded[rows, columns], rows, positions, is_text, len(attention), mode)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as stock_logging
 
-from unmasked.checkpoint.folder import Settings, read_settings
+from unmasked.checkpoint.folder import SETTINGS_NAME, Settings, check_count, read_settings
 from unmasked.checkpoint.loading import Found
-from unmasked.compat.counting import CountingPooling, CountingTokenizer, positions_in_text
+from unmasked.compat.counting import CountingPooling, CountingTokenizer, pool_padded
 from unmasked.compat.original import (
     DOC_MAX_LENGTH,
     PUBLISHED,
@@ -32,9 +32,10 @@ from unmasked.compat.original import (
     is_original,
     loading_options,
     stock_options,
+    with_name,
     without_blank_mask,
 )
-from unmasked.forward.pooling import TextPooling, pool
+from unmasked.forward.pooling import TextPooling
 from unmasked.mask.proof import Proof, open_mask
 from unmasked.model import TextEncoder
 from unmasked.text.templates import Template, detect
@@ -64,13 +65,17 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         template: the chat template around a text: a `Template`, a name in `templates.yaml`, or
             ``none``.
         compat: ``llm2vec-0.2`` for exactly the preprocessing of the original package.
-        enable_bidirectional: open the mask of `model`; False leaves it unchanged.
-        settings: all of the settings above in one object.
+        enable_bidirectional: open the mask of `model`; otherwise it stays as it is. For a name: as
+            in `from_pretrained`.
+        settings: all of the settings above in one object; those given by name take precedence.
         report: the proof, if `model` has been proved already. Otherwise it is proved now, and a
             warning is logged if it is still causal.
         options: ``device``, ``prompts``, ``base_name`` and other arguments of `TextEncoder`. If
             `model` is a name: arguments of `from_pretrained` and `SentenceTransformer`; weights
             then keep their precision on disk, as stock code reloads by ``type(model)(path)``.
+
+    Raises:
+        ModelError: `model` is a name, and a tokenizer or a proof was given with it.
     """
 
     def __init__(
@@ -84,7 +89,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         *,
         template: Template | Mapping[str, Any] | str | None = None,
         compat: str | None = None,
-        enable_bidirectional: bool = False,
+        enable_bidirectional: bool | None = None,
         settings: Settings | None = None,
         report: Proof | None = None,
         **options: Any,
@@ -98,13 +103,15 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
             "compat": compat,
         }
         if isinstance(model, str | Path):
+            given = with_name(model, given, settings, tokenizer=tokenizer, report=report)
             options = {"dtype": "checkpoint", **options}
+            options["enable_bidirectional"] = enable_bidirectional
             vars(self).update(vars(self.from_pretrained(model, **given, **options)))
             return
         if tokenizer is None:
             raise TypeError("no tokenizer was given. Fix: LLM2Vec(model, tokenizer).")
-        if settings is None:
-            settings = read_settings({"doc_max_length": DOC_MAX_LENGTH}, given)
+        saved = {"doc_max_length": DOC_MAX_LENGTH} if settings is None else vars(settings)
+        settings = read_settings(saved, given)
         if enable_bidirectional and report is None:
             report = open_mask(model)
         super().__init__(model, tokenizer, settings, report=report, **options)
@@ -295,11 +302,13 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
 
     @property
     def doc_max_length(self) -> int | None:
-        """Maximum number of tokens of a text."""
+        """Maximum number of tokens of a text; None for whatever `max_length` leaves."""
         return self.backbone.tokens.doc_max_length
 
     @doc_max_length.setter
     def doc_max_length(self, value: int | None) -> None:
+        if value is not None:
+            check_count("doc_max_length", value, "tokens", SETTINGS_NAME)
         self.backbone.tokens.doc_max_length = value
 
     def prepare_for_tokenization(self, text: str) -> str:
@@ -329,16 +338,8 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         Returns:
             (B, D).
         """
-        attention = features["attention_mask"]
-        chosen = features.get("text_mask", features.get("embed_mask", attention))
-        rows, columns = attention.nonzero(as_tuple=True)  # (N,), (N,): the real tokens
-        positions = columns - attention.argmax(dim=1)[rows]  # from the first real token of the row
-        mask = chosen if self.skip_instruction else attention
-        is_text = mask[rows, columns].bool()
-        if self.rules is not None:
-            positions = positions_in_text(rows, positions, is_text, len(attention))
-        states = last_hidden_states[rows, columns]  # (N, D)
-        return pool(states, rows, positions, is_text, len(attention), self.pooling_mode)
+        how = (self.pooling_mode, not self.skip_instruction, self.rules is not None)
+        return pool_padded(features, last_hidden_states, *how)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the method of the transformer."""

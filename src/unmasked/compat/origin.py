@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import metadata_load
-
 from unmasked.checkpoint import adapters
-from unmasked.checkpoint.card import TRAINED_ON
+from unmasked.checkpoint.card import TRAINED_ON, front_matter
 from unmasked.checkpoint.folder import SETTINGS_NAME
 from unmasked.checkpoint.location import Location, locate
 from unmasked.errors import ModelError, UnmaskedError
@@ -48,7 +46,7 @@ def training_data(model: str | Path, revision: str | None = None) -> list[str]:
     """The data that this package trained a model on, from its card; empty if it names none."""
     place = _place(model, revision)
     card = place.fetch("README.md") if place.read_json(SETTINGS_NAME) else None
-    named = (metadata_load(card) or {}).get(TRAINED_ON) if card else None
+    named = front_matter(card).get(TRAINED_ON)
     return [str(name) for name in named] if isinstance(named, list) else []
 
 
@@ -65,7 +63,7 @@ def _made_from(place: Location) -> Location | None:
     if (recipe := _recipe_of(Path(place.name))) is not None:
         return _place(recipe.model.base, recipe.model.revision)
     card = place.fetch("README.md") if place.read_json(SETTINGS_NAME) else None
-    base = (metadata_load(card) or {}).get("base_model") if card else None
+    base = front_matter(card).get("base_model")
     return locate(base) if isinstance(base, str) else None
 
 

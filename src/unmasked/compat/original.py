@@ -9,6 +9,7 @@ import json
 import logging
 from abc import ABCMeta
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from unmasked.checkpoint import adapters
-from unmasked.checkpoint.folder import SETTINGS_NAME
+from unmasked.checkpoint.folder import SETTINGS_NAME, Settings, read_settings
 from unmasked.checkpoint.location import HUB_OPTIONS, Location
 from unmasked.errors import ModelError, unknown
 from unmasked.text.templates import Template
@@ -84,6 +85,30 @@ def check_compat(compat: str | None) -> str | None:
     if compat not in (None, COMPAT):
         raise ModelError(unknown("compat", str(compat), [COMPAT]))
     return compat
+
+
+def with_name(
+    name: str | Path, given: Mapping[str, Any], settings: Settings | None, **objects: object
+) -> dict[str, Any]:
+    """The settings to load a model with, which were given together with its name.
+
+    Args:
+        name: the model.
+        given: settings by name, as for `read_settings`; they take precedence.
+        settings: all of them, or None.
+        objects: what a named model brings itself; each should be None.
+
+    Raises:
+        ModelError: an object was given, or a setting cannot be used.
+    """
+    kind = next((kind for kind, value in objects.items() if value is not None), None)
+    if kind is not None:
+        raise ModelError(
+            f"{kind} was given with the name '{name}', which is loaded with its own {kind}. "
+            f"Fix: leave {kind} out, or load the transformer too: model = "
+            "AutoModel.from_pretrained(name), then LLM2Vec(model, tokenizer)."
+        )
+    return dict(given if settings is None else vars(read_settings(vars(settings), given)))
 
 
 def loading_options(

@@ -144,7 +144,7 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
     """Parse ``--name value`` flags of `TrainingArguments` that a recipe has no setting for.
 
     Raises:
-        RecipeError: `TrainingArguments` has no such argument, or its value is missing.
+        RecipeError: `TrainingArguments` has no such argument, or its value is missing or faulty.
     """
     from transformers import TrainingArguments
 
@@ -160,8 +160,24 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
             raise RecipeError(f"unknown flag '{flag}'{hint} Fix: correct it, or leave it out.")
         if value.startswith("--"):
             raise RecipeError(f"{flag} has no value. Fix: {flag} VALUE.")
-        options[name] = yaml.safe_load(value)
+        options[name] = _value(flag, value)
     return options
+
+
+def _value(flag: str, text: str) -> Any:
+    """The value of a flag: a number, a truth, None, a JSON or YAML value, or the text itself."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"{flag} {text}: the value is not valid YAML. If it is a text, quote it. "
+            f"Fix: {flag} \"'{text}'\"."
+        ) from error
+    # YAML reads 1e-8 as text: it wants 1.0e-8.
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 
 def to_recipe(stage: str, flags: Any, options: dict[str, Any], name: str) -> Recipe:

@@ -3,7 +3,8 @@
 The word-level tasks of the paper (arXiv 2404.05961, section 4 and appendix D) take the states of a
 word's sub-words, or the states one position before each of them, because masked next token
 prediction trains the state at i - 1 to know token i. The words are joined by single spaces and
-tokenised as every other text, as in training.
+tokenised as every other text, as in training. No prompt is put before them, not even the model's
+default prompt: words have no instruction, and the probe is trained and tested on the same states.
 
 Cost: that of `encode` without pooling, and 4 bytes x width x tokens for `CHUNK` sentences at a
 time.
@@ -14,7 +15,7 @@ Shapes: T tokens of a sentence, W words, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def word_vectors(
     Args:
         model: returns token states (T, D) for ``output_value="token_embeddings"``.
         tokens: the tokenizer of that model.
-        sentences: each a sequence of words, at least one.
+        sentences: each a sequence of words, at least one; a string is not split.
         previous: take the states one position earlier. Without BOS, the first token has no earlier
             position and keeps its own state.
 
@@ -48,7 +49,8 @@ def word_vectors(
         One float32 array (W, D) per sentence.
 
     Raises:
-        DataError: a sentence has no words, or is longer than the model reads.
+        DataError: a sentence is a string or has no words, a word is not a string or is empty, or a
+            sentence is longer than the model reads.
         ModelError: the model has a chat template, which would be put around every sentence.
     """
     if tokens.template.prefix or tokens.template.suffix:
@@ -56,12 +58,15 @@ def word_vectors(
             "words are encoded without a chat template, and this model has one. "
             "Fix: load it with template='none'."
         )
+    _check_words(sentences)
     vectors: list[np.ndarray] = []
     for start in range(0, len(sentences), CHUNK):
         part = sentences[start : start + CHUNK]
         spans = list(_word_tokens(tokens, part, start))
         texts = [" ".join(words) for words in part]
-        states = model.encode(texts, output_value="token_embeddings", show_progress_bar=False)
+        states = model.encode(  # the empty prompt keeps the model's default prompt away
+            texts, prompt="", output_value="token_embeddings", show_progress_bar=False
+        )
         for sentence_states, (positions, firsts) in zip(states, spans, strict=True):
             of_tokens = sentence_states.float().cpu().numpy()  # (T, D)
             chosen = of_tokens[np.maximum(positions - previous, 0)]  # (sub-words, D)
@@ -69,6 +74,31 @@ def word_vectors(
             counts = np.diff(np.append(firsts, len(positions)))  # sub-words per word
             vectors.append((sums / counts[:, None]).astype(np.float32))
     return vectors
+
+
+def _check_words(sentences: Sequence[Sequence[Any]]) -> None:
+    """Refuse what is not a list of lists of words.
+
+    Raises:
+        DataError: names the index of the faulty sentence.
+    """
+    if isinstance(sentences, str):
+        raise DataError("sentences are one string. Fix: encode_words([text.split()]).")
+    for index, words in enumerate(sentences):
+        if isinstance(words, str):
+            raise DataError(
+                f"sentence {index} is a string ('{words[:60]}'), expected a list of words. "
+                "Fix: encode_words([text.split() for text in texts])."
+            )
+        for word in words:
+            if not isinstance(word, str):
+                kind = type(word).__name__
+                raise DataError(
+                    f"sentence {index} has a word that is not a string: {word!r} ({kind}). "
+                    "Fix: encode_words([[str(word) for word in words] for words in sentences])."
+                )
+        if not len(words) or not all(words):
+            raise DataError(f"sentence {index} is empty or has an empty word. Fix: leave it out.")
 
 
 def _word_tokens(
@@ -80,8 +110,6 @@ def _word_tokens(
     encodings = backend.encode_batch([MARK + text for text in texts], add_special_tokens=False)
     rows = zip(sentences, texts, tokens(texts), encodings, strict=True)
     for index, (words, text, row, encoding) in enumerate(rows, first):
-        if not words or not all(words):
-            raise DataError(f"sentence {index} is empty or has an empty word. Fix: leave it out.")
         kept = len(row.ids) - len(tokens.prefix) - len(tokens.suffix)
         if kept < len(encoding.ids):
             raise DataError(

@@ -151,7 +151,7 @@ class _Found(NamedTuple):
 
 def _next(tokens: TextTokenizer, text: str, begin: int, chunks: Chunks) -> _Found:
     """The longest passage that begins at a character, fits, and stops at the best kind of end."""
-    encode, limit = tokens.tokenizer.backend_tokenizer.encode, chunks.tokens
+    encode, limit = tokens.backend.encode, chunks.tokens
     size = (limit + _AHEAD) * CHARACTERS
     while True:  # tokenise more of the text until it is longer than the passage
         head = text[begin : begin + size]

@@ -38,9 +38,10 @@ def prepare_tokenizer(
     Args:
         tokenizer: any fast tokenizer; it is not changed.
         append_eos: end every input with EOS (for ``eos_token`` pooling).
-        ending: ids at the end of every input, before EOS (a template's suffix). The last one
-            becomes a named special token, so that the stock loader does not count it as part of a
-            prompt.
+        ending: ids at the end of every input, before EOS (a template's suffix). If the last
+            one is an added token, it becomes a named special token, so that the stock loader does
+            not count it as part of a prompt. An ordinary token is not named: texts would be split
+            at it.
 
     Raises:
         ModelError: the tokenizer is slow, it has no EOS although EOS is needed, or its
@@ -66,7 +67,7 @@ def prepare_tokenizer(
         copy.normalizer = normalizers.Sequence([strip_mark, *rest])
     copy.post_processor = _template(copy, prefix, suffix)
     names: dict[str, Any] = _token_names(tokenizer, hidden=prefix[-1] if prefix else None)
-    if ending:
+    if ending and ending[-1] in tokenizer.added_tokens_decoder:
         names["extra_special_tokens"] = [str(tokenizer.convert_ids_to_tokens(ending[-1]))]
     return PreTrainedTokenizerFast(
         tokenizer_object=copy,
@@ -142,14 +143,34 @@ def _template(
 
 
 def _token_names(tokenizer: PreTrainedTokenizerBase, hidden: int | None) -> dict[str, str]:
-    """The named special tokens of the copy: without the id `hidden`, and always a padding token."""
-    names: dict[str, str] = {}
+    """The named special tokens of the copy: without the id `hidden`, and always a padding token.
+
+    A named token becomes an added token, at which every text is split. So only added tokens of the
+    given tokenizer are named (and its EOS): a token that was named after loading, as by
+    ``tokenizer.pad_token = "!"``, still has its ordinary merges.
+    """
+    added, names = tokenizer.added_tokens_decoder, dict[str, str]()
+    contents = {str(token) for token in added.values()}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "mask_token"):
         token = getattr(tokenizer, name, None)
-        if token is not None and tokenizer.convert_tokens_to_ids(token) != hidden:
+        if token is None or tokenizer.convert_tokens_to_ids(token) == hidden:
+            continue
+        if name == "eos_token" or str(token) in contents:
             names[name] = str(token)
     if "pad_token" not in names:
         # Any token will do: padding is masked everywhere. Prefer EOS, as the original package does.
-        fallback = names.get("eos_token") or names.get("unk_token")
-        names["pad_token"] = fallback or str(tokenizer.convert_ids_to_tokens(int(hidden == 0)))
+        others = (str(added[number]) for number in sorted(added) if number != hidden)
+        found = names.get("eos_token") or names.get("unk_token") or next(others, None)
+        names["pad_token"] = found or _never_in_a_text(tokenizer)
     return names
+
+
+def _never_in_a_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token of a vocabulary that, letter by letter, is least likely to stand in a text.
+
+    Stock loaders need a padding token, and this tokenizer has none that could be one. In a
+    byte-level vocabulary most tokens are spelled with letters that stand for bytes (``ìķĪëħķ``).
+    """
+    hidden = tokenizer.added_tokens_decoder
+    plain = [token for token, number in tokenizer.get_vocab().items() if number not in hidden]
+    return max(plain, key=lambda token: (sum(not c.isascii() for c in token), len(token), token))

@@ -114,7 +114,7 @@ class TextTokenizer:
             N rows, in order.
 
         Raises:
-            DataError: a prompt leaves no room for any token of its text.
+            DataError: a prompt leaves no room for any token of its text, or does not fit itself.
         """
         limit = max_length or self.max_length
         if isinstance(prompts, str):
@@ -151,7 +151,7 @@ class TextTokenizer:
         """The tokens of a whole text after its prompt, without any limit."""
         context = self.template.prefix + prompt.removeprefix(MARK)
         joined = MARK + context + text + self.template.suffix
-        encoding = self.tokenizer.backend_tokenizer.encode(joined, add_special_tokens=False)
+        encoding = self.backend.encode(joined, add_special_tokens=False)
         first, last = self._borders(encoding, context, len(text))
         before, size = len(MARK) + len(context), len(text)
         offsets = [
@@ -171,7 +171,7 @@ class TextTokenizer:
         """Truncate the text, ``ids[first:last]``, to the tokens that fit, and make a row of it."""
         fixed = len(self.prefix) + first + len(ids) - last + len(self.suffix)
         room = limit - fixed
-        if room < 1 and last > first:
+        if room < (1 if last > first else 0):  # an empty text needs no room
             raise DataError(
                 f"the instruction takes {fixed} of the {limit} tokens of max_length, which leaves "
                 "no room for the text. Fix: a shorter instruction, or a larger max_length."
@@ -235,6 +235,9 @@ class TextTokenizer:
         The saved tokenizer appends a template's suffix; the prefix is part of every saved prompt.
         The stock loader finds the length of a prompt by tokenising it alone, without one special
         token at its end, so the suffix must be one token and the prefix must not merge with a text.
+        That token must be an added token already: to name an ordinary one as special would split
+        every text that contains it, here as well after loading. Without the name, that loader takes
+        the suffix for a part of the prompt.
         """
         prefix, suffix = self.template.prefix, self.template.suffix
         if not (prefix or suffix):
@@ -242,6 +245,7 @@ class TextTokenizer:
         ending = self._ids(suffix)
         exact = len(ending) + len(self.suffix) <= 1 and self.template.pool_suffix
         exact &= not prefix or prefix.endswith("\n")
+        exact &= not ending or ending[-1] in self.tokenizer.added_tokens_decoder
         append_eos = self.tokenizer.eos_token_id in self.suffix
         return prepare_tokenizer(self.tokenizer, append_eos, ending), exact
 
