@@ -101,6 +101,25 @@ def test_a_broken_list_of_modules_is_named(saved, content):
         list_files(saved)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["onnx/model.onnx", "onnx/model.onnx.data"],
+        ["openvino/openvino_model.xml", "openvino/openvino_model.bin"],
+        ["model.gguf"],
+    ],
+)
+def test_an_export_is_pushed_with_its_weights_or_not_at_all(saved, files):
+    (saved / "model.safetensors").unlink()
+    (saved / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"has no file of weights that can be pushed.*Fix"):
+        list_files(saved)
+    for name in (*files, "unmasked_export.json"):
+        (saved / name).parent.mkdir(exist_ok=True)
+        (saved / name).write_text("{}")
+    assert {*files, "unmasked_export.json"} <= {name for name, _ in list_files(saved)}
+
+
 def test_what_cannot_be_pushed(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=r"does not hold a model.*did you mean .*model\?"):

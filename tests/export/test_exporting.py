@@ -118,6 +118,29 @@ def test_an_onnx_graph_gives_vectors_to_anyone(saved, tmp_path):
     assert {o.version for o in graph.opset_import if o.domain == ""} == {20}
 
 
+@needs_onnx
+def test_a_graph_that_its_engine_cannot_run_is_an_error_with_a_way_out(saved, tmp_path, cli):
+    """One that is broken, in `verify` as in `export`; and an opset that is not known is at once."""
+    folder = saved(max_length=64)
+    (folder / MANIFEST).write_text('{"format": "onnx"}')
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"broken")
+    code, _, err = cli("verify", folder, "--against", folder)
+    assert code == 2 and "ONNX Runtime cannot run the export (" in err
+    assert "Fix: export it again, without --opset" in err
+    with pytest.raises(ModelError, match=r"ONNX opset 99: .*knows 18 to \d+\. Fix: leave out"):
+        export_model(folder, "onnx", tmp_path / "out", opset=99)
+    assert not (tmp_path / "out").exists()
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_an_opset_that_the_converter_does_not_write_is_refused(saved, tmp_path):
+    """It is known to onnx, but the converter leaves the graph as it is and only logs that."""
+    with pytest.raises(ModelError, match=r"ONNX opset 26: the converter wrote .* Fix: leave out"):
+        export_model(saved(max_length=64), "onnx", tmp_path / "out", opset=26)
+
+
 FAMILIES = {
     "llama": {},
     "qwen3": {},
@@ -185,8 +208,9 @@ def fields_of(path):
 def test_a_gguf_file_says_how_to_read_it(saved, tmp_path, monkeypatch):
     without_engine(monkeypatch)
     folder = saved(max_length=96, pooling_mode="eos_token", skip_instruction=False)
-    with pytest.raises(DifferentVectorsError, match=r"\[llama\]"):
+    with pytest.raises(DifferentVectorsError, match=r"\[llama\]'?, or --accept") as refused:
         export_model(folder, "gguf", tmp_path / "refused")
+    assert str(refused.value).count("Fix: ") == 1
     assert not (tmp_path / "refused").exists()
     found = export_model(folder, "gguf", tmp_path / "out", "int8", accept=True)
     assert found.parity is None
@@ -331,7 +355,7 @@ def test_an_export_that_differs_is_not_left_behind(cli, saved, tmp_path):
     folder = saved("qwen3", max_length=64)
     code, _, err = cli("export", folder, "--to", "vllm", "-o", "out", "--weights", "float32")
     assert code == 2
-    assert "vllm, by its rules (it is not run here), gives other vectors: least cosine 0." in err
+    assert "vllm (by its rules, it is not run here) gives other vectors: least cosine 0." in err
     assert "vllm pools the instruction and BOS with the text" in err
     assert "Fix: --accept" in err
     assert not [*tmp_path.glob("out*"), *tmp_path.glob(".out*")]
@@ -394,5 +418,6 @@ def test_a_model_that_pools_the_instruction_is_the_same_everywhere(
     assert saved["skip_instruction"] is False
     code, out, _ = cli("export", folder, "--to", "vllm", "-o", "served", "--weights", "float32")
     assert code == 0
-    assert out.startswith("least cosine 1.000000 (limit 0.9999): vllm, by its rules")
+    engine = "vllm (by its rules, it is not run here), float32"
+    assert out.startswith(f"least cosine 1.000000 (limit 0.9999): {engine}\n")
     assert "next   unmasked verify served --against" in out

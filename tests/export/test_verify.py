@@ -35,7 +35,7 @@ def encoder(folder):
 
 
 @contextmanager
-def serving(answer, shape="openai"):
+def serving(answer, shape="openai", lists=True):
     """A server on loopback; ``answer`` makes (N, D) vectors of N strings, or a (status, text)."""
     path = {"openai": "/v1/embeddings", "tei": "/embed"}[shape]
 
@@ -54,7 +54,7 @@ def serving(answer, shape="openai"):
             self.say(200, {"data": data[::-1]} if shape == "openai" else rows)
 
         def do_GET(self):
-            known = self.path == "/v1/models" and shape == "openai"
+            known = self.path == "/v1/models" and shape == "openai" and lists
             self.say(*((200, {"data": [{"id": "its-name"}]}) if known else (404, {})))
 
         def say(self, status, content):
@@ -192,8 +192,8 @@ def test_a_server_that_cannot_be_compared_is_an_error(folder, answer, said):
 def test_the_key_goes_to_the_server_that_was_named(folder, encoder, monkeypatch):
     monkeypatch.setenv("UNMASKED_API_KEY", "secret")
     with serving(answering(encoder, folder)) as (url, seen):
-        verify_target(f"{url}/v1/embeddings", folder, model="mine")
-    assert {(key, model) for _, key, model in seen} == {("Bearer secret", "mine")}
+        verify_target(f"{url}/v1/embeddings", folder, model="its-name")
+    assert {(key, model) for _, key, model in seen} == {("Bearer secret", "its-name")}
     assert [*map(len, (texts for texts, _, _ in seen))] == [1] * 20 + [20]
 
 
@@ -210,6 +210,43 @@ def test_our_own_server_is_the_same(folder, encoder, path):
     assert found.parity.same and found.explanation is None
     assert len(found.parity.texts) == 20
     assert not any("refused a text" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("path", ["", "/v1/embeddings", "/embed"])
+def test_the_model_that_was_named_is_compared(folder, encoder, path):
+    """The second of our server's models, by both of its APIs; one that it does not have is none."""
+    pytest.importorskip("fastapi", reason="fastapi is not installed (extra: serve)")
+    from support.serving import listening
+
+    from unmasked import LLM2Vec
+    from unmasked.serve import Service
+
+    other = LLM2Vec.from_pretrained(folder, dtype="float32", device="cpu", pooling_mode="eos_token")
+    served = {"one": other, "two": encoder}
+    with Service(served) as service, listening(service) as (host, port):
+        url = f"http://{host}:{port}{path}"
+        assert not verify_target(url, folder).parity.same, "the first one"
+        assert verify_target(url, folder, model="two").parity.same
+        with pytest.raises(DataError, match=r"unknown model of http.* 'twoo', did you mean 'two'"):
+            verify_target(url, folder, model="twoo")
+
+
+@pytest.mark.parametrize("path", ["", "/embed"])
+def test_a_name_that_a_server_cannot_be_told_is_refused(folder, encoder, path):
+    with (
+        serving(answering(encoder, folder), "tei") as (url, _),
+        pytest.raises(DataError, match=r"no field for the name of a model \('x'\).*leave out"),
+    ):
+        verify_target(url + path, folder, model="x")
+
+
+@pytest.mark.parametrize(("lists", "said"), [(False, "model_not_found"), (True, "no such thing")])
+def test_what_openais_api_does_not_find_is_not_looked_for_in_another(folder, lists, said):
+    with (
+        serving(lambda _: (404, said), lists=lists) as (url, _),
+        pytest.raises(DataError, match=f"/v1/embeddings answered 404: .*{said}"),
+    ):
+        verify_target(url, folder)
 
 
 @pytest.mark.parametrize("address", ["ftp://host", "http://", "file:///etc/passwd"])

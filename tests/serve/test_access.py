@@ -67,6 +67,26 @@ def test_a_body_that_is_no_json_is_told_so(client, body):
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
+def test_an_error_names_the_field_at_fault(encoder):
+    """As the body calls it; a nested field is compared with its neighbours."""
+    compared = {"source_sentence": "a", "sentences": ["b", "c", "d"]}
+    with Service({"tiny": encoder}, Limits(inputs=2)) as service:
+        client = TestClient(application(service))
+        for path, body, field in (
+            ("/v1/embeddings", {"input": []}, "input"),
+            ("/embed", {"inputs": []}, "inputs"),
+            ("/v1/embeddings", {"input": ["a"] * 3}, "input"),
+            ("/embed", {"inputs": ["a"] * 3}, "inputs"),
+            ("/similarity", {"inputs": compared}, "inputs"),
+        ):
+            assert client.post(path, json=body).json()["error"]["param"] == field
+        for body, said in (
+            ({"inputs": {**compared, "x": 1}}, "Allowed: source_sentence, sentences."),
+            ({"inputs": compared, "parameters": {"trunkate": 1}}, "did you mean 'truncate'?"),
+        ):
+            assert said in refused(client.post("/similarity", json=body), 400, "unknown_field")
+
+
 def test_the_similarity_of_nothing_is_an_error(client):
     body = {"inputs": {"source_sentence": "a", "sentences": []}}
     refused(client.post("/similarity", json=body), 400, "empty_input")
@@ -87,6 +107,7 @@ def test_a_body_has_to_be_declared_as_json_and_may_not_be_compressed(client):
 def test_routes_that_do_not_exist_are_errors_in_the_same_shape(client):
     refused(client.get("/v2/embeddings"), 404, "http_error")
     refused(client.get("/v1/embeddings"), 405, "http_error")
+    assert [client.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -211,6 +232,11 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path):
     file.write_text("# none yet\n")
     with pytest.raises(UnmaskedError, match="holds no key. Fix: openssl rand"):
         read_keys(file, {})
+    file.write_bytes(b"\xef\xbb\xbfone\n")  # with a BOM
+    read_keys(file, {}).admit({"path": "/embed", "headers": [(b"authorization", b"Bearer one")]})
+    for empty in ("", " ,\n"):
+        with pytest.raises(UnmaskedError, match="is set but holds no key. Fix: export UNMASKED_"):
+            read_keys(None, {"UNMASKED_API_KEYS": empty})
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -266,7 +292,8 @@ def test_numbers_that_are_not_finite_are_an_error(encoder, monkeypatch):
 def test_the_page_describes_every_route_and_its_bodies(client):
     described = client.get("/openapi.json").json()
     assert set(described["paths"]) == {
-        "/v1/embeddings", "/v1/models", "/embed", "/similarity", "/health", "/ready", "/metrics",
+        "/v1/embeddings", "/v1/models", "/v1/models/{name}", "/embed", "/similarity", "/health",
+        "/ready", "/metrics",
     }  # fmt: skip
     names = set(described["components"]["schemas"])
     text = json.dumps(described)

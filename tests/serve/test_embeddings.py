@@ -118,8 +118,19 @@ def test_the_openai_client_lists_the_models(openai):
     (model,) = openai.models.list().data
     assert (model.id, model.dimensions, model.max_tokens) == ("tiny", 32, 32)
     assert model.prompts == ["query", "passage"]
+    assert openai.models.retrieve("tiny") == model
     with pytest.raises(NotFoundError, match="unknown model 'tinny', did you mean 'tiny'"):
         openai.embeddings.create(model="tinny", input="a")
+    with pytest.raises(NotFoundError, match="unknown model 'tinny', did you mean 'tiny'"):
+        openai.models.retrieve("tinny")
+
+
+def test_a_model_is_found_by_a_name_with_a_slash(encoder):
+    with Service({"org/tiny": encoder, "other": encoder}) as service:
+        client = TestClient(application(service))
+        one = OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client)
+        assert one.models.retrieve("org/tiny").id == "org/tiny"
+        assert client.get("/v1/models/org/tiny").json()["id"] == "org/tiny"
 
 
 # --- TEI ------------------------------------------------------------------------------------------
@@ -161,7 +172,11 @@ def test_models_are_called_by_their_names(encoder):
         for name, model in service.models.items():
             answer = post(client, "/v1/embeddings", input=["a", "b"], model=name)
             found = [item["embedding"] for item in answer["data"]]
-            close(found, model.encoder.encode(["a", "b"]), TOLERANCE)
+            states = model.encoder.encode(["a", "b"])
+            close(found, states, TOLERANCE)
+            compared = {"source_sentence": "a", "sentences": ["b"]}
+            found = post(client, "/similarity", inputs=compared, model=name)
+            close(found, model.encoder.similarity(states[:1], states[1:])[0], TOLERANCE)
         error = post(client, "/v1/embeddings", 400, input="a")["error"]
         assert error["param"] == "model" and "one, two" in error["message"]
 
@@ -189,6 +204,15 @@ def test_a_text_that_is_too_long_is_cut_only_where_that_is_asked_for(encoder, de
             else:
                 assert answer.json()["error"]["code"] == "context_length_exceeded"
                 assert "input 1 has" in answer.text and "takes 20" in answer.text
+
+
+def test_the_length_of_a_very_long_text_is_not_taken_for_known(client, encoder):
+    """Only its beginning is tokenised."""
+    text = "cat sat on the mat " * 5000
+    said = client.post("/embed", json={"inputs": text}).json()["error"]["message"]
+    assert "input 0 has at least " in said
+    told = int(said.split("at least ")[1].split()[0])
+    assert 32 < told < len(encoder.tokenizer(text)["input_ids"])
 
 
 def test_ids_that_are_too_many_are_cut_only_where_that_is_asked_for(client, encoder):

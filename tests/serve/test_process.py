@@ -45,6 +45,11 @@ def connect(address) -> socket.socket:
     return socket.create_connection(address, timeout=PATIENCE)
 
 
+def closed(connection: socket.socket) -> bool:
+    with connection:
+        return connection.recv(1) == b""
+
+
 def status(connection: socket.socket) -> int:
     with connection, connection.makefile("rb") as stream:
         return int(stream.readline().split()[1])
@@ -102,6 +107,23 @@ def test_a_forward_that_takes_too_long_is_given_up_by_its_client(encoder):
         assert service.queue.texts == 0
 
 
+def test_headers_that_do_not_end_are_given_up(encoder):
+    """Those of the first request of a connection and of a later one; an answer is not cut off."""
+    with gated(encoder, Limits(seconds=1.0)) as (_, address, gate):
+        gate.opened.set()
+        half = b"POST /embed HTTP/1.1\r\nHost: he"
+        silent, first, later = (connect(address) for _ in range(3))
+        first.sendall(half)
+        later.sendall(asked("/embed", {"inputs": "a"}))
+        assert later.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        later.sendall(half)
+        assert [closed(connection) for connection in (silent, first, later)] == [True] * 3
+        later = connect(address)
+        later.sendall(half)
+        later.sendall(asked("/embed", {"inputs": "a"})[len(half) - 2 :])
+        assert status(later) == 200
+
+
 def test_a_client_that_does_not_read_holds_up_nobody_and_is_given_up(encoder):
     with gated(encoder, Limits(seconds=2.0)) as (service, address, gate):
         gate.opened.set()
@@ -141,6 +163,32 @@ def test_what_was_accepted_is_answered_before_the_server_ends(encoder):
         gate.opened.set()
         assert [status(connection) for connection in accepted] == [200] * 5
         end.join(PATIENCE)
+
+
+def test_what_a_second_ctrl_c_cuts_off_is_told_so_and_counted(encoder, capfd):
+    service = Service({"tiny": encoder})
+    gate = Gate(service, "tiny")
+    with service:
+        with listening(service, force=True) as address:
+            connection = connect(address)
+            connection.sendall(asked("/embed", {"inputs": "a"}))
+            assert gate.entered.wait(PATIENCE)
+        answer = connection.recv(1 << 16)
+        connection.close()
+        gate.opened.set()
+    assert answer.startswith(b"HTTP/1.1 503") and b'"code": "server_stopped"' in answer
+    assert service.measures.unanswered == 1
+    assert 'route="/embed",status="503"} 1.0' in service.measures.text().decode()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "cut_off, said", [(0, "every accepted request was answered"), (2, "not answered: 2")]
+)
+def test_the_end_is_told_as_it_was(cli, tiny_decoder, monkeypatch, cut_off, said):
+    monkeypatch.setattr("unmasked.serve.run_server", lambda *_: cut_off)
+    code, _, err = cli("serve", tiny_decoder, "--port", "0")
+    assert code == 0 and err.rstrip().endswith(said)
 
 
 # --- the command ----------------------------------------------------------------------------------

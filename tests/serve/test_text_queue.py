@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 
 import pytest
@@ -138,6 +139,24 @@ def test_a_text_that_is_alone_does_not_wait():
     given = Requests(wait=NEVER)
     given.put("first", 10)
     assert given.take(100) == ["first0"]
+
+
+def test_an_error_that_nobody_awaits_any_more_is_not_logged(caplog):
+    """Its message may hold a text; asyncio logs what was never asked for."""
+
+    async def given_up() -> None:
+        job = Job(rows(1))
+        job.failure = ValueError("a text that is nobody's business")
+        job.settle()
+        with pytest.raises(ValueError):
+            awaited = Job(rows(1))
+            awaited.failure = ValueError("for its client")
+            awaited.settle()
+            await awaited.done
+
+    asyncio.run(given_up())
+    gc.collect()
+    assert caplog.text == ""
 
 
 def test_a_closed_queue_gives_what_it_has_and_then_nothing():

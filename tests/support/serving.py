@@ -11,8 +11,9 @@ from typing import Any
 
 import uvicorn
 
-from unmasked.serve import Service, application
+from unmasked.serve import Service
 from unmasked.serve.access import Keys
+from unmasked.serve.process import server_config
 
 EVERYBODY = Keys()
 PATIENCE = 60
@@ -35,18 +36,20 @@ class Listener(socket.socket):
 
 @contextmanager
 def listening(
-    service: Service, keys: Keys = EVERYBODY, taken: Listener | None = None
+    service: Service, keys: Keys = EVERYBODY, taken: Listener | None = None, force: bool = False
 ) -> Iterator[tuple[str, int]]:
-    """The address of a service that answers in a thread."""
+    """The address of a service that answers in a thread.
+
+    At the end, what was accepted is answered; with `force` it is cut off, as by a second Ctrl-C.
+    """
     taken = taken or Listener()
-    config = uvicorn.Config(application(service, keys), lifespan="off", log_level="warning")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(service, keys))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
     thread.start()
     try:
         yield taken.getsockname()
     finally:
-        server.should_exit = True
+        server.should_exit, server.force_exit = True, force
         thread.join(PATIENCE)
         taken.close()
         assert not thread.is_alive(), "the server does not end"

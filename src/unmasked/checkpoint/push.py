@@ -20,11 +20,13 @@ PARTS = (
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "*.tiktoken",
     "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
     "config_sentence_transformers.json", "sentence_bert_config.json", "llm2vec_config.json",
-    "README.md", "LICENSE*",
+    "onnx/*", "openvino/*", "*.gguf", "unmasked_export.json", "README.md", "LICENSE*",
 )  # fmt: skip
 """The files of a model, apart from the folders of the modules in `modules.json`."""
 OF_A_MODULE = (*PARTS, "sentence_*_config.json")
 """The files in the folder of a module."""
+WEIGHTS = (".safetensors", ".onnx", ".xml", ".gguf")
+"""How the names of files of weights end; a graph of OpenVINO is an .xml file and its .bin file."""
 MODULES = "modules.json"
 
 
@@ -32,7 +34,8 @@ def list_files(folder: Path) -> list[tuple[str, int]]:
     """Path and size in bytes of each file that is part of the model.
 
     Raises:
-        ModelError: the folder does not hold a model, or its `modules.json` is broken.
+        ModelError: the folder does not hold a model or its weights, or its `modules.json` is
+            broken.
     """
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         if not folder.exists():
@@ -51,6 +54,12 @@ def list_files(folder: Path) -> list[tuple[str, int]]:
             if inside.parent == folder:
                 found |= {file for part in OF_A_MODULE for file in inside.glob(part)}
     found = {file for file in found if file.is_file()}
+    if not any(file.name.endswith(WEIGHTS) for file in found):
+        raise ModelError(
+            f"{folder} has no file of weights that can be pushed. Allowed: model*.safetensors, "
+            "adapter_model.safetensors, onnx/*, openvino/*, *.gguf. Fix: save the model again, "
+            "with model.save(DIR) or unmasked export."
+        )
     return [(file.relative_to(folder).as_posix(), file.stat().st_size) for file in sorted(found)]
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -25,7 +25,7 @@ import torch
 from unmasked.checkpoint import loading
 from unmasked.checkpoint.folder import SETTINGS_NAME, read_settings
 from unmasked.checkpoint.location import locate
-from unmasked.errors import MissingExtraError, ModelError, unknown
+from unmasked.errors import MissingExtraError, ModelError, UnmaskedError, first_line, unknown
 from unmasked.export.gguf_file import FILE
 from unmasked.export.graph import FILES, GraphRunner
 from unmasked.text.special_tokens import prepare_tokenizer
@@ -92,10 +92,36 @@ def saved_tokens(folder: Path) -> TextTokenizer:
     )
 
 
+@contextmanager
+def _failures_of(engine: str) -> Iterator[None]:
+    """Turn whatever an engine raises for a file that it cannot run into a `ModelError`."""
+    try:
+        yield
+    except UnmaskedError:
+        raise
+    except Exception as error:  # each engine has errors of its own
+        raise ModelError(
+            f"{engine} cannot run the export ({first_line(error)}). Fix: export it again, without "
+            "--opset, or to another engine."
+        ) from error
+
+
 def graph_engine(folder: Path, kind: str) -> Engine:
-    """ONNX Runtime or OpenVINO."""
-    runner = GraphRunner(saved_tokens(folder), kind, folder / FILES[kind])
-    return Engine({"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[kind], runner.vectors)
+    """ONNX Runtime or OpenVINO.
+
+    Raises:
+        ModelError: the engine cannot run the graph.
+    """
+    name = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[kind]
+    tokens = saved_tokens(folder)
+    with _failures_of(name):
+        runner = GraphRunner(tokens, kind, folder / FILES[kind])
+
+    def vectors(pairs: Pairs) -> np.ndarray:
+        with _failures_of(name):
+            return runner.vectors(pairs)
+
+    return Engine(name, vectors)
 
 
 def llama_engine(folder: Path) -> Engine:
@@ -115,7 +141,10 @@ def llama_engine(folder: Path) -> Engine:
 
     def vectors(pairs: Pairs) -> np.ndarray:
         inputs = [prefix + tokens.join(instruction) + text for instruction, text in pairs]
-        with closing(llama(str(folder / FILE), embedding=True, verbose=False, **options)) as model:
+        with (
+            _failures_of("llama.cpp"),
+            closing(llama(str(folder / FILE), embedding=True, verbose=False, **options)) as model,
+        ):
             return np.asarray([model.embed(text) for text in inputs], np.float32)
 
     return Engine("llama.cpp", vectors, takes_empty=bool(tokens.prefix or tokens.suffix))

@@ -25,7 +25,7 @@ from unmasked.errors import MissingExtraError, ModelError, UnmaskedError, unknow
 from unmasked.export.engines import MANIFEST, Engine, engine_of
 from unmasked.export.faults import Reader, Reading
 from unmasked.export.gguf_file import write_gguf
-from unmasked.export.graph import write_graph
+from unmasked.export.graph import check_opset, write_graph
 from unmasked.export.parity import (
     LIMIT,
     LIMIT_OF_8_BITS,
@@ -149,7 +149,9 @@ def _convert(encoder: LLM2Vec, to: str, folder: Path, weights: Any, opset: int |
         write_gguf(folder, model, tokens, mode, weights)
     else:
         kind: Any = to
-        write_graph(tokens, mode, model, kind, folder, weights, opset)
+        path = write_graph(tokens, mode, model, kind, folder, weights, opset)
+        if to == "onnx":
+            check_opset(path, opset)
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         file.unlink()
 
@@ -181,7 +183,7 @@ def _by_rules(encoder: LLM2Vec, to: str, folder: Path) -> Engine:
     def vectors(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         return Reader(encoder, str(folder), [list(pair) for pair in pairs]).vectors(reading)
 
-    return Engine(f"{to}, by its rules (it is not run here),", vectors)
+    return Engine(f"{to} (by its rules, it is not run here)", vectors)
 
 
 def inexpressible(encoder: LLM2Vec, to: str) -> list[str]:
@@ -217,8 +219,10 @@ def _require_parity(found: Exported) -> None:
         return
     kept = "Fix: --accept, to keep the export all the same"
     notes = "".join(f" Note: {note.rstrip('.')}." for note in found.notes)
-    if found.parity is None:
-        raise DifferentVectorsError(f"{found.engine} could not be compared.{notes} {kept}.", None)
+    if found.parity is None:  # the last note says how to install the engine
+        rest = ", or --accept, to keep the export all the same."
+        said = f"{found.engine} could not be compared.{notes.rstrip('.')}{rest}"
+        raise DifferentVectorsError(said, None)
     low = min(zip(found.parity.cosines, found.parity.texts, strict=True))[1]
     raise DifferentVectorsError(
         f"{found.engine} gives other vectors: least cosine {found.parity.least:.6f}, allowed "

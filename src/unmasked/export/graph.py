@@ -33,6 +33,11 @@ from unmasked.text.inputs import split_pairs
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
 Weights = Literal["float32", "float16", "int8"]
+OPSET = 18
+"""The ONNX opset that graphs are traced with, from which the converter makes others."""
+OTHER_OPSET = (
+    f"Fix: leave out --opset, for the newest that the converter writes, or --opset {OPSET}."
+)
 READ_ONLY = 2
 """Value in the attention mask of a token that is attended to but not pooled."""
 FILES = {"onnx": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml"}
@@ -136,7 +141,7 @@ def write_graph(
 
     Raises:
         MissingExtraError: the extra ``export`` is not installed.
-        ModelError: the converter cannot convert this family.
+        ModelError: the converter cannot convert this family, or onnx does not know the opset.
     """
     require_packages(*PACKAGES[kind], *(["nncf"] if weights == "int8" else []))
     leading = len(tokens.prefix) if tokens.skip_instruction else 0
@@ -187,10 +192,37 @@ def _converter(kind: str, weights: Weights, opset: int | None) -> tuple[Any, Any
         quantizer = exporters.NNCFOnnxQuantizer if onnx else exporters.NNCFOpenVINOQuantizer
         given["quantizer"] = quantizer(compression)
     if kind == "onnx":
+        _check_known(opset)
         return exporters.OnnxExporter(), exporters.OnnxConfig(opset_version=opset, **given)
     half = weights == "float16"
     config = exporters.OpenVINOConfig(compress_to_fp16=half, stateful=False, **given)
     return exporters.OpenVINOExporter(), config
+
+
+def _check_known(opset: int | None) -> None:
+    """Refuse an opset that onnx does not know, before the conversion, which takes long."""
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not OPSET <= opset <= newest:
+        raise ModelError(f"ONNX opset {opset}: onnx here knows {OPSET} to {newest}. {OTHER_OPSET}")
+
+
+def check_opset(path: Path, opset: int | None) -> None:
+    """Refuse a graph of a lower opset than was asked for.
+
+    The converter does not know every opset that onnx knows. For one that it does not know, it logs
+    that, and writes a graph that may not be valid.
+    """
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False)
+    written = max(item.version for item in graph.opset_import if item.domain == "")
+    if opset is not None and written < opset:
+        raise ModelError(
+            f"ONNX opset {opset}: the converter wrote one of {written}, as it does not know "
+            f"{opset}. {OTHER_OPSET}"
+        )
 
 
 class GraphRunner:

@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
-from unmasked.errors import DataError, first_line
+from unmasked.errors import DataError, first_line, unknown
 
 KEY = "UNMASKED_API_KEY"
 PATHS = {"openai": "/v1/embeddings", "tei": "/embed"}
@@ -44,7 +44,7 @@ class VectorServer:
     Args:
         url: its address, such as ``http://127.0.0.1:8000``, with or without the path.
         model: its name for the model. None takes the first model that it lists; if it lists none,
-            no name is sent.
+            no name is sent. A name must be one that it lists, if it lists any.
         timeout: time limit of a request in seconds.
 
     Attributes:
@@ -53,7 +53,8 @@ class VectorServer:
         prompted: whether it is `unmasked serve`, whose requests have a field for the prompt.
 
     Raises:
-        DataError: the address is not a URL, or no server there has one of the two APIs.
+        DataError: the address is not a URL, no server there has one of the two APIs, or it does not
+            have the model.
     """
 
     def __init__(self, url: str, model: str | None = None, timeout: float = 300.0) -> None:
@@ -67,14 +68,27 @@ class VectorServer:
         path, base = parts.path.rstrip("/"), f"{parts.scheme}://{parts.netloc}"
         self._base = base + re.sub(r"/(v1/embeddings|v1|embed)$", "", path)
         listed = self._listed()
-        self.prompted = any(row.get("owned_by") == "unmasked" for row in listed)
-        self.model = model or next((str(row["id"]) for row in listed if "id" in row), None)
+        self.prompted = any(row.get("owned_by") == "unmasked" for row in listed or [])
+        names = [str(row["id"]) for row in listed or [] if "id" in row]
+        if model and names and model not in names:
+            raise DataError(unknown(f"model of {self._base}", model, names))
+        self.model = model or next(iter(names), None)
         if path.endswith("/embeddings"):
             self.shape, self.address = "openai", base + path
         elif path.endswith("/embed"):
             self.shape, self.address = "tei", base + path
         else:
-            self.shape, self.address = self._find()
+            self.shape, self.address = self._find(any_api=listed is None)
+        if model and not self._takes_name:
+            raise DataError(
+                f"requests to {self.address} have no field for the name of a model ('{model}'). "
+                "Fix: leave out --model, if the server has only one."
+            )
+
+    @property
+    def _takes_name(self) -> bool:
+        """Whether a request names the model: TEI's API has no field for it, except in ours."""
+        return self.shape == "openai" or self.prompted
 
     def vectors(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
         """(N, D) vectors of N texts, in one request.
@@ -91,7 +105,8 @@ class VectorServer:
             body: dict[str, Any] = {"inputs": list(texts)}
         else:
             body = {"input": list(texts), "encoding_format": "float"}
-            body |= {"model": self.model} if self.model else {}
+        if self.model and self._takes_name:
+            body["model"] = self.model
         if self.prompted:
             body |= {"prompt": prompt, "truncate": True}
         elif prompt:
@@ -110,8 +125,13 @@ class VectorServer:
             raise self._no_vectors(f"shape {found.shape} for {len(texts)} texts")
         return found
 
-    def _find(self) -> tuple[str, str]:
-        """Find the API and its URL by asking for a vector."""
+    def _find(self, any_api: bool) -> tuple[str, str]:
+        """Find the API and its URL by asking for a vector.
+
+        Args:
+            any_api: whether TEI's API is tried too. A server with OpenAI's list of models has
+                OpenAI's API, and what it refuses there is its answer.
+        """
         said = []
         for shape, path in PATHS.items():
             self.shape, self.address = shape, self._base + path
@@ -120,20 +140,23 @@ class VectorServer:
                 return self.shape, self.address
             except Refused as error:
                 said.append(f"{path}: {error}")
-                if error.status not in (404, 405, 501):
+                no_such_api = error.status in (404, 405, 501) and "model_not_found" not in str(
+                    error
+                )
+                if not (any_api and no_such_api):
                     raise
         raise DataError(
             f"{self._base} has neither OpenAI's API nor that of text-embeddings-inference "
             f"({'; '.join(said)}). Fix: give the whole address, as http://HOST:PORT/v1/embeddings."
         )
 
-    def _listed(self) -> list[dict[str, Any]]:
-        """The models that the server lists; empty if it has no such list."""
+    def _listed(self) -> list[dict[str, Any]] | None:
+        """The models that the server lists; None if it has no such list."""
         try:
             listed = self._ask(f"{self._base}/v1/models", None)
             return [row for row in listed["data"] if isinstance(row, dict)]
         except (DataError, KeyError, TypeError):
-            return []
+            return None
 
     def _ask(self, address: str, body: dict[str, Any] | None) -> Any:
         """Send a request (GET without a body, else POST) and parse its answer as JSON."""

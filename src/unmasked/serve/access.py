@@ -47,7 +47,8 @@ class Limits:
         tokens: maximum tokens per text, if lower than the model's own limit.
         truncate: cut longer texts if the request does not say what to do; else they are refused.
         queue: maximum number of waiting texts; further requests are refused with status 429.
-        seconds: time limit of a request, from its first byte to the last byte of its answer.
+        seconds: time limit of a request, from the end of its headers to the last byte of its
+            answer; and of the headers, from the first byte that the server waits for.
         wait: seconds that a text may wait for others to join its batch, while requests are read.
         batch_tokens: maximum tokens per forward pass; None for the default of the device.
     """
@@ -96,12 +97,19 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
     """The keys of a file, one per line, and of the environment.
 
     Raises:
-        UnmaskedError: the file contains no key, so the server would be open to everybody.
+        UnmaskedError: the file or the variable exists but contains no key, so the server would be
+            open to everybody.
     """
     given = environment.get(KEYS_VARIABLE, "").replace(",", " ").split()
+    if KEYS_VARIABLE in environment and not given:
+        raise UnmaskedError(
+            f"{KEYS_VARIABLE} is set but holds no key. Fix: "
+            f"export {KEYS_VARIABLE}=$(openssl rand -hex 32), or unset {KEYS_VARIABLE}."
+        )
     if file is not None:
         try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            # Editors on Windows begin a file with a BOM, which is no part of the first key.
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         except UnicodeDecodeError:
             raise UnmaskedError(f"{file} is not text. Fix: one key per line, in UTF-8.") from None
         in_file = [line for line in lines if line and not line.startswith("#")]
@@ -175,6 +183,10 @@ class Guard:
         except ClientDisconnect:
             self.measures.dropped()
             status = 499  # nginx's status for a connection that the client closed
+        except asyncio.CancelledError:  # the server ends now, without waiting for the answer
+            self.measures.unanswered += 1
+            said = "the server was stopped before the answer. Fix: send the request again."
+            failed = Refusal(503, said, "server_stopped")
         except Exception as error:
             failed = _as_refusal(error, self.seconds)
         if failed is not None and not status:  # if an answer has begun, uvicorn cuts it off

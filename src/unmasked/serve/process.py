@@ -7,12 +7,16 @@ requests that it has accepted, and exits with status 0.
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from unmasked.errors import UnmaskedError
 from unmasked.serve.access import Keys
@@ -73,9 +77,64 @@ def model_names(given: Iterable[str]) -> dict[str, str]:
     return names
 
 
+class TimelyProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """uvicorn's protocol, but a connection is closed if the headers of a request do not end.
+
+    uvicorn waits for them for ever, and a limit in the application begins after them. uvicorn
+    itself closes a connection that is idle after an answer.
+
+    Args:
+        seconds: how long the server waits, from the connection or the first byte of the headers.
+        given: the arguments that uvicorn gives to a protocol.
+    """
+
+    def __init__(self, seconds: float, **given: Any) -> None:
+        super().__init__(**given)
+        self._seconds = seconds
+        self._headers_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def _watch_headers(self) -> None:
+        """Start the time limit if no request is being answered; else end it."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_watching()
+        elif self._headers_due is None:
+            self._headers_due = self.loop.call_later(self._seconds, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._headers_due is not None:
+            self._headers_due.cancel()
+            self._headers_due = None
+
+
+def server_config(service: Service, keys: Keys) -> uvicorn.Config:
+    """How uvicorn runs the application of a service."""
+    protocol: Any = partial(TimelyProtocol, service.limits.seconds)
+    return uvicorn.Config(
+        application(service, keys),
+        http=protocol,
+        lifespan="off",
+        log_level="warning",
+        access_log=False,  # a path with a query may be confidential
+        server_header=False,
+        timeout_graceful_shutdown=int(service.limits.seconds) + 1,
+    )
+
+
 def run_server(
     service: Service, keys: Keys, bound: socket.socket, announce: Callable[[str], None]
-) -> None:
+) -> int:
     """Answer requests until SIGTERM or Ctrl-C, then finish those that were accepted.
 
     Args:
@@ -83,15 +142,12 @@ def run_server(
         keys: the valid API keys.
         bound: the socket from `bind`.
         announce: is called with the server's URL as soon as clients can connect.
+
+    Returns:
+        The number of accepted requests that were not answered: a second Ctrl-C ends the server
+        without waiting for them, and so does the time limit of requests.
     """
-    config = uvicorn.Config(
-        application(service, keys),
-        lifespan="off",
-        log_level="warning",
-        access_log=False,  # a path with a query may be confidential
-        server_header=False,
-        timeout_graceful_shutdown=int(service.limits.seconds) + 1,
-    )
+    config = server_config(service, keys)
     # uvicorn handles these signals while it runs, and raises them again when it ends. The handlers
     # that do nothing let this function return instead of ending the process.
     before = {
@@ -104,3 +160,4 @@ def run_server(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    return service.measures.unanswered

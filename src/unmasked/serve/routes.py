@@ -31,6 +31,7 @@ from unmasked.serve.wire import (
     EmbeddingsAnswer,
     EmbeddingsBody,
     ErrorAnswer,
+    ModelAnswer,
     ModelsAnswer,
     Refusal,
     SimilarityBody,
@@ -49,6 +50,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large.",
         415: "The body is not JSON.",
         429: "Too many texts are waiting; see the header Retry-After.",
+        503: "The server was stopped before the answer.",
         504: "The time limit was exceeded.",
     }.items()
 }
@@ -113,6 +115,12 @@ def _add_embedding_routes(app: FastAPI, service: Service) -> None:
         served = service.models.values()
         return ModelsAnswer(data=[model.described(service.created) for model in served])
 
+    # A name may have a slash, as those of the hub have.
+    @app.get("/v1/models/{name:path}", responses={n: REFUSALS[n] for n in (401, 404)})
+    async def model(name: str) -> ModelAnswer:
+        """One model that is served."""
+        return service.find(name).described(service.created)
+
 
 def _add_state_routes(app: FastAPI, service: Service) -> None:
     def state() -> Response:
@@ -130,6 +138,9 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         """Whether requests can be answered. The server listens only after its models are loaded."""
         return state()
+
+    for path, asked in (("/health", health), ("/ready", ready)):  # some probes ask without a body
+        app.add_api_route(path, asked, methods=["HEAD"], include_in_schema=False)
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, 401: REFUSALS[401]})
     async def metrics() -> Response:
@@ -203,6 +214,7 @@ def _all_sentences(body: SimilarityBody) -> list[str]:
 
 
 def _similarity(ready: Prepared[SimilarityBody], vectors: np.ndarray) -> bytes:
-    found = torch.from_numpy(vectors)
+    # As `encode` returns them: with the encoder's own number of dimensions.
+    found = torch.from_numpy(ready.model.finish(vectors, None, normalize=False))
     (scores,) = ready.model.encoder.similarity(found[:1], found[1:])  # (1, N - 1)
     return json.dumps(scores.tolist()).encode()

@@ -133,9 +133,10 @@ class ServedModel:
             if row.cut and not truncate:
                 raise Refusal(
                     400,
-                    f"input {index} has {len(row.ids) + row.cut} tokens, of which {row.cut} do not "
-                    f"fit: {self.name} takes {len(row.ids)} of such an input. Fix: a shorter text, "
-                    'or "truncate": true to cut off its end.',
+                    # Only the beginning of a very long text is tokenised, so it may have more.
+                    f"input {index} has at least {len(row.ids) + row.cut} tokens, but {self.name} "
+                    f"takes {len(row.ids)} of such an input. Fix: a shorter text, or "
+                    '"truncate": true to cut off its end.',
                     "context_length_exceeded",
                 )
         return rows

@@ -108,14 +108,15 @@ class Service:
         """
         asked = parse(kind, body)
         model, given = self.find(asked.model), inputs(asked)
+        field = "input" if "input" in kind.model_fields else "inputs"
         if not given and not isinstance(given, str):
-            raise Refusal(400, "the list is empty. Fix: give a text.", "empty_input", "input")
+            raise Refusal(400, "the list is empty. Fix: give a text.", "empty_input", field)
         several = isinstance(given, list) and not isinstance(given[0], int)  # else one text's ids
         if several and len(given) > self.limits.inputs:
             said = (
                 f"{len(given)} inputs; {self.limits.inputs} are allowed. Fix: send them in parts."
             )
-            raise Refusal(400, said, "too_many_inputs", "input")
+            raise Refusal(400, said, "too_many_inputs", field)
         model.check_dimensions(getattr(asked, "dimensions", None))
         return Prepared(asked, model, model.rows(given, asked, model.prompt(asked)))
 

@@ -56,6 +56,7 @@ class Job:
             return
         if self.failure is not None:
             self.done.set_exception(self.failure)
+            self.done.exception()  # else asyncio logs the message if nobody awaits it any more
         else:
             self.done.set_result(np.stack(self.vectors))
 

@@ -221,6 +221,14 @@ def parse(kind: type[Asked], body: bytes) -> Asked:
     return asked
 
 
+def _fields_of(kind: type[BaseModel], path: list[str]) -> list[str]:
+    """The fields that a body has at a path, such as those of ``inputs``."""
+    for part in path:
+        inner: Any = kind.model_fields[part].annotation
+        kind = inner
+    return list(kind.model_fields)
+
+
 def _misfit(kind: type[Body], error: ValidationError) -> Refusal:
     """The refusal for one of the faults that pydantic found in a body.
 
@@ -234,7 +242,8 @@ def _misfit(kind: type[Body], error: ValidationError) -> Refusal:
         said = f"the body cannot be read as JSON. {first['msg']}. Fix: send one JSON object."
         return Refusal(400, said, "invalid_json")
     if first["type"] == "extra_forbidden":
-        return Refusal(400, unknown("field", where[-1][:64], kind.model_fields), "unknown_field")
+        fields = _fields_of(kind, where[:-1])
+        return Refusal(400, unknown("field", where[-1][:64], fields), "unknown_field")
     if field in ("input", "inputs") and first["type"] != "missing" and kind is not SimilarityBody:
         return Refusal(
             400, f"{field} is not {KINDS}. Fix: give one of them.", "invalid_type", field

@@ -105,10 +105,13 @@ def serve(
             service = server.Service(encoders, limits)
         with service:
             said = ", ".join(names)
-            server.run_server(
+            unanswered = server.run_server(
                 service, keys, bound, lambda url: terminal.show(f"{said} at {url}/v1 (page: /docs)")
             )
-    terminal.say("stopped; every accepted request was answered")
+    if unanswered:
+        terminal.say(f"stopped; accepted requests that were not answered: {unanswered}")
+    else:
+        terminal.say("stopped; every accepted request was answered")
 
 
 def _load(name: str, dtype: str, quantize: str | None, compile: str) -> LLM2Vec:
