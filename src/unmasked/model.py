@@ -144,11 +144,10 @@ class TextEncoder(SentenceTransformer):
             ModelError: the model cannot be loaded, quantized or run there, or the proof failed.
         """
         device, compile = device or get_device_name(), check_choice(compile)
-        target = on_device(device)
         if quantize is not None:
-            quantization.check(quantize, target)
+            quantization.check(quantize, on_device(device))
         found = loading.find(name, peft, base, **hub)
-        precision = pick(dtype, target, found.config)
+        precision = pick(dtype, on_device(device), found.config)
         tokenizer, settings = cls.read_checkpoint(found, given)
         loading.check_asked(found, given.get("max_length"))
         model, report = loading.load_transformer(
@@ -167,7 +166,7 @@ class TextEncoder(SentenceTransformer):
             **{**options, **stock, "prompts": prompts},
         )
         encoder.precision, encoder.compiles = precision, compile
-        encoder.loaded = str(name), found.given
+        encoder.loaded = (str(name), found.given)
         encoder.backbone.query_length, encoder.backbone.document_length = found.lengths
         adapters.remember(encoder, found.encoder)
         if quantize is not None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,7 +33,6 @@ from unmasked.cli.options import (
 )
 from unmasked.cli.shipping.cut_scores import score_cuts
 from unmasked.errors import DataError
-from unmasked.files.readers import fault_error, read_txt, where
 from unmasked.files.writing import write_text
 
 
@@ -252,27 +248,12 @@ def search(
         shown = Source(documents(texts, whole_files), text_column) if texts else None
         find = room.VectorSearch(encoder, stored, shown, **prompts)
     answers = []
-    for wanted in [query] if query is not None else _queries():
+    for wanted in [query] if query is not None else terminal.queries():
         (hits,) = find([wanted], top)
         tables.show_hits(hits)
         answers.append({"query": wanted, "hits": [hit._asdict() for hit in hits]})
     if json_file:
         write_text(json_file, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
-
-
-def _queries() -> Iterator[str]:
-    """The lines of standard input up to an empty one; on a terminal, with a prompt."""
-    if sys.stdin.isatty():
-        with suppress(EOFError):
-            while line := input("query: ").strip():
-                yield line
-        return
-    for cells in read_txt("-", "query"):
-        if cells.fault is not None:
-            raise fault_error(where("-", cells.number), cells.fault)
-        if not (line := cells.values["query"].strip()):
-            return
-        yield line
 
 
 def analyse(

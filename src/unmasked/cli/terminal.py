@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from unmasked.files.readers import fault_error, read_txt, where
 
 PLAIN_EVERY = 5.0
 """Seconds between two progress lines if stderr is not a terminal."""
@@ -218,3 +221,22 @@ class Line:
         if self._plain and (now - self._printed_at >= PLAIN_EVERY or done == total):
             self._printed_at = now
             self.note(text)
+
+
+def queries() -> Iterator[str]:
+    """The lines of standard input up to an empty one; on a terminal, with a prompt.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
+    if sys.stdin.isatty():
+        with suppress(EOFError):
+            while line := input("query: ").strip():
+                yield line
+        return
+    for cells in read_txt("-", "query"):
+        if cells.fault is not None:
+            raise fault_error(where("-", cells.number), cells.fault)
+        if not (line := cells.values["query"].strip()):
+            return
+        yield line
