@@ -220,9 +220,12 @@ def _require_parity(found: Exported) -> None:
     kept = "Fix: --accept, to keep the export all the same"
     notes = "".join(f" Note: {note.rstrip('.')}." for note in found.notes)
     if found.parity is None:  # the last note says how to install the engine
-        rest = ", or --accept, to keep the export all the same."
-        said = f"{found.engine} could not be compared.{notes.rstrip('.')}{rest}"
-        raise DifferentVectorsError(said, None)
+        why, _, install = notes.rstrip(".").rpartition("Fix: ")
+        raise DifferentVectorsError(
+            f"{found.engine} could not be compared.{why}Fix: {install}, or --accept, to keep the "
+            "export all the same.",
+            None,
+        )
     low = min(zip(found.parity.cosines, found.parity.texts, strict=True))[1]
     raise DifferentVectorsError(
         f"{found.engine} gives other vectors: least cosine {found.parity.least:.6f}, allowed "

@@ -140,10 +140,8 @@ class VectorServer:
                 return self.shape, self.address
             except Refused as error:
                 said.append(f"{path}: {error}")
-                no_such_api = error.status in (404, 405, 501) and "model_not_found" not in str(
-                    error
-                )
-                if not (any_api and no_such_api):
+                missing = error.status in (404, 405, 501) and "model_not_found" not in str(error)
+                if not (any_api and missing):
                     raise
         raise DataError(
             f"{self._base} has neither OpenAI's API nor that of text-embeddings-inference "
