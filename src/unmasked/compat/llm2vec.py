@@ -31,8 +31,8 @@ from unmasked.compat.original import (
     check_compat,
     is_original,
     loading_options,
-    stock_options,
     settings_for_name,
+    stock_options,
     without_blank_mask,
 )
 from unmasked.forward.pooling import TextPooling
