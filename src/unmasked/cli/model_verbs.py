@@ -312,7 +312,7 @@ def push(
     public: Annotated[bool, Option("--public", help="Make the repository public.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files and send nothing.")] = False,
 ) -> None:
-    """Upload a saved model to the Hugging Face hub, private by default."""
+    """Upload a saved model to the hub, private by default, in place of an earlier one there."""
     from unmasked.checkpoint import push as hub
     from unmasked.checkpoint.location import locate
 
