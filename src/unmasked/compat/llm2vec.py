@@ -31,8 +31,8 @@ from unmasked.compat.original import (
     check_compat,
     is_original,
     loading_options,
+    settings_with_name,
     stock_options,
-    with_name,
     without_blank_mask,
 )
 from unmasked.forward.pooling import TextPooling
@@ -103,7 +103,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
             "compat": compat,
         }
         if isinstance(model, str | Path):
-            given = with_name(model, given, settings, tokenizer=tokenizer, report=report)
+            given = settings_with_name(model, given, settings, tokenizer=tokenizer, report=report)
             options = {"dtype": "checkpoint", **options}
             options["enable_bidirectional"] = enable_bidirectional
             vars(self).update(vars(self.from_pretrained(model, **given, **options)))

@@ -87,7 +87,7 @@ def check_compat(compat: str | None) -> str | None:
     return compat
 
 
-def with_name(
+def settings_with_name(
     name: str | Path, given: Mapping[str, Any], settings: Settings | None, **objects: object
 ) -> dict[str, Any]:
     """The settings to load a model with, which were given together with its name.
