@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,13 @@ from unmasked.errors import DataError
 from unmasked.forward import batches
 from unmasked.forward.batches import filling, plan_batches, tier, token_budget, windows
 from unmasked.forward.loop import running
-from unmasked.forward.loop.preparing import Request, TextWindow, prepare_batches, tokenised
+from unmasked.forward.loop.preparing import (
+    AT_ONCE,
+    Request,
+    TextWindow,
+    prepare_batches,
+    tokenised,
+)
 from unmasked.forward.pooling import STOCK_MODES
 from unmasked.forward.waiting import DeviceTime
 
@@ -250,6 +257,45 @@ def test_control_c_while_a_thread_starts_stays_a_control_c(model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         list(running.encode_windows(model, model.backbone, lists()))
     assert not model.training
+
+
+def test_control_c_does_not_wait_until_a_window_is_tokenised(model, monkeypatch):
+    """A window has 16,384 inputs on a CPU; what is interrupted is the wait for its first batch."""
+    texts = [f"text {number}" for number in range(10 * AT_ONCE)]
+    sizes, waits, begun, result = [], [], threading.Event(), Future.result
+    tokenize = type(model.backbone).tokenize_inputs
+
+    def slow(backbone, inputs, *options):
+        sizes.append(len(inputs))
+        begun.set()
+        time.sleep(0.2)
+        return tokenize(backbone, inputs, *options)
+
+    def interrupted(future, *options):
+        if threading.current_thread() is threading.main_thread():
+            waits.append(future)
+            if len(waits) == 2:  # the first is that for the thread itself
+                assert begun.wait(60)
+                raise KeyboardInterrupt
+        return result(future, *options)
+
+    monkeypatch.setattr(type(model.backbone), "tokenize_inputs", slow)
+    monkeypatch.setattr(Future, "result", interrupted)
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        model.encode(texts)
+    assert set(sizes) == {AT_ONCE} and len(sizes) < 4
+    assert threading.active_count() == before and not model.training
+
+
+def test_slices_of_a_window_give_the_rows_and_errors_of_the_whole(model):
+    texts = [f"text {number} {'and so on ' * (number % 7)}" for number in range(AT_ONCE + 50)]
+    request = Request(torch.device("cpu"), by_tokens=True)
+    (piece,) = tokenised(model.backbone, [TextWindow(texts)], request)
+    assert piece.rows == model.backbone.tokenize_inputs(texts)
+    faulty = [*texts[: AT_ONCE + 3], ["a", "pair"]]
+    with pytest.raises(DataError, match=f"input {AT_ONCE + 3} is list"):
+        list(running.encode_windows(model, model.backbone, [faulty]))
 
 
 def test_the_share_of_the_time_that_the_device_waited(model, monkeypatch):

@@ -8,7 +8,7 @@ budget. Equal inputs are encoded once. Tokenising, planning and pinning run in t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -129,11 +129,14 @@ def distinct(inputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
     return different, np.array(inverse, dtype=np.int64)
 
 
-def ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
+def ahead(
+    items: Iterable[T], depth: int = AHEAD, stop: Callable[[], object] = lambda: None
+) -> Generator[T, None, None]:
     """The items of an iterator, which runs in a thread up to `depth` items ahead.
 
     An exception in the iterator is raised where its next item would have come. Closing this
-    generator ends the thread after the item that it is working on.
+    generator ends the thread after the item that it is working on; `stop` is called first, so that
+    the iterator can leave that item unfinished.
     """
     iterator, end = iter(items), object()
     waiting: deque[Future[T | object]] = deque()
@@ -148,6 +151,7 @@ def ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
     finally:
         # Control-C may come at any line above, while the thread still runs the iterator. A
         # generator cannot be closed while it runs, so the thread itself closes it, at last.
+        stop()
         for future in waiting:
             future.cancel()
         with suppress(RuntimeError):  # no thread starts any more when the interpreter shuts down

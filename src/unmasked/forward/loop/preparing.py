@@ -7,9 +7,10 @@ tokenisation per distinct text, and a sort per window of texts.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from unmasked.errors import DataError
 from unmasked.forward.backbone import Backbone
 from unmasked.forward.batches import ahead, filling, plan_batches, token_budget, windows
 from unmasked.forward.packing import Packed, pack
+from unmasked.text.inputs import split_pairs
 from unmasked.text.tokens import TokenRow
 
 SENTENCE = "sentence_embedding"
@@ -28,6 +30,9 @@ OUTPUTS = (SENTENCE, TOKENS, None)
 """Allowed values of the option ``output_value`` of `encode`; None is every output of the model."""
 TOKENISED_AHEAD = 2
 """Largest number of tokenised windows that wait to be collated."""
+
+AT_ONCE = 512
+"""Number of inputs that are tokenised at once; Control-C waits until they are."""
 
 
 @dataclass(frozen=True)
@@ -149,15 +154,24 @@ class PreparedBatch:
 
 
 def tokenised(
-    backbone: Backbone, wanted: Iterable[TextWindow], request: Request
+    backbone: Backbone,
+    wanted: Iterable[TextWindow],
+    request: Request,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[TokenisedRows]:
-    """Tokenise windows piece by piece; meant to run in a thread."""
+    """Tokenise windows piece by piece, until `stopped()` is true; meant to run in a thread."""
     limit = backbone.limit(request.processing_kwargs, task=request.task)
     for window in wanted:
         if not window.inputs:
             yield TokenisedRows(window, 0, [])
         for piece in windows(len(window.inputs), growing=request.on_gpu):
-            rows = backbone.tokenize_inputs(window.inputs[piece], request.prompt, limit)
+            inputs, rows = window.inputs[piece], list[TokenRow]()
+            split_pairs(inputs)  # all of them, so that an error has the index among them
+            for start in range(0, len(inputs), AT_ONCE):
+                if stopped():  # nobody waits for the rows
+                    return
+                part = inputs[start : start + AT_ONCE]
+                rows += backbone.tokenize_inputs(part, request.prompt, limit)
             yield TokenisedRows(window, piece.start, rows)
 
 
@@ -198,11 +212,12 @@ def prepared_ahead(
     backbone: Backbone, wanted: Iterable[TextWindow], request: Request
 ) -> Generator[PreparedBatch, None, None]:
     """The batches of all windows, prepared in two threads, which end when the generator closes."""
+    stopping = Event()
 
     def batches() -> Iterator[PreparedBatch]:
-        rows = tokenised(backbone, wanted, request)
+        rows = tokenised(backbone, wanted, request, stopping.is_set)
         with closing(ahead(rows, TOKENISED_AHEAD)) as pieces:
             yield from prepare_batches(backbone, pieces, request)
 
-    with closing(ahead(batches())) as prepared:
+    with closing(ahead(batches(), stop=stopping.set)) as prepared:
         yield from prepared
