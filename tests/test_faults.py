@@ -91,6 +91,7 @@ def test_b20_the_device_is_cuda_then_mps_then_cpu(monkeypatch, tiny_decoder):
         raise ModelError("far enough")
 
     monkeypatch.setattr("unmasked.model.pick", pick)
+    monkeypatch.setattr("unmasked.model.on_device", torch.device)  # this torch has neither
     for device, more in ((None, {}), (None, {"mps": True}), (None, {"cuda": True}), ("cpu", {})):
         found |= more
         with pytest.raises(ModelError, match="far enough"):

@@ -303,7 +303,7 @@ def test_a_row_of_ids_is_the_row_of_their_text(tokenizer, text, special, eos):
 
 
 def test_a_row_of_ids_has_the_template_around_it(tiny_tokenizer):
-    template = Template("<s>user\n", "</s>", True)
+    template = Template("<s>user\n", "</s>")
     tokens = TextTokenizer(prepare_tokenizer(tiny_tokenizer), template=template)
     ids = tiny_tokenizer("a text", add_special_tokens=False)["input_ids"]
     assert tokens.of_ids(ids, "Find:\n") == tokens(["a text"], "Find:\n")[0]

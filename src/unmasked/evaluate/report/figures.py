@@ -75,7 +75,8 @@ def stages(metric: str, scores: Mapping[str, Interval]) -> Figure:
     axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.margins(x=0.14)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("x 100, with 95 % interval", fontsize=8)
+    spans = any(score.low < score.high for score in scores.values())
+    axes.set_xlabel("x 100, with 95 % interval" if spans else "x 100", fontsize=8)
     return figure
 
 
