@@ -178,7 +178,8 @@ def test_the_verb(cli, tiny_decoder, tmp_path, sentences, monkeypatch):
     ]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("한국어\n".encode("cp949"))))
     code, _, err = cli("search", "v", *model)
-    assert code == 2 and "standard input, line 1" in err and "iconv" in err
+    assert code == 2 and "standard input, line 1" in err
+    assert "text in cp949: iconv -f cp949 -t utf-8 > texts-fixed.txt." in err
     code, _, err = cli("search", "v", "a", *model, "--chunk", "8")
     assert code == 2 and "--chunk splits texts, but v holds vectors. Fix" in err
     code, _, err = cli("encode", tiny_decoder, "docs", "-o", "w", "--late")

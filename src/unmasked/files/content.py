@@ -131,11 +131,16 @@ def converted(path: str, encoding: str) -> str:
 
 
 def _piped(path: str, *commands: str) -> str:
-    """The command line that pipes a file, unpacked, through commands into a new file."""
+    """The command line that pipes a file, unpacked, through commands into a new file.
+
+    For standard input it begins with the first command, which reads what is piped into it.
+    """
     unpack = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(Path(path).suffix.lower())
     given, other = shlex.quote(path), shlex.quote(str(_beside(path)))
     if unpack:
         return f"{' | '.join([f'{unpack} {given}', *commands])} > {other}"
+    if path == "-":
+        return f"{' | '.join(commands)} > {other}"
     return f"{' | '.join([f'{commands[0]} < {given}', *commands[1:]])} > {other}"
 
 
