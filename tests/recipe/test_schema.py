@@ -168,6 +168,13 @@ def test_a_bad_override_is_named(override, message):
     assert found.splitlines()[0].endswith(f"(override '{override}')")
 
 
+def test_an_argument_of_the_trainer_may_be_written_as_in_science():
+    """YAML reads 1e-8 as text, because it has no point."""
+    override = "mntp.trainer={adam_epsilon: 1e-8, lr_scheduler_type: linear, max_steps: 3}"
+    given = {"adam_epsilon": 1e-8, "lr_scheduler_type": "linear", "max_steps": 3}
+    assert load_recipe("nano", [override]).mntp.trainer == given
+
+
 def test_a_list_of_files_may_be_longer_than_the_name_of_a_file():
     files = [f"texts-{number}.txt" for number in range(60)]
     assert load_recipe("nano", [f"mntp.data={','.join(files)}"]).mntp.data == files

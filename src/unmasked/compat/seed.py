@@ -26,6 +26,7 @@ from unmasked.errors import DataError, RecipeError, nearest
 from unmasked.files.training_source import training_source
 from unmasked.recipe.files import make_recipe
 from unmasked.recipe.schema import Recipe
+from unmasked.recipe.values import untyped
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 """Schedules of transformers that a recipe has; others are passed to the trainer."""
@@ -167,17 +168,12 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
 def _value(flag: str, text: str) -> Any:
     """The value of a flag: a number, a truth, None, a JSON or YAML value, or the text itself."""
     try:
-        value = yaml.safe_load(text)
+        return untyped(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise RecipeError(
             f"{flag} {text}: the value is not valid YAML. If it is a text, quote it. "
             f"Fix: {flag} \"'{text}'\"."
         ) from error
-    # YAML reads 1e-8 as text: it wants 1.0e-8.
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
-
-
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 
 def to_recipe(stage: str, flags: Any, options: dict[str, Any], name: str) -> Recipe:

@@ -9,7 +9,7 @@ Defaults are the numbers of the LLM2Vec paper (arXiv 2404.05961) and its publish
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
@@ -18,6 +18,7 @@ from unmasked.recipe.lora import Lora
 from unmasked.recipe.teaching import Teacher, named_teacher
 from unmasked.recipe.values import (
     STRICT,
+    Arguments,
     AtLeastTwo,
     Count,
     Dropout,
@@ -33,8 +34,7 @@ from unmasked.recipe.values import (
 
 CAUSAL, BIDIRECTIONAL, BEFORE = "causal_", "bidirectional", "before this stage"
 """Names, in the scores of a run, of the encoders before the first stage: the prefix for the causal
-decoder, with one name for each pooling; the decoder with an open mask; and a base that is more than
-a decoder (it has adapters, or its mask is already open), unchanged."""
+decoder (one for each pooling), the opened decoder, a base with adapters or an open mask already."""
 
 
 class _Section(BaseModel):
@@ -105,7 +105,7 @@ class Training(_Section):
     """Number of steps between two measurements of the held-out loss."""
     save_steps: Count = 200
     """Number of steps between two checkpoints, from which an interrupted run continues."""
-    trainer: dict[str, Any] = {}
+    trainer: Arguments = {}
     """Other arguments of ``TrainingArguments`` in transformers, by name. They take precedence."""
 
     @model_validator(mode="after")

@@ -24,6 +24,19 @@ def number(value: object) -> object:
     return value
 
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+
+def untyped(value: object) -> object:
+    """A value whose type is not known: a number if it is written as one, as ``1e-8`` in YAML."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+def arguments(value: object) -> object:
+    """Values by name, each as `untyped`."""
+    return {k: untyped(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 def one_or_more(value: object) -> object:
     """Turn a single path or text into a list, and paths into strings."""
     if isinstance(value, str | os.PathLike):
@@ -65,6 +78,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(nu
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(number)]
 Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(number)]
 Dropout = Annotated[float, Field(ge=0, lt=1), BeforeValidator(number)]
+Arguments = Annotated[dict[str, Any], BeforeValidator(arguments)]
 Strings = Annotated[list[str], BeforeValidator(one_or_more)]
 
 
