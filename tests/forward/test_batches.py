@@ -74,7 +74,7 @@ def test_an_error_of_the_thread_is_raised_and_leaving_early_ends_it():
     assert next(endless) == 0
     assert threading.active_count() == before + 1
     endless.close()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 @pytest.mark.parametrize("struck", range(1, 7))
@@ -110,5 +110,5 @@ def test_control_c_at_any_wait_stays_a_control_c_and_ends_the_threads(monkeypatc
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     assert closed == opened

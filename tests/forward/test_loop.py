@@ -222,7 +222,7 @@ def test_windows_are_read_in_a_thread_and_an_error_there_is_raised_after_what_ca
         list(found)
     assert readers
     assert threading.main_thread() not in readers
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_a_reader_that_stops_early_ends_the_threads_and_gives_the_model_back(model):
@@ -233,7 +233,7 @@ def test_a_reader_that_stops_early_ends_the_threads_and_gives_the_model_back(mod
     assert not model.training
     found.close()
     assert model.training
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     model.eval()
 
 
@@ -281,11 +281,11 @@ def test_control_c_does_not_wait_until_a_window_is_tokenised(model, monkeypatch)
 
     monkeypatch.setattr(type(model.backbone), "tokenize_inputs", slow)
     monkeypatch.setattr(Future, "result", interrupted)
-    before = threading.active_count()
+    before = {*threading.enumerate()}  # those of earlier tests may end meanwhile
     with pytest.raises(KeyboardInterrupt):
         model.encode(texts)
     assert set(sizes) == {AT_ONCE} and len(sizes) < 4
-    assert threading.active_count() == before and not model.training
+    assert not {*threading.enumerate()} - before and not model.training
 
 
 def test_slices_of_a_window_give_the_rows_and_errors_of_the_whole(model):
