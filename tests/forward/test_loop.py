@@ -235,10 +235,12 @@ def test_a_reader_that_stops_early_ends_the_threads_and_gives_the_model_back(mod
     assert model.training
     assert threading.active_count() <= before
     model.eval()
+    model.eval()
 
 
 def test_control_c_while_a_thread_starts_stays_a_control_c(model, monkeypatch):
     """The thread that was started and never waited for still reads the slow lists."""
+    model.eval()  # another test may have left it in training mode
 
     def lists():
         time.sleep(0.3)
@@ -261,6 +263,7 @@ def test_control_c_while_a_thread_starts_stays_a_control_c(model, monkeypatch):
 
 def test_control_c_does_not_wait_until_a_window_is_tokenised(model, monkeypatch):
     """A window has 16,384 inputs on a CPU; what is interrupted is the wait for its first batch."""
+    model.eval()  # another test may have left it in training mode
     texts = [f"text {number}" for number in range(10 * AT_ONCE)]
     sizes, waits, begun, result = [], [], threading.Event(), Future.result
     tokenize = type(model.backbone).tokenize_inputs
