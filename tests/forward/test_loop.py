@@ -235,7 +235,6 @@ def test_a_reader_that_stops_early_ends_the_threads_and_gives_the_model_back(mod
     assert model.training
     assert threading.active_count() <= before
     model.eval()
-    model.eval()
 
 
 def test_control_c_while_a_thread_starts_stays_a_control_c(model, monkeypatch):
