@@ -170,8 +170,9 @@ def main() -> None:
     for name, seeds in rows.items():
         averages = [mean(found.values()) for found in seeds]
         cells = [cell([found[task] for found in seeds]) for task in whole]
-        own = best if name.endswith(FURTHER) or seeds == [best] else whole
+        own = best if "trained further" in name else whole
         share = f"{100 * mean(averages) / mean(own.values()):.1f} %"
+        share = "" if name == "pairs alone" else share
         lines.append(f"| {name} | {' | '.join(cells)} | {cell(averages)} | {share} |")
     show(asked.output, "distil", lines)
 

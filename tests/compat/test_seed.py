@@ -19,6 +19,7 @@ from unmasked import LLM2Vec
 from unmasked.cli.seed_scripts import run_script
 from unmasked.compat.seed import parser, trainer_options
 from unmasked.errors import DataError, RecipeError
+from unmasked.recipe.schema import MNTP
 
 ROOT = Path(__file__).parents[2]
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query:"
@@ -195,10 +196,10 @@ def test_b53_flags_are_those_of_the_installed_transformers():
 
 @pytest.mark.parametrize("value", ["1e-8", "1E-8", "1.0e-8", "0.00000001", "+1e-08"])
 def test_a_number_is_a_number_as_python_writes_it(value):
-    """YAML reads 1e-8 as a text, which the optimiser cannot use."""
-    assert trainer_options(["--adam_epsilon", value]) == {"adam_epsilon": 1e-8}
-    assert trainer_options(["--optim_args", "lr=1e-8"]) == {"optim_args": "lr=1e-8"}
-    assert trainer_options([f"--optim_args={value}x"]) == {"optim_args": f"{value}x"}
+    """YAML reads 1e-8 as a text, which the optimiser cannot use; the recipe converts it."""
+    given = trainer_options(["--adam_epsilon", value, f"--optim_args={value}x"])
+    stage = MNTP(trainer=given | trainer_options(["--run_name", "lr=1e-8"]))
+    assert stage.trainer == {"adam_epsilon": 1e-8, "optim_args": f"{value}x", "run_name": "lr=1e-8"}
 
 
 def test_a_value_that_is_no_yaml_is_refused_with_a_fix_that_works():

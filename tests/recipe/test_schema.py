@@ -170,8 +170,8 @@ def test_a_bad_override_is_named(override, message):
 
 def test_an_argument_of_the_trainer_may_be_written_as_in_science():
     """YAML reads 1e-8 as text, because it has no point."""
-    override = "mntp.trainer={adam_epsilon: 1e-8, lr_scheduler_type: linear, max_steps: 3}"
-    given = {"adam_epsilon": 1e-8, "lr_scheduler_type": "linear", "max_steps": 3}
+    override = "mntp.trainer={adam_epsilon: 1e-8, run_name: '2024', max_steps: 3}"
+    given = {"adam_epsilon": 1e-8, "run_name": "2024", "max_steps": 3}
     assert load_recipe("nano", [override]).mntp.trainer == given
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from unmasked.checkpoint import adapters
-from unmasked.checkpoint.card import TRAINED_ON, front_matter
+from unmasked.checkpoint.card import front_matter
 from unmasked.checkpoint.folder import SETTINGS_NAME
 from unmasked.checkpoint.location import Location, locate
+from unmasked.checkpoint.snapshot import made_from
 from unmasked.errors import ModelError, UnmaskedError
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import Recipe
@@ -44,10 +45,7 @@ def find_base(model: str | Path, revision: str | None = None) -> Location:
 
 def training_data(model: str | Path, revision: str | None = None) -> list[str]:
     """The data that this package trained a model on, from its card; empty if it names none."""
-    place = _place(model, revision)
-    card = place.fetch("README.md") if place.read_json(SETTINGS_NAME) else None
-    named = front_matter(card).get(TRAINED_ON)
-    return [str(name) for name in named] if isinstance(named, list) else []
+    return made_from(_place(model, revision))[1]
 
 
 def _made_from(place: Location) -> Location | None:

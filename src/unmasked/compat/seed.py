@@ -26,7 +26,6 @@ from unmasked.errors import DataError, RecipeError, nearest
 from unmasked.files.training_source import training_source
 from unmasked.recipe.files import make_recipe
 from unmasked.recipe.schema import Recipe
-from unmasked.recipe.values import untyped
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 """Schedules of transformers that a recipe has; others are passed to the trainer."""
@@ -166,9 +165,9 @@ def trainer_options(further: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(flag: str, text: str) -> Any:
-    """The value of a flag: a number, a truth, None, a JSON or YAML value, or the text itself."""
+    """The value of a flag, as YAML has it; the recipe converts numbers that YAML reads as text."""
     try:
-        return untyped(yaml.safe_load(text))
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(
             f"{flag} {text}: the value is not valid YAML. If it is a text, quote it. "

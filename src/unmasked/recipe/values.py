@@ -24,17 +24,15 @@ def number(value: object) -> object:
     return value
 
 
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
-
-
-def untyped(value: object) -> object:
-    """A value whose type is not known: a number if it is written as one, as ``1e-8`` in YAML."""
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+_WITH_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+", re.IGNORECASE)
 
 
 def arguments(value: object) -> object:
-    """Values by name, each as `untyped`."""
-    return {k: untyped(v) for k, v in value.items()} if isinstance(value, dict) else value
+    """Convert text such as ``1e-8`` among values whose types are not known; ``"2024"`` is text."""
+    if not isinstance(value, dict):
+        return value
+    exponents = {k for k, v in value.items() if isinstance(v, str) and _WITH_EXPONENT.fullmatch(v)}
+    return {key: float(item) if key in exponents else item for key, item in value.items()}
 
 
 def one_or_more(value: object) -> object:

@@ -78,7 +78,7 @@ def trained_trunk(trunk: nn.Module, stage: AnyStage) -> nn.Module:
 def saved_activations(
     model: nn.Module, rows: int, length: int, device: str | torch.device = "meta"
 ) -> int:
-    """Bytes that autograd keeps from a forward of (rows, length) tokens, on the meta device."""
+    """Bytes that autograd keeps from a forward of (rows, length) tokens of a model there."""
     own = {p.untyped_storage() for p in [*model.parameters(), *model.buffers()]}
     kept: set[torch.UntypedStorage] = set()  # a living storage has one object, so sets work
 
