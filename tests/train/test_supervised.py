@@ -24,8 +24,8 @@ from unmasked.errors import DataError, MissingExtraError
 from unmasked.recipe.schema import Pairs, Recipe
 from unmasked.text.templates import PLAIN
 from unmasked.train.callback import Listener
-from unmasked.train.data.mixing import OneSourceBatches, PairCollator
-from unmasked.train.data.pairs import read_rows, split_rows, store_rows
+from unmasked.train.data.mixing import OneSourceBatches, PairCollator, split_rows
+from unmasked.train.data.pairs import read_rows, store_rows
 from unmasked.train.losses import supervised
 from unmasked.train.losses.supervised import RankingLoss
 from unmasked.train.mining.mining import mine
@@ -202,6 +202,19 @@ def test_b42_rows_lie_on_disk_and_some_are_held_out(tmp_path):
     assert not taken & {(row["source"], row["number"]) for row in train}
 
 
+def test_a_query_is_not_on_both_sides_of_what_is_held_out(tmp_path):
+    """Its other answers, and copies of its row, would be trained on and measured."""
+    rows = [{"query": f"Question {i % 50}", "positive": f"answer {i}"} for i in range(200)]
+    rows += [{"query": f"question  {i}", "positive": f"late {i}"} for i in range(50)]
+    store_rows([Pairs(path=str(write(tmp_path / "a.jsonl", rows)))], tmp_path / "rows.arrow")
+    stored = Dataset.from_file(str(tmp_path / "rows.arrow"))
+    train, held_out = split_rows(stored, 22, seed=1)
+    asked = [{" ".join(q.casefold().split()) for q in side["query"]} for side in (train, held_out)]
+    assert len(held_out) == 20  # four whole queries of five rows each
+    assert not asked[0] & asked[1]
+    assert len(split_rows(stored, 4, seed=1)[1]) == 0  # less than one query has
+
+
 # --- batches ----------------------------------------------------------------------------------
 
 
@@ -316,13 +329,19 @@ def test_b40_an_answer_is_no_negative_wherever_it_stands(monkeypatch, world):
         everything = [*documents.reshape(world, -1).ravel()]
         pairs = zip(queries.ravel(), documents[:, 0].ravel(), strict=True)
         answers = {(int(q), int(d)) for q, d in pairs}
+        repeated = documents == documents[:, :1]  # in the place of a missing negative
+        repeated[:, 0] = False
         for rank in range(world):
             gathered = iter([torch.cat(asked), torch.cat(keys)])
             monkeypatch.setattr(supervised, "_gathered", lambda _, all_of=gathered: next(all_of))
             own = rank * len(keys[0]) + torch.arange(rows)
             found = supervised._no_negatives(asked[rank], keys[rank], own)
             expected = [
-                [(int(q), int(d)) in answers or q == d for d in everything] for q in queries[rank]
+                [
+                    (int(q), int(d)) in answers or q == d or again
+                    for d, again in zip(everything, repeated.ravel().tolist(), strict=True)
+                ]
+                for q in queries[rank]
             ]
             assert found.tolist() == expected
 
@@ -363,24 +382,15 @@ def test_b40_what_is_closer_than_the_positive_may_be_left_out(encoder):
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_without_a_negative_share_a_batch_with_those_that_have_one(encoder):
+def test_rows_without_a_negative_share_a_batch_with_those_that_have_several(encoder):
+    """What fills the places of missing negatives is a negative of no query."""
     rows = as_rows(ROWS[:6])
     rows[2]["negatives"] = []
-    features, labels = features_of(encoder.eval(), rows)
-    queries, documents = (
-        normalize(torch.from_numpy(encoder.encode(texts)), dim=1)
-        for texts in (
-            [r["query"] for r in rows],
-            [r["positive"] for r in rows] + [n for r in rows for n in r["negatives"]],
-        )
-    )
-    scores = queries @ documents.T / 0.05
-    assert scores.shape == (6, 11)
-    padded = torch.cat([scores, scores[:, 2:3]], dim=1)  # the positive again, for all but row 2
-    padded[2, 11] = -torch.inf
-    expected = cross_entropy(padded, torch.arange(6))
+    rows[4]["negatives"] = ["one more", "two more", "three more"]
+    features, labels = features_of(encoder.eval(), rows, hard_negatives=3)
+    assert len(features["place"]) == 6 * 5
     loss = RankingLoss(encoder, 0.05)([features], labels)
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, expected_loss(encoder, rows), atol=1e-5, rtol=1e-5)
 
 
 def test_matryoshka_is_the_mean_over_the_lengths(encoder):

@@ -27,10 +27,17 @@ from unmasked.recipe.teaching import Teacher
 from unmasked.train import devices
 from unmasked.train.checking.leaks import Leaks, keys_in
 from unmasked.train.data.columns import argument_of, find_columns
-from unmasked.train.data.mixing import OneSourceBatches
-from unmasked.train.data.pairs import files_of, first_columns, read_rows, split_rows
+from unmasked.train.data.mixing import OneSourceBatches, split_rows
+from unmasked.train.data.pairs import files_of, first_columns, read_rows
 from unmasked.train.data.taught import check_widths, compute_vectors
-from unmasked.train.data.texts import Blocks, key_of, read_texts, split_held_out, token_file
+from unmasked.train.data.texts import (
+    Blocks,
+    folded,
+    key_of,
+    read_texts,
+    split_held_out,
+    token_file,
+)
 from unmasked.train.fitting import TEACHER, TOKENS, is_done
 from unmasked.train.losses.depth import depths
 from unmasked.train.losses.simcse import noise
@@ -39,8 +46,23 @@ from unmasked.train.trainer import stage_arguments
 
 logger = logging.getLogger(__name__)
 
-OWN_PLACE = {"output_dir": "-o FOLDER", "max_steps": "steps"}
+OWN_PLACE = {
+    "output_dir": "-o FOLDER",
+    "resume_from_checkpoint": "-o FOLDER",
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "gradient_checkpointing": "gradient_checkpointing",
+}
 """Arguments of the trainer that the run sets itself, and the option or setting to use instead."""
+UNUSED = {"auto_find_batch_size", "dataloader_persistent_workers", "label_names",
+          "label_smoothing_factor", "load_best_model_at_end", "remove_unused_columns",
+          "save_only_model"}  # fmt: skip
+"""Arguments that have no effect, give each epoch the same masks, or lose an optimiser's state."""
+UNUSED_WITH_BATCHES = {"dataloader_drop_last", "per_device_eval_batch_size",
+                       "train_sampling_strategy"}  # fmt: skip
+"""The same in the contrastive stages, which have samplers of their own."""
 
 
 def check_settings(recipe: Recipe, path: Path) -> None:
@@ -72,6 +94,12 @@ def check_settings(recipe: Recipe, path: Path) -> None:
             raise MissingExtraError("bitsandbytes", "qlora")
         for key in OWN_PLACE.keys() & stage.trainer.keys():
             raise RecipeError(f"{name}.trainer.{key} is set by the run. Fix: {OWN_PLACE[key]}.")
+        unused = UNUSED if isinstance(stage, MNTP) else UNUSED | UNUSED_WITH_BATCHES
+        for key in sorted(unused & stage.trainer.keys()):
+            raise RecipeError(
+                f"{name}.trainer.{key} would have no effect in this stage, or make a run that is "
+                "continued another one. Fix: leave it out."
+            )
         arguments = stage_arguments(stage, path / name, recipe.seed)
         try:
             TrainingArguments(**arguments)
@@ -162,17 +190,17 @@ def _check_texts(stage: SimCSE, seed: int, leaks: Leaks) -> None:
 def _check_pairs(stage: Supervised, seed: int, leaks: Leaks) -> None:
     """Read every row, and construct the batches, which refuses a data set that fills none."""
     read = partial(read_rows, tell=logger.warning, teacher=stage.teacher)
-    counts = []
-    for pairs in stage.data:
+    sources, queries = array("I"), array("Q")
+    for number, pairs in enumerate(stage.data):
         keys = array("Q")
-        counts.append(0)
         for row in read(pairs):
-            counts[-1] += 1
+            sources.append(number)
+            queries.append(key_of(folded(row.query)))
             keys.extend(map(key_of, (row.query, row.positive, *row.negatives)))
         given = [_argument_of(pairs, stage.teacher)]
         _warn(leaks.told("supervised.data", given, np.frombuffer(keys, np.uint64)))
-    rows = Dataset.from_dict({"source": np.repeat(np.arange(len(counts)), counts)})
-    train, _ = split_rows(rows, stage.held_out, seed)
+    rows = Dataset.from_dict({"source": np.asarray(sources)})
+    train, _ = split_rows(rows, stage.held_out, seed, np.asarray(queries))
     batch, weights = stage.batch_size // devices.world(), [pairs.weight for pairs in stage.data]
     OneSourceBatches(np.asarray(train["source"]), batch, weights, devices.world())
 

@@ -1,4 +1,4 @@
-"""Which rows share a batch, and how they become the model's input.
+"""Which rows are held out, which share a batch, and how they become the model's input.
 
 All rows of a batch are from one data set, on all devices: the documents of another set would be
 easy negatives, recognised by their style. All texts of a batch, queries and documents, go through
@@ -17,13 +17,45 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
 from sentence_transformers.base.sampler import SetEpochMixin
 from torch.utils.data import BatchSampler
 
 from unmasked.errors import DataError
 from unmasked.recipe.schema import Pairs
 from unmasked.text.templates import PLAIN
-from unmasked.train.data.texts import folded, text_key
+from unmasked.train.data.texts import folded, key_of, text_key
+
+
+def numbers_of_queries(rows: Dataset) -> np.ndarray:
+    """(N,) numbers that are equal for rows whose queries differ only in case and white space."""
+    parts = rows.select_columns("query").iter(1024)
+    keys = (key_of(folded(query)) for part in parts for query in part["query"])
+    return np.fromiter(keys, np.uint64, len(rows))
+
+
+def split_rows(
+    rows: Dataset, held_out: int, seed: int, queries: np.ndarray | None = None
+) -> tuple[Dataset, Dataset]:
+    """Rows to train on, and up to `held_out` others (at most a tenth), both in the file's order.
+
+    All rows of a query are on one side. `Dataset.train_test_split` would shuffle both, so that
+    reads would jump about in the file.
+
+    Args:
+        rows, held_out, seed: what is split, and how.
+        queries: (N,) `numbers_of_queries` of the rows; None computes them.
+    """
+    left, taken = min(held_out, len(rows) // 10), set[int]()
+    order = np.random.default_rng(seed).permutation(len(rows))
+    given = numbers_of_queries(rows) if queries is None else queries
+    _, query, sizes = np.unique(given, return_inverse=True, return_counts=True)
+    for number in query[order].tolist():
+        if left and number not in taken and sizes[number] <= left:
+            taken.add(number)
+            left -= int(sizes[number])
+    chosen = np.isin(query, [*taken])
+    return rows.select(np.flatnonzero(~chosen)), rows.select(np.flatnonzero(chosen))
 
 
 @dataclass(eq=False)

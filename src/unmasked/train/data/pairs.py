@@ -14,9 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 
 from unmasked.errors import nearest
 from unmasked.files import readers
@@ -329,13 +327,3 @@ def line_of(row: PairRow, negatives: Sequence[str]) -> dict[str, Any]:
         line["instruction"] = row.query_instruction
     taught = {"scores": row.scores, "vectors": row.vectors}
     return line | {name: given for name, given in taught.items() if given}
-
-
-def split_rows(rows: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Rows to train on, and up to `held_out` others (at most a tenth), both in the file's order.
-
-    `Dataset.train_test_split` would shuffle both, so that reads would jump about in the file.
-    """
-    count = min(held_out, len(rows) // 10)
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))

@@ -138,7 +138,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
         self.measured = alignment_and_uniformity(whole[:rows], whole[rows : 2 * rows])
         query_keys, keys = layout.key.split([rows, len(vectors) - rows])  # (B,), ((1 + K) B,)
         # Another device's rows may have more negatives. To gather equal shapes, the positives of
-        # this device are repeated in their place; as equal texts they do not count as negatives.
+        # this device are repeated in their place; `_no_negatives` leaves repetitions out.
         repeats = (devices.most(len(keys), keys.device) - len(keys)) // rows
         keys = torch.cat([keys, *[keys[:rows]] * repeats])
         # (B,) the column of each query's positive among the documents of all devices
@@ -182,7 +182,8 @@ def _no_negatives(query_keys: Tensor, keys: Tensor, own: Tensor) -> Tensor:
     """(B, W (1 + K) B): documents that equal the query, or are a positive of it in any row.
 
     A text that answers a query is not a negative of that query, wherever in the batch it is: as
-    another row's positive, as its hard negative, or on another device.
+    another row's positive, as its hard negative, or on another device. A positive that is repeated
+    in the place of a missing negative is a document of no query: it would count several times.
     """
     rows = len(query_keys)
     asked = _gathered(query_keys)  # (W B,)
@@ -190,11 +191,15 @@ def _no_negatives(query_keys: Tensor, keys: Tensor, own: Tensor) -> Tensor:
     distinct, number = torch.cat([asked, documents]).unique(return_inverse=True)
     asked, documents = number.split([len(asked), len(documents)])
     queries = asked.view(-1, rows)[own[0] // len(keys)]  # (B,) of this device
-    positives = documents.view(-1, len(keys))[:, :rows].reshape(-1)  # (W B,)
+    by_rank = documents.view(-1, len(keys) // rows, rows)  # (W, 1 + K, B)
+    positives = by_rank[:, 0].reshape(-1)  # (W B,)
+    repeated = by_rank == by_rank[:, :1]
+    repeated[:, 0] = False
     # A pair of a query and a document becomes one number, so that `isin` can compare pairs.
     answered = asked * len(distinct) + positives
     pairs = queries[:, None] * len(distinct) + documents
     left_out: Tensor = torch.isin(pairs, answered) | (documents == queries[:, None])
+    left_out |= repeated.view(-1)
     return left_out
 
 
