@@ -238,3 +238,10 @@ def test_products_are_in_bfloat16_on_a_gpu_unless_asked_otherwise(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     stage = SimCSE(data=["a.txt"], trainer=given)
     assert stage_arguments(stage, tmp_path / "simcse", 0)["bf16"] is bf16
+
+
+@pytest.mark.parametrize(("horizon", "last"), [(None, 5), (3, 5), (9, 9)])
+def test_no_schedule_ends_a_stage_before_its_steps(tmp_path, horizon, last):
+    """With a constant rate, `schedule_steps` may be less than the steps."""
+    stage = SimCSE(data=["a.txt"], steps=5, schedule="constant", schedule_steps=horizon)
+    assert stage_arguments(stage, tmp_path / "simcse", 0)["max_steps"] == last

@@ -183,6 +183,13 @@ def test_a_wrong_row_is_named_with_its_line(tmp_path, content, says):
         list(read_rows(Pairs(path=str(tmp_path / "a.jsonl"))))
 
 
+def test_a_split_of_files_is_refused_as_nothing_reads_it(tmp_path):
+    path = str(write(tmp_path / "a.jsonl", ROWS))
+    for given in ({"split": "test"}, {"subset": "ko"}):
+        with pytest.raises(DataError, match="which only a data set on the hub has. Fix: leave"):
+            list(read_rows(Pairs(path=path, **given)))
+
+
 def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "pairs.jsonl", ROWS)
     with pytest.raises(DataError, match=r"did you mean 'pairs\.jsonl'"):

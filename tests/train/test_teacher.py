@@ -420,6 +420,22 @@ def test_settings_that_learn_nothing_or_two_things_at_once_are_refused():
             Teacher(**given)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"loss": "mse", "temperature": 0.02},
+            r"temperature 0\.02 has no effect on the loss mse\.",
+        ),
+        ({"loss": "kl", "model": "x", "scale": 2}, r"scale 2\.0 .* on the loss kl of a model\."),
+        ({"loss": "kl", "projection": "pca"}, "projection pca has no effect on the loss kl"),
+    ],
+)
+def test_a_setting_that_the_loss_does_not_read_is_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        Teacher(**given)
+
+
 def test_a_projection_keeps_the_largest_directions_and_is_kept(tmp_path):
     wide = np.zeros((50, 6), dtype=np.float32)
     wide[:, [1, 4]] = np.random.default_rng(0).normal(size=(50, 2)) * (3, 1)

@@ -142,7 +142,7 @@ def stage_arguments(
         "bf16": not (on_cpu or settings.trainer.get("fp16")) and torch.cuda.is_bf16_supported(),
         "output_dir": str(folder),
         # The schedule may be longer than the stage; the callback stops after the stage's steps.
-        "max_steps": settings.schedule_steps or settings.steps,
+        "max_steps": max(settings.schedule_steps or 0, settings.steps),
         "per_device_train_batch_size": part,
         "gradient_accumulation_steps": settings.gradient_accumulation * (rows // part),
         "learning_rate": settings.learning_rate,
