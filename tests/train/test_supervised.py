@@ -248,6 +248,19 @@ def test_b42_batches_are_drawn_anew_in_every_epoch_and_the_same_again():
     assert list(batches) != first
 
 
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_weight_below_one_has_used_every_row_after_as_many_epochs(epochs):
+    batches = OneSourceBatches(np.zeros(24, int), 2, [1 / epochs], processes=2, seed=3)
+    used = []
+    for epoch in range(2 * epochs):
+        batches.set_epoch(epoch)
+        assert [*batches] == [*batches]
+        used.append(sorted(row for batch in batches for row in batch))
+    for turn in (used[:epochs], used[epochs:]):
+        assert sorted(row for rows in turn for row in rows) == [*range(24)]
+    assert used[0] != used[epochs]
+
+
 def test_a_data_set_smaller_than_a_batch_is_named():
     with pytest.raises(DataError, match="data set 2 of supervised.data has 6 rows"):
         OneSourceBatches(np.repeat([0, 1], [64, 6]), 8, [1.0, 1.0])

@@ -53,17 +53,16 @@ class Teacher(BaseModel):
                 "cosent learns from pairs that match to a degree, and the contrastive loss takes "
                 "every pair as a match. Fix: contrastive: 0"
             )
-        unread = {
-            "temperature": self.loss != "kl",
-            "scale": self.model is not None or self.loss not in ("kl", "margin_mse"),
-            "projection": self.loss in SCORES,
-        }
+        unread = {"temperature": self.loss != "kl", "projection": self.loss in SCORES}
+        unread["scale"] = self.model is not None or self.loss not in ("kl", "margin_mse")
         for name, is_unread in unread.items():
-            given, default = getattr(self, name), type(self).model_fields[name].default
-            if is_unread and given != default:
-                of = " of a model" if name == "scale" and self.model else ""
+            if (
+                is_unread
+                and (given := getattr(self, name)) != type(self).model_fields[name].default
+            ):
+                of = f"{self.loss}{' of a model' if self.model else ''}"
                 raise ValueError(
-                    f"{name} {given} has no effect on the loss {self.loss}{of}. Fix: leave it out"
+                    f"{name} {given} has no effect on the loss {of}. Fix: leave it out"
                 )
         return self
 

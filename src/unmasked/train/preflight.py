@@ -30,14 +30,7 @@ from unmasked.train.data.columns import argument_of, find_columns
 from unmasked.train.data.mixing import OneSourceBatches, split_rows
 from unmasked.train.data.pairs import files_of, first_columns, read_rows
 from unmasked.train.data.taught import check_widths, compute_vectors
-from unmasked.train.data.texts import (
-    Blocks,
-    folded,
-    key_of,
-    read_texts,
-    split_held_out,
-    token_file,
-)
+from unmasked.train.data.texts import Blocks, folded, key_of, read_texts, split_held_out, token_file
 from unmasked.train.fitting import TEACHER, TOKENS, is_done
 from unmasked.train.losses.depth import depths
 from unmasked.train.losses.simcse import noise
@@ -92,14 +85,14 @@ def check_settings(recipe: Recipe, path: Path) -> None:
                 )
         if stage.lora.method == "qlora" and find_spec("bitsandbytes") is None:
             raise MissingExtraError("bitsandbytes", "qlora")
-        for key in OWN_PLACE.keys() & stage.trainer.keys():
-            raise RecipeError(f"{name}.trainer.{key} is set by the run. Fix: {OWN_PLACE[key]}.")
-        unused = UNUSED if isinstance(stage, MNTP) else UNUSED | UNUSED_WITH_BATCHES
-        for key in sorted(unused & stage.trainer.keys()):
-            raise RecipeError(
-                f"{name}.trainer.{key} would have no effect in this stage, or make a run that is "
-                "continued another one. Fix: leave it out."
-            )
+        for key in stage.trainer:
+            if place := OWN_PLACE.get(key):
+                raise RecipeError(f"{name}.trainer.{key} is set by the run. Fix: {place}.")
+            if key in UNUSED or (key in UNUSED_WITH_BATCHES and not isinstance(stage, MNTP)):
+                raise RecipeError(
+                    f"{name}.trainer.{key} would have no effect in this stage, or make a run that "
+                    "is continued another one. Fix: leave it out."
+                )
         arguments = stage_arguments(stage, path / name, recipe.seed)
         try:
             TrainingArguments(**arguments)

@@ -19,12 +19,7 @@ from transformers import TrainingArguments, default_data_collator
 from unmasked.checkpoint import loading
 from unmasked.recipe.schema import MNTP, AnyStage, SimCSE, Supervised
 from unmasked.train import devices
-from unmasked.train.data.mixing import (
-    OneSourceBatches,
-    PairCollator,
-    measuring_batches,
-    split_rows,
-)
+from unmasked.train.data.mixing import OneSourceBatches, PairCollator, measuring_batches, split_rows
 from unmasked.train.data.pairs import store_rows
 from unmasked.train.data.record import write_facts
 from unmasked.train.data.taught import compute_vectors, taught

@@ -27,31 +27,23 @@ from unmasked.text.templates import PLAIN
 from unmasked.train.data.texts import folded, key_of, text_key
 
 
-def numbers_of_queries(rows: Dataset) -> np.ndarray:
-    """(N,) numbers that are equal for rows whose queries differ only in case and white space."""
-    parts = rows.select_columns("query").iter(1024)
-    keys = (key_of(folded(query)) for part in parts for query in part["query"])
-    return np.fromiter(keys, np.uint64, len(rows))
-
-
 def split_rows(
     rows: Dataset, held_out: int, seed: int, queries: np.ndarray | None = None
 ) -> tuple[Dataset, Dataset]:
     """Rows to train on, and up to `held_out` others (at most a tenth), both in the file's order.
 
     All rows of a query are on one side. `Dataset.train_test_split` would shuffle both, so that
-    reads would jump about in the file.
-
-    Args:
-        rows, held_out, seed: what is split, and how.
-        queries: (N,) `numbers_of_queries` of the rows; None computes them.
+    reads would jump about in the file. If `queries`, (N,) `key_of` the `folded` query of each
+    row, is not given, the rows are read for it.
     """
+    if queries is None:
+        parts = rows.select_columns("query").iter(1024)
+        keys = (key_of(folded(query)) for part in parts for query in part["query"])
+        queries = np.fromiter(keys, np.uint64, len(rows))
+    _, query, sizes = np.unique(queries, return_inverse=True, return_counts=True)
     left, taken = min(held_out, len(rows) // 10), set[int]()
-    order = np.random.default_rng(seed).permutation(len(rows))
-    given = numbers_of_queries(rows) if queries is None else queries
-    _, query, sizes = np.unique(given, return_inverse=True, return_counts=True)
-    for number in query[order].tolist():
-        if left and number not in taken and sizes[number] <= left:
+    for number in query[np.random.default_rng(seed).permutation(len(rows))].tolist():
+        if number not in taken and sizes[number] <= left:
             taken.add(number)
             left -= int(sizes[number])
     chosen = np.isin(query, [*taken])
@@ -106,12 +98,16 @@ class OneSourceBatches(SetEpochMixin, BatchSampler):
         batches: list[np.ndarray] = []
         for number, count in enumerate(self.counts):
             rows = np.flatnonzero(self.sources == number)
+            # With a weight of up to a half, each epoch takes another part of the same order.
+            parts = len(rows) // self.together // count if count else 1
+            turn, part = divmod(self.epoch, max(1, parts))
+            source = draw if parts < 2 else np.random.default_rng([self.seed, turn, number])
             drawn: list[np.ndarray] = []
             while len(drawn) < count:  # a weight above 1 passes more than once
-                order = draw.permutation(rows)
+                order = source.permutation(rows)
                 whole = order[: len(order) // self.together * self.together]
                 drawn += list(whole.reshape(-1, self.together))
-            batches += drawn[:count]
+            batches += drawn[part * count : (part + 1) * count]
         for index in draw.permutation(len(batches)):
             yield from batches[index].reshape(self.processes, -1).tolist()
 

@@ -272,10 +272,11 @@ def files_of(pairs: Pairs) -> list[str]:
     """The files behind the path; a data set on the hub with its subset and split."""
     files = find_files(pairs.path, KINDS)
     if not files[0].startswith(HUB):
-        for name in ("subset", "split"):
-            if (given := getattr(pairs, name)) != Pairs.model_fields[name].default:
-                said = f"{name} '{given}' was given, which only a data set on the hub has"
-                raise readers.fault_error(pairs.path, (said, f"leave {name} out, or name a file"))
+        for key, given in pairs.model_dump(
+            include={"subset", "split"}, exclude_defaults=True
+        ).items():
+            said = f"{key} '{given}' was given, which only a data set on the hub has"
+            raise readers.fault_error(pairs.path, (said, f"leave {key} out, or name a file"))
         return files
     name, subset, split = hub_parts(files[0])
     return [f"{HUB}{name}:{subset or pairs.subset or ''}:{split or pairs.split}"]
