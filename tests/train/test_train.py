@@ -565,6 +565,16 @@ def test_mntp_on_a_folder_without_a_head_is_refused(recipe, tmp_path):
         loading.load_causal_lm(tmp_path / "encoder", torch.float32)
 
 
+def test_mntp_from_an_adapter_has_the_head_of_its_decoder(recipe, tmp_path):
+    """An adapter that was published after MNTP is trained on with texts of one's own."""
+    mntp = recipe.mntp.model_copy(update={"steps": 1})
+    first = recipe.model_copy(update={"mntp": mntp, "simcse": None})
+    Run(first, tmp_path / "first").run()
+    again = first.model_copy(update={"model": Model(base=str(tmp_path / "first" / "mntp"))})
+    Run(again, tmp_path / "again").run()
+    assert (tmp_path / "again" / "model" / "config.json").is_file()
+
+
 # --- adapters ---------------------------------------------------------------------------------
 
 

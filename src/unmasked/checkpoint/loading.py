@@ -235,7 +235,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    location = locate(name, **hub).require()
+    location, _ = _resolve_chain(locate(name, **hub).require(), None)  # an adapter has no head
     config = open_config(_load_config(location))
     model, missing = load_model(location, config, dtype, attention, AutoModelForCausalLM)
     if missing:
