@@ -696,6 +696,18 @@ def test_b33_the_instruction_is_saved_as_the_prompt_of_queries(recipe, tmp_path)
         assert np.allclose(asked, model.encode([["Find:", "question 3"]]), atol=1e-5)
 
 
+@pytest.mark.parametrize("other", ["Find:", "Find another:"])
+def test_b33_an_instruction_that_all_rows_have_is_saved_as_well(recipe, tmp_path, other):
+    """As in the rows that `mine` has written: encoding must not leave out what training gave."""
+    rows = [{**row, "instruction": "Find:"} for row in ROWS]
+    rows[-1]["instruction"] = other
+    data = [Pairs(path=str(write(tmp_path / "own.jsonl", rows)))]
+    section = recipe.supervised.model_copy(update={"data": data, "steps": 1})
+    encoder = Run(recipe.model_copy(update={"supervised": section}), tmp_path / "run").run()
+    expected = PLAIN.join("Find:") if other == "Find:" else None
+    assert (encoder.prompts["query"] or None) == encoder.prompts.get("own") == expected
+
+
 def test_qlora_needs_bitsandbytes_and_says_so(encoder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)

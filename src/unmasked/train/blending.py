@@ -83,10 +83,9 @@ def merge_card(
 ) -> Card:
     """The model card of a merged encoder: its parts and their shares."""
     rows = [f"| {name} | {share:g} |" for name, share in zip(names, weights, strict=True)]
-    table = "\n".join(
-        [f"By `{how}`, weight by weight:\n", "| encoder | share |", "|---|---|", *rows]
-    )
-    return Card(encoder.base_name, encoder.report.summary(), {"Merged from": table})
+    table = [f"By `{how}`, weight by weight:\n", "| encoder | share |", "|---|---|", *rows]
+    parts = {"Merged from": "\n".join(table)}
+    return Card(encoder.base_name, encoder.report.summary(), parts)
 
 
 def check_weights(
@@ -180,11 +179,8 @@ def blend(
 def _check_bases(names: Sequence[str | Path]) -> None:
     """Refuse adapters that name different bases."""
     places = [locate(name).require() for name in names]
-    bases = {
-        str(place.name): find_base(place.name).name
-        for place in places
-        if adapters.is_adapter(place)
-    }
+    given = filter(adapters.is_adapter, places)
+    bases = {str(place.name): find_base(place.name).name for place in given}
     if len({*bases.values()}) > 1:
         said = "; ".join(f"{name}: {base}" for name, base in bases.items())
         fix = "Fix: merge adapters of one base."
@@ -199,9 +195,8 @@ def _check_alike(first: TextEncoder, other: TextEncoder, name: str) -> None:
     """Refuse an encoder with other shapes, another vocabulary, other pooling or other modules."""
     own, theirs = first.state_dict(), other.state_dict()
     if own.keys() != theirs.keys() or any(own[key].shape != theirs[key].shape for key in own):
-        odd = sorted(own.keys() ^ theirs.keys()) or [
-            k for k in own if own[k].shape != theirs[k].shape
-        ]
+        odd = sorted(own.keys() ^ theirs.keys())
+        odd = odd or [key for key in own if own[key].shape != theirs[key].shape]
         raise ModelError(
             f"{name} is not of the same base as {first.base_name}: {len(odd)} weights are missing "
             f"or of another shape, first {odd[0]}. Fix: merge encoders of one base and size."

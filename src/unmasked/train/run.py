@@ -227,7 +227,7 @@ class Run:
                 the adapters.
             last: the stage that trained the last of them; the encoder gets its prompts.
         """
-        model, (base, *adapters) = self.recipe.model, chain
+        model, (base, *adapters), folder = self.recipe.model, chain, self.path / "supervised"
         return self._load(
             tuple(map(str, chain)),
             base,
@@ -235,7 +235,7 @@ class Run:
             enable_bidirectional=model.bidirectional,
             pooling_mode=model.pooling,
             allow_partial=model.allow_partial,
-            prompts=prompts_of(last.data) if isinstance(last, Supervised) else None,
+            prompts=prompts_of(last.data, folder) if isinstance(last, Supervised) else None,
             revision=model.revision if base == model.base else None,
             layers=model.layers if base == model.base else None,
         )

@@ -172,9 +172,8 @@ def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
     encoder, folder = setup.encoder, setup.folder.parent / TEACHER
     width = int(encoder.get_embedding_dimension())  # type: ignore[arg-type]
     if devices.is_first():
-        write_facts(
-            setup.folder, store_rows(stage.data, setup.folder / ROWS, teacher=stage.teacher)
-        )
+        facts = store_rows(stage.data, setup.folder / ROWS, teacher=stage.teacher)
+        write_facts(setup.folder, facts)
         if stage.teacher is not None and stage.teacher.model is not None:
             compute_vectors(stage, folder, width, logger.info)  # only those that are missing
         # Writes the projection, which is then only read, also by the other processes.

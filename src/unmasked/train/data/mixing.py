@@ -24,6 +24,7 @@ from torch.utils.data import BatchSampler
 from unmasked.errors import DataError
 from unmasked.recipe.schema import Pairs
 from unmasked.text.templates import PLAIN
+from unmasked.train.data.record import read_facts
 from unmasked.train.data.texts import folded, key_of, text_key
 
 
@@ -216,14 +217,18 @@ ROLES = ("query", "document", "default")
 """Names of prompts with a meaning of their own, which no data set may take."""
 
 
-def prompts_of(data: Sequence[Pairs]) -> dict[str, str]:
+def prompts_of(data: Sequence[Pairs], folder: Path) -> dict[str, str]:
     """The prompts that a trained encoder is saved with.
 
     Each data set's first instruction is saved under the name of its file, or as FOLDER/NAME if two
     files have the same name or it is one of `ROLES`. An instruction that all data sets have in
-    common becomes the prompt of `encode_query` or `encode_document`.
+    common becomes the prompt of `encode_query` or `encode_document`. Instructions that all rows of
+    a data set had in common, which the stage has noted in its folder, take precedence.
     """
-    prompts = {}
+    names, prompts = ("instruction", "document_instruction"), {}
+    if of_rows := read_facts(folder).get("instructions"):
+        own = [{n: [text] for n, text in zip(names, of, strict=True) if text} for of in of_rows]
+        data = [pairs.model_copy(update=new) for pairs, new in zip(data, own, strict=True)]
     for role, by_set in {
         "query": [p.instruction for p in data],
         "document": [p.instruction if p.symmetric else p.document_instruction for p in data],

@@ -190,14 +190,8 @@ def _texts(
     positives = texts_of(known.positive, "remove the row")
     if not positives:
         value = values[known.positive]
-        found = (
-            "empty, which has no vector"
-            if value == ""
-            else "an empty list"
-            if value == []
-            else "null"
-        )
-        given = f"'{known.positive}' is {found}"
+        found = "an empty list" if value == [] else "null"
+        given = f"'{known.positive}' is {'empty, which has no vector' if value == '' else found}"
         raise FaultyCell(given, "remove the row")
     negatives = [text for name in known.negatives for text in texts_of(name)]
     instructions = [*{text.instruction for text in (*positives, *negatives)}]
@@ -301,7 +295,7 @@ def store_rows(
     Raises:
         DataError: as `read_rows`.
     """
-    count, digests = 0, list[str]()
+    count, digests, common = 0, list[str](), dict[int, list[str]]()
     schema = pa.schema(list(zip(PairRow._fields, _TYPES, strict=True)))
     read = partial(read_rows, tell=tell, teacher=teacher)
     rows = (row for index, pairs in enumerate(data) for row in read(pairs, index))
@@ -311,8 +305,13 @@ def store_rows(
             arrays = [pa.array(values, kind) for values, kind in columns]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
             count, digests = count + len(chunk), [*digests, digest_of(chunk)]
+            for row in chunk:
+                own = [row.query_instruction, row.document_instruction]
+                known = common.setdefault(row.source, own)
+                common[row.source] = [a if a == b else "" for a, b in zip(known, own, strict=True)]
     files = [path for pairs in data for path in files_of(pairs)]
-    return {"source": digest_of(digests), "texts": count, "files": sizes_of(files)}
+    facts = {"source": digest_of(digests), "texts": count, "files": sizes_of(files)}
+    return {**facts, "instructions": [*common.values()]}
 
 
 def line_of(row: PairRow, negatives: Sequence[str]) -> dict[str, Any]:

@@ -37,6 +37,12 @@ def sizes_of(files: Sequence[str]) -> dict[str, int]:
     return {file: Path(file).stat().st_size for file in files if not file.startswith(HUB)}
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What a stage has read; empty if it has read nothing yet."""
+    file = folder / FACTS
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write what a stage has read, after comparing it with what an interrupted one had read.
 
@@ -49,9 +55,8 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
         DataError: the stage has a checkpoint that was made with other texts, and says what has
             changed; or by a version of this package that recorded them in another way.
     """
-    file = folder / FACTS
-    if last_checkpoint(folder) is not None and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+    file, before = folder / FACTS, read_facts(folder)
+    if last_checkpoint(folder) is not None and before:
         if len(before["source"]) != len(facts["source"]):
             raise DataError(
                 f"an earlier version of this package made the last checkpoint of {folder.name}. It "

@@ -77,9 +77,7 @@ class TeacherLoss(nn.Module):
         if self.settings.model is not None and kind != "cosent":
             return self._whole_batch(vectors, taught, rows, own, gather)
         queries, *documents = vectors.split(rows)
-        if (
-            self.settings.model is not None
-        ):  # CoSENT: the teacher's vectors become (B, 1 + K) scores
+        if self.settings.model is not None:  # CoSENT: vectors become (B, 1 + K) scores
             asked, *answers = taught.split(rows)
             taught = torch.stack([pairwise_cos_sim(asked, a) for a in answers], dim=1)
         scores = taught / self.settings.scale
