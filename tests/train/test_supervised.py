@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import unicodedata
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from unmasked.text.templates import PLAIN
 from unmasked.train.callback import Listener
 from unmasked.train.data.mixing import OneSourceBatches, PairCollator, split_rows
 from unmasked.train.data.pairs import read_rows, store_rows
+from unmasked.train.data.texts import folded
 from unmasked.train.losses import supervised
 from unmasked.train.losses.supervised import RankingLoss
 from unmasked.train.mining.mining import mine
@@ -381,6 +383,12 @@ def test_b40_an_answer_is_one_in_capitals_and_with_other_white_space_as_well(enc
         ["An answer", "p3", "n1", " an  answer\n", "n3"],
         ["p2", "n1", "n3"],
     ]
+
+
+def test_korean_syllables_written_as_letters_are_the_same_text():
+    whole = "판결 요지"
+    assert unicodedata.normalize("NFD", whole) != whole
+    assert folded(unicodedata.normalize("NFD", whole)) == folded(whole) == whole
 
 
 def scores_of(model, rows):

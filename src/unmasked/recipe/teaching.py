@@ -56,14 +56,11 @@ class Teacher(BaseModel):
         unread = {"temperature": self.loss != "kl", "projection": self.loss in SCORES}
         unread["scale"] = self.model is not None or self.loss not in ("kl", "margin_mse")
         for name, is_unread in unread.items():
-            if (
-                is_unread
-                and (given := getattr(self, name)) != type(self).model_fields[name].default
-            ):
-                of = f"{self.loss}{' of a model' if self.model else ''}"
-                raise ValueError(
-                    f"{name} {given} has no effect on the loss {of}. Fix: leave it out"
-                )
+            given, default = getattr(self, name), type(self).model_fields[name].default
+            if is_unread and given != default:
+                said = f"{name} {given} has no effect on the loss {self.loss}"
+                of = " of a model" if self.model else ""
+                raise ValueError(f"{said}{of}. Fix: {name}: {default}")
         return self
 
     @property

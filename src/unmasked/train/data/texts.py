@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -76,8 +77,8 @@ def key_of(text: str) -> int:
 
 
 def folded(text: str) -> str:
-    """A text in lower case and with single spaces, so that copies become equal."""
-    return " ".join(text.split()).casefold()
+    """A text in lower case, with single spaces, in Unicode's NFC: copies become equal."""
+    return " ".join(normalize("NFC", text).split()).casefold()
 
 
 @dataclass(frozen=True)
