@@ -492,8 +492,12 @@ def test_nothing_is_written_before_all_inputs_are_read(recipe, tmp_path, stage):
         ("mntp", {"trainer": {"num_train_epochs": 3}}, r"num_train_epochs .* Fix: steps\."),
         ("mntp", {"trainer": {"gradient_accumulation_steps": 2}}, "Fix: gradient_accumulation"),
         ("mntp", {"trainer": {"load_best_model_at_end": True}}, "no effect in this stage"),
-        ("mntp", {"trainer": {"save_only_model": True}}, "make a run that is continued another"),
-        ("simcse", {"trainer": {"dataloader_drop_last": True}}, "dataloader_drop_last would have"),
+        ("mntp", {"trainer": {"save_only_model": True}}, "the result of a run that is continued"),
+        (
+            "simcse",
+            {"trainer": {"dataloader_drop_last": True}},
+            "dataloader_drop_last has no effect",
+        ),
         ("simcse", {"lora": Lora(targets=["q_porj"])}, "match no layer. Allowed: .*q_proj"),
     ],
 )

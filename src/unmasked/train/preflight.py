@@ -90,8 +90,8 @@ def check_settings(recipe: Recipe, path: Path) -> None:
                 raise RecipeError(f"{name}.trainer.{key} is set by the run. Fix: {place}.")
             if key in UNUSED or (key in UNUSED_WITH_BATCHES and not isinstance(stage, MNTP)):
                 raise RecipeError(
-                    f"{name}.trainer.{key} would have no effect in this stage, or make a run that "
-                    "is continued another one. Fix: leave it out."
+                    f"{name}.trainer.{key} has no effect in this stage, or would change the result "
+                    "of a run that is continued. Fix: leave it out."
                 )
         arguments = stage_arguments(stage, path / name, recipe.seed)
         try:
