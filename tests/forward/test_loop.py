@@ -16,6 +16,7 @@ from unmasked import LLM2Vec
 from unmasked.errors import DataError
 from unmasked.forward import batches
 from unmasked.forward.batches import filling, plan_batches, tier, token_budget, windows
+from unmasked.forward.host.waiting import DeviceTime
 from unmasked.forward.loop import running
 from unmasked.forward.loop.preparing import (
     AT_ONCE,
@@ -25,7 +26,6 @@ from unmasked.forward.loop.preparing import (
     tokenised,
 )
 from unmasked.forward.pooling import STOCK_MODES
-from unmasked.forward.waiting import DeviceTime
 
 TEXTS = [f"text number {i}" + " and more words" * (i % 6) for i in range(60)]
 
@@ -302,7 +302,7 @@ def test_slices_of_a_window_give_the_rows_and_errors_of_the_whole(model):
 
 def test_the_share_of_the_time_that_the_device_waited(model, monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 10.0])
-    monkeypatch.setattr("unmasked.forward.waiting.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("unmasked.forward.host.waiting.time.perf_counter", lambda: next(clock))
     spent = DeviceTime()
     assert spent.waited == 0
     with spent.passing(), spent.working(torch.device("cpu")) as done:

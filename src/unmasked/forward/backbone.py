@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from unmasked.errors import ModelError
 from unmasked.forward.compiling import LETTERS, compile_layers, is_compiled, pays
+from unmasked.forward.host.freed_memory import keep_freed_memory
+from unmasked.forward.host.waiting import DeviceTime
 from unmasked.forward.packing import Packed, enable_packing, is_checked, pack, run_packed
 from unmasked.forward.pooling import LAYERS
-from unmasked.forward.waiting import DeviceTime
 from unmasked.mask.opening import check_length, decoder_of
 from unmasked.text.inputs import is_count, requested_length, split_pairs
 from unmasked.text.tokens import TextTokenizer, TokenRow
@@ -91,6 +92,7 @@ class Backbone(InputModule):
         self, model: nn.Module, tokens: TextTokenizer, unpackable: str | None = None
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        keep_freed_memory()
         self.auto_model = model
         self.tokens = tokens
         self.unpackable = unpackable
