@@ -274,7 +274,7 @@ class TextEncoder(SentenceTransformer):
         stock: Any = super().encode
         vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, **batching, **kwargs)
         if isinstance(inputs, list) and not inputs and not isinstance(vectors, list):
-            return running.no_vectors(vectors, self.backbone.get_embedding_dimension(), kwargs)
+            return running.no_vectors(vectors, self, kwargs)
         return vectors
 
     def encode_words(

@@ -72,6 +72,20 @@ def test_late_vectors_have_the_width_of_a_truncated_model(tiny_decoder, sentence
         assert encode_passages(model, [" ".join(sentences)], chunks)[1].shape[1] == 8
 
 
+def test_late_vectors_pass_the_modules_behind_the_pooling(tiny_decoder):
+    """They were left out, and a folder then held the numbers of other passages."""
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+
+    from unmasked import LLM2Vec
+
+    model = LLM2Vec.from_pretrained(tiny_decoder, max_length=64, device="cpu")
+    model.append(Dense(32, 8))
+    model.append(Normalize())
+    texts = ["one short text", "another one"]
+    _, late = encode_passages(model, texts, Chunks(50, late=True))
+    np.testing.assert_allclose(late, model.encode(texts), atol=1e-5)
+
+
 def test_late_pools_the_states_of_the_documents_forward(model, sentences):
     text = " ".join(sentences[:3])
     spans, late = encode_passages(model, [text], Chunks(16, late=True))

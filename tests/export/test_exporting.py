@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from support import tiny
 
 from unmasked import LLM2Vec
@@ -17,6 +18,7 @@ from unmasked.errors import ModelError
 from unmasked.export import exporting, served
 from unmasked.export.engines import MANIFEST, engine_of
 from unmasked.export.exporting import DifferentVectorsError, export_model
+from unmasked.export.faults import Reader, Reading
 from unmasked.export.graph import VectorGraph, graph_inputs
 from unmasked.export.parity import LIMIT, TEXTS, compare_vectors, cosines
 from unmasked.forward.pooling import STOCK_MODES
@@ -89,6 +91,27 @@ def test_what_is_traced_pools_as_encode_does(saved, mode, skip_instruction):
         found = graph(**inputs)["sentence_embedding"].numpy()
     np.testing.assert_allclose(found[:-1], encoder.encode(pairs), atol=1e-5)
     assert not found[-1].any()
+
+
+def test_modules_behind_the_pooling_are_exported(saved, tmp_path):
+    """They were left out: after a Normalize no cosine shows that, and a Dense ended in NumPy."""
+    encoder = LLM2Vec.from_pretrained(saved(max_length=64), dtype="float32", device="cpu")
+    encoder.append(Dense(encoder.get_embedding_dimension(), 8))
+    encoder.append(Normalize())
+    folder = tmp_path / "projected"
+    encoder.save(folder)
+    model, _ = loading.load_transformer(loading.find(folder), torch.float32)
+    tokens, pairs = encoder.backbone.tokens, [list(pair) for pair in TEXTS]
+    graph = VectorGraph(model, "mean", len(tokens.prefix), list(encoder)[2:]).eval()
+    with torch.no_grad():
+        inputs = graph_inputs(tokens, tokens(*split_pairs(pairs, tokens.join)))
+        found = graph(**inputs)["sentence_embedding"].numpy()
+    np.testing.assert_allclose(found, encoder.encode(pairs), atol=1e-5)
+    read = Reader(encoder, str(folder), pairs).vectors(Reading())
+    np.testing.assert_allclose(read, encoder.encode(pairs), atol=1e-5)
+    with pytest.raises(ModelError, match="has no module Dense after the pooling.*Fix: --to onnx"):
+        export_model(folder, "gguf", tmp_path / "gguf")
+    assert not (tmp_path / "gguf").exists()
 
 
 @needs_onnx

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 from datasets import Dataset
+from sentence_transformers.sentence_transformer.modules import Dense
 
 from unmasked import LLM2Vec
 from unmasked.errors import DataError, ModelError
+from unmasked.forward.loop.running import encode_windows
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,58 @@ def test_a_table_of_columns_is_no_list_of_texts(model, make):
     told = r"columns \(url, text\).*Fix: encode\(list\(data\['text'\]\)\)"
     with pytest.raises(DataError, match=told):
         model.encode(make({"url": ["u", "v"], "text": ["a", "b"]}))
+
+
+def test_texts_by_their_id_are_encoded_as_the_fix_says(model):
+    """The fix was list(data['id']), which is the letters of a text."""
+    with pytest.raises(DataError, match=r"Fix: encode\(list\(data\.values\(\)\)\)"):
+        model.encode({"id": "one text", "other": "two"})
+
+
+@pytest.mark.parametrize(
+    ("item", "fix"),
+    [
+        (None, "leave out inputs without a text, or give ''"),
+        (float("nan"), "leave out inputs without a text, or give ''"),
+        (pd.NA, "leave out inputs without a text, or give ''"),
+        (b"text", r"\[item\.decode\('utf-8'\) for item in inputs\]"),
+        ({"id": 1, "text": "a"}, r"\[item\['text'\] for item in inputs\]"),
+        (pa.scalar("a"), r"\[str\(item\) for item in inputs\]"),
+        (["ask", "text"], r"give texts without an instruction as \['', text\]"),
+    ],
+)
+def test_the_fix_for_an_input_that_is_no_text_fits_its_kind(model, item, fix):
+    with pytest.raises(DataError, match=f"input 1 is .* Fix: {fix}"):
+        model.encode(["a text", item])
+
+
+def test_no_texts_give_vectors_of_the_width_that_texts_have(tiny_decoder):
+    """Behind a Dense, or cut by the encoder's own truncate_dim, they had the decoder's width."""
+    for width, own in ((4, None), (32, 6), (4, 6)):
+        model = LLM2Vec.from_pretrained(tiny_decoder, truncate_dim=own)
+        if width != 32:
+            model.append(Dense(32, width))
+        for options in ({}, {"truncate_dim": 5}, {"precision": "ubinary"}, {"truncate_dim": 99}):
+            expected = model.encode(["a"], **options).shape[1]
+            assert model.encode([], **options).shape == (0, expected)
+        (empty, full) = encode_windows(model, model.backbone, [[], ["a"]], truncate_dim=own)
+        assert empty.shape[1] == full.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "said"),
+    [
+        ({"max_length": 8}, {}, r"max_length \(8 tokens\).* a larger max_length,"),
+        ({"doc_max_length": 5}, {}, r"doc_max_length \(5 tokens\).* a larger doc_max_length,"),
+        ({}, {"processing_kwargs": {"text": {"max_length": 7}}}, r"max_length \(7 tokens\)"),
+    ],
+)
+def test_a_text_that_was_cut_names_the_limit_that_cut_it(
+    tiny_decoder, caplog, settings, options, said
+):
+    """It was always told as a max_length of 512 tokens, and a larger one changed nothing."""
+    LLM2Vec.from_pretrained(tiny_decoder, **settings).encode("word " * 40, **options)
+    assert re.search(said, caplog.text)
 
 
 @pytest.mark.parametrize("make", [set, frozenset])

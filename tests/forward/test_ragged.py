@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from support import tiny
 from torch.nn.attention import varlen
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -359,6 +361,18 @@ def test_a_gradient_flows_through_dropout(dropped):
     attending.attention(None, q, k, v, None, **options)[0].sin().sum().backward()
     for states in (q, k, v):
         assert states.grad.isfinite().all() and states.grad.abs().sum() > 0
+
+
+def test_a_checkpointed_layer_may_be_the_first_to_need_dropout(monkeypatch, on_gpu):
+    """The comparison of the kernel is no part of the layer, which is computed again without it."""
+    monkeypatch.setattr(dropout, "flash_operator", lambda: operator([]))
+    packed = layout()
+    q, k, v = (torch.randn(1, h, len(packed.rows), 8).requires_grad_() for h in (4, 2, 2))
+    options = {"dropout": 0.3, attending.LAYOUT: packed}
+    layer = partial(attending.attention, None, **options)
+    out, _ = checkpoint(layer, q, k, v, attention_mask=None, use_reentrant=False)
+    out.sin().sum().backward()
+    assert q.grad.isfinite().all() and q.grad.abs().sum() > 0
 
 
 def test_an_operator_with_wrong_results_is_not_used(monkeypatch, on_gpu):

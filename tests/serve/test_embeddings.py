@@ -7,9 +7,12 @@ import base64
 import numpy as np
 import pytest
 from openai import NotFoundError, OpenAI
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from starlette.testclient import TestClient
+from support.serving import EVERYBODY
 from support.vectors import close
 
+from unmasked import LLM2Vec
 from unmasked.serve import Limits, Service, application
 
 TOLERANCE = 1e-6
@@ -153,6 +156,17 @@ def test_similarity_is_that_of_the_model(client, encoder):
     )  # fmt: skip
     states = encoder.encode(TEXTS, prompt_name="query")
     close(found, encoder.similarity(states[:1], states[1:])[0], TOLERANCE)
+
+
+def test_modules_behind_the_pooling_are_run(tiny_decoder):
+    """A Dense changes the width; every request was answered with an error of the server."""
+    encoder = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    encoder.append(Dense(32, 8))
+    encoder.append(Normalize())
+    with Service({"tiny": encoder}) as service:
+        answer = post(TestClient(application(service, EVERYBODY)), "/v1/embeddings", input=TEXTS)
+    found = np.array([item["embedding"] for item in answer["data"]])
+    close(found, encoder.encode(TEXTS), TOLERANCE)
 
 
 # --- several models -------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch import Tensor
 from unmasked.errors import DataError
 from unmasked.forward.batches import plan_batches, token_budget
 from unmasked.forward.loop.running import finish
-from unmasked.forward.pooling import pool
+from unmasked.forward.pooling import after_pooling, pool
 from unmasked.text.passages import Window
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def late_vectors(
             moved = {name: value.to(device) for name, value in features.items()}
             backbone.tokens_encoded += int(features["attention_mask"].sum())
             states = backbone({**moved, "repad": False})
-            vectors = _pooled(states, batch, model.settings.pooling_mode).float()
+            pooled = _pooled(states, batch, model.settings.pooling_mode)
+            vectors = after_pooling(list(model)[2:], pooled).float()
             vectors = finish(vectors, truncate_dim, normalize).cpu()
             parts = vectors.split([len(window.spans) for window in batch])
             for place, part in zip(chosen, parts, strict=True):

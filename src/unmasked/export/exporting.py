@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from sentence_transformers.sentence_transformer.modules import Normalize
 
 from unmasked.checkpoint import loading
 from unmasked.compat.llm2vec import LLM2Vec
@@ -146,10 +147,15 @@ def _convert(encoder: LLM2Vec, to: str, folder: Path, weights: Any, opset: int |
     model, _ = loading.load_transformer(loading.find(folder), torch.float32, allow_partial=True)
     tokens, mode = encoder.backbone.tokens, encoder.settings.pooling_mode
     if to == "gguf":
+        if others := [m for m in list(encoder)[2:] if not isinstance(m, Normalize)]:
+            raise ModelError(
+                f"llama.cpp has no module {type(others[0]).__name__} after the pooling, so a GGUF "
+                "file would give other vectors. Fix: --to onnx."
+            )
         write_gguf(folder, model, tokens, mode, weights)
     else:
         kind: Any = to
-        path = write_graph(tokens, mode, model, kind, folder, weights, opset)
+        path = write_graph(tokens, mode, model, kind, folder, weights, opset, list(encoder)[2:])
         if to == "onnx":
             check_opset(path, opset)
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmasked.checkpoint import loading
 from unmasked.checkpoint.weights import load_model
 from unmasked.export.parity import cosines
 from unmasked.forward.backbone import Backbone
-from unmasked.forward.pooling import STOCK_MODES, pool
+from unmasked.forward.pooling import STOCK_MODES, after_pooling, pool
 from unmasked.mask.opening import NATIVE_KEY
 from unmasked.model import TextEncoder
 from unmasked.text.tokens import TokenRow
@@ -124,10 +124,12 @@ class Reader:
         self.encoder = encoder
         self.own = encoder.settings.pooling_mode
         self._folder = folder
+        self._behind = nn.ModuleList(copy.deepcopy(list(encoder)[2:])).cpu().float().eval()
         self.rows = encoder.backbone.tokenize_inputs(inputs)
         self._models: dict[tuple[bool, str], Backbone] = {}
         self._states: dict[Any, Tensor] = {}
 
+    @torch.inference_mode()
     def vectors(self, reading: Reading) -> np.ndarray:
         """(N, D) vectors of all inputs in this reading."""
         rows = [self._read(row, reading) for row in self.rows]
@@ -142,7 +144,8 @@ class Reader:
             positions = torch.arange(len(row.ids))
             only = torch.zeros_like(positions)  # every token belongs to the only text, number 0
             mode = reading.mode or self.own
-            found.append(pool(states, only, positions, mask, 1, mode)[0].float())
+            pooled = pool(states, only, positions, mask, 1, mode).float()
+            found.append(after_pooling(self._behind, pooled)[0])
         return torch.stack(found).numpy()
 
     def _read(self, row: TokenRow, reading: Reading) -> TokenRow:

@@ -12,6 +12,7 @@ model, and the weights twice in memory.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from unmasked.errors import MissingExtraError, ModelError, first_line
 from unmasked.forward.backbone import collate
-from unmasked.forward.pooling import check_mode
+from unmasked.forward.pooling import after_pooling, check_mode
 from unmasked.text.inputs import split_pairs
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
@@ -58,10 +59,14 @@ class VectorGraph(nn.Module):
         model: the bare transformer.
         mode: a pooling mode of `forward.pooling`.
         leading: number of special tokens before every text that are not pooled.
+        behind: the modules behind the pooling.
     """
 
-    def __init__(self, model: Any, mode: str, leading: int) -> None:
+    def __init__(
+        self, model: Any, mode: str, leading: int, behind: Sequence[nn.Module] = ()
+    ) -> None:
         super().__init__()
+        self.behind = nn.ModuleList(behind)
         self.model = model
         self.config = model.config
         self._mode = check_mode(mode)
@@ -77,6 +82,7 @@ class VectorGraph(nn.Module):
         text = (attention_mask == 1) & (positions >= self._leading)  # (B, T)
         pooled = text | (real & ~text.any(1, keepdim=True))  # everything if there is no text
         vectors = _pool_padded(states, pooled, positions, self._mode)
+        vectors = after_pooling(self.behind, vectors)
         return {"sentence_embedding": vectors, "last_hidden_state": states}
 
 
@@ -123,6 +129,7 @@ def write_graph(
     folder: Path,
     weights: Weights = "float32",
     opset: int | None = None,
+    behind: Sequence[nn.Module] = (),
 ) -> Path:
     """Trace an encoder and write its graph.
 
@@ -135,6 +142,7 @@ def write_graph(
         weights: ``float32``, ``float16``, or ``int8`` for 8-bit weights of the linear layers, with
             one scale per row and activations in float32.
         opset: the ONNX opset; None for the newest that the converter knows.
+        behind: the modules behind the pooling, float32, on the CPU; not changed.
 
     Returns:
         The file that was written.
@@ -145,8 +153,9 @@ def write_graph(
     """
     require_packages(*PACKAGES[kind], *(["nncf"] if weights == "int8" else []))
     leading = len(tokens.prefix) if tokens.skip_instruction else 0
-    model = model.half() if (kind, weights) == ("onnx", "float16") else model
-    graph = VectorGraph(model, mode, leading).eval()
+    graph = VectorGraph(model, mode, leading, copy.deepcopy(behind)).eval()
+    if (kind, weights) == ("onnx", "float16"):
+        graph.half()
     rows = tokens(["and a text", "another text"], [tokens.join("a few words"), ""])
     inputs = graph_inputs(tokens, rows)
     exporter, config = _converter(kind, weights, opset)

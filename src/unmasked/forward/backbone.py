@@ -103,14 +103,18 @@ class Backbone(InputModule):
         self.texts_cut = 0
         self.warns_of_cuts = True
 
-    def count_cut(self, texts: int) -> None:
-        """Count truncated texts, and log a warning for the first ones."""
+    def count_cut(self, texts: int, limit: int | None = None) -> None:
+        """Count texts cut at `limit` (see there), and log a warning for the first ones."""
         if texts and not self.texts_cut and self.warns_of_cuts:
+            length, own = limit or self.tokens.max_length, self.tokens.doc_max_length
+            name = "max_length" if own is None or own >= length else "doc_max_length"
             logger.warning(
-                "%s longer than max_length (%d tokens): only the beginning counts. Fix: a larger "
-                "max_length, or passages (unmasked encode --chunk). This is said only once.",
+                "%s longer than %s (%d tokens): only the beginning counts. Fix: a larger "
+                "%s, or passages (unmasked encode --chunk). This is said only once.",
                 "A text is" if texts == 1 else f"{texts:,} texts are",
-                self.tokens.max_length,
+                name,
+                min(length, own or length),
+                name,
             )
         self.texts_cut += texts
 

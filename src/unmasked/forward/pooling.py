@@ -10,11 +10,12 @@ vectors there.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmasked.errors import ModelError, unknown
 
@@ -123,6 +124,14 @@ class TextPooling(Pooling):
             self.mode,
         )
         return features
+
+
+def after_pooling(modules: Iterable[nn.Module], vectors: Tensor) -> Tensor:
+    """(B, D) pooled vectors, after the modules behind the pooling, such as `Normalize`."""
+    features = {"sentence_embedding": vectors}
+    for module in modules:
+        features = module(features)
+    return features["sentence_embedding"]
 
 
 def own_pooling(encoder: Any) -> TextPooling:

@@ -48,9 +48,13 @@ def _refuse_container(inputs: Any) -> None:
     if names is not None and not callable(names):
         columns = [str(name) for name in names]
         column = "text" if "text" in columns or not columns else columns[0]
+        if isinstance(inputs, Mapping) and isinstance(next(iter(inputs.values()), None), str):
+            fix = "encode(list(data.values()))"  # a text by each name, such as an id
+        else:
+            fix = f"encode(list(data[{column!r}]))"
         raise DataError(
-            f"inputs are a {type(inputs).__name__} of columns ({', '.join(columns[:10])}), and "
-            f"the texts are one of them. Fix: encode(list(data[{column!r}]))."
+            f"inputs are a {type(inputs).__name__} of columns ({', '.join(columns[:10])}), not a "
+            f"list of texts. Fix: {fix}."
         )
 
 
@@ -80,7 +84,7 @@ def split_pairs(
             raise DataError(
                 f"input {index} is {_describe(item)}, expected {expected}. "
                 "Allowed: all strings, or all [instruction, text] pairs. "
-                "Fix: give texts without an instruction as ['', text]."
+                f"Fix: {_as_text(item)}."
             )
         if not (prompts[-1].isascii() and texts[-1].isascii()):  # isascii is much faster
             _check_surrogates(index, prompts[-1] + texts[-1])
@@ -114,6 +118,20 @@ def _check_surrogates(index: int, text: str) -> None:
 def _is_pair(item: Sequence[Any]) -> bool:
     # The original package also passed [instruction, text, 0]; the third item has no meaning.
     return len(item) in (2, 3) and isinstance(item[0], str) and isinstance(item[1], str)
+
+
+def _as_text(item: Any) -> str:
+    """What to give instead of an input that is neither a string nor a pair like the first."""
+    if isinstance(item, str | list | tuple):
+        return "give texts without an instruction as ['', text]"
+    if str(item) in ("None", "nan", "NaT", "<NA>"):
+        return "leave out inputs without a text, or give '' in their place"
+    if isinstance(item, bytes):
+        return "[item.decode('utf-8') for item in inputs]"
+    if isinstance(item, Mapping):
+        name = "text" if "text" in item else next(iter(item), "text")
+        return f"[item[{name!r}] for item in inputs]"
+    return "[str(item) for item in inputs]"
 
 
 def _describe(item: Any) -> str:

@@ -99,7 +99,7 @@ def sentence_vectors(
                 yield waiting.popleft().finished(request)
         while in_flight:
             land()
-    backbone.count_cut(cut)
+    backbone.count_cut(cut, backbone.limit(request.processing_kwargs, task=request.task))
     while waiting:
         yield waiting.popleft().finished(request)
 
@@ -123,8 +123,7 @@ def encode_windows(
         next(model.parameters()).device,
         {"batch_size": rows or 1, "by_tokens": rows is None, **options},
     )
-    full = backbone.get_embedding_dimension()
-    width = min(request.truncate_dim or full, full)
+    width = width_of(model, request.truncate_dim)
     for vectors in sentence_vectors(model, backbone, wanted, request):
         yield vectors.numpy() if len(vectors) else np.empty((0, width), np.float32)
 
@@ -141,7 +140,7 @@ def encode_rows(
     """
     padded = backbone.unpackable is not None
     request = Request(device, batch_size=len(rows), by_tokens=padded)
-    vectors = torch.empty(len(rows), backbone.get_embedding_dimension())
+    vectors = torch.empty(len(rows), width_of(model))
     whole = TokenisedRows(TextWindow([]), 0, list(rows))  # the window itself is not used here
     for batch in prepare_batches(backbone, [whole], request):
         outputs = model(_on_device(batch.features, device))
@@ -177,20 +176,27 @@ def row_outputs(
                 results[place] = row
             cut += len(batch.cut)
             bar.update(len(batch.places))
-    backbone.count_cut(cut)
+    backbone.count_cut(cut, backbone.limit(request.processing_kwargs, task=request.task))
     return results
 
 
-def no_vectors(like: Any, width: int, options: Mapping[str, Any]) -> Any:
+def width_of(model: nn.Module, truncate_dim: int | None = None) -> int:
+    """D, the numbers of a vector behind the last module that changes it, truncated if requested."""
+    modules: list[Any] = [m for m in model.children() if hasattr(m, "get_embedding_dimension")]
+    width = int(modules[-1].get_embedding_dimension())
+    return min(truncate_dim or width, width)
+
+
+def no_vectors(like: Any, model: Any, options: Mapping[str, Any]) -> Any:
     """(0, D) vectors, the result for an empty list: a tensor if `like` is one, else an array.
 
     Args:
         like: what the stock `encode` returned.
-        width: that of the model; ``truncate_dim`` and ``precision`` may reduce it.
+        model: its modules, ``truncate_dim`` and ``precision`` say how wide a vector is.
         options: the options of the call of `encode`.
     """
     kinds = {"int8": np.int8, "uint8": np.uint8, "binary": np.int8, "ubinary": np.uint8}
-    width = min(options.get("truncate_dim") or width, width)
+    width = width_of(model, options.get("truncate_dim") or model.truncate_dim)
     precision = options.get("precision") or ""
     packed = precision in ("binary", "ubinary")  # one bit per number
     shape = (0, -(-width // 8) if packed else width)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 
 from unmasked.forward.packing.dense import Extras, attend_by_text
@@ -134,7 +135,9 @@ def _agrees(
     differ; and if all values are 1, the states and the gradient of the values must average to 1.
     """
     here = [device] if device.type == "cuda" else []
-    with torch.enable_grad(), torch.random.fork_rng(devices=here):
+    # The first call may come from a checkpointed layer, whose hooks would count these tensors.
+    apart = saved_tensors_hooks(Tensor.detach, Tensor.detach)
+    with torch.enable_grad(), apart, torch.random.fork_rng(devices=here):
         torch.manual_seed(0)
         mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
         packed = pack(mask.long()).to(device)
