@@ -64,7 +64,8 @@ class Side:
 
     def __post_init__(self) -> None:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0)
+        # Fused, as transformers' trainer has it by default.
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
 
     def step(self) -> None:
         """One optimiser step, in train mode."""

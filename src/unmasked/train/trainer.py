@@ -154,6 +154,10 @@ def stage_arguments(
         "eval_steps": settings.eval_steps,
         "save_steps": settings.save_steps,
         "disable_tqdm": True,
+        # Otherwise the host waits for the GPU: at each copy of a batch, and in each forward for a
+        # check of the loss that changes the trainer's own average only, which is not shown.
+        "accelerator_config": {"non_blocking": True},
+        "logging_nan_inf_filter": False,
         "report_to": "none",  # `fitting` adds the callbacks that are wanted
         "run_name": f"{folder.parent.name}-{folder.name}",
         "project": "unmasked",
