@@ -128,7 +128,8 @@ def test_b25_the_readme_of_the_seed_system_runs_on_the_result(results, caplog):
     d_reps = torch.nn.functional.normalize(causal.encode(["Rest.", "Surgery."]), p=2, dim=1)
     assert torch.mm(q_reps, d_reps.transpose(0, 1)).shape == (2, 2)
     mended = build(enable_bidirectional=True)
-    own = LLM2Vec.from_pretrained("nano", [mntp, simcse], device="cpu", compat="llm2vec-0.2")
+    given = {"device": "cpu", "dtype": "float32", "compat": "llm2vec-0.2"}
+    own = LLM2Vec.from_pretrained("nano", [mntp, simcse], **given)
     torch.testing.assert_close(mended.encode(queries), own.encode(queries), atol=1e-4, rtol=0)
     assert (causal.encode(queries) - own.encode(queries)).abs().max() > 1e-2
 

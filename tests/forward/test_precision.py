@@ -11,8 +11,8 @@ from unmasked.errors import ModelError
 from unmasked.forward import precision
 
 CPU = torch.device("cpu")
-WIDE = LlamaConfig(hidden_size=576, num_attention_heads=9)
-NARROW = LlamaConfig(hidden_size=256, num_attention_heads=4)
+WIDE = LlamaConfig(hidden_size=256, num_attention_heads=4)
+NARROW = LlamaConfig(hidden_size=192, num_attention_heads=4)
 
 
 @pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16"])
