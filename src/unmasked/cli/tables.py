@@ -169,9 +169,8 @@ def settings_text(below: str = "") -> str:
 
     parts = []
     for setting in settings(below):
-        default = f"default {setting.default}" if setting.default else "must be given"
         name = setting.name
-        head = f"[{name}]" if setting.section else f"{name}: {setting.allowed}; {default}"
+        head = f"[{name}]" if setting.section else f"{name}: {setting.values}"
         lines = textwrap.wrap(setting.about, 76, initial_indent="    ", subsequent_indent="    ")
         parts.append("\n".join([head, *lines]))
     return "\n".join(parts)
