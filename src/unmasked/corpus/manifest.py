@@ -17,13 +17,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from unmasked.errors import OutputError
-from unmasked.files.writing import not_written, written_aside
+from unmasked.files.writing import locked_by_one, not_written, written_aside
 
 FORMAT = 1
 Part = tuple[int, int]
@@ -224,13 +224,16 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
             f"{folder} has other files in it ({', '.join(strangers[:3])}). Fix: name a new folder."
         )
     manifest = Manifest(folder, part, replacing=overwrite)
-    fix = "name another folder, or divide the work with --shard 1/2 and --shard 2/2"
+    taken = (
+        f"{folder}: another process is writing to it. Fix: wait for it, name another folder, or "
+        "divide the work with --shard 1/2 and --shard 2/2."
+    )
     try:
         with ExitStack() as locks:
-            locks.enter_context(lock(folder / f".{manifest.path.name}.lock", folder, fix))
+            locks.enter_context(locked_by_one(folder / f".{manifest.path.name}.lock", taken))
             if overwrite:  # no other machine may be writing to it
                 for other in folder.glob("._manifest-*.lock"):
-                    locks.enter_context(lock(other, folder, fix))
+                    locks.enter_context(locked_by_one(other, taken))
             elif manifest.path.is_file():
                 manifest.read()
             yield manifest
@@ -250,28 +253,10 @@ def _remove_if_unused(folder: Path) -> None:
             folder.rmdir()
 
 
-def lock(path: Path, output: Path, fix: str) -> AbstractContextManager[object]:
-    """Hold a lock file, which keeps other processes from writing to the same output.
-
-    Raises:
-        OutputError: another process holds the lock. The fix is to wait, or `fix`.
-    """
-    from filelock import FileLock, Timeout
-
-    try:
-        return FileLock(path).acquire(timeout=0)
-    except Timeout as error:
-        given = f"{output}: another process is writing to it"
-        raise OutputError(f"{given}. Fix: wait for it, {fix}.") from error
-
-
 def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_line(entry: dict[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmasked.corpus.local import Progress
-from unmasked.corpus.manifest import json_line, lock
+from unmasked.corpus.manifest import json_line
 from unmasked.corpus.shards import CorpusJob, Encoded, Shards, Stream, write_vectors
 from unmasked.corpus.stored_vectors import (
     Encoding,
@@ -28,7 +28,7 @@ from unmasked.corpus.stored_vectors import (
 from unmasked.corpus.writers import OUTPUTS
 from unmasked.errors import OutputError
 from unmasked.files.source import Source
-from unmasked.files.writing import folder_aside, written_aside
+from unmasked.files.writing import folder_aside, locked_by_one, written_aside
 
 if TYPE_CHECKING:
     from unmasked.model import TextEncoder
@@ -115,13 +115,13 @@ def encode_corpus(
     encoding, output = (encoding or Encoding()).of(source), Path(output)
     shards = Shards(output.suffix, window=window, skip=skip, ranges=ranges)
     check_output(output, overwrite, source, ranges)
-    shards.check(source.keep, encoding.precision, encoding.chunks is not None)
-    encoding.check_sizes()
+    shards.check(source.keep, encoding)
     source = replace(source, distinct=encoding.chunks is not None)
     output.parent.mkdir(parents=True, exist_ok=True)
     lock_file = output.with_name(f".{output.name}.lock")
     with ExitStack() as stack:
-        stack.enter_context(lock(lock_file, output, "or name another file"))
+        taken = f"{output}: another process is writing to it. Fix: wait for it, or name another."
+        stack.enter_context(locked_by_one(lock_file, taken))
         stack.callback(lock_file.unlink, missing_ok=True)
         check_output(output, overwrite)  # again: from here on, no other process can create it
         encoding.check(model)

@@ -68,8 +68,7 @@ def encode_folder(
     """
     encoding, shards = (encoding or Encoding()).of(source), shards or Shards()
     folder = Path(folder)
-    shards.check(source.keep, encoding.precision, encoding.chunks is not None)
-    encoding.check_sizes()
+    shards.check(source.keep, encoding)
     source = replace(source, distinct=encoding.chunks is not None)
     _check_folder(source, folder, overwrite and shards.part[1] > 1)
     with locked(folder, shards.part, overwrite) as manifest:

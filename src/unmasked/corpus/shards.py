@@ -64,19 +64,22 @@ class Shards:
     skip: bool = False
     ranges: Path | None = None
 
-    def check(self, keep: Sequence[str], precision: str, chunks: bool = False) -> None:
-        """Refuse columns that the output cannot store, and ranges without int8."""
-        if chunks and self.kind != ".parquet":
-            given = f"{self.kind} holds vectors only, and a passage needs its document and place"
-            raise OutputError(f"{given}. Fix: .parquet, or no --chunk.")
+    def check(self, keep: Sequence[str], encoding: Encoding) -> None:
+        """Refuse what needs no model: columns that cannot be stored, sizes, ranges without int8."""
+        chunks = encoding.chunks
+        if chunks is not None:
+            chunks.check_sizes()
+            if self.kind != ".parquet":
+                given = f"{self.kind} holds vectors only, and a passage needs its document's id"
+                raise OutputError(f"{given} and place. Fix: .parquet, or no --chunk.")
         if keep and self.kind != ".parquet":
             raise OutputError(f"{self.kind} holds vectors only. Fix: .parquet, or no --keep.")
         own = {"row", "id", "vector", *(_PLACE if chunks else ())} & set(keep)
         if own or len(set(keep)) < len(keep):
             why = f"'{own.pop()}' is a column of the output already" if own else "one is repeated"
             raise OutputError(f"--keep {','.join(keep)}: {why}. Fix: leave it out.")
-        if self.ranges is not None and precision != "int8":
-            given = f"--ranges {self.ranges}: {precision} has no ranges"
+        if self.ranges is not None and encoding.precision != "int8":
+            given = f"--ranges {self.ranges}: {encoding.precision} has no ranges"
             raise OutputError(f"{given}. Fix: --precision int8, or no --ranges.")
 
     def window_on(self, device: str, chunks: bool = False) -> int:

@@ -78,11 +78,6 @@ class Encoding:
         """Compile the decoder layers if that saves time; returns whether they are compiled."""
         return model.backbone.compile_for(self.expected_tokens, model.compiles)
 
-    def check_sizes(self) -> None:
-        """Refuse impossible sizes of passages before a model is loaded."""
-        if self.chunks is not None:
-            self.chunks.check_sizes()
-
     def check(self, model: TextEncoder) -> None:
         """Refuse what the model cannot do, with a `DataError` that says what it can do."""
         if self.prompt is not None and self.prompt_name is not None:

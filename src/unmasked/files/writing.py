@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -167,16 +167,18 @@ def folder_for_one(path: Path, lock: str) -> Iterator[None]:
     """
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path / lock)
+    taken = f"another run is at work in {path}. Fix: wait for it, or choose another output folder."
+    with locked_by_one(path / lock, taken):
+        try:
+            yield
+        finally:
+            if made and {item.name for item in path.iterdir()} == {lock}:
+                shutil.rmtree(path)
+
+
+def locked_by_one(lock: Path, taken: str) -> AbstractContextManager[object]:
+    """Hold a lock file during a block; raises `OutputError(taken)` if another process holds it."""
     try:
-        held.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(
-            f"another run is at work in {path}. Fix: wait for it, or choose another output folder."
-        ) from None
-    try:
-        yield
-    finally:
-        if made and {item.name for item in path.iterdir()} == {lock}:
-            shutil.rmtree(path)
-        held.release()
+        return FileLock(lock).acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(taken) from error

@@ -215,23 +215,22 @@ def _vectors(run: Path, recipe: Recipe, best: str | None, save: Save) -> dict[st
 
 def _before(recipe: Recipe, best: str | None) -> TextEncoder:
     """The best causal baseline, or the encoder that the stages began with."""
-    model, length = recipe.model, recipe.model.max_length
-    if best is None:
-        options: dict[str, Any] = {"attn_implementation": model.attention, "layers": model.layers}
-        if model.include_instruction is not None:
-            options["skip_instruction"] = not model.include_instruction
-        return LLM2Vec.from_pretrained(
-            model.base,
-            [*model.adapters],
-            enable_bidirectional=model.bidirectional,
-            pooling_mode=model.pooling,
-            max_length=length,
-            allow_partial=True,
-            revision=model.revision,
-            **options,
-        )
-    pooling = best.removeprefix(CAUSAL)
-    return causal_encoder(find_base(model.base, model.revision), pooling, length)
+    model, pools_all = recipe.model, recipe.model.include_instruction
+    if best is not None:
+        decoder = find_base(model.base, model.revision)
+        return causal_encoder(decoder, best.removeprefix(CAUSAL), model.max_length)
+    return LLM2Vec.from_pretrained(
+        model.base,
+        [*model.adapters],
+        enable_bidirectional=model.bidirectional,
+        pooling_mode=model.pooling,
+        max_length=model.max_length,
+        skip_instruction=None if pools_all is None else not pools_all,
+        attn_implementation=model.attention,
+        allow_partial=True,
+        revision=model.revision,
+        layers=model.layers,
+    )
 
 
 def _find_sample(run: Path, tasks: Sequence[str]) -> Sample | None:

@@ -132,17 +132,17 @@ class RetrievalTask(Task):
             "mrr@10": (found / np.arange(1, DEPTH + 1)).max(axis=1),
         }
 
-    def ranked(self, encode: Encode, depth: int = DEPTH) -> list[list[int]]:
+    def ranked(self, encode: Encode) -> list[list[int]]:
         """For each query, the positions of the most similar documents, best first."""
         documents, queries = (encoded(encode, self.texts[r], r) for r in ("document", "query"))
         id_ranks = np.argsort(np.argsort(self.document_ids))
         # One document more, as the one with the query's own id may be left out.
-        found = most_similar(queries, documents, depth + 1, tie_rank=-id_ranks).tolist()
+        found = most_similar(queries, documents, DEPTH + 1, tie_rank=-id_ranks).tolist()
         places = {name: position for position, name in enumerate(self.document_ids)}
         own = [places.get(name) for name in self.query_ids]
         left_out = [place not in grades for place, grades in zip(own, self.grades, strict=True)]
         return [
-            [document for document in row if not (out and document == place)][:depth]
+            [document for document in row if not (out and document == place)][:DEPTH]
             for row, place, out in zip(found, own, left_out, strict=True)
         ]
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
         DataError: the data cannot be loaded, or a vector is not finite.
     """
     name = task.metadata.name
-    try:
+    with loading_data(name):
         found = mteb.evaluate(
             Instructed(model),
             task,
@@ -127,12 +128,19 @@ def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
             show_progress_bar=False,
             co2_tracker=False,
         )
+    return TaskResult(name, {task.metadata.main_score: float(found[0].get_score())}, {})
+
+
+@contextmanager
+def loading_data(task: str) -> Iterator[None]:
+    """Turn an `OSError` in the block, in which mteb loads a task's data, into a `DataError`."""
+    try:
+        yield
     except OSError as error:
         raise DataError(
-            f"mteb task {name}: its data cannot be loaded ({first_line(error)[:200]}). Fix: "
+            f"mteb task {task}: its data cannot be loaded ({first_line(error)[:200]}). Fix: "
             "connect to the network, or use a machine whose Hugging Face cache has the data."
         ) from error
-    return TaskResult(name, {task.metadata.main_score: float(found[0].get_score())}, {})
 
 
 def public_name(model: str) -> str:

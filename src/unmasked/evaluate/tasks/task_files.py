@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from unmasked.errors import DataError, nearest
+from unmasked.errors import DataError, nearest, no_such_path
 from unmasked.evaluate.tasks import kinds
 from unmasked.files import readers
 
@@ -53,9 +53,7 @@ def load_task(path: str | Path) -> kinds.Task:
         name = path.resolve().name
         return _load_classification(name, *split) if split else _load_retrieval(path)
     if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = nearest(path.name, siblings)
-        raise DataError(f"{path}: no such file or folder{near} Fix: check the path.")
+        raise DataError(no_such_path(path))
     if path.suffix == ".jsonl":
         return _load_reranking(path)
     if path.suffix != ".tsv":
