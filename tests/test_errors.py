@@ -50,7 +50,7 @@ def test_the_first_line_of_an_error_is_its_message_or_its_type():
         OutputError("a disk."),
         MissingExtraError("ray", "corpus"),
         NotBidirectionalError("a layer.", {"verdict": "impossible"}),
-        DifferentVectorsError("a vector.", None),
+        DifferentVectorsError("a vector."),
         Refused("a server.", 429),
     ],
     ids=lambda error: type(error).__name__,

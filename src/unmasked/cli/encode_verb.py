@@ -238,8 +238,7 @@ def _to_folder(
     """Encode into a folder of shards.
 
     Args:
-        load: loads the model.
-        write: encodes and writes, given an engine.
+        load, write: load the model; and encode and write, given an engine.
         path: the folder.
         actors: number of models on Ray, 0 for one per GPU; None for one model in this process.
 

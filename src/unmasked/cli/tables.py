@@ -33,10 +33,7 @@ def stage_table(
 ) -> None:
     """Show one row per stage with the best causal baseline marked, then the last stage's gains.
 
-    Args:
-        run_folder: a run folder; without scores nothing is shown.
-        samples: number of bootstrap samples behind each interval.
-        metrics: ``TASK.METRIC`` of each column; by default the main metric of each task.
+    The columns are the metrics, by default the main one of each task.
     """
     metrics = metrics or headline_metrics(run_folder)
     if not metrics:

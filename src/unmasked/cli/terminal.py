@@ -62,7 +62,6 @@ def show_table(
 
     Args:
         columns: titles. The first column is aligned to the left, all others to the right.
-        rows: the cells.
         marked: indices of the rows in bold.
     """
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,10 +17,11 @@ from unmasked.cli.options import (
     OVERRIDES,
     RECIPE,
     check_new,
+    check_new_rows,
     check_parent,
     complete_recipe,
 )
-from unmasked.errors import MissingExtraError, OutputError, RecipeError, unknown
+from unmasked.errors import MissingExtraError, RecipeError, unknown
 
 STAGES = ("mntp", "simcse", "supervised")
 STAGE = "unmasked.stage"
@@ -186,11 +186,7 @@ def mine(
     from unmasked.files.training_source import training_source
     from unmasked.recipe.files import make_recipe
 
-    check_new(output)
-    check_parent(output)
-    if output.suffix != ".jsonl":
-        fix = f"Fix: -o {shlex.quote(str(output.with_suffix('.jsonl')))}."
-        raise OutputError(f"{output} should end in .jsonl, which training reads. {fix}")
+    check_new_rows(output, "-o")
     more = (text for _, text, _ in training_source(corpus).records()) if corpus else ()
     given: dict[str, Any] = {"name": "mine", "model": {"base": model}}
     stage = make_recipe(given | {"supervised": {"data": data}}).supervised
@@ -271,21 +267,18 @@ def list_recipes() -> None:
     terminal.facts([(name, f"{m.base}, {m.licence or 'bundled'}") for name, m in models.items()])
 
 
+SHIPPED = Annotated[str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)]
+
+
 @recipes.command("show")
-def show_recipe(
-    name: Annotated[
-        str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)
-    ],
-) -> None:
+def show_recipe(name: SHIPPED) -> None:
     """Print the YAML file of a recipe."""
     typer.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
 
 
 @recipes.command("copy")
 def copy_recipe(
-    name: Annotated[
-        str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)
-    ],
+    name: SHIPPED,
     to: Annotated[Path | None, Argument(help="New file.", show_default="NAME.yaml")] = None,
     explain: Annotated[
         bool, Option("--explain", help="Add a comment above each setting that says what it does.")
@@ -293,8 +286,7 @@ def copy_recipe(
 ) -> None:
     """Copy a recipe to a file that you can change and run."""
     source, target = _shipped(name), to or Path(f"{name}.yaml")
-    check_new(target)
-    check_parent(target)
+    check_parent(check_new(target))
     if explain:
         from unmasked.recipe.settings import explained
 

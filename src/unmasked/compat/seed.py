@@ -176,13 +176,7 @@ def _value(flag: str, text: str) -> Any:
 
 
 def to_recipe(stage: str, flags: Any, options: dict[str, Any], name: str) -> Recipe:
-    """The recipe that is equivalent to the flags of a command.
-
-    Args:
-        stage: ``mntp`` or ``simcse``.
-        flags: parsed by `parser`.
-        options: parsed by `trainer_options`.
-        name: the name of the recipe.
+    """The recipe for the flags of a command, as `parser` and `trainer_options` parse them.
 
     Raises:
         RecipeError: a flag's value cannot be used here.

@@ -70,8 +70,6 @@ class Manifest:
     """The manifest of one machine; `locked` opens it.
 
     Attributes:
-        folder: where the shards are.
-        part: the machine.
         header: settings and inputs; empty before `begin`.
         done: the shards that are complete, by number.
         finished: whether the last line says that everything is done.

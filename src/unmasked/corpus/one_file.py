@@ -97,13 +97,9 @@ def encode_corpus(
     """Encode every text of a source into one file.
 
     Args:
-        model: the encoder.
-        source: the texts.
         output: a .npy, .parquet or .safetensors file. The ranges of int8 are written to
             ``OUTPUT.ranges.npy`` beside it (``v.npy.ranges.npy``), and skipped rows are listed in
             ``OUTPUT.skipped.jsonl``.
-        encoding: prompt, normalisation, precision and so on.
-        overwrite: replace the output if it exists.
         window, skip, ranges: see `Shards`.
         progress: called with the numbers of rows and tokens done so far.
 

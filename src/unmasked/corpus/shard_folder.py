@@ -47,10 +47,7 @@ def encode_folder(
 
     Args:
         engine: where the model runs.
-        source: the texts.
         folder: a new folder, or one that the same call began.
-        encoding: prompt, normalisation, precision and so on.
-        shards: how the rows are divided into shards.
         overwrite: begin again, and delete the shards that are there once the source and the model
             have been checked.
         announce: called with a description of each step before the first shard; returns a context

@@ -95,10 +95,8 @@ class CorpusJob:
     """Everything that the bytes of a shard depend on, apart from the model and the device.
 
     Attributes:
-        source: the texts.
-        encoding: how they become vectors.
+        source, encoding, shards: as in `encode_folder`.
         folder: where the shards are written.
-        shards: how the rows are divided into shards.
         window: rows encoded at a time.
         width: D, the dimensions of a vector before bits are packed.
         ranges: (2, D) ranges for int8.
@@ -140,9 +138,7 @@ class Encoded(NamedTuple):
 class Stream:
     """The rows of a source, read forward; files that are not needed are not opened.
 
-    Args:
-        source: what to read.
-        counts: the number of rows of each file; without it no file can be passed over.
+    `counts` are the numbers of rows of the files; without them no file can be passed over.
     """
 
     def __init__(self, source: Source, counts: list[int] | None = None) -> None:
@@ -185,12 +181,7 @@ class Stream:
 def write_shard(
     job: CorpusJob, model: TextEncoder, shard: int, stream: Stream, progress: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Encode a shard into its file, and return its entry of the manifest.
-
-    Raises:
-        DataError: a row has a fault, and faults are not skipped.
-        OutputError: the file cannot be written.
-    """
+    """Encode a shard into its file, and return its entry of the manifest."""
     path, first = job.path(shard), shard * job.shards.rows
     rows = stream.take(first, job.shards.rows)
     done = write_vectors(job, model, path, rows, first, progress)
@@ -283,12 +274,7 @@ def _cells(job: CorpusJob, number: int, row: Row, passage: Passage) -> list[obje
 
 
 class RowWindow:
-    """Rows that are encoded together.
-
-    Args:
-        job: the corpus that they belong to.
-        first: number of the first row.
-        rows: the rows.
+    """Rows of a corpus that are encoded together, counted from `first`.
 
     Attributes:
         rows: how many rows there are.
@@ -314,11 +300,8 @@ class RowWindow:
     ) -> tuple[list[tuple[int, Row, Passage]], np.ndarray]:
         """Number, row and passage of each finite vector, and the vectors as they are stored.
 
-        A document with a passage whose vector is not finite is left out as a whole.
-
-        Args:
-            passages: the P passages of the texts in `good`.
-            vectors: (P, D) float32.
+        Takes the P passages of the texts in `good`, and their (P, D) vectors. A document with a
+        passage whose vector is not finite is left out as a whole.
         """
         finite = np.isfinite(vectors).all(axis=1)
         stored = self.job.encoding.store(np.where(finite[:, None], vectors, 0), self.job.ranges)

@@ -210,8 +210,7 @@ def encode_passages(
     """Divide documents into passages, and encode each passage.
 
     Args:
-        model: the encoder.
-        texts: the documents.
+        model, texts: the encoder, and the documents.
         chunks: the maximum number of tokens of a passage, their overlap, and whether a passage is
             pooled from the forward over its document.
         options: fields of `Encoding`: ``prompt``, ``normalize``, ``truncate_dim`` and so on.

@@ -35,9 +35,7 @@ def make_writer(
 
     Args:
         kind: the suffix of the output, one of `OUTPUTS`.
-        file: the open file to write to.
-        dtype: type of the stored numbers.
-        width: how many numbers a stored vector has.
+        dtype, width: type of the stored numbers, and how many of them a vector has.
         columns: names and Arrow types (or their names) of the columns beside the vector; only
             .parquet has them, and the first is the row number.
         said: settings to write into the file; .npy has no place for them.

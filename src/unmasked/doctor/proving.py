@@ -12,7 +12,7 @@ paragraph with a hook on every module.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,18 +78,11 @@ class ModelProof:
     def as_dict(self) -> dict[str, Any]:
         """The result for strict JSON; numbers that are not finite become None."""
         peaks = [
-            {
-                "layer": peak.layer,
-                "module": peak.module,
-                "largest": peak.largest if math.isfinite(peak.largest) else None,
-            }
+            asdict(peak) | {"largest": peak.largest if math.isfinite(peak.largest) else None}
             for peak in self.peaks
         ]
-        return {
-            **self.proof.as_dict(),
-            "float16_overflows": self.float16_overflows,
-            "peaks": peaks,
-        }
+        overflows = self.float16_overflows
+        return {**self.proof.as_dict(), "float16_overflows": overflows, "peaks": peaks}
 
 
 def prove_model(model: str | Path | nn.Module, *, open: bool = False, **hub: Any) -> ModelProof:

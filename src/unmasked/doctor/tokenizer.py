@@ -55,12 +55,7 @@ def describe(tokens: TextTokenizer, prompts: dict[str, str]) -> Facts:
 
 
 def per_character(tokens: TextTokenizer, language: str) -> str:
-    """How many tokens a character of prose takes, and whether that is many.
-
-    Args:
-        tokens: the tokenizer.
-        language: one of `SAMPLES`.
-    """
+    """How many tokens a character of a language in `SAMPLES` takes, and whether that is many."""
     text, plain = SAMPLES[language], TextTokenizer(tokens.tokenizer)  # no template around it
     (row,) = plain([text], max_length=16 * len(text))
     count = len(row.ids) - len(plain.prefix) - len(plain.suffix)

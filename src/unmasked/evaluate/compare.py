@@ -106,7 +106,7 @@ def compare_encoders(
 
     Args:
         results: encoder → its results, of the same tasks for all encoders.
-        samples: number of resampled test sets for each interval; 0 for no intervals.
+        samples: as in `compare_stages`.
     """
     first, rows = next(iter(results)), []
     for index, ours in enumerate(results[first]):

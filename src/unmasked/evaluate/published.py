@@ -60,13 +60,7 @@ class PublishedTable:
 
 
 def beside_published(run: str | Path, recipe: Recipe, samples: int = 1000) -> list[PublishedTable]:
-    """A table for each published benchmark of a recipe that a run has begun to score.
-
-    Args:
-        run: a run folder.
-        recipe: the recipe of the run.
-        samples: number of resampled test sets for each interval; 0 for none.
-    """
+    """A table for each published benchmark of a recipe that a run folder has begun to score."""
     named = [name for name, _ in recipe.stages()]
     tables = []
     for anchor in recipe.published():

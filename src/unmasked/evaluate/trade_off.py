@@ -123,7 +123,6 @@ def cut_encoders(
     """The whole encoder, then every smaller one that was requested, each loaded when it is needed.
 
     Args:
-        model: hub name or folder.
         layers: numbers of first layers; the full depth is always included.
         dimensions: lengths of vectors; the full width is always included.
         options: further arguments of `LLM2Vec.from_pretrained`.

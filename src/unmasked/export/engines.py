@@ -40,7 +40,6 @@ class Engine:
     """A program that computes vectors from a folder.
 
     Attributes:
-        name: the program's name.
         vectors: computes (N, D) vectors of N ``(instruction, text)`` pairs.
         takes_empty: whether it has a vector for an empty text without an instruction.
     """

@@ -51,15 +51,7 @@ POOLS_ALL = ("gguf", "vllm", "tei")
 
 
 class DifferentVectorsError(UnmaskedError):
-    """An export gives other vectors than torch, or could not be compared.
-
-    Attributes:
-        parity: the comparison; None if the engine could not be run.
-    """
-
-    def __init__(self, message: str, parity: Parity | None) -> None:
-        super().__init__(message)
-        self.parity = parity
+    """An export gives other vectors than torch, or could not be compared."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,6 @@ class Exported:
     """An export.
 
     Attributes:
-        folder: its folder.
         engine: the engine whose vectors were compared.
         weights: the number type of its weights.
         parity: its vectors compared with those of torch; None if the engine is not installed.
@@ -94,12 +85,10 @@ def export_model(
     opset: int | None = None,
     accept: bool = False,
 ) -> Exported:
-    """Write an encoder for another engine, and compare its vectors with those of torch.
+    """Write an encoder for another engine to a new folder, and compare its vectors with torch's.
 
     Args:
         model: folder or hub name of an encoder.
-        to: the format.
-        output: new folder.
         weights: one of the format's `WEIGHTS`; None for the first of them.
         opset: the ONNX opset; None for the newest that the converter knows.
         accept: keep the folder even if the vectors differ or cannot be compared.
@@ -217,18 +206,16 @@ def _require_parity(found: Exported) -> None:
     """Raise `DifferentVectorsError` unless the vectors were compared and are the same."""
     if found.parity is not None and found.parity.same:
         return
-    kept = "Fix: --accept, to keep the export all the same"
     notes = "".join(f" Note: {note.rstrip('.')}." for note in found.notes)
     if found.parity is None:  # the last note says how to install the engine
         why, _, install = notes.rstrip(".").rpartition("Fix: ")
         raise DifferentVectorsError(
             f"{found.engine} could not be compared.{why}Fix: {install}, or --accept, to keep the "
-            "export all the same.",
-            None,
+            "export all the same."
         )
     low = min(zip(found.parity.cosines, found.parity.texts, strict=True))[1]
     raise DifferentVectorsError(
         f"{found.engine} gives other vectors: least cosine {found.parity.least:.6f}, allowed "
-        f"{found.parity.limit} (lowest: {shown(low)}).{notes} {kept}.",
-        found.parity,
+        f"{found.parity.limit} (lowest: {shown(low)}).{notes} "
+        "Fix: --accept, to keep the export all the same."
     )

@@ -111,7 +111,6 @@ class Reader:
     """Computes the vectors of inputs in right and wrong readings, with one encoder.
 
     Args:
-        encoder: the reference.
         folder: the folder or hub name that it was loaded from, for a copy with the mask closed.
         inputs: N ``[instruction, text]`` pairs.
 
@@ -221,7 +220,6 @@ def explain_difference(
     """Find the mistakes that bring our vectors nearest to the other program's.
 
     Args:
-        reader: a reader of the same inputs.
         theirs: (N, D) vectors of the other program, each text in a request of its own.
         batched: (N, D) its vectors of all texts in one request, if they differ from `theirs`.
     """

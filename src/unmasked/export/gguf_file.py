@@ -85,8 +85,7 @@ def write_gguf(
     Args:
         folder: the saved folder, with its tokenizer.
         model: the bare transformer.
-        tokens: how texts become ids.
-        mode: the pooling mode.
+        tokens, mode: how texts become ids, and how states are pooled.
         weights: ``float16`` (f16) or ``int8`` (q8_0).
 
     Raises:

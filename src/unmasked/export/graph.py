@@ -81,16 +81,10 @@ class VectorGraph(nn.Module):
 
 
 def _pool_padded(states: Tensor, pooled: Tensor, positions: Tensor, mode: str) -> Tensor:
-    """`forward.pooling.pool` for (B, T, D) states, with operators that every engine has.
+    """`forward.pooling.pool` for states padded on the right, with operators of every engine.
 
-    Args:
-        states: the states, padded on the right.
-        pooled: (B, T), True for the tokens that are pooled.
-        positions: (T,), counted from 0.
-        mode: the pooling mode.
-
-    Returns:
-        (B, D) vectors; zeros for a row that is all padding.
+    Takes (B, T, D) states, the (B, T) tokens that are pooled, and (T,) positions from 0; returns
+    (B, D) vectors, zeros for a row that is all padding.
     """
     if mode in ("mean", "weighted_mean"):
         weights = pooled.float() * (positions + 1 if mode == "weighted_mean" else 1)  # (B, T)
@@ -124,20 +118,15 @@ def write_graph(
     weights: Weights = "float32",
     opset: int | None = None,
 ) -> Path:
-    """Trace an encoder and write its graph.
+    """Trace an encoder and write its graph; returns the file.
 
     Args:
-        tokens: how texts become ids.
-        mode: the pooling mode.
+        tokens, mode: how texts become ids, and how states are pooled.
         model: the bare transformer with stock attention, float32, on the CPU.
-        kind: the format of the graph.
-        folder: the folder of the encoder's other files.
+        kind, folder: the format of the graph, and the folder of the encoder's other files.
         weights: ``float32``, ``float16``, or ``int8`` for 8-bit weights of the linear layers, with
             one scale per row and activations in float32.
         opset: the ONNX opset; None for the newest that the converter knows.
-
-    Returns:
-        The file that was written.
 
     Raises:
         MissingExtraError: the extra ``export`` is not installed.
@@ -226,13 +215,7 @@ def check_opset(path: Path, opset: int | None) -> None:
 
 
 class GraphRunner:
-    """Runs a written graph on the CPU.
-
-    Args:
-        tokens: how texts become ids.
-        kind: the format of the graph.
-        path: its file.
-    """
+    """Runs a written graph on the CPU."""
 
     def __init__(self, tokens: TextTokenizer, kind: str, path: Path) -> None:
         self._tokens = tokens

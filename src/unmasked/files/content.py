@@ -52,15 +52,7 @@ _OF_ONE_SCRIPT = ("cp949", "shift_jis", "gb18030", "big5", "cp1251")
 
 
 def file_fault(path: str, head: bytes) -> Fault | None:
-    """What is wrong with a file as a whole, if its first bytes say so.
-
-    Args:
-        path: the name of the file, for the command that corrects it.
-        head: its first `LOOKED_AT` bytes, or the whole file if it is shorter.
-
-    Returns:
-        The fault, or None for a file that may be UTF-8.
-    """
+    """What is wrong with a file as a whole, if its first `LOOKED_AT` bytes say so; else None."""
     for mark, (kind, command) in _OTHER_KINDS.items():
         if head.startswith(mark):
             return f"it is {kind} by its content", _as_what_it_is(path, kind, command)

@@ -154,13 +154,9 @@ def not_written(path: Path, error: OSError) -> OutputError:
 
 @contextmanager
 def folder_for_one(path: Path, lock: str) -> Iterator[None]:
-    """Lock a folder for this process during the block.
+    """Lock a folder for this process during the block; `lock` is the name of the file in it.
 
     A folder that is created for this, and stays empty, is removed afterwards.
-
-    Args:
-        path: the folder, which is created if it does not exist.
-        lock: name of the lock file in it; the lock is released when the process ends.
 
     Raises:
         OutputError: another process holds it.

@@ -33,11 +33,8 @@ SICK = 5
 class DeviceThread:
     """Computes the texts of a queue, until the queue is closed and empty.
 
-    Args:
-        queue: the waiting texts.
-        models: name of a model → the function that computes its vectors.
-        budget: maximum tokens per forward pass.
-        measures: counts batches.
+    `models` has the function of each model that computes its vectors, and `budget` is the maximum
+    number of tokens per forward pass.
     """
 
     def __init__(

@@ -51,12 +51,7 @@ Write = Callable[[Prepared[Asked], np.ndarray], bytes]
 
 
 class Service:
-    """Encoders that answer requests. It is a context manager: its threads run within the context.
-
-    Args:
-        encoders: name → encoder.
-        limits: the limits of requests and batches.
-    """
+    """Encoders, by name, that answer requests. Its threads run within its context."""
 
     def __init__(self, encoders: Mapping[str, TextEncoder], limits: Limits | None = None) -> None:
         self.limits = limits = limits or Limits()
@@ -131,12 +126,10 @@ class Service:
         """The bytes of the answer to a body.
 
         Args:
-            kind: the type of the body.
-            body: the bytes of the body.
+            kind, body: the type of the body, and its bytes.
             gone: is done when the client has closed the connection.
             inputs: returns the texts of a body.
-            write: turns vectors into the bytes of the answer; runs in a worker thread if these are
-                many.
+            write: turns vectors into the answer; runs in a worker thread if these are many.
 
         Raises:
             Refusal: the request is refused.

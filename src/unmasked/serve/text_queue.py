@@ -79,7 +79,6 @@ class TextQueue:
     """The waiting texts of each model; every method may be called from any thread.
 
     Args:
-        models: names of the models.
         most: maximum number of waiting texts; an empty queue accepts a request of any size.
         wait: seconds that a text may wait for others to join its batch while requests are read.
 

@@ -54,7 +54,6 @@ class VectorSearch:
 
     Args:
         model: the model that made the vectors; it encodes the queries.
-        stored: the vectors.
         texts: the source that the vectors were made from, to show the texts as well.
         prompt, prompt_name: put before a query; by default the model's prompt for queries.
 
@@ -148,7 +147,6 @@ def search_texts(
     """Encode the texts of a small corpus into memory, to search in them.
 
     Args:
-        model: the encoder of texts and queries.
         source: the texts; a row with a fault is an error.
         chunks: how texts are divided into passages; None encodes them whole.
         progress: called with the number of rows done so far.

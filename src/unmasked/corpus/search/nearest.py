@@ -26,13 +26,7 @@ RESCORED = 32
 
 
 def nearest_vectors(stored: StoredVectors, queries: np.ndarray, count: int) -> Best:
-    """The vectors with the highest cosine to each query; of equal vectors, the first.
-
-    Args:
-        stored: the vectors.
-        queries: (Q, D) float32.
-        count: K.
-    """
+    """The `count` vectors with the highest cosine to each query (Q, D); of equals, the first."""
     queries = np.asarray(queries, dtype=np.float32)
     lengths = np.linalg.norm(queries, axis=1, keepdims=True)
     queries = np.ascontiguousarray(queries / np.maximum(lengths, 1e-12))

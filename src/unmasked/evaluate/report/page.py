@@ -55,16 +55,13 @@ def write_report(
     output: str | Path | None = None,
     environment: Sequence[tuple[str, str]] = (),
 ) -> Path:
-    """Write the report of a run.
+    """Write the report of a run; returns the file.
 
     Args:
         run: a run folder, with ``recipe.yaml``.
         output: the file; by default ``report.html`` in the run folder. Figures are written to
             ``figures`` beside it.
         environment: names and values, such as versions, to show on the page.
-
-    Returns:
-        The file written.
 
     Raises:
         DataError: it is not a run folder.
@@ -167,14 +164,7 @@ def _curves(run: Path, recipe: Recipe) -> Iterator[tuple[str, Any]]:
 
 
 def _vectors(run: Path, recipe: Recipe, best: str | None, save: Save) -> dict[str, Any] | None:
-    """Heatmaps, maps and searches before and after; None without texts or a finished model.
-
-    Args:
-        run, recipe: the run folder and its recipe.
-        best: the best causal baseline, which is then "before"; if None, "before" is the encoder
-            that the stages began with.
-        save: writes a figure.
-    """
+    """Heatmaps, maps and searches before and after; None without texts or a finished model."""
     tasks = [*recipe.evaluate.tasks, *chain(*(anchor.tasks for anchor in recipe.published()))]
     sample = _find_sample(run, tasks)
     if sample is None or not (run / "model" / "config.json").is_file():

@@ -108,8 +108,6 @@ def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
     """Score a model on a public task, or read the score if the folder has it.
 
     Args:
-        task: one of the tasks that `find_tasks` returns.
-        model: a `TextEncoder`.
         folder: the folder of mteb's results: ``results/OWNER__NAME/FINGERPRINT/TASK.json``.
 
     Returns:
@@ -148,9 +146,6 @@ def public_name(model: str) -> str:
 
     It is the name on the hub; for a folder, its parent's name and its own, as the models of all
     runs are called ``model``; ``unmasked/nano`` for the bundled decoder.
-
-    Args:
-        model: hub name, folder, or ``nano``.
     """
     if model == BUNDLED:
         return f"unmasked/{BUNDLED}"
