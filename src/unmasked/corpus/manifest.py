@@ -46,42 +46,29 @@ def parse_part(text: str) -> Part:
 
 
 class WholeShard(NamedTuple):
-    """A shard that is complete.
+    """A shard that is complete."""
 
-    Attributes:
-        rows: the number of its vectors.
-        skipped: the number of rows without a vector.
-        texts: the digest of all rows that were read.
-        line: the place of its line in the manifest: offset and length in bytes.
-        documents: the number of texts with a vector, or several if texts were divided.
-        cut: how many of these texts were truncated.
-    """
-
-    rows: int
-    skipped: int
-    texts: str
-    line: tuple[int, int]
-    documents: int
-    cut: int
+    rows: int  # the number of its vectors
+    skipped: int  # the number of rows without a vector
+    texts: str  # the digest of all rows that were read
+    line: tuple[int, int]  # the place of its line in the manifest: offset and length in bytes
+    documents: int  # the number of texts with a vector, or several if texts were divided
+    cut: int  # how many of these texts were truncated
 
 
 @dataclass
 class Manifest:
-    """The manifest of one machine; `locked` opens it.
-
-    Attributes:
-        header: settings and inputs; empty before `begin`.
-        done: the shards that are complete, by number.
-        finished: whether the last line says that everything is done.
-        replacing: whether the folder still has what `clear` deletes, the output of an earlier call.
-    """
+    """The manifest of one machine; `locked` opens it."""
 
     folder: Path
     part: Part
     header: dict[str, Any] = field(default_factory=dict)
+    """Settings and inputs; empty before `begin`."""
     done: dict[int, WholeShard] = field(default_factory=dict)
-    finished: bool = False
+    """The shards that are complete, by number."""
+    finished: bool = False  # whether the last line says that everything is done
     replacing: bool = False
+    """Whether the folder still has what `clear` deletes, the output of an earlier call."""
 
     @property
     def path(self) -> Path:

@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Any
 from unmasked.corpus.local import Progress
 from unmasked.corpus.manifest import json_line
 from unmasked.corpus.shards import CorpusJob, Encoded, Shards, Stream, write_vectors
-from unmasked.corpus.stored_vectors import (
-    Encoding,
-    ranges_of,
-    read_ranges,
-    save_ranges,
-    skipped_of,
-)
+from unmasked.corpus.stored_vectors import Encoding, ranges_of, read_ranges, save_ranges, skipped_of
 from unmasked.corpus.writers import OUTPUTS
 from unmasked.errors import OutputError
 from unmasked.files.source import Source

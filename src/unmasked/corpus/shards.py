@@ -46,23 +46,14 @@ _NOT_FINITE: Fault = (
 
 @dataclass(frozen=True)
 class Shards:
-    """How the output is divided, and what happens to rows with a fault.
+    """How the output is divided, and what happens to rows with a fault."""
 
-    Attributes:
-        kind: ``.parquet``, ``.npy`` or ``.safetensors``.
-        rows: rows of the source per shard, S.
-        window: rows encoded at a time; by default it depends on the device.
-        part: (i, n) for the i-th of n machines, each of which writes every n-th shard.
-        skip: list rows with a fault and leave them out, instead of raising an error.
-        ranges: .npy file with the (2, D) ranges of another run, for int8.
-    """
-
-    kind: str = ".parquet"
-    rows: int = 32768
-    window: int | None = None
-    part: Part = (1, 1)
-    skip: bool = False
-    ranges: Path | None = None
+    kind: str = ".parquet"  # ``.parquet``, ``.npy`` or ``.safetensors``
+    rows: int = 32768  # rows of the source per shard, S
+    window: int | None = None  # rows encoded at a time; by default it depends on the device
+    part: Part = (1, 1)  # (i, n) for the i-th of n machines, each of which writes every n-th shard
+    skip: bool = False  # list rows with a fault and leave them out, instead of raising an error
+    ranges: Path | None = None  # .npy file with the (2, D) ranges of another run, for int8
 
     def check(self, keep: Sequence[str], encoding: Encoding) -> None:
         """Refuse what needs no model: columns that cannot be stored, sizes, ranges without int8."""
@@ -92,25 +83,17 @@ class Shards:
 
 @dataclass(frozen=True)
 class CorpusJob:
-    """Everything that the bytes of a shard depend on, apart from the model and the device.
-
-    Attributes:
-        source, encoding, shards: as in `encode_folder`.
-        folder: where the shards are written.
-        window: rows encoded at a time.
-        width: D, the dimensions of a vector before bits are packed.
-        ranges: (2, D) ranges for int8.
-        said: settings that the file has in its metadata; a folder has them in its manifest.
-    """
+    """Everything that the bytes of a shard depend on, apart from the model and the device."""
 
     source: Source
     encoding: Encoding
-    folder: Path
-    shards: Shards
-    window: int
-    width: int
-    ranges: np.ndarray | None = None
+    folder: Path  # where the shards are written
+    shards: Shards  # this and the first two as in `encode_folder`
+    window: int  # rows encoded at a time
+    width: int  # D, the dimensions of a vector before bits are packed
+    ranges: np.ndarray | None = None  # (2, D) ranges for int8
     said: dict[str, Any] | None = None
+    """Settings that the file has in its metadata; a folder has them in its manifest."""
 
     @property
     def with_files(self) -> bool:

@@ -34,32 +34,23 @@ CALIBRATION = 4096
 
 @dataclass(frozen=True)
 class Encoding:
-    """How texts become vectors: options of `TextEncoder.encode`; None is the model's default.
+    """How texts become vectors: options of `TextEncoder.encode`; None is the model's default."""
 
-    Attributes:
-        prompt: text that is put before every input.
-        prompt_name: the name of one of the model's prompts, instead of its text.
-        batch_size: maximum number of texts per forward.
-        normalize: scale every vector to length 1.
-        truncate_dim: keep only the first dimensions of each vector, this many.
-        precision: ``float32``; ``float16``; ``int8``, (v - low) / (high - low) * 255 - 128 with the
-            range of each dimension, as sentence-transformers computes it; ``binary``, one bit per
-            dimension, set if v > 0, eight to a byte, the first one in the highest place
-            (`numpy.unpackbits` reverses it).
-        chunks: how documents are divided into passages, each of which has a vector; None encodes
-            them whole.
-        expected_tokens: a rough number of tokens in the whole source, which decides whether
-            compiling the decoder layers is worth its time.
-    """
-
-    prompt: str | None = None
-    prompt_name: str | None = None
-    batch_size: int | None = None
-    normalize: bool = False
-    truncate_dim: int | None = None
+    prompt: str | None = None  # text that is put before every input
+    prompt_name: str | None = None  # the name of one of the model's prompts, instead of its text
+    batch_size: int | None = None  # maximum number of texts per forward
+    normalize: bool = False  # scale every vector to length 1
+    truncate_dim: int | None = None  # keep only the first dimensions of each vector, this many
     precision: str = "float32"
+    """``float32``; ``float16``; ``int8``, (v - low) / (high - low) * 255 - 128 with the range of
+    each dimension, as sentence-transformers computes it; ``binary``, one bit per dimension, set if
+    v > 0, eight to a byte, the first one in the highest place (`numpy.unpackbits` reverses it)."""
     chunks: Chunks | None = None
+    """How documents are divided into passages, each of which has a vector; None encodes them
+    whole."""
     expected_tokens: int = 0
+    """A rough number of tokens in the whole source, which decides whether compiling the decoder
+    layers is worth its time."""
 
     def of(self, source: Source) -> Encoding:
         """A copy whose `expected_tokens` are estimated from the source's size on the disk.

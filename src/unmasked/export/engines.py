@@ -37,16 +37,12 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Engine:
-    """A program that computes vectors from a folder.
-
-    Attributes:
-        vectors: computes (N, D) vectors of N ``(instruction, text)`` pairs.
-        takes_empty: whether it has a vector for an empty text without an instruction.
-    """
+    """A program that computes vectors from a folder."""
 
     name: str
     vectors: Callable[[Pairs], np.ndarray]
-    takes_empty: bool = True
+    """Computes (N, D) vectors of N ``(instruction, text)`` pairs."""
+    takes_empty: bool = True  # whether it has a vector for an empty text without an instruction
 
 
 def engine_of(folder: Path) -> Engine:

@@ -26,14 +26,7 @@ from unmasked.export.engines import MANIFEST, Engine, engine_of
 from unmasked.export.faults import Reader, Reading
 from unmasked.export.gguf_file import write_gguf
 from unmasked.export.graph import check_opset, write_graph
-from unmasked.export.parity import (
-    LIMIT,
-    LIMIT_OF_8_BITS,
-    TEXTS,
-    Parity,
-    compare_vectors,
-    shown,
-)
+from unmasked.export.parity import LIMIT, LIMIT_OF_8_BITS, TEXTS, Parity, compare_vectors, shown
 from unmasked.export.served import check_keys
 from unmasked.files.writing import folder_aside
 
@@ -56,20 +49,14 @@ class DifferentVectorsError(UnmaskedError):
 
 @dataclass(frozen=True)
 class Exported:
-    """An export.
-
-    Attributes:
-        engine: the engine whose vectors were compared.
-        weights: the number type of its weights.
-        parity: its vectors compared with those of torch; None if the engine is not installed.
-        notes: sentences about what the engine cannot express.
-    """
+    """An export."""
 
     folder: Path
-    engine: str
-    weights: str
+    engine: str  # the engine whose vectors were compared
+    weights: str  # the number type of its weights
     parity: Parity | None
-    notes: tuple[str, ...]
+    """Its vectors compared with those of torch; None if the engine is not installed."""
+    notes: tuple[str, ...]  # sentences about what the engine cannot express
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

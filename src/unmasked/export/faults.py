@@ -43,25 +43,17 @@ NOISE = 2e-6
 
 @dataclass(frozen=True)
 class Reading:
-    """One way from a text to a vector; the defaults are the right one.
+    """One way from a text to a vector; the defaults are the right one."""
 
-    Attributes:
-        closed: the causal mask is on.
-        pooled: ``text``, or what is pooled with it: ``BOS``, ``instruction`` or ``everything``.
-        mode: the pooling mode; empty for the folder's own.
-        ids: ``ours``; ``without BOS``; ``with EOS`` at the end.
-        cut: tokens after which an input is cut; 0 for where the folder cuts.
-        padding: ``left`` or ``right`` if the padding on that side is attended to, else empty.
-        dtype: the number type; empty for the reference's own.
-    """
-
-    closed: bool = False
+    closed: bool = False  # the causal mask is on
     pooled: str = "text"
-    mode: str = ""
-    ids: str = "ours"
-    cut: int = 0
+    """``text``, or what is pooled with it: ``BOS``, ``instruction`` or ``everything``."""
+    mode: str = ""  # the pooling mode; empty for the folder's own
+    ids: str = "ours"  # ``ours``; ``without BOS``; ``with EOS`` at the end
+    cut: int = 0  # tokens after which an input is cut; 0 for where the folder cuts
     padding: str = ""
-    dtype: str = ""
+    """``left`` or ``right`` if the padding on that side is attended to, else empty."""
+    dtype: str = ""  # the number type; empty for the reference's own
 
 
 RIGHT = Reading()
@@ -83,19 +75,12 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """What explains a difference.
+    """What explains a difference."""
 
-    Attributes:
-        reading: the reading whose vectors are nearest to the other program's.
-        faults: its mistakes in words; empty if none was found.
-        least: the minimum cosine between the other program's vectors and those of `reading`.
-        before: the same for the right reading.
-    """
-
-    reading: Reading
-    faults: tuple[str, ...]
-    least: float
-    before: float
+    reading: Reading  # the reading whose vectors are nearest to the other program's
+    faults: tuple[str, ...]  # its mistakes in words; empty if none was found
+    least: float  # the minimum cosine between the other program's vectors and those of `reading`
+    before: float  # the same for the right reading
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

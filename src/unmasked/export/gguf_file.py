@@ -33,22 +33,15 @@ FILE = "model.gguf"
 
 @dataclass(frozen=True)
 class Family:
-    """How llama.cpp computes a family of transformers.
+    """How llama.cpp computes a family of transformers."""
 
-    Attributes:
-        arch: llama.cpp's name for the architecture.
-        interleaved: whether its rotary positions pair neighbouring channels, so that the rows of
-            the query and key projections must be stored in another order.
-        shifted: whether it expects norm weights with 1 added to them.
-        windows: whether its sliding windows reach to both sides.
-        factors: whether rotary frequencies can be divided by a factor each.
-    """
-
-    arch: str
+    arch: str  # llama.cpp's name for the architecture
     interleaved: bool = False
-    shifted: bool = False
-    windows: bool = False
-    factors: bool = False
+    """Whether its rotary positions pair neighbouring channels, so that the rows of the query and
+    key projections must be stored in another order."""
+    shifted: bool = False  # whether it expects norm weights with 1 added to them
+    windows: bool = False  # whether its sliding windows reach to both sides
+    factors: bool = False  # whether rotary frequencies can be divided by a factor each
 
 
 FAMILIES = {

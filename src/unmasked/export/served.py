@@ -36,19 +36,12 @@ IN_TEI = ("gemma3_text", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class Key:
-    """A key that a loader reads.
+    """A key that a loader reads."""
 
-    Attributes:
-        file: its file in the folder.
-        name: the name of the key.
-        wanted: the value that the loader needs; None for any that is not empty.
-        why: what the loader does with it.
-    """
-
-    file: str
-    name: str
-    wanted: bool | None
-    why: str
+    file: str  # its file in the folder
+    name: str  # the name of the key
+    wanted: bool | None  # the value that the loader needs; None for any that is not empty
+    why: str  # what the loader does with it
 
 
 SENTENCE = "sentence_bert_config.json"

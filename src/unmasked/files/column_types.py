@@ -16,15 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from unmasked.files.hub import HUB, hub_rows
-from unmasked.files.readers import (
-    Cells,
-    absent,
-    fault_error,
-    half_a_file,
-    kind_of,
-    read,
-    where,
-)
+from unmasked.files.readers import Cells, absent, fault_error, half_a_file, kind_of, read, where
 
 if TYPE_CHECKING:
     import pyarrow as pa

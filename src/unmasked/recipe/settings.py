@@ -38,21 +38,13 @@ Field = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting, or a section of settings.
+    """One setting, or a section of settings."""
 
-    Attributes:
-        name: the full name, such as ``mntp.learning_rate``.
-        about: its description, in one line.
-        default: in YAML; empty if it must be given.
-        allowed: the allowed values, in words.
-        section: whether it is a section of settings.
-    """
-
-    name: str
-    about: str
-    default: str
-    allowed: str
-    section: bool
+    name: str  # the full name, such as ``mntp.learning_rate``
+    about: str  # its description, in one line
+    default: str  # in YAML; empty if it must be given
+    allowed: str  # the allowed values, in words
+    section: bool  # whether it is a section of settings
 
     @property
     def values(self) -> str:

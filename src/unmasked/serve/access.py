@@ -39,28 +39,22 @@ PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may ask for, and how texts are batched.
+    """What a client may ask for, and how texts are batched."""
 
-    Attributes:
-        body: maximum bytes per request.
-        inputs: maximum texts per request.
-        tokens: maximum tokens per text, if lower than the model's own limit.
-        truncate: cut longer texts if the request does not say what to do; else they are refused.
-        queue: maximum number of waiting texts; further requests are refused with status 429.
-        seconds: time limit of a request, from the end of its headers to the last byte of its
-            answer; and of the headers, from the first byte that the server waits for.
-        wait: seconds that a text may wait for others to join its batch, while requests are read.
-        batch_tokens: maximum tokens per forward pass; None for the default of the device.
-    """
-
-    body: int = 8 << 20
-    inputs: int = 2048
-    tokens: int | None = None
+    body: int = 8 << 20  # maximum bytes per request
+    inputs: int = 2048  # maximum texts per request
+    tokens: int | None = None  # maximum tokens per text, if lower than the model's own limit
     truncate: bool = False
+    """Cut longer texts if the request does not say what to do; else they are refused."""
     queue: int = 4096
+    """Maximum number of waiting texts; further requests are refused with status 429."""
     seconds: float = 60.0
+    """Time limit of a request, from the end of its headers to the last byte of its answer; and of
+    the headers, from the first byte that the server waits for."""
     wait: float = 0.002
+    """Seconds that a text may wait for others to join its batch, while requests are read."""
     batch_tokens: int | None = None
+    """Maximum tokens per forward pass; None for the default of the device."""
 
 
 class Keys:

@@ -29,24 +29,15 @@ _WINDOW = 2048
 
 
 class Hit(NamedTuple):
-    """A text that was found.
+    """A text that was found."""
 
-    Attributes:
-        score: its cosine similarity to the query.
-        row: its number in the corpus, from 0.
-        id: its id, if it has one.
-        file: the file that it is from, if that is known.
-        begin, end: the position of a passage in its document, in characters.
-        text: the text, or the passage, if it is known.
-    """
-
-    score: float
-    row: int
-    id: str | None = None
-    file: str | None = None
-    begin: int | None = None
+    score: float  # its cosine similarity to the query
+    row: int  # its number in the corpus, from 0
+    id: str | None = None  # its id, if it has one
+    file: str | None = None  # the file that it is from, if that is known
+    begin: int | None = None  # the position of a passage in its document, in characters
     end: int | None = None
-    text: str | None = None
+    text: str | None = None  # the text, or the passage, if it is known
 
 
 class VectorSearch:
