@@ -164,29 +164,14 @@ class Manifest:
                 start, length = done.line
                 old.seek(start)
                 file.write(old.read(length))
-            last = {"finished": True, "rows": self.rows, "skipped": self.skipped}
-            file.write(json_line(last | ({"cut": self.cut} if self.cut else {})))
+            rows, skipped, cut = map(self.total, ("rows", "skipped", "cut"))
+            last = {"finished": True, "rows": rows, "skipped": skipped}
+            file.write(json_line(last | ({"cut": cut} if cut else {})))
         self.finished = True
 
-    @property
-    def rows(self) -> int:
-        """The number of vectors in complete shards."""
-        return sum(done.rows for done in self.done.values())
-
-    @property
-    def documents(self) -> int:
-        """The number of texts in complete shards that have a vector, or several."""
-        return sum(done.documents for done in self.done.values())
-
-    @property
-    def cut(self) -> int:
-        """The number of texts in complete shards that were truncated."""
-        return sum(done.cut for done in self.done.values())
-
-    @property
-    def skipped(self) -> int:
-        """The number of rows in complete shards without a vector."""
-        return sum(done.skipped for done in self.done.values())
+    def total(self, of: str) -> int:
+        """The sum of one of the numbers of `WholeShard` over all complete shards."""
+        return sum(int(getattr(done, of)) for done in self.done.values())
 
 
 @contextmanager

@@ -87,7 +87,8 @@ def encode_folder(
         manifest.clear()
         manifest.begin(settings | _folder_settings(job), inputs)
         _fill(engine, job, manifest, stream, begin)
-        return Encoded(manifest.rows, width, manifest.skipped, manifest.cut)
+        total = manifest.total
+        return Encoded(total("rows"), width, total("skipped"), total("cut"))
 
 
 def _check_folder(source: Source, folder: Path, deletes_others: bool) -> None:
@@ -207,7 +208,7 @@ def _fill(
         rows = sum(stream.counts)
         wanted = range(place - 1, -(-rows // size), step)
         total = sum(min(size, rows - shard * size) for shard in wanted)
-    before, added = manifest.documents + manifest.skipped, False
+    before, added = manifest.total("documents") + manifest.total("skipped"), False
     progress = begin(before, total)
     todo = _unwritten(job, manifest, stream, wanted, reads_here=not engine.needs_counts)
     for entry in engine.shards(job, stream, todo, lambda n, tokens: progress(before + n, tokens)):

@@ -259,19 +259,14 @@ def _cells(job: CorpusJob, number: int, row: Row, passage: Passage) -> list[obje
 class RowWindow:
     """Rows of a corpus that are encoded together, counted from `first`.
 
-    Attributes:
-        rows: how many rows there are.
-        good: the rows without a fault, each with its number.
-        skipped: the rows without a vector.
-
     Raises:
         DataError: a row has a fault, and faults are not skipped.
     """
 
     def __init__(self, job: CorpusJob, first: int, rows: list[Row]) -> None:
         self.job, self.rows = job, len(rows)
-        self.skipped: Skipped = []
-        self.good: list[tuple[int, Row]] = []
+        self.skipped: Skipped = []  # the rows without a vector
+        self.good: list[tuple[int, Row]] = []  # number and row of those without a fault
         for number, row in enumerate(rows, start=first):
             if row.fault is None:
                 self.good.append((number, row))

@@ -27,7 +27,7 @@ from unmasked.checkpoint.folder import SETTINGS_NAME, read_settings
 from unmasked.checkpoint.location import locate
 from unmasked.errors import MissingExtraError, ModelError, UnmaskedError, first_line, unknown
 from unmasked.export.gguf_file import FILE
-from unmasked.export.graph import FILES, GraphRunner
+from unmasked.export.graph import FILES, load_graph
 from unmasked.text.special_tokens import prepare_tokenizer
 from unmasked.text.tokens import TextTokenizer
 
@@ -110,13 +110,8 @@ def graph_engine(folder: Path, kind: str) -> Engine:
     name = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[kind]
     tokens = saved_tokens(folder)
     with _failures_of(name):
-        runner = GraphRunner(tokens, kind, folder / FILES[kind])
-
-    def vectors(pairs: Pairs) -> np.ndarray:
-        with _failures_of(name):
-            return runner.vectors(pairs)
-
-    return Engine(name, vectors)
+        vectors = load_graph(tokens, kind, folder / FILES[kind])
+    return Engine(name, _failures_of(name)(vectors))
 
 
 def llama_engine(folder: Path) -> Engine:

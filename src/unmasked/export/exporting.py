@@ -25,7 +25,7 @@ from unmasked.errors import MissingExtraError, ModelError, UnmaskedError, unknow
 from unmasked.export.engines import MANIFEST, Engine, engine_of
 from unmasked.export.faults import Reader, Reading
 from unmasked.export.gguf_file import write_gguf
-from unmasked.export.graph import check_opset, write_graph
+from unmasked.export.graph import write_graph
 from unmasked.export.parity import LIMIT, LIMIT_OF_8_BITS, TEXTS, Parity, compare_vectors, shown
 from unmasked.export.served import check_keys
 from unmasked.files.writing import folder_aside
@@ -116,7 +116,7 @@ def export_model(
     return Exported(output, found.engine, weights, found.parity, found.notes)
 
 
-def _convert(encoder: LLM2Vec, to: str, folder: Path, weights: Any, opset: int | None) -> None:
+def _convert(encoder: LLM2Vec, to: Any, folder: Path, weights: Any, opset: int | None) -> None:
     """Replace the weights in a saved folder by the engine's file."""
     # Loaded again, because the encoder's own transformer runs packed attention.
     model, _ = loading.load_transformer(loading.find(folder), torch.float32, allow_partial=True)
@@ -124,10 +124,7 @@ def _convert(encoder: LLM2Vec, to: str, folder: Path, weights: Any, opset: int |
     if to == "gguf":
         write_gguf(folder, model, tokens, mode, weights)
     else:
-        kind: Any = to
-        path = write_graph(tokens, mode, model, kind, folder, weights, opset)
-        if to == "onnx":
-            check_opset(path, opset)
+        write_graph(tokens, mode, model, to, folder, weights, opset)
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         file.unlink()
 

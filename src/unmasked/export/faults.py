@@ -98,17 +98,13 @@ class Reader:
     Args:
         folder: the folder or hub name that it was loaded from, for a copy with the mask closed.
         inputs: N ``[instruction, text]`` pairs.
-
-    Attributes:
-        rows: their token rows in the right reading.
-        own: the encoder's pooling mode.
     """
 
     def __init__(self, encoder: TextEncoder, folder: str, inputs: Sequence[Any]) -> None:
         self.encoder = encoder
         self.own = encoder.settings.pooling_mode
         self._folder = folder
-        self.rows = encoder.backbone.tokenize_inputs(inputs)
+        self.rows = encoder.backbone.tokenize_inputs(inputs)  # in the right reading
         self._models: dict[tuple[bool, str], Backbone] = {}
         self._states: dict[Any, Tensor] = {}
 

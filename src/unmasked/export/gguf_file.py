@@ -72,7 +72,7 @@ SPLITTERS = {
 
 def write_gguf(
     folder: Path, model: Any, tokens: TextTokenizer, mode: str, weights: Literal["float16", "int8"]
-) -> Path:
+) -> None:
     """Write ``model.gguf`` into a saved folder.
 
     Args:
@@ -91,8 +91,7 @@ def write_gguf(
     if mode not in POOLING:
         raise ModelError(unknown("pooling mode for llama.cpp", mode, POOLING))
     family = _family(model)
-    path = folder / FILE
-    writer = gguf.GGUFWriter(path, family.arch)
+    writer = gguf.GGUFWriter(folder / FILE, family.arch)
     _add_shape(writer, model, tokens.max_length, family)
     writer.add_causal_attention(False)
     writer.add_pooling_type(gguf.PoolingType(POOLING[mode]))
@@ -116,7 +115,6 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _family(model: Any) -> Family:

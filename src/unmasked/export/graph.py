@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
@@ -42,8 +42,7 @@ READ_ONLY = 2
 """Value in the attention mask of a token that is attended to but not pooled."""
 FILES = {"onnx": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml"}
 """Where stock sentence-transformers looks for a graph in a folder."""
-
-
+ROWS = 8  # rows of a batch when a written graph is run
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 """Packages of the extra ``export`` for each kind of graph; 8-bit weights also need ``nncf``."""
 
@@ -115,10 +114,10 @@ def write_graph(
     model: Any,
     kind: Literal["onnx", "openvino"],
     folder: Path,
-    weights: Weights = "float32",
-    opset: int | None = None,
-) -> Path:
-    """Trace an encoder and write its graph; returns the file.
+    weights: Weights,
+    opset: int | None,
+) -> None:
+    """Trace an encoder and write its graph.
 
     Args:
         tokens, mode: how texts become ids, and how states are pooled.
@@ -156,7 +155,8 @@ def write_graph(
     path = folder / FILES[kind]
     path.parent.mkdir(parents=True)
     exporter.save_program(exported.program, path)
-    return path
+    if kind == "onnx" and opset is not None:
+        _check_written(path, opset)
 
 
 def require_packages(*names: str) -> None:
@@ -197,7 +197,7 @@ def _check_known(opset: int | None) -> None:
         raise ModelError(f"ONNX opset {opset}: onnx here knows {OPSET} to {newest}. {OTHER_OPSET}")
 
 
-def check_opset(path: Path, opset: int | None) -> None:
+def _check_written(path: Path, opset: int) -> None:
     """Refuse a graph of a lower opset than was asked for.
 
     The converter does not know every opset that onnx knows. For one that it does not know, it logs
@@ -207,30 +207,29 @@ def check_opset(path: Path, opset: int | None) -> None:
 
     graph = onnx.load(path, load_external_data=False)
     written = max(item.version for item in graph.opset_import if item.domain == "")
-    if opset is not None and written < opset:
+    if written < opset:
         raise ModelError(
             f"ONNX opset {opset}: the converter wrote one of {written}, as it does not know "
             f"{opset}. {OTHER_OPSET}"
         )
 
 
-class GraphRunner:
-    """Runs a written graph on the CPU."""
+def load_graph(
+    tokens: TextTokenizer, kind: str, path: Path
+) -> Callable[[Sequence[tuple[str, str]]], np.ndarray]:
+    """A function that runs a written graph, on the CPU, for (N, D) vectors of N pairs."""
+    require_packages(PACKAGES[kind][-1])
+    run = _onnx_session(path) if kind == "onnx" else _openvino_request(path)
 
-    def __init__(self, tokens: TextTokenizer, kind: str, path: Path) -> None:
-        self._tokens = tokens
-        require_packages(PACKAGES[kind][-1])
-        self._run = _onnx_session(path) if kind == "onnx" else _openvino_request(path)
-
-    def vectors(self, pairs: Sequence[tuple[str, str]], rows_at_once: int = 8) -> np.ndarray:
-        """(N, D) vectors of N ``(instruction, text)`` pairs, in padded batches of neighbours."""
-        texts, prompts = split_pairs([list(pair) for pair in pairs], self._tokens.join)
-        rows = self._tokens(texts, prompts)
-        found = []
-        for start in range(0, len(rows), rows_at_once):
-            inputs = graph_inputs(self._tokens, rows[start : start + rows_at_once])
-            found.append(self._run({name: value.numpy() for name, value in inputs.items()}))
+    def vectors(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        texts, prompts = split_pairs([list(pair) for pair in pairs], tokens.join)
+        rows, found = tokens(texts, prompts), []
+        for start in range(0, len(rows), ROWS):  # padded batches of neighbours
+            inputs = graph_inputs(tokens, rows[start : start + ROWS])
+            found.append(run({name: value.numpy() for name, value in inputs.items()}))
         return np.concatenate(found).astype(np.float32)
+
+    return vectors
 
 
 def _onnx_session(path: Path) -> Any:

@@ -135,7 +135,9 @@ def _folder(path: Path) -> StoredVectors:
     header: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
     for manifest in sorted(path.glob("_manifest*.jsonl")):
-        whole = enumerate(_whole_lines(manifest))
+        written = manifest.read_bytes().splitlines(keepends=True)
+        # Not the last one if a run was killed, or is still active, while writing it.
+        whole = enumerate(line for line in written if line.endswith(b"\n"))
         lines = [manifest_entry(manifest, line, first=i == 0) for i, line in whole]
         header = lines[0] if lines else {}
         entries += [line for line in lines[1:] if "shard" in line]
@@ -190,12 +192,6 @@ def _opened(
     width = given if isinstance(given, int) and packed - 8 < given <= packed else packed
     known = read_ranges(ranges, width) if precision == "int8" else None
     return StoredVectors(name, blocks, precision, width, columns, known, settings, inputs)
-
-
-def _whole_lines(manifest: Path) -> list[bytes]:
-    """The lines without the last one if a run was killed, or is still active, while writing it."""
-    lines = manifest.read_bytes().splitlines(keepends=True)
-    return [line for line in lines if line.endswith(b"\n")]
 
 
 def _not_stored(found: str) -> DataError:
