@@ -25,8 +25,7 @@ from rich.text import Text
 
 from unmasked.files.readers import fault_error, read_txt, where
 
-PLAIN_EVERY = 5.0
-"""Seconds between two progress lines if stderr is not a terminal."""
+PLAIN_EVERY = 5.0  # seconds between two progress lines if stderr is not a terminal
 
 
 def _console(stderr: bool) -> Console:

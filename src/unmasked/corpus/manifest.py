@@ -26,8 +26,7 @@ from unmasked.errors import OutputError
 from unmasked.files.writing import locked_by_one, not_written, written_aside
 
 FORMAT = 1
-Part = tuple[int, int]
-"""(i, n): the i-th of n machines, counted from 1."""
+Part = tuple[int, int]  # (i, n): the i-th of n machines, counted from 1
 _OURS = ("part-", ".part-", "_manifest", "._manifest", "_ranges", "._ranges")
 """Beginnings of the names of all files in a folder of shards."""
 

@@ -17,10 +17,8 @@ import numpy as np
 from unmasked.errors import DataError
 
 OUTPUTS = (".npy", ".parquet", ".safetensors")
-SAID = "unmasked"
-"""Key of the settings that one file has in its metadata, as JSON."""
-Columns = Sequence[Sequence[object]]
-"""Values of the columns beside the vectors, N per column."""
+SAID = "unmasked"  # key of the settings that one file has in its metadata, as JSON
+Columns = Sequence[Sequence[object]]  # values of the columns beside the vectors, N per column
 
 
 def make_writer(

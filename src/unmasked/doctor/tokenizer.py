@@ -28,8 +28,7 @@ SAMPLES = {
     "필요하지 않은 책은 다른 사람이 읽을 수 있도록 반납해 주세요.",
 }
 """The same few sentences of everyday prose in each language."""
-POOR = 1.0
-"""From this many tokens per character on, a tokenizer splits the letters of a language."""
+POOR = 1.0  # from this many tokens per character on, a tokenizer splits the letters of a language
 
 
 def describe(tokens: TextTokenizer, prompts: dict[str, str]) -> Facts:

@@ -21,10 +21,8 @@ from unmasked.errors import DataError, unknown
 from unmasked.evaluate.bootstrap import Interval, TaskResult, interval, paired_difference
 from unmasked.recipe.schema import BEFORE, CAUSAL
 
-COMMAND = "command.txt"
-"""The file in a run folder with the command that made it."""
-MACHINE = "machine.txt"
-"""The file in a run folder that describes the machine it ran on."""
+COMMAND = "command.txt"  # the file in a run folder with the command that made it
+MACHINE = "machine.txt"  # the file in a run folder that describes the machine it ran on
 
 
 @dataclass(frozen=True)

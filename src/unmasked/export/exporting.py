@@ -39,8 +39,7 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "tei": ("float16", "float32"),
 }
 """The number types that each format can have, its default first."""
-POOLS_ALL = ("gguf", "vllm", "tei")
-"""Formats whose engines pool every token of an input."""
+POOLS_ALL = ("gguf", "vllm", "tei")  # formats whose engines pool every token of an input
 
 
 class DifferentVectorsError(UnmaskedError):

@@ -33,12 +33,10 @@ from unmasked.mask.opening import NATIVE_KEY
 from unmasked.model import TextEncoder
 from unmasked.text.tokens import TokenRow
 
-BETTER = 0.75
-"""A mistake is adopted if at most this share of the difference remains with it."""
+BETTER = 0.75  # a mistake is adopted if at most this share of the difference remains with it
 CUTS = (8, 16, 32, 64, 77, 128, 256, 384, 512, 1024, 2048, 4096)
 """Lengths in tokens at which programs commonly cut an input."""
-NOISE = 2e-6
-"""Differences (1 - cosine) below this come from other kernels and are no mistake."""
+NOISE = 2e-6  # differences (1 - cosine) below this come from other kernels and are no mistake
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,7 @@ FAMILIES = {
 """Model type in transformers → the family in llama.cpp."""
 POOLING = {"mean": 1, "bos_token": 2, "last_token": 3, "eos_token": 3}
 """Our pooling modes that llama.cpp supports → its numbers for them."""
-NORMAL, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = range(1, 7)
-"""The token types of a GGUF file."""
+NORMAL, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = range(1, 7)  # the token types of a GGUF file
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -33,13 +33,11 @@ from unmasked.text.inputs import split_pairs
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
 Weights = Literal["float32", "float16", "int8"]
-OPSET = 18
-"""The ONNX opset that graphs are traced with, from which the converter makes others."""
+OPSET = 18  # the ONNX opset that graphs are traced with, from which the converter makes others
 OTHER_OPSET = (
     f"Fix: leave out --opset, for the newest that the converter writes, or --opset {OPSET}."
 )
-READ_ONLY = 2
-"""Value in the attention mask of a token that is attended to but not pooled."""
+READ_ONLY = 2  # value in the attention mask of a token that is attended to but not pooled
 FILES = {"onnx": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml"}
 """Where stock sentence-transformers looks for a graph in a folder."""
 ROWS = 8  # rows of a batch when a written graph is run

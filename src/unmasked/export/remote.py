@@ -23,8 +23,7 @@ from unmasked.errors import DataError, first_line, unknown
 
 KEY = "UNMASKED_API_KEY"
 SECONDS = 300.0  # time limit of a request
-PATHS = {"openai": "/v1/embeddings", "tei": "/embed"}
-"""API → the path to which texts are sent."""
+PATHS = {"openai": "/v1/embeddings", "tei": "/embed"}  # API → the path to which texts are sent
 
 
 class Refused(DataError):

@@ -28,8 +28,7 @@ FLAGS = {
     "eos_token": "pooling_mode_lasttoken",
 }
 """Pooling mode → its flag in the pooling config; both programs support these modes."""
-CAUSAL_IN_TEI = ("mistral",)
-"""Families that TEI always runs with the causal mask."""
+CAUSAL_IN_TEI = ("mistral",)  # families that TEI always runs with the causal mask
 IN_TEI = ("gemma3_text", "qwen2", "qwen3")
 """Families that TEI runs with the mask open; of all others it can only run the ONNX graph."""
 

@@ -26,8 +26,7 @@ from unmasked.export.remote import Refused, VectorServer
 
 BATCHED = 0.9999
 """If the vectors of a text alone and in a batch have a lower cosine, they depend on the batch."""
-UNIT = 1e-2
-"""Largest difference between 1 and the length of a vector that counts as normalised."""
+UNIT = 1e-2  # largest difference between 1 and the length of a vector that counts as normalised
 
 Ask = Callable[[Sequence[tuple[str, str]]], np.ndarray]
 

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _ROWS = 1024
-_EXACT = 1 << 53
-"""Whole numbers up to this limit are exact in float64."""
+_EXACT = 1 << 53  # whole numbers up to this limit are exact in float64
 _NO_TYPE = (ValueError, TypeError, OverflowError, NotImplementedError)
 """What Arrow (whose errors derive from these) and `_merged` raise if there is no common type."""
 

@@ -17,10 +17,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-LOOKED_AT = 4096
-"""Bytes at the beginning of a file that are examined."""
-Fault = tuple[str, str]
-"""What is wrong with a row or a file, and how to correct it."""
+LOOKED_AT = 4096  # bytes at the beginning of a file that are examined
+Fault = tuple[str, str]  # what is wrong with a row or a file, and how to correct it
 _BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",

@@ -20,8 +20,7 @@ from unmasked.errors import DataError, MissingExtraError, no_such_path
 from unmasked.files.content import LOOKED_AT, Fault, file_fault, row_fault
 from unmasked.files.readers import Cells
 
-PREFIX = "documents:"
-"""The prefix of a folder, or a file, whose files are one text each."""
+PREFIX = "documents:"  # the prefix of a folder, or a file, whose files are one text each
 DOCUMENT_KINDS = (".txt", ".md", ".markdown", ".rst", ".html", ".htm", ".pdf", ".docx")
 _LIBRARIES = {".pdf": "pypdf", ".docx": "docx"}
 _PACKAGES = {"docx": "python-docx"}  # the package, if it has another name than its module

@@ -11,8 +11,7 @@ from typing import Any
 
 from unmasked.errors import DataError
 
-HUB = "hf:"
-"""The prefix of data sets on the hub: ``hf:OWNER/NAME``, ``hf:OWNER/NAME:SUBSET:SPLIT``."""
+HUB = "hf:"  # the prefix of data sets on the hub: ``hf:OWNER/NAME``, ``hf:OWNER/NAME:SUBSET:SPLIT``
 
 
 def hub_parts(path: str) -> tuple[str, ...]:

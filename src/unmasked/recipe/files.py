@@ -19,12 +19,9 @@ from unmasked.recipe.teaching import named_teacher
 
 logger = logging.getLogger(__name__)
 
-Place = tuple[str | int, ...]
-"""The path of a key: ``("supervised", "data", 0, "path")``."""
-_DEEPEST = 4
-"""The number of levels of keys whose lines are looked up."""
-_COMMA = re.compile(r",(?![^()]*\))")
-"""A comma between values, not one inside of ``MTEB(kor, v2)``."""
+Place = tuple[str | int, ...]  # the path of a key: ``("supervised", "data", 0, "path")``
+_DEEPEST = 4  # the number of levels of keys whose lines are looked up
+_COMMA = re.compile(r",(?![^()]*\))")  # a comma between values, not one inside of ``MTEB(kor, v2)``
 _COMMA_OF_PAIRS = re.compile(r",(?!\s*\w+=)")
 """A comma between data sets, not one between the columns of ``FILE:query=a,positive=b``."""
 

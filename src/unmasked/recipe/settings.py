@@ -32,8 +32,7 @@ _KINDS = {
     "array": "a list",
     "null": "null",
 }
-Field = Mapping[str, Any]
-"""A field of the schema, in JSON Schema."""
+Field = Mapping[str, Any]  # a field of the schema, in JSON Schema
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ KEYS_VARIABLE = "UNMASKED_API_KEYS"
 OPEN = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
 """Paths that need no key: they reveal nothing about the models or about other requests."""
 
-PIECE = 1 << 16
-"""Bytes that are sent before the server checks whether the client still reads."""
+PIECE = 1 << 16  # bytes that are sent before the server checks whether the client still reads
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,9 @@ from unmasked.text.tokens import TokenRow
 
 logger = logging.getLogger(__name__)
 
-Compute = Callable[[Sequence[TokenRow]], np.ndarray]
-"""Vectors (N, D) of N rows of ids."""
+Compute = Callable[[Sequence[TokenRow]], np.ndarray]  # vectors (N, D) of N rows of ids
 
-SICK = 5
-"""After this many failed texts in a row, ``/health`` reports that a restart is needed."""
+SICK = 5  # after this many failed texts in a row, ``/health`` reports that a restart is needed
 
 
 class DeviceThread:

@@ -25,8 +25,7 @@ from unmasked.text.tokens import TokenRow
 
 T = TypeVar("T")
 
-THREADS = 4
-"""Threads that check bodies, tokenise and write answers."""
+THREADS = 4  # threads that check bodies, tokenise and write answers
 
 SMALL = 4096
 """An answer with at most this many numbers is written in the event loop, without a thread."""

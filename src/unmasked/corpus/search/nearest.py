@@ -19,10 +19,8 @@ from unmasked.corpus.search.stored_files import StoredVectors
 from unmasked.forward.nearest import best_scores
 from unmasked.forward.nearest.best_scores import Best, BestScores, add_products
 
-BLOCK = 16384
-"""Vectors per block."""
-RESCORED = 32
-"""For each bit vector that is requested, this many are scored again."""
+BLOCK = 16384  # vectors per block
+RESCORED = 32  # for each bit vector that is requested, this many are scored again
 
 
 def nearest_vectors(stored: StoredVectors, queries: np.ndarray, count: int) -> Best:

@@ -41,13 +41,10 @@ from unmasked.model import TextEncoder
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import BEFORE, CAUSAL, Pairs, Recipe
 
-FEWEST = 10
-"""Minimum number of texts for a map."""
-SECONDS = "steps_runtime"
-"""Key of a line of metrics: the seconds that its steps took."""
+FEWEST = 10  # minimum number of texts for a map
+SECONDS = "steps_runtime"  # key of a line of metrics: the seconds that its steps took
 
-Save = Callable[[str, Any], str]
-"""Writes a figure under a name, and returns its SVG for the page."""
+Save = Callable[[str, Any], str]  # writes a figure under a name, and returns its SVG for the page
 
 
 def write_report(

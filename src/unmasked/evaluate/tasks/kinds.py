@@ -20,8 +20,7 @@ import numpy as np
 from unmasked.evaluate.bootstrap import PAIR_METRICS, TaskResult, metric_values
 from unmasked.evaluate.tasks.task_vectors import Encode, encoded, most_similar, norms
 
-TextsByRole = Mapping[Any, Sequence[str]]
-"""Texts under "query" and "document", or all under None."""
+TextsByRole = Mapping[Any, Sequence[str]]  # texts under "query" and "document", or all under None
 
 DEPTH = 10  # documents of a ranking that metrics look at
 SEED = 42  # this and the numbers below are mteb's

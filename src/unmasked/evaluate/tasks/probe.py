@@ -46,8 +46,7 @@ _CONLLU = {1: "form", 3: "upos", 4: "xpos", 7: "deprel"}
 _MOST_LABELS = 1000
 _SPAN = re.compile(r"O|[BIES]-.+")
 
-Labels = list[list[str]]
-"""One column's labels of the words of each sentence."""
+Labels = list[list[str]]  # one column's labels of the words of each sentence
 Sentence = tuple[list[str], list[list[str]]]
 """The words of a sentence, and for each column the labels of the words."""
 

@@ -41,8 +41,7 @@ INSTRUCTIONS: dict[str, str] = json.loads(
     (files("unmasked.evaluate.tasks") / "instructions.json").read_text(encoding="utf-8")
 )
 """Task name → instruction: first the paper's, then mteb's of Korean tasks."""
-PART, AND = ":", "+"
-"""Separate a benchmark from some of its tasks: ``MTEB(eng, v1):STS12+SciFact``."""
+PART, AND = ":", "+"  # separate a benchmark from some of its tasks: ``MTEB(eng, v1):STS12+SciFact``
 _VARIANT = re.compile(r"(HardNegatives|Retrieval|Summarization)?(\.v\d+)?$")
 
 

@@ -13,8 +13,7 @@ from typing import Any
 from unmasked.evaluate.tasks import kinds
 from unmasked.evaluate.tasks.task_files import load_task
 
-WORDS = "words:"
-"""Prefix of the path of a task on words."""
+WORDS = "words:"  # prefix of the path of a task on words
 _FILE = re.compile(r"[/\\]|\.[a-z]+$")  # a name like this is a path, even if there is no such file
 LEFT_OUT = {"id", "_id", "query-id", "corpus-id", "label", "labels", "lang", "language"}
 """Columns of public tasks that have no texts."""
