@@ -71,6 +71,7 @@ ELSEWHERE = {
     "export/verifying.py: raise DataError(f'every text was refused. {notes[0]}')": (
         "what the server answered"
     ),
+    "files/writing.py: raise OutputError(taken) from error": "each caller's own fix",
     "recipe/files.py: raise RecipeError('\\n'.join([*problems, *_explained_by(error, problems)])) "
     "from None": "the last line says which command explains the settings",
     "serve/served_model.py: raise Refusal(400, str(error), 'invalid_input') from None": (

@@ -198,7 +198,7 @@ def test_bad_paths(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "pairs.csv").touch()
     for path, message in (
         (tiny, "qrels/test.tsv is missing"),
-        (tmp_path / "absent.tsv", "no such file"),
+        (tmp_path / "absent.tsv", "is not a file or folder"),
         (tmp_path / "pairs.csv", "'.csv' given"),
     ):
         with pytest.raises(DataError, match=message):
