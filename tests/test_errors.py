@@ -68,6 +68,8 @@ ELSEWHERE = {
         "a worker's own error"
     ),
     "evaluate/scorer.py: raise DataError(f'task {name}: {error}') from error": "the task's error",
+    "export/exporting.py: raise DifferentVectorsError(f'{found.engine} could not be compared: "
+    "{found.notes[-1]}, or --accept, to keep the export all the same.')": "how to install it",
     "export/verifying.py: raise DataError(f'every text was refused. {notes[0]}')": (
         "what the server answered"
     ),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -112,7 +112,7 @@ def export_model(
         manifest |= found.as_dict() | {"accepted": accept}
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return Exported(output, found.engine, weights, found.parity, found.notes)
+    return replace(found, folder=output)
 
 
 def _convert(encoder: LLM2Vec, to: Any, folder: Path, weights: Any, opset: int | None) -> None:
@@ -189,13 +189,12 @@ def _require_parity(found: Exported) -> None:
     """Raise `DifferentVectorsError` unless the vectors were compared and are the same."""
     if found.parity is not None and found.parity.same:
         return
-    notes = "".join(f" Note: {note.rstrip('.')}." for note in found.notes)
     if found.parity is None:  # the last note says how to install the engine
-        why, _, install = notes.rstrip(".").rpartition("Fix: ")
         raise DifferentVectorsError(
-            f"{found.engine} could not be compared.{why}Fix: {install}, or --accept, to keep the "
+            f"{found.engine} could not be compared: {found.notes[-1]}, or --accept, to keep the "
             "export all the same."
         )
+    notes = "".join(f" Note: {note.rstrip('.')}." for note in found.notes)
     low = min(zip(found.parity.cosines, found.parity.texts, strict=True))[1]
     raise DifferentVectorsError(
         f"{found.engine} gives other vectors: least cosine {found.parity.least:.6f}, allowed "

@@ -18,6 +18,7 @@ import logging
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,10 @@ def _load_pairs(path: Path, layout: tuple[str, ...]) -> kinds.PairTask:
 
 def _as_score(path: Path, labels: Sequence[str]) -> str:
     """The fix for labels that are neither 0 nor 1, which may be similarity scores."""
-    try:
-        numbers = [float(label) for label in labels]
-    except ValueError:
-        return "write 1 for a match and 0 for none"
-    if len({*numbers}) <= 2:
+    numbers = set[float]()
+    with suppress(ValueError):
+        numbers = {float(label) for label in labels}
+    if len(numbers) <= 2:
         return "write 1 for a match and 0 for none"
     command = shlex.join(["sed", "-i", "1s/label/score/", str(path)])
     return (
