@@ -73,21 +73,18 @@ def convert(
 
     Stock sentence-transformers loads the folder and gives the same vectors.
     """
-    with terminal.loading(f"loading {model}"):
-        from unmasked.compat.llm2vec import LLM2Vec
-
-        encoder = LLM2Vec.from_pretrained(
-            model,
-            list(peft or []),
-            enable_bidirectional=True,  # even for an encoder that was saved with its mask closed
-            pooling_mode=pooling,
-            max_length=max_length,
-            skip_instruction=False if include_instruction else None,
-            dtype=dtype,
-            attn_implementation=attention,
-            allow_partial=allow_partial,
-            layers=layers,
-        )
+    encoder = terminal.load_encoder(
+        model,
+        peft_model_name_or_path=list(peft or []),
+        enable_bidirectional=True,  # even for an encoder that was saved with its mask closed
+        pooling_mode=pooling,
+        max_length=max_length,
+        skip_instruction=False if include_instruction else None,
+        dtype=dtype,
+        attn_implementation=attention,
+        allow_partial=allow_partial,
+        layers=layers,
+    )
     terminal.show(encoder.report.summary())
     with terminal.waiting("saving"):
         encoder.save(output)
@@ -231,12 +228,8 @@ def search(
     if stored is None and texts is not None:
         raise DataError(f"--texts goes with vectors, but {where} holds texts. Fix: leave it out.")
     encoded_with = stored.settings if stored is not None else {}
-    with terminal.loading(f"loading {model}"):
-        from unmasked.compat.llm2vec import LLM2Vec
-
-        dtype = dtype or encoded_with.get("dtype", "auto")
-        quantize = encoded_with.get("quantize")
-        encoder = LLM2Vec.from_pretrained(model, dtype=dtype, quantize=quantize)
+    dtype, quantize = dtype or encoded_with.get("dtype", "auto"), encoded_with.get("quantize")
+    encoder = terminal.load_encoder(model, dtype=dtype, quantize=quantize)
     prompts = {"prompt": prompt, "prompt_name": prompt_name}
     if stored is None:
         source = Source(documents(where, whole_files), text_column)

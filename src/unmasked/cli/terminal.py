@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -24,6 +25,9 @@ from rich.table import Table
 from rich.text import Text
 
 from unmasked.files.readers import fault_error, read_txt, where
+
+if TYPE_CHECKING:
+    from unmasked.compat.llm2vec import LLM2Vec
 
 PLAIN_EVERY = 5.0  # seconds between two progress lines if stderr is not a terminal
 
@@ -125,6 +129,14 @@ def loading(text: str) -> Iterator[None]:
     with waiting(text):
         quiet_libraries()
         yield
+
+
+def load_encoder(model: str, **options: Any) -> LLM2Vec:
+    """`LLM2Vec.from_pretrained`, with a spinner."""
+    with loading(f"loading {model}"):
+        from unmasked.compat.llm2vec import LLM2Vec
+
+        return LLM2Vec.from_pretrained(model, **options)
 
 
 def quiet_libraries() -> None:

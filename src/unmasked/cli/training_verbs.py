@@ -194,11 +194,9 @@ def mine(
     (pairs,) = stage.data
     if instruction:
         pairs = pairs.model_copy(update={"instruction": [instruction]})
-    with terminal.loading(f"loading {model}"):
-        from unmasked.compat.llm2vec import LLM2Vec
-        from unmasked.train.mining.mining import mine
+    encoder = terminal.load_encoder(model)
+    from unmasked.train.mining.mining import mine
 
-        encoder = LLM2Vec.from_pretrained(model)
     settings: dict[str, Any] = {"negatives": negatives, "skip": skip, "depth": depth}
     with terminal.Line() as line:
         settings |= {"tell": terminal.say, "progress": line.counted}

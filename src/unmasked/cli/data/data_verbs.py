@@ -63,15 +63,11 @@ def check_files(
     stage = make_recipe(settings).supervised
     assert stage is not None
     with terminal.loading("loading the libraries"):
-        from unmasked.compat.llm2vec import LLM2Vec
         from unmasked.train.checking.checking import check_data, removed_of
     if write is not None:
         check_new(removed_of(write))
     tests = {task: texts_of_task(task) for task in against or []}
-    encoder = None
-    if model is not None:
-        with terminal.loading(f"loading {model}"):
-            encoder = LLM2Vec.from_pretrained(model)
+    encoder = None if model is None else terminal.load_encoder(model)
     options: dict[str, Any] = {"similarity": similarity, "margin": margin, "write": write}
     with terminal.Line() as line:
         line.begin("rows")
