@@ -78,7 +78,6 @@ class Explanation:
     reading: Reading  # the reading whose vectors are nearest to the other program's
     faults: tuple[str, ...]  # its mistakes in words; empty if none was found
     least: float  # the minimum cosine between the other program's vectors and those of `reading`
-    before: float  # the same for the right reading
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -216,7 +215,6 @@ def explain_difference(
         return float(np.exp(np.log(1 - all_cosines(reading) + NOISE).mean()))
 
     best, least = RIGHT, distance(RIGHT)
-    before = float(all_cosines(RIGHT).min())
     for _ in range(4):
         tried = {reading: distance(reading) for reading in _neighbours(best, reader, batched)}
         nearest = min(tried, key=lambda reading: (round(tried[reading], 7), _mistakes(reading)))
@@ -227,7 +225,7 @@ def explain_difference(
         simpler = replace(best, **{field.name: getattr(RIGHT, field.name)})
         if simpler != best and distance(simpler) <= 1.1 * least:
             best = simpler
-    return Explanation(best, _said(best, reader.own), float(all_cosines(best).min()), before)
+    return Explanation(best, _said(best, reader.own), float(all_cosines(best).min()))
 
 
 def _neighbours(now: Reading, reader: Reader, batched: np.ndarray | None) -> Iterable[Reading]:
