@@ -244,11 +244,7 @@ def longest_input(model: str, *lengths: int) -> list[int]:
 
 
 def count_tokens(model: str, data: Sequence[str]) -> tuple[int, int]:
-    """The number of distinct texts in training files, and of their tokens.
-
-    Raises:
-        DataError: a file does not exist or cannot be read.
-    """
+    """The number of distinct texts in training files, and of their tokens."""
     from unmasked.checkpoint.loading import load_tokenizer
     from unmasked.text.special_tokens import prepare_tokenizer
     from unmasked.text.tokens import TextTokenizer

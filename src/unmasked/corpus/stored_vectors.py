@@ -178,11 +178,7 @@ class Encoding:
         return vectors
 
     def measure_ranges(self, model: TextEncoder, texts: list[str], window: int) -> np.ndarray:
-        """(2, D) float32: the smallest and the largest value of each dimension over some texts.
-
-        Raises:
-            DataError: no text has a finite vector.
-        """
+        """(2, D) float32: the smallest and the largest value of each dimension over some texts."""
         starts = range(0, len(texts) or 1, window)  # at least one window, even if it is empty
         encoded = self(model, (texts[i : i + window] for i in starts))
         vectors = np.concatenate([vectors for _, vectors in encoded])

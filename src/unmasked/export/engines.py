@@ -49,7 +49,7 @@ def engine_of(folder: Path) -> Engine:
     """The engine of a folder.
 
     Raises:
-        ModelError: it is not a folder, or its format is not known.
+        ModelError: it is not a folder, its format is not known, or its engine cannot run it.
         MissingExtraError: its engine is not installed.
     """
     if not folder.is_dir():
@@ -102,11 +102,7 @@ def _failures_of(engine: str) -> Iterator[None]:
 
 
 def graph_engine(folder: Path, kind: str) -> Engine:
-    """ONNX Runtime or OpenVINO.
-
-    Raises:
-        ModelError: the engine cannot run the graph.
-    """
+    """ONNX Runtime or OpenVINO."""
     name = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[kind]
     tokens = saved_tokens(folder)
     with _failures_of(name):
@@ -115,11 +111,7 @@ def graph_engine(folder: Path, kind: str) -> Engine:
 
 
 def llama_engine(folder: Path) -> Engine:
-    """llama.cpp, with no settings but those of the file.
-
-    Raises:
-        MissingExtraError: llama-cpp-python is not installed.
-    """
+    """llama.cpp, with no settings but those of the file."""
     try:
         llama: Any = import_module("llama_cpp").Llama
     except ImportError as error:
@@ -141,11 +133,7 @@ def llama_engine(folder: Path) -> Engine:
 
 
 def stock_engine(folder: Path) -> Engine:
-    """Stock sentence-transformers, with the instruction given as its prompt.
-
-    Raises:
-        ModelError: the folder has no encoder, or cannot be loaded.
-    """
+    """Stock sentence-transformers, with the instruction given as its prompt."""
     from sentence_transformers import SentenceTransformer
 
     if not (folder / "modules.json").is_file():

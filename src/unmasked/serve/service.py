@@ -95,11 +95,7 @@ class Service:
         return self.models[name]
 
     def prepare(self, kind: type[Asked], body: bytes, inputs: Inputs[Asked]) -> Prepared[Asked]:
-        """Check a body and tokenise its texts; runs in a worker thread.
-
-        Raises:
-            Refusal: the body is invalid or exceeds a limit.
-        """
+        """Check a body and its limits, and tokenise its texts; runs in a worker thread."""
         asked = parse(kind, body)
         model, given = self.find(asked.model), inputs(asked)
         field = "input" if "input" in kind.model_fields else "inputs"

@@ -112,11 +112,7 @@ class TextQueue:
                 self._changed.notify()
 
     def put(self, model: str, job: Job) -> None:
-        """Add the texts of a request.
-
-        Raises:
-            Refusal: too many texts are waiting already.
-        """
+        """Add the texts of a request, unless `check_room` refuses it."""
         with self._changed:
             self.check_room(len(job.rows))
             tag = self._clock

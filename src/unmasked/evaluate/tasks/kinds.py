@@ -52,11 +52,7 @@ class Task:
     kind: ClassVar[str]
 
     def score(self, encode: Encode) -> TaskResult:
-        """Score an encoder; the first metric of the result is the one to report.
-
-        Raises:
-            DataError: a vector is not finite.
-        """
+        """Score an encoder; the first metric of the result is the one to report."""
         items = self.per_item(encode)
         return TaskResult(self.name, {name: float(v.mean()) for name, v in items.items()}, items)
 

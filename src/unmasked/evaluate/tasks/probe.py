@@ -61,11 +61,7 @@ class WordTask:
     test: list[Sentence]
 
     def score(self, model: Any) -> TaskResult:
-        """Accuracy, and F1 of spans, for each column and state; uses the model's `encode_words`.
-
-        Raises:
-            DataError: a vector is not finite.
-        """
+        """Accuracy, and F1 of spans, for each column and state; uses the model's `encode_words`."""
         found, train = TaskResult(self.name, {}, {}), self._sample()
         for suffix, previous in STATES.items():
             known, tested = (_vectors(model, part, previous) for part in (train, self.test))
