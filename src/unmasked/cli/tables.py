@@ -89,15 +89,8 @@ def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:
         [f"{r.task}.{r.metric}", r.encoder, *_score_cells(r.score), *_gain_cells(r.gain)]
         for r in rows
     ]
-    columns = [
-        "metric",
-        "encoder",
-        "score",
-        "95 % interval",
-        "gain over it",
-        "95 % interval",
-        "verdict",
-    ]
+    columns = ["metric", "encoder", "score", "95 % interval"]
+    columns += ["gain over it", "95 % interval", "verdict"]
     show_table(columns, cells, [i for i, row in enumerate(rows) if row.encoder == first])
 
 

@@ -11,16 +11,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from unmasked.cli import terminal
-from unmasked.cli.options import (
-    MODEL,
-    OVERRIDES,
-    RECIPE,
-    check_new,
-    check_new_rows,
-    check_parent,
-    complete_recipe,
-)
+from unmasked.cli import options, terminal
 from unmasked.errors import MissingExtraError, RecipeError, unknown
 
 STAGES = ("mntp", "simcse", "supervised")
@@ -55,8 +46,8 @@ def demo(
 
 
 def run(
-    recipe: RECIPE,
-    overrides: OVERRIDES = None,
+    recipe: options.RECIPE,
+    overrides: options.OVERRIDES = None,
     output: Annotated[
         Path | None, Option("-o", "--output", help="Run folder.", show_default="runs/NAME")
     ] = None,
@@ -73,8 +64,8 @@ def run(
 
 
 def reproduce(
-    recipe: RECIPE,
-    overrides: OVERRIDES = None,
+    recipe: options.RECIPE,
+    overrides: options.OVERRIDES = None,
     output: Annotated[
         Path | None,
         Option("-o", "--output", help="Run folder.", show_default="runs/NAME-reproduced"),
@@ -140,7 +131,7 @@ def train(
         ),
     ],
     output: Annotated[Path, Option("-o", "--output", help="Run folder.")],
-    overrides: OVERRIDES = None,
+    overrides: options.OVERRIDES = None,
 ) -> None:
     """Train one stage: mntp on a decoder; simcse or supervised on any model or adapter.
 
@@ -161,7 +152,7 @@ def train(
 
 
 def mine(
-    model: MODEL,
+    model: options.MODEL,
     data: Annotated[str, Argument(help="File of pairs, as for 'unmasked train supervised'.")],
     output: Annotated[Path, Option("-o", "--output", help="New .jsonl file.")],
     negatives: Annotated[int, Option(min=1, help="Maximum number of new negatives per row.")] = 5,
@@ -186,7 +177,7 @@ def mine(
     from unmasked.files.training_source import training_source
     from unmasked.recipe.files import make_recipe
 
-    check_new_rows(output, "-o")
+    options.check_new_rows(output, "-o")
     more = (text for _, text, _ in training_source(corpus).records()) if corpus else ()
     given: dict[str, Any] = {"name": "mine", "model": {"base": model}}
     stage = make_recipe(given | {"supervised": {"data": data}}).supervised
@@ -217,8 +208,8 @@ def mine(
 
 
 def plan(
-    recipe: RECIPE,
-    overrides: OVERRIDES = None,
+    recipe: options.RECIPE,
+    overrides: options.OVERRIDES = None,
     probe: Annotated[
         bool, Option("--probe", help="Also estimate the time, from a few real steps.")
     ] = False,
@@ -265,7 +256,9 @@ def list_recipes() -> None:
     terminal.facts([(name, f"{m.base}, {m.licence or 'bundled'}") for name, m in models.items()])
 
 
-SHIPPED = Annotated[str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)]
+SHIPPED = Annotated[
+    str, Argument(help="Name of a shipped recipe.", autocompletion=options.complete_recipe)
+]
 
 
 @recipes.command("show")
@@ -284,7 +277,7 @@ def copy_recipe(
 ) -> None:
     """Copy a recipe to a file that you can change and run."""
     source, target = _shipped(name), to or Path(f"{name}.yaml")
-    check_parent(check_new(target))
+    options.check_parent(options.check_new(target))
     if explain:
         from unmasked.recipe.settings import explained
 
