@@ -130,7 +130,7 @@ def test_evaluate_several_models(cli, tiny_decoder, tasks, tmp_path):
     code, out, _ = cli("evaluate", "model", tiny_decoder, *options, "--all")
     assert "w_dev.upos before accuracy" in out and "sts.pearson" in out
     code, _, err = cli("evaluate", "model", "--tasks", "words:absent.tsv")
-    assert (code, "absent.tsv is not a file" in err) == (2, True)
+    assert (code, "absent.tsv: no such file" in err) == (2, True)
 
 
 def test_evaluate_refuses_a_json_file_in_no_folder_before_it_scores(cli, tasks):
