@@ -61,8 +61,9 @@ class Shards:
         if chunks is not None:
             chunks.check_sizes()
             if self.kind != ".parquet":
-                given = f"{self.kind} holds vectors only, and a passage needs its document's id"
-                raise OutputError(f"{given} and place. Fix: .parquet, or no --chunk.")
+                needs = "and a passage needs its document and place"
+                fix = "Fix: .parquet, or no --chunk."
+                raise OutputError(f"{self.kind} holds vectors only, {needs}. {fix}")
         if keep and self.kind != ".parquet":
             raise OutputError(f"{self.kind} holds vectors only. Fix: .parquet, or no --keep.")
         own = {"row", "id", "vector", *(_PLACE if chunks else ())} & set(keep)
