@@ -220,8 +220,8 @@ Trained from scratch by `scripts/pretrain_nano.py` on {tokens:.1f} M tokens:
 {rows}
 
 The docstrings are those of the Python packages on the machine where it was trained, without a fifth
-of all modules, which are held out (`unmasked.files.docstrings.is_held_out`). Wikipedia text is
-CC BY-SA 3.0.
+of all modules, which are held out (`unmasked.files.docstrings.Docstring.held_out`). Wikipedia text
+is CC BY-SA 3.0.
 """
 
 

@@ -50,7 +50,7 @@ def test_the_first_line_of_an_error_is_its_message_or_its_type():
         OutputError("a disk."),
         MissingExtraError("ray", "corpus"),
         NotBidirectionalError("a layer.", {"verdict": "impossible"}),
-        DifferentVectorsError("a vector.", None),
+        DifferentVectorsError("a vector."),
         Refused("a server.", 429),
     ],
     ids=lambda error: type(error).__name__,
@@ -68,9 +68,12 @@ ELSEWHERE = {
         "a worker's own error"
     ),
     "evaluate/scorer.py: raise DataError(f'task {name}: {error}') from error": "the task's error",
+    "export/exporting.py: raise DifferentVectorsError(f'{found.engine} could not be compared: "
+    "{found.notes[-1]}, or --accept, to keep the export all the same.')": "how to install it",
     "export/verifying.py: raise DataError(f'every text was refused. {notes[0]}')": (
         "what the server answered"
     ),
+    "files/writing.py: raise OutputError(taken) from error": "each caller's own fix",
     "recipe/files.py: raise RecipeError('\\n'.join([*problems, *_explained_by(error, problems)])) "
     "from None": "the last line says which command explains the settings",
     "serve/served_model.py: raise Refusal(400, str(error), 'invalid_input') from None": (

@@ -87,7 +87,7 @@ def test_run_refuses_an_empty_corpus_and_a_missing_task(cli, recipe, texts, tmp_
     assert "texts.txt: there is no text in it" in err
     code, _, err = cli("run", recipe, "-o", "out", "evaluate.tasks=[sts.tvs]")
     assert code == 2
-    assert "sts.tvs: no such file" in err
+    assert "sts.tvs is not a file" in err
     assert not (tmp_path / "out").exists()
 
 

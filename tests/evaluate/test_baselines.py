@@ -9,7 +9,7 @@ import pytest
 
 from unmasked import LLM2Vec
 from unmasked.checkpoint.card import Card
-from unmasked.checkpoint.location import locate
+from unmasked.checkpoint.location import bundled_path, locate
 from unmasked.compat.origin import find_base
 from unmasked.errors import ModelError
 from unmasked.evaluate.baselines import causal_baselines
@@ -30,12 +30,14 @@ def test_the_base_is_found_through_adapters_and_run_folders(tmp_path, tiny_decod
         assert find_base(str(name)).name == str(tiny_decoder)
 
 
-def test_a_card_names_the_decoder_if_that_is_on_the_hub(tmp_path, tiny_decoder):
-    for name, base in (("public", "owner/decoder"), ("private", str(tiny_decoder))):
+def test_a_card_names_the_decoder_if_that_is_on_the_hub_or_bundled(tmp_path, tiny_decoder):
+    bases = {"public": "owner/decoder", "private": str(tiny_decoder), "bundled": "nano"}
+    for name, base in bases.items():
         folder = tmp_path / name
         LLM2Vec.from_pretrained(tiny_decoder, device="cpu").save(folder, card=Card(base))
     assert find_base(tmp_path / "public").name == "owner/decoder"
     assert find_base(tmp_path / "private").name == str(tmp_path / "private")
+    assert find_base(tmp_path / "bundled").name == str(bundled_path())
 
 
 def test_a_recipe_beside_a_decoder_says_nothing_about_it(tmp_path, tiny_decoder):

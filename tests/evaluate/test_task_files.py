@@ -19,7 +19,7 @@ RANKED = json.dumps({"query": "q", "positive": "good", "negative": ["bad", "wors
 
 def test_a_slip_in_the_path_of_a_task_is_seen(tmp_path):
     (tmp_path / "similar.tsv").touch()
-    with pytest.raises(DataError, match=r"no such file or folder, did you mean 'similar\.tsv'\?"):
+    with pytest.raises(DataError, match=r"is not a file or folder, did you mean 'similar\.tsv'\?"):
         load_task(tmp_path / "simliar.tsv")
 
 
@@ -198,7 +198,7 @@ def test_bad_paths(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "pairs.csv").touch()
     for path, message in (
         (tiny, "qrels/test.tsv is missing"),
-        (tmp_path / "absent.tsv", "no such file"),
+        (tmp_path / "absent.tsv", "is not a file or folder"),
         (tmp_path / "pairs.csv", "'.csv' given"),
     ):
         with pytest.raises(DataError, match=message):

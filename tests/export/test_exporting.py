@@ -345,7 +345,7 @@ def test_each_key_that_a_loader_reads_is_needed(saved, tmp_path, to):
     """Taken out of the folder one after the other, each is missed by name and with the reason."""
     folder = saved("qwen3")
     served.check_keys(folder, to, "mean")
-    pooling = served.Key(served.POOLING_FILE, served.FLAGS["mean"], bool, "how to pool")
+    pooling = served.Key(served.POOLING_FILE, served.FLAGS["mean"], True, "how to pool")
     for key in (*served.LOADERS[to], pooling):
         path = folder / key.file
         before = path.read_text()

@@ -176,7 +176,7 @@ def test_what_a_second_ctrl_c_cuts_off_is_told_so_and_counted(encoder, capfd):
         answer = connection.recv(1 << 16)
         connection.close()
         gate.opened.set()
-    assert answer.startswith(b"HTTP/1.1 503") and b'"code": "server_stopped"' in answer
+    assert answer.startswith(b"HTTP/1.1 503") and b'"code":"server_stopped"' in answer
     assert service.measures.unanswered == 1
     assert 'route="/embed",status="503"} 1.0' in service.measures.text().decode()
     assert "Traceback" not in capfd.readouterr().err

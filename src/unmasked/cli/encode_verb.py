@@ -15,21 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from unmasked.cli import terminal
+from unmasked.cli import options, terminal
 from unmasked.cli.failures import INTERRUPTED, ONE_FILE_KEPT
-from unmasked.cli.options import (
-    CHUNK,
-    COLUMN,
-    DTYPE,
-    LATE,
-    MODEL,
-    OVERLAP,
-    PROMPT_NAME,
-    WHOLE,
-    check_used,
-    divided,
-    documents,
-)
 from unmasked.errors import OutputError
 
 if TYPE_CHECKING:
@@ -116,17 +103,17 @@ OVERWRITE = Annotated[bool, Option("--overwrite", help="Replace the output.")]
 
 
 def encode(
-    model: MODEL,
+    model: options.MODEL,
     texts: INPUT,
     output: OUTPUT,
-    text_column: COLUMN = "text",
+    text_column: options.COLUMN = "text",
     keep: KEEP = None,
-    whole_files: WHOLE = False,
-    chunk: CHUNK = None,
-    overlap: OVERLAP = 0,
-    late: LATE = False,
+    whole_files: options.WHOLE = False,
+    chunk: options.CHUNK = None,
+    overlap: options.OVERLAP = 0,
+    late: options.LATE = False,
     prompt: PROMPT = None,
-    prompt_name: PROMPT_NAME = None,
+    prompt_name: options.PROMPT_NAME = None,
     batch_size: BATCH_SIZE = None,
     normalize: NORMALIZE = False,
     truncate_dim: TRUNCATE = None,
@@ -139,7 +126,7 @@ def encode(
     max_bytes: BYTES = None,
     engine: ENGINE = "local",
     workers: WORKERS = None,
-    dtype: DTYPE = "auto",
+    dtype: options.DTYPE = "auto",
     quantize: QUANTIZE = None,
     compile: COMPILE = "auto",
     overwrite: OVERWRITE = False,
@@ -152,12 +139,12 @@ def encode(
     from unmasked.files.readers import LONGEST_LINE
     from unmasked.files.source import Source
 
-    check_used("--workers", workers, engine == "ray", "--engine ray")
-    chunks = divided(chunk, overlap, late)
+    options.check_used("--workers", workers, engine == "ray", "--engine ray")
+    chunks = options.divided(chunk, overlap, late)
     path, one_file = Path(output), bool(Path(output).suffix) and not output.endswith("/")
-    columns = tuple(word.strip() for word in (keep or "").split(",") if word.strip())
+    kept = tuple(word.strip() for word in (keep or "").split(",") if word.strip())
     most = max_bytes or (WHOLE_TEXT if chunks is None else LONGEST_LINE)
-    source = Source(documents(texts, whole_files), text_column, keep=columns, max_bytes=most)
+    source = Source(options.documents(texts, whole_files), text_column, keep=kept, max_bytes=most)
     encoding = corpus.Encoding(
         prompt, prompt_name, batch_size, normalize, truncate_dim, precision, chunks
     )
@@ -238,8 +225,7 @@ def _to_folder(
     """Encode into a folder of shards.
 
     Args:
-        load: loads the model.
-        write: encodes and writes, given an engine.
+        load, write: load the model; and encode and write, given an engine.
         path: the folder.
         actors: number of models on Ray, 0 for one per GPU; None for one model in this process.
 

@@ -10,41 +10,22 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from unmasked.cli import terminal
+from unmasked.cli import options, terminal
 from unmasked.cli.failures import MISUSED
-from unmasked.cli.options import (
-    ALLOW_PARTIAL,
-    AS_JSON,
-    CHUNK,
-    COLUMN,
-    DTYPE,
-    JSON_FILE,
-    LATE,
-    MODEL,
-    NEW_FOLDER,
-    OVERLAP,
-    PROMPT_NAME,
-    WHOLE,
-    Dtype,
-    Pooling,
-    check_used,
-    divided,
-    documents,
-)
 from unmasked.cli.shipping.cut_scores import score_cuts
 from unmasked.errors import DataError
 from unmasked.files.writing import write_text
 
 
 def convert(
-    model: MODEL,
-    output: NEW_FOLDER,
+    model: options.MODEL,
+    output: options.NEW_FOLDER,
     peft: Annotated[
         list[str] | None,
         Option(help="PEFT adapter to merge into the model; repeat for more, in their order."),
     ] = None,
     pooling: Annotated[
-        Pooling | None,
+        options.Pooling | None,
         Option(help="Pooling of token states.", show_default="as saved, else mean"),
     ] = None,
     max_length: Annotated[
@@ -57,14 +38,14 @@ def convert(
             "--include-instruction", help="Also pool BOS and the instruction, as most engines do."
         ),
     ] = False,
-    dtype: DTYPE = "checkpoint",
+    dtype: options.DTYPE = "checkpoint",
     attention: Annotated[
         str | None,
         Option(
             help="Attention implementation: sdpa, eager, ...", show_default="transformers' choice"
         ),
     ] = None,
-    allow_partial: ALLOW_PARTIAL = False,
+    allow_partial: options.ALLOW_PARTIAL = False,
     layers: Annotated[
         int | None, Option(help="Keep only the first LAYERS layers.", show_default="all")
     ] = None,
@@ -73,21 +54,18 @@ def convert(
 
     Stock sentence-transformers loads the folder and gives the same vectors.
     """
-    with terminal.loading(f"loading {model}"):
-        from unmasked.compat.llm2vec import LLM2Vec
-
-        encoder = LLM2Vec.from_pretrained(
-            model,
-            list(peft or []),
-            enable_bidirectional=True,  # even for an encoder that was saved with its mask closed
-            pooling_mode=pooling,
-            max_length=max_length,
-            skip_instruction=False if include_instruction else None,
-            dtype=dtype,
-            attn_implementation=attention,
-            allow_partial=allow_partial,
-            layers=layers,
-        )
+    encoder = terminal.load_encoder(
+        model,
+        peft_model_name_or_path=list(peft or []),
+        enable_bidirectional=True,  # even for an encoder that was saved with its mask closed
+        pooling_mode=pooling,
+        max_length=max_length,
+        skip_instruction=False if include_instruction else None,
+        dtype=dtype,
+        attn_implementation=attention,
+        allow_partial=allow_partial,
+        layers=layers,
+    )
     terminal.show(encoder.report.summary())
     with terminal.waiting("saving"):
         encoder.save(output)
@@ -142,7 +120,7 @@ def evaluate(
     dimensions: Annotated[
         list[int] | None, Option(help="Also score vectors cut to this length; repeat for more.")
     ] = None,
-    json_file: JSON_FILE = None,
+    json_file: options.JSON_FILE = None,
     formats: Annotated[
         bool,
         Option("--formats", callback=_formats, is_eager=True, help="Show examples of task files."),
@@ -153,7 +131,7 @@ def evaluate(
     from unmasked.evaluate.compare import compare_encoders
     from unmasked.evaluate.scorer import make_scorer
 
-    check_used("--base", base, against is not None, "--against causal")
+    options.check_used("--base", base, against is not None, "--against causal")
     score = make_scorer(tasks, languages, results)
     if layers or dimensions:
         score_cuts(models, against, score, layers or [], dimensions or [], json_file)
@@ -194,7 +172,7 @@ QUERY_PROMPT = Annotated[
     str | None, Option(help="Text put before every query.", show_default="the model's for queries")
 ]
 STORED_DTYPE = Annotated[
-    Dtype | None,
+    options.Dtype | None,
     Option(help="Number type of the weights.", show_default="as in encoding, or auto"),
 ]
 
@@ -205,15 +183,15 @@ def search(
     query: QUERY = None,
     top: Annotated[int, Option(min=1, help="Number of texts to show per query.")] = 10,
     texts: TEXTS = None,
-    text_column: COLUMN = "text",
-    whole_files: WHOLE = False,
-    chunk: CHUNK = None,
-    overlap: OVERLAP = 0,
-    late: LATE = False,
+    text_column: options.COLUMN = "text",
+    whole_files: options.WHOLE = False,
+    chunk: options.CHUNK = None,
+    overlap: options.OVERLAP = 0,
+    late: options.LATE = False,
     prompt: QUERY_PROMPT = None,
-    prompt_name: PROMPT_NAME = None,
+    prompt_name: options.PROMPT_NAME = None,
     dtype: STORED_DTYPE = None,
-    json_file: JSON_FILE = None,
+    json_file: options.JSON_FILE = None,
 ) -> None:
     """Show the texts of an encoded corpus that are nearest to a query, by exact cosine similarity.
 
@@ -225,27 +203,23 @@ def search(
     from unmasked.files.source import Source
 
     stored = room.open_vectors(where) if room.are_vectors(Path(where)) else None
-    chunks = divided(chunk, overlap, late)
+    chunks = options.divided(chunk, overlap, late)
     if stored is not None and chunks is not None:
         raise DataError(f"--chunk splits texts, but {where} holds vectors. Fix: leave it out.")
     if stored is None and texts is not None:
         raise DataError(f"--texts goes with vectors, but {where} holds texts. Fix: leave it out.")
     encoded_with = stored.settings if stored is not None else {}
-    with terminal.loading(f"loading {model}"):
-        from unmasked.compat.llm2vec import LLM2Vec
-
-        dtype = dtype or encoded_with.get("dtype", "auto")
-        quantize = encoded_with.get("quantize")
-        encoder = LLM2Vec.from_pretrained(model, dtype=dtype, quantize=quantize)
+    dtype, quantize = dtype or encoded_with.get("dtype", "auto"), encoded_with.get("quantize")
+    encoder = terminal.load_encoder(model, dtype=dtype, quantize=quantize)
     prompts = {"prompt": prompt, "prompt_name": prompt_name}
     if stored is None:
-        source = Source(documents(where, whole_files), text_column)
+        source = Source(options.documents(where, whole_files), text_column)
         with terminal.Line() as line:
             line.begin("encoding")
             show = partial(line.advance, total=None)
             find = room.search_texts(encoder, source, chunks, progress=show, **prompts)
     else:
-        shown = Source(documents(texts, whole_files), text_column) if texts else None
+        shown = Source(options.documents(texts, whole_files), text_column) if texts else None
         find = room.VectorSearch(encoder, stored, shown, **prompts)
     answers = []
     for wanted in [query] if query is not None else terminal.queries():
@@ -257,7 +231,7 @@ def search(
 
 
 def analyse(
-    model: MODEL,
+    model: options.MODEL,
     task: Annotated[
         str | None,
         Option(
@@ -266,7 +240,7 @@ def analyse(
         ),
     ] = None,
     output: Annotated[Path | None, Option("-o", "--output", help="Folder for the figures.")] = None,
-    json_file: JSON_FILE = None,
+    json_file: options.JSON_FILE = None,
 ) -> None:
     """Compare a model's states with closed and open mask by layer, and its vectors' geometry."""
     from unmasked.cli import tables
@@ -290,7 +264,7 @@ def doctor(
     load: Annotated[
         bool, Option("--load", help="Examine a hub model's weights too, not only its config.")
     ] = False,
-    as_json: AS_JSON = False,
+    as_json: options.AS_JSON = False,
 ) -> None:
     """Examine this machine, or whether a model is really bidirectional (exit code 2 if not)."""
     from unmasked.doctor import environment, examine, lines

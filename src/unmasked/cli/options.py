@@ -86,6 +86,14 @@ def check_parent(path: Path | None) -> Path | None:
     return path
 
 
+def check_new_rows(path: Path, option: str) -> None:
+    """Raise `OutputError` unless the path of an option can be a new .jsonl file."""
+    check_parent(check_new(path))
+    if path.suffix != ".jsonl":
+        fix = f"{option} {shlex.quote(str(path.with_suffix('.jsonl')))}"
+        raise OutputError(f"{path} should end in .jsonl, which training reads. Fix: {fix}.")
+
+
 COLUMN = Annotated[str, Option(help="Column of the texts (ignored for .txt).")]
 PROMPT_NAME = Annotated[
     str | None, Option(help="Use the model's prompt of this name, instead of --prompt.")

@@ -31,12 +31,7 @@ if TYPE_CHECKING:
 def run_recipe(recipe: Recipe, path: Path, anchor: Anchor | None = None) -> None:
     """Run or continue a recipe in a folder, and show settings, progress, table and next command.
 
-    Args:
-        recipe, path: as in `train.run.Run`.
-        anchor: a published benchmark, whose tasks replace those of the recipe.
-
-    Raises:
-        UnmaskedError: see `train.run.Run`.
+    Arguments and errors are those of `train.run.Run`; the tasks of an anchor replace the recipe's.
     """
     tasks = anchor.tasks if anchor else recipe.evaluate.tasks
     score = make_scorer(tasks, results=path / RESULTS) if tasks else None
@@ -64,11 +59,7 @@ def run_recipe(recipe: Recipe, path: Path, anchor: Anchor | None = None) -> None
 
 @contextmanager
 def saying_what_is_kept(run: Callable[[], Run]) -> Iterator[None]:
-    """On Ctrl-C in the block, say what the folder of a run holds and how to continue, and exit.
-
-    Args:
-        run: returns the run; called only after an interruption.
-    """
+    """On Ctrl-C in the block, say what the folder of a run holds and how to continue, and exit."""
     try:
         yield
     except KeyboardInterrupt:

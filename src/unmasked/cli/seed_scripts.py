@@ -23,15 +23,7 @@ def main(stage: str) -> None:
 
 
 def run_script(stage: str, arguments: Sequence[str] | None = None) -> None:
-    """Train a stage as the flags say, and put the results where the seed system put them.
-
-    Args:
-        stage: ``mntp`` or ``simcse``.
-        arguments: the command line; None is the process's.
-
-    Raises:
-        UnmaskedError: a flag, a file or a model cannot be used.
-    """
+    """Train a stage as the flags say, and put the results where the seed system put them."""
     seed.read_environment(Path(".env"))
     flags, further = seed.parser(stage).parse_known_args(arguments)
     seed.prepare_environment(flags)

@@ -33,10 +33,7 @@ def stage_table(
 ) -> None:
     """Show one row per stage with the best causal baseline marked, then the last stage's gains.
 
-    Args:
-        run_folder: a run folder; without scores nothing is shown.
-        samples: number of bootstrap samples behind each interval.
-        metrics: ``TASK.METRIC`` of each column; by default the main metric of each task.
+    The columns are the metrics, by default the main one of each task.
     """
     metrics = metrics or headline_metrics(run_folder)
     if not metrics:
@@ -92,15 +89,8 @@ def score_table(rows: Sequence[EncoderScore], every: bool = False) -> None:
         [f"{r.task}.{r.metric}", r.encoder, *_score_cells(r.score), *_gain_cells(r.gain)]
         for r in rows
     ]
-    columns = [
-        "metric",
-        "encoder",
-        "score",
-        "95 % interval",
-        "gain over it",
-        "95 % interval",
-        "verdict",
-    ]
+    columns = ["metric", "encoder", "score", "95 % interval"]
+    columns += ["gain over it", "95 % interval", "verdict"]
     show_table(columns, cells, [i for i, row in enumerate(rows) if row.encoder == first])
 
 
@@ -169,9 +159,8 @@ def settings_text(below: str = "") -> str:
 
     parts = []
     for setting in settings(below):
-        default = f"default {setting.default}" if setting.default else "must be given"
         name = setting.name
-        head = f"[{name}]" if setting.section else f"{name}: {setting.allowed}; {default}"
+        head = f"[{name}]" if setting.section else f"{name}: {setting.values}"
         lines = textwrap.wrap(setting.about, 76, initial_indent="    ", subsequent_indent="    ")
         parts.append("\n".join([head, *lines]))
     return "\n".join(parts)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -25,8 +26,10 @@ from rich.text import Text
 
 from unmasked.files.readers import fault_error, read_txt, where
 
-PLAIN_EVERY = 5.0
-"""Seconds between two progress lines if stderr is not a terminal."""
+if TYPE_CHECKING:
+    from unmasked.compat.llm2vec import LLM2Vec
+
+PLAIN_EVERY = 5.0  # seconds between two progress lines if stderr is not a terminal
 
 
 def _console(stderr: bool) -> Console:
@@ -62,7 +65,6 @@ def show_table(
 
     Args:
         columns: titles. The first column is aligned to the left, all others to the right.
-        rows: the cells.
         marked: indices of the rows in bold.
     """
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -127,6 +129,14 @@ def loading(text: str) -> Iterator[None]:
     with waiting(text):
         quiet_libraries()
         yield
+
+
+def load_encoder(model: str, **options: Any) -> LLM2Vec:
+    """`LLM2Vec.from_pretrained`, with a spinner."""
+    with loading(f"loading {model}"):
+        from unmasked.compat.llm2vec import LLM2Vec
+
+        return LLM2Vec.from_pretrained(model, **options)
 
 
 def quiet_libraries() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,16 +11,8 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from unmasked.cli import terminal
-from unmasked.cli.options import (
-    MODEL,
-    OVERRIDES,
-    RECIPE,
-    check_new,
-    check_parent,
-    complete_recipe,
-)
-from unmasked.errors import MissingExtraError, OutputError, RecipeError, unknown
+from unmasked.cli import options, terminal
+from unmasked.errors import MissingExtraError, RecipeError, unknown
 
 STAGES = ("mntp", "simcse", "supervised")
 STAGE = "unmasked.stage"
@@ -55,8 +46,8 @@ def demo(
 
 
 def run(
-    recipe: RECIPE,
-    overrides: OVERRIDES = None,
+    recipe: options.RECIPE,
+    overrides: options.OVERRIDES = None,
     output: Annotated[
         Path | None, Option("-o", "--output", help="Run folder.", show_default="runs/NAME")
     ] = None,
@@ -73,8 +64,8 @@ def run(
 
 
 def reproduce(
-    recipe: RECIPE,
-    overrides: OVERRIDES = None,
+    recipe: options.RECIPE,
+    overrides: options.OVERRIDES = None,
     output: Annotated[
         Path | None,
         Option("-o", "--output", help="Run folder.", show_default="runs/NAME-reproduced"),
@@ -140,7 +131,7 @@ def train(
         ),
     ],
     output: Annotated[Path, Option("-o", "--output", help="Run folder.")],
-    overrides: OVERRIDES = None,
+    overrides: options.OVERRIDES = None,
 ) -> None:
     """Train one stage: mntp on a decoder; simcse or supervised on any model or adapter.
 
@@ -161,7 +152,7 @@ def train(
 
 
 def mine(
-    model: MODEL,
+    model: options.MODEL,
     data: Annotated[str, Argument(help="File of pairs, as for 'unmasked train supervised'.")],
     output: Annotated[Path, Option("-o", "--output", help="New .jsonl file.")],
     negatives: Annotated[int, Option(min=1, help="Maximum number of new negatives per row.")] = 5,
@@ -186,11 +177,7 @@ def mine(
     from unmasked.files.training_source import training_source
     from unmasked.recipe.files import make_recipe
 
-    check_new(output)
-    check_parent(output)
-    if output.suffix != ".jsonl":
-        fix = f"Fix: -o {shlex.quote(str(output.with_suffix('.jsonl')))}."
-        raise OutputError(f"{output} should end in .jsonl, which training reads. {fix}")
+    options.check_new_rows(output, "-o")
     more = (text for _, text, _ in training_source(corpus).records()) if corpus else ()
     given: dict[str, Any] = {"name": "mine", "model": {"base": model}}
     stage = make_recipe(given | {"supervised": {"data": data}}).supervised
@@ -198,11 +185,9 @@ def mine(
     (pairs,) = stage.data
     if instruction:
         pairs = pairs.model_copy(update={"instruction": [instruction]})
-    with terminal.loading(f"loading {model}"):
-        from unmasked.compat.llm2vec import LLM2Vec
-        from unmasked.train.mining.mining import mine
+    encoder = terminal.load_encoder(model)
+    from unmasked.train.mining.mining import mine
 
-        encoder = LLM2Vec.from_pretrained(model)
     settings: dict[str, Any] = {"negatives": negatives, "skip": skip, "depth": depth}
     with terminal.Line() as line:
         settings |= {"tell": terminal.say, "progress": line.counted}
@@ -223,8 +208,8 @@ def mine(
 
 
 def plan(
-    recipe: RECIPE,
-    overrides: OVERRIDES = None,
+    recipe: options.RECIPE,
+    overrides: options.OVERRIDES = None,
     probe: Annotated[
         bool, Option("--probe", help="Also estimate the time, from a few real steps.")
     ] = False,
@@ -271,21 +256,20 @@ def list_recipes() -> None:
     terminal.facts([(name, f"{m.base}, {m.licence or 'bundled'}") for name, m in models.items()])
 
 
+SHIPPED = Annotated[
+    str, Argument(help="Name of a shipped recipe.", autocompletion=options.complete_recipe)
+]
+
+
 @recipes.command("show")
-def show_recipe(
-    name: Annotated[
-        str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)
-    ],
-) -> None:
+def show_recipe(name: SHIPPED) -> None:
     """Print the YAML file of a recipe."""
     typer.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
 
 
 @recipes.command("copy")
 def copy_recipe(
-    name: Annotated[
-        str, Argument(help="Name of a shipped recipe.", autocompletion=complete_recipe)
-    ],
+    name: SHIPPED,
     to: Annotated[Path | None, Argument(help="New file.", show_default="NAME.yaml")] = None,
     explain: Annotated[
         bool, Option("--explain", help="Add a comment above each setting that says what it does.")
@@ -293,8 +277,7 @@ def copy_recipe(
 ) -> None:
     """Copy a recipe to a file that you can change and run."""
     source, target = _shipped(name), to or Path(f"{name}.yaml")
-    check_new(target)
-    check_parent(target)
+    options.check_parent(options.check_new(target))
     if explain:
         from unmasked.recipe.settings import explained
 

@@ -94,11 +94,8 @@ class CountingPooling(TextPooling):
 def positions_in_text(rows: Tensor, positions: Tensor, is_text: Tensor, batch: int) -> Tensor:
     """Positions (N,) counted from the first token of each row that is pooled.
 
-    Args:
-        rows: (N,) the row of each token.
-        positions: (N,) the position of each token in its row, from 0.
-        is_text: (N,) whether each token is pooled.
-        batch: B, the number of rows.
+    Takes the row of each token (N,), its position in the row, whether it is pooled, and the number
+    of rows.
     """
     if not len(positions):
         return positions
@@ -112,18 +109,14 @@ def positions_in_text(rows: Tensor, positions: Tensor, is_text: Tensor, batch: i
 def pool_padded(
     features: Mapping[str, Tensor], padded: Tensor, mode: str, pools_all: bool, counted: bool
 ) -> Tensor:
-    """Pool padded states, with padding on either side, as the original's `get_pooling`.
+    """(B, D) vectors of (B, T, D) states with padding on either side, as by `get_pooling`.
 
     Args:
         features: ``attention_mask`` and optionally the tokens to pool, ``text_mask`` or
             ``embed_mask``: (B, T) each.
-        padded: (B, T, D).
-        mode: how token states become a vector.
+        padded, mode: the states, and how they become a vector.
         pools_all: pool the tokens of the instruction, too.
         counted: count positions as `CountingPooling`.
-
-    Returns:
-        (B, D).
     """
     attention = features["attention_mask"]
     chosen = features.get("text_mask", features.get("embed_mask", attention))

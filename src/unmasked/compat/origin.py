@@ -10,9 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from unmasked.checkpoint import adapters
-from unmasked.checkpoint.card import front_matter
-from unmasked.checkpoint.folder import SETTINGS_NAME
-from unmasked.checkpoint.location import Location, locate
+from unmasked.checkpoint.location import BUNDLED, Location, locate
 from unmasked.checkpoint.snapshot import made_from
 from unmasked.errors import ModelError, UnmaskedError
 from unmasked.recipe.files import load_recipe
@@ -27,14 +25,7 @@ def find_base(model: str | Path, revision: str | None = None) -> Location:
 
     An adapter names its base. The base of a model in a run folder is the one in the run's recipe.
     Another folder that this package saved has its base in its model card. A model without any of
-    these is its own decoder.
-
-    Args:
-        model: hub name, folder, or ``nano``.
-        revision: the revision of `model` on the hub.
-
-    Returns:
-        The location of the decoder. It has not been read, so it may no longer exist.
+    these is its own decoder. The decoder is not read, so it may no longer exist.
     """
     place, passed = _place(model, revision), set[str]()
     while place.name not in passed:  # models may name each other in a circle
@@ -60,9 +51,9 @@ def _made_from(place: Location) -> Location | None:
         return _place(base, config.revision) if base else None
     if (recipe := _recipe_of(Path(place.name))) is not None:
         return _place(recipe.model.base, recipe.model.revision)
-    card = place.fetch("README.md") if place.read_json(SETTINGS_NAME) else None
-    base = front_matter(card).get("base_model")
-    return locate(base) if isinstance(base, str) else None
+    base, _ = made_from(place)
+    # Without a slash, it is the name of a folder, without its place.
+    return locate(base) if base and (base == BUNDLED or "/" in base) else None
 
 
 def _recipe_of(folder: Path) -> Recipe | None:

@@ -26,12 +26,10 @@ logger = logging.getLogger(__name__)
 
 LAYERS = "layers"
 """An option of `from_pretrained` that is passed to `loading.find` like those of the hub."""
-COMPAT = "llm2vec-0.2"
-"""The preprocessing of the original package, versions 0.2.x."""
+COMPAT = "llm2vec-0.2"  # the preprocessing of the original package, versions 0.2.x
 PUBLISHED = Template(joint=" ")
 """The template of published checkpoints whose tokenizer has none: a space after the instruction."""
-DOC_MAX_LENGTH = 400
-"""The original's default for the maximum number of tokens of a text."""
+DOC_MAX_LENGTH = 400  # the original's default for the maximum number of tokens of a text
 
 
 class NamesItsBase(ABCMeta):

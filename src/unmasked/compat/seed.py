@@ -176,13 +176,7 @@ def _value(flag: str, text: str) -> Any:
 
 
 def to_recipe(stage: str, flags: Any, options: dict[str, Any], name: str) -> Recipe:
-    """The recipe that is equivalent to the flags of a command.
-
-    Args:
-        stage: ``mntp`` or ``simcse``.
-        flags: parsed by `parser`.
-        options: parsed by `trainer_options`.
-        name: the name of the recipe.
+    """The recipe for the flags of a command, as `parser` and `trainer_options` parse them.
 
     Raises:
         RecipeError: a flag's value cannot be used here.
@@ -250,11 +244,7 @@ def longest_input(model: str, *lengths: int) -> list[int]:
 
 
 def count_tokens(model: str, data: Sequence[str]) -> tuple[int, int]:
-    """The number of distinct texts in training files, and of their tokens.
-
-    Raises:
-        DataError: a file does not exist or cannot be read.
-    """
+    """The number of distinct texts in training files, and of their tokens."""
     from unmasked.checkpoint.loading import load_tokenizer
     from unmasked.text.special_tokens import prepare_tokenizer
     from unmasked.text.tokens import TextTokenizer

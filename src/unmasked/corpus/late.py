@@ -61,10 +61,7 @@ def late_vectors(
 ) -> np.ndarray:
     """(P, D) float32 vectors of the passages of all windows, window by window.
 
-    Args:
-        model: the encoder; it is in evaluation mode during the call.
-        windows: windows of one document or of several.
-        normalize, truncate_dim: as in `TextEncoder.encode`.
+    `normalize` and `truncate_dim` are as in `TextEncoder.encode`.
     """
     backbone, device = model.backbone, model.device
     was_training = model.training

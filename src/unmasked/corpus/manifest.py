@@ -17,17 +17,16 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from unmasked.errors import OutputError
-from unmasked.files.writing import not_written, written_aside
+from unmasked.files.writing import locked_by_one, not_written, written_aside
 
 FORMAT = 1
-Part = tuple[int, int]
-"""(i, n): the i-th of n machines, counted from 1."""
+Part = tuple[int, int]  # (i, n): the i-th of n machines, counted from 1
 _OURS = ("part-", ".part-", "_manifest", "._manifest", "_ranges", "._ranges")
 """Beginnings of the names of all files in a folder of shards."""
 
@@ -46,44 +45,29 @@ def parse_part(text: str) -> Part:
 
 
 class WholeShard(NamedTuple):
-    """A shard that is complete.
+    """A shard that is complete."""
 
-    Attributes:
-        rows: the number of its vectors.
-        skipped: the number of rows without a vector.
-        texts: the digest of all rows that were read.
-        line: the place of its line in the manifest: offset and length in bytes.
-        documents: the number of texts with a vector, or several if texts were divided.
-        cut: how many of these texts were truncated.
-    """
-
-    rows: int
-    skipped: int
-    texts: str
-    line: tuple[int, int]
-    documents: int
-    cut: int
+    rows: int  # the number of its vectors
+    skipped: int  # the number of rows without a vector
+    texts: str  # the digest of all rows that were read
+    line: tuple[int, int]  # the place of its line in the manifest: offset and length in bytes
+    documents: int  # the number of texts with a vector, or several if texts were divided
+    cut: int  # how many of these texts were truncated
 
 
 @dataclass
 class Manifest:
-    """The manifest of one machine; `locked` opens it.
-
-    Attributes:
-        folder: where the shards are.
-        part: the machine.
-        header: settings and inputs; empty before `begin`.
-        done: the shards that are complete, by number.
-        finished: whether the last line says that everything is done.
-        replacing: whether the folder still has what `clear` deletes, the output of an earlier call.
-    """
+    """The manifest of one machine; `locked` opens it."""
 
     folder: Path
     part: Part
     header: dict[str, Any] = field(default_factory=dict)
+    """Settings and inputs; empty before `begin`."""
     done: dict[int, WholeShard] = field(default_factory=dict)
-    finished: bool = False
+    """The shards that are complete, by number."""
+    finished: bool = False  # whether the last line says that everything is done
     replacing: bool = False
+    """Whether the folder still has what `clear` deletes, the output of an earlier call."""
 
     @property
     def path(self) -> Path:
@@ -179,29 +163,14 @@ class Manifest:
                 start, length = done.line
                 old.seek(start)
                 file.write(old.read(length))
-            last = {"finished": True, "rows": self.rows, "skipped": self.skipped}
-            file.write(json_line(last | ({"cut": self.cut} if self.cut else {})))
+            rows, skipped, cut = map(self.total, ("rows", "skipped", "cut"))
+            last = {"finished": True, "rows": rows, "skipped": skipped}
+            file.write(json_line(last | ({"cut": cut} if cut else {})))
         self.finished = True
 
-    @property
-    def rows(self) -> int:
-        """The number of vectors in complete shards."""
-        return sum(done.rows for done in self.done.values())
-
-    @property
-    def documents(self) -> int:
-        """The number of texts in complete shards that have a vector, or several."""
-        return sum(done.documents for done in self.done.values())
-
-    @property
-    def cut(self) -> int:
-        """The number of texts in complete shards that were truncated."""
-        return sum(done.cut for done in self.done.values())
-
-    @property
-    def skipped(self) -> int:
-        """The number of rows in complete shards without a vector."""
-        return sum(done.skipped for done in self.done.values())
+    def total(self, of: str) -> int:
+        """The sum of one of the numbers of `WholeShard` over all complete shards."""
+        return sum(int(getattr(done, of)) for done in self.done.values())
 
 
 @contextmanager
@@ -224,13 +193,16 @@ def locked(folder: Path, part: Part, overwrite: bool = False) -> Iterator[Manife
             f"{folder} has other files in it ({', '.join(strangers[:3])}). Fix: name a new folder."
         )
     manifest = Manifest(folder, part, replacing=overwrite)
-    fix = "name another folder, or divide the work with --shard 1/2 and --shard 2/2"
+    taken = (
+        f"{folder}: another process is writing to it. Fix: wait for it, name another folder, or "
+        "divide the work with --shard 1/2 and --shard 2/2."
+    )
     try:
         with ExitStack() as locks:
-            locks.enter_context(lock(folder / f".{manifest.path.name}.lock", folder, fix))
+            locks.enter_context(locked_by_one(folder / f".{manifest.path.name}.lock", taken))
             if overwrite:  # no other machine may be writing to it
                 for other in folder.glob("._manifest-*.lock"):
-                    locks.enter_context(lock(other, folder, fix))
+                    locks.enter_context(locked_by_one(other, taken))
             elif manifest.path.is_file():
                 manifest.read()
             yield manifest
@@ -250,28 +222,10 @@ def _remove_if_unused(folder: Path) -> None:
             folder.rmdir()
 
 
-def lock(path: Path, output: Path, fix: str) -> AbstractContextManager[object]:
-    """Hold a lock file, which keeps other processes from writing to the same output.
-
-    Raises:
-        OutputError: another process holds the lock. The fix is to wait, or `fix`.
-    """
-    from filelock import FileLock, Timeout
-
-    try:
-        return FileLock(path).acquire(timeout=0)
-    except Timeout as error:
-        given = f"{output}: another process is writing to it"
-        raise OutputError(f"{given}. Fix: wait for it, {fix}.") from error
-
-
 def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_line(entry: dict[str, Any]) -> bytes:

@@ -16,19 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmasked.corpus.local import Progress
-from unmasked.corpus.manifest import json_line, lock
+from unmasked.corpus.manifest import json_line
 from unmasked.corpus.shards import CorpusJob, Encoded, Shards, Stream, write_vectors
-from unmasked.corpus.stored_vectors import (
-    Encoding,
-    ranges_of,
-    read_ranges,
-    save_ranges,
-    skipped_of,
-)
+from unmasked.corpus.stored_vectors import Encoding, ranges_of, read_ranges, save_ranges, skipped_of
 from unmasked.corpus.writers import OUTPUTS
 from unmasked.errors import OutputError
 from unmasked.files.source import Source
-from unmasked.files.writing import folder_aside, written_aside
+from unmasked.files.writing import folder_aside, locked_by_one, written_aside
 
 if TYPE_CHECKING:
     from unmasked.model import TextEncoder
@@ -97,13 +91,9 @@ def encode_corpus(
     """Encode every text of a source into one file.
 
     Args:
-        model: the encoder.
-        source: the texts.
         output: a .npy, .parquet or .safetensors file. The ranges of int8 are written to
             ``OUTPUT.ranges.npy`` beside it (``v.npy.ranges.npy``), and skipped rows are listed in
             ``OUTPUT.skipped.jsonl``.
-        encoding: prompt, normalisation, precision and so on.
-        overwrite: replace the output if it exists.
         window, skip, ranges: see `Shards`.
         progress: called with the numbers of rows and tokens done so far.
 
@@ -115,13 +105,13 @@ def encode_corpus(
     encoding, output = (encoding or Encoding()).of(source), Path(output)
     shards = Shards(output.suffix, window=window, skip=skip, ranges=ranges)
     check_output(output, overwrite, source, ranges)
-    shards.check(source.keep, encoding.precision, encoding.chunks is not None)
-    encoding.check_sizes()
+    shards.check(source.keep, encoding)
     source = replace(source, distinct=encoding.chunks is not None)
     output.parent.mkdir(parents=True, exist_ok=True)
     lock_file = output.with_name(f".{output.name}.lock")
     with ExitStack() as stack:
-        stack.enter_context(lock(lock_file, output, "or name another file"))
+        taken = f"{output}: another process is writing to it. Fix: wait for it, or name another."
+        stack.enter_context(locked_by_one(lock_file, taken))
         stack.callback(lock_file.unlink, missing_ok=True)
         check_output(output, overwrite)  # again: from here on, no other process can create it
         encoding.check(model)

@@ -47,10 +47,7 @@ def encode_folder(
 
     Args:
         engine: where the model runs.
-        source: the texts.
         folder: a new folder, or one that the same call began.
-        encoding: prompt, normalisation, precision and so on.
-        shards: how the rows are divided into shards.
         overwrite: begin again, and delete the shards that are there once the source and the model
             have been checked.
         announce: called with a description of each step before the first shard; returns a context
@@ -68,8 +65,7 @@ def encode_folder(
     """
     encoding, shards = (encoding or Encoding()).of(source), shards or Shards()
     folder = Path(folder)
-    shards.check(source.keep, encoding.precision, encoding.chunks is not None)
-    encoding.check_sizes()
+    shards.check(source.keep, encoding)
     source = replace(source, distinct=encoding.chunks is not None)
     _check_folder(source, folder, overwrite and shards.part[1] > 1)
     with locked(folder, shards.part, overwrite) as manifest:
@@ -91,7 +87,8 @@ def encode_folder(
         manifest.clear()
         manifest.begin(settings | _folder_settings(job), inputs)
         _fill(engine, job, manifest, stream, begin)
-        return Encoded(manifest.rows, width, manifest.skipped, manifest.cut)
+        total = manifest.total
+        return Encoded(total("rows"), width, total("skipped"), total("cut"))
 
 
 def _check_folder(source: Source, folder: Path, deletes_others: bool) -> None:
@@ -211,7 +208,7 @@ def _fill(
         rows = sum(stream.counts)
         wanted = range(place - 1, -(-rows // size), step)
         total = sum(min(size, rows - shard * size) for shard in wanted)
-    before, added = manifest.documents + manifest.skipped, False
+    before, added = manifest.total("documents") + manifest.total("skipped"), False
     progress = begin(before, total)
     todo = _unwritten(job, manifest, stream, wanted, reads_here=not engine.needs_counts)
     for entry in engine.shards(job, stream, todo, lambda n, tokens: progress(before + n, tokens)):

@@ -46,37 +46,32 @@ _NOT_FINITE: Fault = (
 
 @dataclass(frozen=True)
 class Shards:
-    """How the output is divided, and what happens to rows with a fault.
+    """How the output is divided, and what happens to rows with a fault."""
 
-    Attributes:
-        kind: ``.parquet``, ``.npy`` or ``.safetensors``.
-        rows: rows of the source per shard, S.
-        window: rows encoded at a time; by default it depends on the device.
-        part: (i, n) for the i-th of n machines, each of which writes every n-th shard.
-        skip: list rows with a fault and leave them out, instead of raising an error.
-        ranges: .npy file with the (2, D) ranges of another run, for int8.
-    """
+    kind: str = ".parquet"  # ``.parquet``, ``.npy`` or ``.safetensors``
+    rows: int = 32768  # rows of the source per shard, S
+    window: int | None = None  # rows encoded at a time; by default it depends on the device
+    part: Part = (1, 1)  # (i, n) for the i-th of n machines, each of which writes every n-th shard
+    skip: bool = False  # list rows with a fault and leave them out, instead of raising an error
+    ranges: Path | None = None  # .npy file with the (2, D) ranges of another run, for int8
 
-    kind: str = ".parquet"
-    rows: int = 32768
-    window: int | None = None
-    part: Part = (1, 1)
-    skip: bool = False
-    ranges: Path | None = None
-
-    def check(self, keep: Sequence[str], precision: str, chunks: bool = False) -> None:
-        """Refuse columns that the output cannot store, and ranges without int8."""
-        if chunks and self.kind != ".parquet":
-            given = f"{self.kind} holds vectors only, and a passage needs its document and place"
-            raise OutputError(f"{given}. Fix: .parquet, or no --chunk.")
+    def check(self, keep: Sequence[str], encoding: Encoding) -> None:
+        """Refuse what needs no model: columns that cannot be stored, sizes, ranges without int8."""
+        chunks = encoding.chunks
+        if chunks is not None:
+            chunks.check_sizes()
+            if self.kind != ".parquet":
+                needs = "and a passage needs its document and place"
+                fix = "Fix: .parquet, or no --chunk."
+                raise OutputError(f"{self.kind} holds vectors only, {needs}. {fix}")
         if keep and self.kind != ".parquet":
             raise OutputError(f"{self.kind} holds vectors only. Fix: .parquet, or no --keep.")
         own = {"row", "id", "vector", *(_PLACE if chunks else ())} & set(keep)
         if own or len(set(keep)) < len(keep):
             why = f"'{own.pop()}' is a column of the output already" if own else "one is repeated"
             raise OutputError(f"--keep {','.join(keep)}: {why}. Fix: leave it out.")
-        if self.ranges is not None and precision != "int8":
-            given = f"--ranges {self.ranges}: {precision} has no ranges"
+        if self.ranges is not None and encoding.precision != "int8":
+            given = f"--ranges {self.ranges}: {encoding.precision} has no ranges"
             raise OutputError(f"{given}. Fix: --precision int8, or no --ranges.")
 
     def window_on(self, device: str, chunks: bool = False) -> int:
@@ -89,27 +84,17 @@ class Shards:
 
 @dataclass(frozen=True)
 class CorpusJob:
-    """Everything that the bytes of a shard depend on, apart from the model and the device.
-
-    Attributes:
-        source: the texts.
-        encoding: how they become vectors.
-        folder: where the shards are written.
-        shards: how the rows are divided into shards.
-        window: rows encoded at a time.
-        width: D, the dimensions of a vector before bits are packed.
-        ranges: (2, D) ranges for int8.
-        said: settings that the file has in its metadata; a folder has them in its manifest.
-    """
+    """Everything that the bytes of a shard depend on, apart from the model and the device."""
 
     source: Source
     encoding: Encoding
-    folder: Path
-    shards: Shards
-    window: int
-    width: int
-    ranges: np.ndarray | None = None
+    folder: Path  # where the shards are written
+    shards: Shards  # this and the first two as in `encode_folder`
+    window: int  # rows encoded at a time
+    width: int  # D, the dimensions of a vector before bits are packed
+    ranges: np.ndarray | None = None  # (2, D) ranges for int8
     said: dict[str, Any] | None = None
+    """Settings that the file has in its metadata; a folder has them in its manifest."""
 
     @property
     def with_files(self) -> bool:
@@ -137,9 +122,7 @@ class Encoded(NamedTuple):
 class Stream:
     """The rows of a source, read forward; files that are not needed are not opened.
 
-    Args:
-        source: what to read.
-        counts: the number of rows of each file; without it no file can be passed over.
+    `counts` are the numbers of rows of the files; without them no file can be passed over.
     """
 
     def __init__(self, source: Source, counts: list[int] | None = None) -> None:
@@ -182,12 +165,7 @@ class Stream:
 def write_shard(
     job: CorpusJob, model: TextEncoder, shard: int, stream: Stream, progress: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Encode a shard into its file, and return its entry of the manifest.
-
-    Raises:
-        DataError: a row has a fault, and faults are not skipped.
-        OutputError: the file cannot be written.
-    """
+    """Encode a shard into its file, and return its entry of the manifest."""
     path, first = job.path(shard), shard * job.shards.rows
     rows = stream.take(first, job.shards.rows)
     done = write_vectors(job, model, path, rows, first, progress)
@@ -280,17 +258,7 @@ def _cells(job: CorpusJob, number: int, row: Row, passage: Passage) -> list[obje
 
 
 class RowWindow:
-    """Rows that are encoded together.
-
-    Args:
-        job: the corpus that they belong to.
-        first: number of the first row.
-        rows: the rows.
-
-    Attributes:
-        rows: how many rows there are.
-        good: the rows without a fault, each with its number.
-        skipped: the rows without a vector.
+    """Rows of a corpus that are encoded together, counted from `first`.
 
     Raises:
         DataError: a row has a fault, and faults are not skipped.
@@ -298,8 +266,8 @@ class RowWindow:
 
     def __init__(self, job: CorpusJob, first: int, rows: list[Row]) -> None:
         self.job, self.rows = job, len(rows)
-        self.skipped: Skipped = []
-        self.good: list[tuple[int, Row]] = []
+        self.skipped: Skipped = []  # the rows without a vector
+        self.good: list[tuple[int, Row]] = []  # number and row of those without a fault
         for number, row in enumerate(rows, start=first):
             if row.fault is None:
                 self.good.append((number, row))
@@ -311,11 +279,8 @@ class RowWindow:
     ) -> tuple[list[tuple[int, Row, Passage]], np.ndarray]:
         """Number, row and passage of each finite vector, and the vectors as they are stored.
 
-        A document with a passage whose vector is not finite is left out as a whole.
-
-        Args:
-            passages: the P passages of the texts in `good`.
-            vectors: (P, D) float32.
+        Takes the P passages of the texts in `good`, and their (P, D) vectors. A document with a
+        passage whose vector is not finite is left out as a whole.
         """
         finite = np.isfinite(vectors).all(axis=1)
         stored = self.job.encoding.store(np.where(finite[:, None], vectors, 0), self.job.ranges)

@@ -34,32 +34,23 @@ CALIBRATION = 4096
 
 @dataclass(frozen=True)
 class Encoding:
-    """How texts become vectors: options of `TextEncoder.encode`; None is the model's default.
+    """How texts become vectors: options of `TextEncoder.encode`; None is the model's default."""
 
-    Attributes:
-        prompt: text that is put before every input.
-        prompt_name: the name of one of the model's prompts, instead of its text.
-        batch_size: maximum number of texts per forward.
-        normalize: scale every vector to length 1.
-        truncate_dim: keep only the first dimensions of each vector, this many.
-        precision: ``float32``; ``float16``; ``int8``, (v - low) / (high - low) * 255 - 128 with the
-            range of each dimension, as sentence-transformers computes it; ``binary``, one bit per
-            dimension, set if v > 0, eight to a byte, the first one in the highest place
-            (`numpy.unpackbits` reverses it).
-        chunks: how documents are divided into passages, each of which has a vector; None encodes
-            them whole.
-        expected_tokens: a rough number of tokens in the whole source, which decides whether
-            compiling the decoder layers is worth its time.
-    """
-
-    prompt: str | None = None
-    prompt_name: str | None = None
-    batch_size: int | None = None
-    normalize: bool = False
-    truncate_dim: int | None = None
+    prompt: str | None = None  # text that is put before every input
+    prompt_name: str | None = None  # the name of one of the model's prompts, instead of its text
+    batch_size: int | None = None  # maximum number of texts per forward
+    normalize: bool = False  # scale every vector to length 1
+    truncate_dim: int | None = None  # keep only the first dimensions of each vector, this many
     precision: str = "float32"
+    """``float32``; ``float16``; ``int8``, (v - low) / (high - low) * 255 - 128 with the range of
+    each dimension, as sentence-transformers computes it; ``binary``, one bit per dimension, set if
+    v > 0, eight to a byte, the first one in the highest place (`numpy.unpackbits` reverses it)."""
     chunks: Chunks | None = None
+    """How documents are divided into passages, each of which has a vector; None encodes them
+    whole."""
     expected_tokens: int = 0
+    """A rough number of tokens in the whole source, which decides whether compiling the decoder
+    layers is worth its time."""
 
     def of(self, source: Source) -> Encoding:
         """A copy whose `expected_tokens` are estimated from the source's size on the disk.
@@ -77,11 +68,6 @@ class Encoding:
     def compiled(self, model: TextEncoder) -> bool:
         """Compile the decoder layers if that saves time; returns whether they are compiled."""
         return model.backbone.compile_for(self.expected_tokens, model.compiles)
-
-    def check_sizes(self) -> None:
-        """Refuse impossible sizes of passages before a model is loaded."""
-        if self.chunks is not None:
-            self.chunks.check_sizes()
 
     def check(self, model: TextEncoder) -> None:
         """Refuse what the model cannot do, with a `DataError` that says what it can do."""
@@ -192,11 +178,7 @@ class Encoding:
         return vectors
 
     def measure_ranges(self, model: TextEncoder, texts: list[str], window: int) -> np.ndarray:
-        """(2, D) float32: the smallest and the largest value of each dimension over some texts.
-
-        Raises:
-            DataError: no text has a finite vector.
-        """
+        """(2, D) float32: the smallest and the largest value of each dimension over some texts."""
         starts = range(0, len(texts) or 1, window)  # at least one window, even if it is empty
         encoded = self(model, (texts[i : i + window] for i in starts))
         vectors = np.concatenate([vectors for _, vectors in encoded])
@@ -215,8 +197,7 @@ def encode_passages(
     """Divide documents into passages, and encode each passage.
 
     Args:
-        model: the encoder.
-        texts: the documents.
+        model, texts: the encoder, and the documents.
         chunks: the maximum number of tokens of a passage, their overlap, and whether a passage is
             pooled from the forward over its document.
         options: fields of `Encoding`: ``prompt``, ``normalize``, ``truncate_dim`` and so on.

@@ -17,10 +17,8 @@ import numpy as np
 from unmasked.errors import DataError
 
 OUTPUTS = (".npy", ".parquet", ".safetensors")
-SAID = "unmasked"
-"""Key of the settings that one file has in its metadata, as JSON."""
-Columns = Sequence[Sequence[object]]
-"""Values of the columns beside the vectors, N per column."""
+SAID = "unmasked"  # key of the settings that one file has in its metadata, as JSON
+Columns = Sequence[Sequence[object]]  # values of the columns beside the vectors, N per column
 
 
 def make_writer(
@@ -35,9 +33,7 @@ def make_writer(
 
     Args:
         kind: the suffix of the output, one of `OUTPUTS`.
-        file: the open file to write to.
-        dtype: type of the stored numbers.
-        width: how many numbers a stored vector has.
+        dtype, width: type of the stored numbers, and how many of them a vector has.
         columns: names and Arrow types (or their names) of the columns beside the vector; only
             .parquet has them, and the first is the row number.
         said: settings to write into the file; .npy has no place for them.

@@ -13,14 +13,7 @@ from unmasked.train.plan.cost import make_plan
 
 
 def estimates(name: str, whole: Any, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
-    """The memory that encoding with a model takes, and training it.
-
-    Args:
-        name: the name of the model.
-        whole: the model, which may be on the meta device.
-        dtype: number type of the weights during encoding.
-        device: the device for encoding.
-    """
+    """The memory that encoding takes with a model (perhaps on the meta device), and training it."""
     text, tokens = whole.config.get_text_config(), token_budget(device, dtype)
     width = int(text.hidden_size)
     inner = getattr(text, "intermediate_size", None)

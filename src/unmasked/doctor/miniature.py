@@ -54,9 +54,6 @@ SMALL = {name: size for size, names in _SIZES for name in names.split()}
 def miniature(config: PretrainedConfig) -> PretrainedConfig:
     """A small config that builds the same layers, with weights large enough for the proof.
 
-    Args:
-        config: the config of a decoder, or of a model with a text decoder; it is not changed.
-
     Raises:
         ValueError, TypeError, AttributeError: the rules do not fit the family.
     """

@@ -12,7 +12,7 @@ paragraph with a hook on every module.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,31 +39,22 @@ PARAGRAPH = (
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest absolute number in the outputs of a layer and of the modules in it.
-
-    Attributes:
-        layer: the name of the layer in the transformer, such as ``layers.3``; for a module outside
-            of the layers, its own name.
-        module: the module in the layer whose output has the number; empty for the layer itself.
-        largest: the number; NaN or infinite if the model overflows in its present number type.
-    """
+    """The largest absolute number in the outputs of a layer and of the modules in it."""
 
     layer: str
-    module: str
-    largest: float
+    """The name of the layer in the transformer, such as ``layers.3``; for a module outside of the
+    layers, its own name."""
+    module: str  # the module in the layer whose output has the number; empty for the layer itself
+    largest: float  # the number; NaN or infinite if the model overflows in its present number type
 
 
 @dataclass(frozen=True)
 class ModelProof:
-    """The result of `prove_model`.
+    """The result of `prove_model`."""
 
-    Attributes:
-        proof: the proof of the mask.
-        peaks: one for each layer, in order, and for each module outside of the layers.
-    """
-
-    proof: Proof
+    proof: Proof  # the proof of the mask
     peaks: tuple[Peak, ...]
+    """One for each layer, in order, and for each module outside of the layers."""
 
     @property
     def highest(self) -> Peak | None:
@@ -78,18 +69,11 @@ class ModelProof:
     def as_dict(self) -> dict[str, Any]:
         """The result for strict JSON; numbers that are not finite become None."""
         peaks = [
-            {
-                "layer": peak.layer,
-                "module": peak.module,
-                "largest": peak.largest if math.isfinite(peak.largest) else None,
-            }
+            asdict(peak) | {"largest": peak.largest if math.isfinite(peak.largest) else None}
             for peak in self.peaks
         ]
-        return {
-            **self.proof.as_dict(),
-            "float16_overflows": self.float16_overflows,
-            "peaks": peaks,
-        }
+        overflows = self.float16_overflows
+        return {**self.proof.as_dict(), "float16_overflows": overflows, "peaks": peaks}
 
 
 def prove_model(model: str | Path | nn.Module, *, open: bool = False, **hub: Any) -> ModelProof:

@@ -22,12 +22,7 @@ def requirements(
 ) -> dict[str, str]:
     """Whether stock sentence-transformers gives the vectors, and what other programs must do.
 
-    Args:
-        report: the proof.
-        config: the config of the model with its mask open.
-        stock: the result of `stock_loading`.
-        tokens: the tokenizer with its template.
-        pooling: the pooling mode.
+    `config` is that of the model with its mask open, and `stock` the result of `stock_loading`.
     """
     if report.verdict == "impossible" or stock == "causal":
         why = "the mask stays" if report.verdict == "impossible" else "only unmasked opens the mask"

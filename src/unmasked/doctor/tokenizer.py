@@ -28,8 +28,7 @@ SAMPLES = {
     "필요하지 않은 책은 다른 사람이 읽을 수 있도록 반납해 주세요.",
 }
 """The same few sentences of everyday prose in each language."""
-POOR = 1.0
-"""From this many tokens per character on, a tokenizer splits the letters of a language."""
+POOR = 1.0  # from this many tokens per character on, a tokenizer splits the letters of a language
 
 
 def describe(tokens: TextTokenizer, prompts: dict[str, str]) -> Facts:
@@ -55,12 +54,7 @@ def describe(tokens: TextTokenizer, prompts: dict[str, str]) -> Facts:
 
 
 def per_character(tokens: TextTokenizer, language: str) -> str:
-    """How many tokens a character of prose takes, and whether that is many.
-
-    Args:
-        tokens: the tokenizer.
-        language: one of `SAMPLES`.
-    """
+    """How many tokens a character of a language in `SAMPLES` takes, and whether that is many."""
     text, plain = SAMPLES[language], TextTokenizer(tokens.tokenizer)  # no template around it
     (row,) = plain([text], max_length=16 * len(text))
     count = len(row.ids) - len(plain.prefix) - len(plain.suffix)

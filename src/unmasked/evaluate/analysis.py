@@ -66,7 +66,6 @@ def analyse(model: str, task: str | Path | None = None) -> Analysis:
     """Analyse a model with its mask closed and open.
 
     Args:
-        model: hub name, folder or ``nano``.
         task: a file or folder of texts that belong together: STS, pairs, reranking or retrieval.
             None uses the docstrings of this Python.
 

@@ -16,25 +16,13 @@ from unmasked.recipe.schema import CAUSAL
 
 
 def causal_baselines(base: Location) -> Iterator[tuple[str, Callable[[], LLM2Vec]]]:
-    """For each of `CAUSAL_BASELINES`, a name and a function that loads the causal encoder.
-
-    Args:
-        base: the decoder, for instance from `compat.origin.find_base`.
-
-    Raises:
-        ModelError: the decoder no longer has a causal mask (raised by the functions).
-    """
+    """For each of `CAUSAL_BASELINES`, a name and a function that loads it by `causal_encoder`."""
     for pooling in CAUSAL_BASELINES:
         yield f"{CAUSAL}{pooling}", partial(causal_encoder, base, pooling)
 
 
 def causal_encoder(base: Location, pooling: str, max_length: int | None = None) -> LLM2Vec:
-    """The untouched decoder with a pooling mode.
-
-    Args:
-        base: the decoder.
-        pooling: how token states become a vector.
-        max_length: maximum number of tokens per input; None takes the folder's, or 512.
+    """The untouched decoder with a pooling mode; `base` is from `compat.origin.find_base`.
 
     Raises:
         ModelError: the decoder no longer has a causal mask.

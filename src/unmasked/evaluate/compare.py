@@ -21,10 +21,8 @@ from unmasked.errors import DataError, unknown
 from unmasked.evaluate.bootstrap import Interval, TaskResult, interval, paired_difference
 from unmasked.recipe.schema import BEFORE, CAUSAL
 
-COMMAND = "command.txt"
-"""The file in a run folder with the command that made it."""
-MACHINE = "machine.txt"
-"""The file in a run folder that describes the machine it ran on."""
+COMMAND = "command.txt"  # the file in a run folder with the command that made it
+MACHINE = "machine.txt"  # the file in a run folder that describes the machine it ran on
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def compare_encoders(
 
     Args:
         results: encoder → its results, of the same tasks for all encoders.
-        samples: number of resampled test sets for each interval; 0 for no intervals.
+        samples: as in `compare_stages`.
     """
     first, rows = next(iter(results)), []
     for index, ours in enumerate(results[first]):

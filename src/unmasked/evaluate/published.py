@@ -22,18 +22,13 @@ from unmasked.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class PublishedStage:
-    """One encoder of a run on a published benchmark.
+    """One encoder of a run on a published benchmark."""
 
-    Attributes:
-        stage: name of the encoder in a run.
-        published: the published score as a fraction.
-        ours: our mean score with its interval; None if it is not scored yet. There is no interval
-            (``low`` equals ``high``) if a task has no item scores, as mteb's public tasks.
-    """
-
-    stage: str
-    published: float
+    stage: str  # name of the encoder in a run
+    published: float  # the published score as a fraction
     ours: Interval | None
+    """Our mean score with its interval; None if it is not scored yet. There is no interval (``low``
+    equals ``high``) if a task has no item scores, as mteb's public tasks."""
 
     @property
     def difference(self) -> float | None:
@@ -60,13 +55,7 @@ class PublishedTable:
 
 
 def beside_published(run: str | Path, recipe: Recipe, samples: int = 1000) -> list[PublishedTable]:
-    """A table for each published benchmark of a recipe that a run has begun to score.
-
-    Args:
-        run: a run folder.
-        recipe: the recipe of the run.
-        samples: number of resampled test sets for each interval; 0 for none.
-    """
+    """A table for each published benchmark of a recipe that a run folder has begun to score."""
     named = [name for name, _ in recipe.stages()]
     tables = []
     for anchor in recipe.published():

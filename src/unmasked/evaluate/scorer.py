@@ -20,8 +20,7 @@ from unmasked.evaluate.tasks.task_files import load_task
 from unmasked.evaluate.tasks.task_vectors import Encode, encode_once
 from unmasked.evaluate.tasks.tested import WORDS, is_path
 
-RESULTS = "mteb"
-"""The folder inside a run folder that holds results of public tasks."""
+RESULTS = "mteb"  # the folder inside a run folder that holds results of public tasks
 
 Scorer = Callable[[Any], list[TaskResult]]
 _Score = Callable[[Any, Encode], TaskResult]

@@ -31,18 +31,12 @@ from unmasked.mask.opening import decoder_of, layers_of
 
 @dataclass(frozen=True)
 class Cut:
-    """A smaller encoder within an encoder, and its cost.
+    """A smaller encoder within an encoder, and its cost."""
 
-    Attributes:
-        layers, dimensions: the number of first layers, and of leading numbers of a vector.
-        compute: share of the whole encoder's multiplications in its layers.
-        bytes: size of a vector in float32.
-    """
-
-    layers: int
-    dimensions: int
-    compute: float
-    bytes: int
+    layers: int  # number of first layers
+    dimensions: int  # number of leading numbers of a vector
+    compute: float  # share of the whole encoder's multiplications in its layers
+    bytes: int  # size of a vector in float32
 
     @property
     def name(self) -> str:
@@ -123,7 +117,6 @@ def cut_encoders(
     """The whole encoder, then every smaller one that was requested, each loaded when it is needed.
 
     Args:
-        model: hub name or folder.
         layers: numbers of first layers; the full depth is always included.
         dimensions: lengths of vectors; the full width is always included.
         options: further arguments of `LLM2Vec.from_pretrained`.

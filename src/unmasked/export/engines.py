@@ -27,7 +27,7 @@ from unmasked.checkpoint.folder import SETTINGS_NAME, read_settings
 from unmasked.checkpoint.location import locate
 from unmasked.errors import MissingExtraError, ModelError, UnmaskedError, first_line, unknown
 from unmasked.export.gguf_file import FILE
-from unmasked.export.graph import FILES, GraphRunner
+from unmasked.export.graph import FILES, load_graph
 from unmasked.text.special_tokens import prepare_tokenizer
 from unmasked.text.tokens import TextTokenizer
 
@@ -37,24 +37,19 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Engine:
-    """A program that computes vectors from a folder.
-
-    Attributes:
-        name: the program's name.
-        vectors: computes (N, D) vectors of N ``(instruction, text)`` pairs.
-        takes_empty: whether it has a vector for an empty text without an instruction.
-    """
+    """A program that computes vectors from a folder."""
 
     name: str
     vectors: Callable[[Pairs], np.ndarray]
-    takes_empty: bool = True
+    """Computes (N, D) vectors of N ``(instruction, text)`` pairs."""
+    takes_empty: bool = True  # whether it has a vector for an empty text without an instruction
 
 
 def engine_of(folder: Path) -> Engine:
     """The engine of a folder.
 
     Raises:
-        ModelError: it is not a folder, or its format is not known.
+        ModelError: it is not a folder, its format is not known, or its engine cannot run it.
         MissingExtraError: its engine is not installed.
     """
     if not folder.is_dir():
@@ -107,29 +102,16 @@ def _failures_of(engine: str) -> Iterator[None]:
 
 
 def graph_engine(folder: Path, kind: str) -> Engine:
-    """ONNX Runtime or OpenVINO.
-
-    Raises:
-        ModelError: the engine cannot run the graph.
-    """
+    """ONNX Runtime or OpenVINO."""
     name = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[kind]
     tokens = saved_tokens(folder)
     with _failures_of(name):
-        runner = GraphRunner(tokens, kind, folder / FILES[kind])
-
-    def vectors(pairs: Pairs) -> np.ndarray:
-        with _failures_of(name):
-            return runner.vectors(pairs)
-
-    return Engine(name, vectors)
+        vectors = load_graph(tokens, kind, folder / FILES[kind])
+    return Engine(name, _failures_of(name)(vectors))
 
 
 def llama_engine(folder: Path) -> Engine:
-    """llama.cpp, with no settings but those of the file.
-
-    Raises:
-        MissingExtraError: llama-cpp-python is not installed.
-    """
+    """llama.cpp, with no settings but those of the file."""
     try:
         llama: Any = import_module("llama_cpp").Llama
     except ImportError as error:
@@ -151,11 +133,7 @@ def llama_engine(folder: Path) -> Engine:
 
 
 def stock_engine(folder: Path) -> Engine:
-    """Stock sentence-transformers, with the instruction given as its prompt.
-
-    Raises:
-        ModelError: the folder has no encoder, or cannot be loaded.
-    """
+    """Stock sentence-transformers, with the instruction given as its prompt."""
     from sentence_transformers import SentenceTransformer
 
     if not (folder / "modules.json").is_file():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,15 +26,8 @@ from unmasked.errors import MissingExtraError, ModelError, UnmaskedError, unknow
 from unmasked.export.engines import MANIFEST, Engine, engine_of
 from unmasked.export.faults import Reader, Reading
 from unmasked.export.gguf_file import write_gguf
-from unmasked.export.graph import check_opset, write_graph
-from unmasked.export.parity import (
-    LIMIT,
-    LIMIT_OF_8_BITS,
-    TEXTS,
-    Parity,
-    compare_vectors,
-    shown,
-)
+from unmasked.export.graph import write_graph
+from unmasked.export.parity import LIMIT, LIMIT_OF_8_BITS, TEXTS, Parity, compare_vectors, shown
 from unmasked.export.served import check_keys
 from unmasked.files.writing import folder_aside
 
@@ -47,39 +40,23 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "tei": ("float16", "float32"),
 }
 """The number types that each format can have, its default first."""
-POOLS_ALL = ("gguf", "vllm", "tei")
-"""Formats whose engines pool every token of an input."""
+POOLS_ALL = ("gguf", "vllm", "tei")  # formats whose engines pool every token of an input
 
 
 class DifferentVectorsError(UnmaskedError):
-    """An export gives other vectors than torch, or could not be compared.
-
-    Attributes:
-        parity: the comparison; None if the engine could not be run.
-    """
-
-    def __init__(self, message: str, parity: Parity | None) -> None:
-        super().__init__(message)
-        self.parity = parity
+    """An export gives other vectors than torch, or could not be compared."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An export.
-
-    Attributes:
-        folder: its folder.
-        engine: the engine whose vectors were compared.
-        weights: the number type of its weights.
-        parity: its vectors compared with those of torch; None if the engine is not installed.
-        notes: sentences about what the engine cannot express.
-    """
+    """An export."""
 
     folder: Path
-    engine: str
-    weights: str
+    engine: str  # the engine whose vectors were compared
+    weights: str  # the number type of its weights
     parity: Parity | None
-    notes: tuple[str, ...]
+    """Its vectors compared with those of torch; None if the engine is not installed."""
+    notes: tuple[str, ...]  # sentences about what the engine cannot express
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -95,12 +72,10 @@ def export_model(
     opset: int | None = None,
     accept: bool = False,
 ) -> Exported:
-    """Write an encoder for another engine, and compare its vectors with those of torch.
+    """Write an encoder for another engine to a new folder, and compare its vectors with torch's.
 
     Args:
         model: folder or hub name of an encoder.
-        to: the format.
-        output: new folder.
         weights: one of the format's `WEIGHTS`; None for the first of them.
         opset: the ONNX opset; None for the newest that the converter knows.
         accept: keep the folder even if the vectors differ or cannot be compared.
@@ -138,10 +113,10 @@ def export_model(
         manifest |= found.as_dict() | {"accepted": accept}
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return Exported(output, found.engine, weights, found.parity, found.notes)
+    return replace(found, folder=output)
 
 
-def _convert(encoder: LLM2Vec, to: str, folder: Path, weights: Any, opset: int | None) -> None:
+def _convert(encoder: LLM2Vec, to: Any, folder: Path, weights: Any, opset: int | None) -> None:
     """Replace the weights in a saved folder by the engine's file."""
     # Loaded again, because the encoder's own transformer runs packed attention.
     model, _ = loading.load_transformer(loading.find(folder), torch.float32, allow_partial=True)
@@ -154,10 +129,8 @@ def _convert(encoder: LLM2Vec, to: str, folder: Path, weights: Any, opset: int |
             )
         write_gguf(folder, model, tokens, mode, weights)
     else:
-        kind: Any = to
-        path = write_graph(tokens, mode, model, kind, folder, weights, opset, list(encoder)[2:])
-        if to == "onnx":
-            check_opset(path, opset)
+        behind = list(encoder)[2:]
+        write_graph(tokens, mode, model, to, folder, weights, opset, behind)
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         file.unlink()
 
@@ -223,18 +196,15 @@ def _require_parity(found: Exported) -> None:
     """Raise `DifferentVectorsError` unless the vectors were compared and are the same."""
     if found.parity is not None and found.parity.same:
         return
-    kept = "Fix: --accept, to keep the export all the same"
-    notes = "".join(f" Note: {note.rstrip('.')}." for note in found.notes)
     if found.parity is None:  # the last note says how to install the engine
-        why, _, install = notes.rstrip(".").rpartition("Fix: ")
         raise DifferentVectorsError(
-            f"{found.engine} could not be compared.{why}Fix: {install}, or --accept, to keep the "
-            "export all the same.",
-            None,
+            f"{found.engine} could not be compared: {found.notes[-1]}, or --accept, to keep the "
+            "export all the same."
         )
+    notes = "".join(f" Note: {note.rstrip('.')}." for note in found.notes)
     low = min(zip(found.parity.cosines, found.parity.texts, strict=True))[1]
     raise DifferentVectorsError(
         f"{found.engine} gives other vectors: least cosine {found.parity.least:.6f}, allowed "
-        f"{found.parity.limit} (lowest: {shown(low)}).{notes} {kept}.",
-        found.parity,
+        f"{found.parity.limit} (lowest: {shown(low)}).{notes} "
+        "Fix: --accept, to keep the export all the same."
     )

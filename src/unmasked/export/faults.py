@@ -33,35 +33,25 @@ from unmasked.mask.opening import NATIVE_KEY
 from unmasked.model import TextEncoder
 from unmasked.text.tokens import TokenRow
 
-BETTER = 0.75
-"""A mistake is adopted if at most this share of the difference remains with it."""
+BETTER = 0.75  # a mistake is adopted if at most this share of the difference remains with it
 CUTS = (8, 16, 32, 64, 77, 128, 256, 384, 512, 1024, 2048, 4096)
 """Lengths in tokens at which programs commonly cut an input."""
-NOISE = 2e-6
-"""Differences (1 - cosine) below this come from other kernels and are no mistake."""
+NOISE = 2e-6  # differences (1 - cosine) below this come from other kernels and are no mistake
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way from a text to a vector; the defaults are the right one.
+    """One way from a text to a vector; the defaults are the right one."""
 
-    Attributes:
-        closed: the causal mask is on.
-        pooled: ``text``, or what is pooled with it: ``BOS``, ``instruction`` or ``everything``.
-        mode: the pooling mode; empty for the folder's own.
-        ids: ``ours``; ``without BOS``; ``with EOS`` at the end.
-        cut: tokens after which an input is cut; 0 for where the folder cuts.
-        padding: ``left`` or ``right`` if the padding on that side is attended to, else empty.
-        dtype: the number type; empty for the reference's own.
-    """
-
-    closed: bool = False
+    closed: bool = False  # the causal mask is on
     pooled: str = "text"
-    mode: str = ""
-    ids: str = "ours"
-    cut: int = 0
+    """``text``, or what is pooled with it: ``BOS``, ``instruction`` or ``everything``."""
+    mode: str = ""  # the pooling mode; empty for the folder's own
+    ids: str = "ours"  # ``ours``; ``without BOS``; ``with EOS`` at the end
+    cut: int = 0  # tokens after which an input is cut; 0 for where the folder cuts
     padding: str = ""
-    dtype: str = ""
+    """``left`` or ``right`` if the padding on that side is attended to, else empty."""
+    dtype: str = ""  # the number type; empty for the reference's own
 
 
 RIGHT = Reading()
@@ -83,19 +73,11 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """What explains a difference.
+    """What explains a difference."""
 
-    Attributes:
-        reading: the reading whose vectors are nearest to the other program's.
-        faults: its mistakes in words; empty if none was found.
-        least: the minimum cosine between the other program's vectors and those of `reading`.
-        before: the same for the right reading.
-    """
-
-    reading: Reading
-    faults: tuple[str, ...]
-    least: float
-    before: float
+    reading: Reading  # the reading whose vectors are nearest to the other program's
+    faults: tuple[str, ...]  # its mistakes in words; empty if none was found
+    least: float  # the minimum cosine between the other program's vectors and those of `reading`
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -111,13 +93,8 @@ class Reader:
     """Computes the vectors of inputs in right and wrong readings, with one encoder.
 
     Args:
-        encoder: the reference.
         folder: the folder or hub name that it was loaded from, for a copy with the mask closed.
         inputs: N ``[instruction, text]`` pairs.
-
-    Attributes:
-        rows: their token rows in the right reading.
-        own: the encoder's pooling mode.
     """
 
     def __init__(self, encoder: TextEncoder, folder: str, inputs: Sequence[Any]) -> None:
@@ -125,7 +102,7 @@ class Reader:
         self.own = encoder.settings.pooling_mode
         self._folder = folder
         self._behind = nn.ModuleList(copy.deepcopy(list(encoder)[2:])).cpu().float().eval()
-        self.rows = encoder.backbone.tokenize_inputs(inputs)
+        self.rows = encoder.backbone.tokenize_inputs(inputs)  # in the right reading
         self._models: dict[tuple[bool, str], Backbone] = {}
         self._states: dict[Any, Tensor] = {}
 
@@ -224,7 +201,6 @@ def explain_difference(
     """Find the mistakes that bring our vectors nearest to the other program's.
 
     Args:
-        reader: a reader of the same inputs.
         theirs: (N, D) vectors of the other program, each text in a request of its own.
         batched: (N, D) its vectors of all texts in one request, if they differ from `theirs`.
     """
@@ -242,7 +218,6 @@ def explain_difference(
         return float(np.exp(np.log(1 - all_cosines(reading) + NOISE).mean()))
 
     best, least = RIGHT, distance(RIGHT)
-    before = float(all_cosines(RIGHT).min())
     for _ in range(4):
         tried = {reading: distance(reading) for reading in _neighbours(best, reader, batched)}
         nearest = min(tried, key=lambda reading: (round(tried[reading], 7), _mistakes(reading)))
@@ -253,7 +228,7 @@ def explain_difference(
         simpler = replace(best, **{field.name: getattr(RIGHT, field.name)})
         if simpler != best and distance(simpler) <= 1.1 * least:
             best = simpler
-    return Explanation(best, _said(best, reader.own), float(all_cosines(best).min()), before)
+    return Explanation(best, _said(best, reader.own), float(all_cosines(best).min()))
 
 
 def _neighbours(now: Reading, reader: Reader, batched: np.ndarray | None) -> Iterable[Reading]:

@@ -33,22 +33,15 @@ FILE = "model.gguf"
 
 @dataclass(frozen=True)
 class Family:
-    """How llama.cpp computes a family of transformers.
+    """How llama.cpp computes a family of transformers."""
 
-    Attributes:
-        arch: llama.cpp's name for the architecture.
-        interleaved: whether its rotary positions pair neighbouring channels, so that the rows of
-            the query and key projections must be stored in another order.
-        shifted: whether it expects norm weights with 1 added to them.
-        windows: whether its sliding windows reach to both sides.
-        factors: whether rotary frequencies can be divided by a factor each.
-    """
-
-    arch: str
+    arch: str  # llama.cpp's name for the architecture
     interleaved: bool = False
-    shifted: bool = False
-    windows: bool = False
-    factors: bool = False
+    """Whether its rotary positions pair neighbouring channels, so that the rows of the query and
+    key projections must be stored in another order."""
+    shifted: bool = False  # whether it expects norm weights with 1 added to them
+    windows: bool = False  # whether its sliding windows reach to both sides
+    factors: bool = False  # whether rotary frequencies can be divided by a factor each
 
 
 FAMILIES = {
@@ -63,8 +56,7 @@ FAMILIES = {
 """Model type in transformers → the family in llama.cpp."""
 POOLING = {"mean": 1, "bos_token": 2, "last_token": 3, "eos_token": 3}
 """Our pooling modes that llama.cpp supports → its numbers for them."""
-NORMAL, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = range(1, 7)
-"""The token types of a GGUF file."""
+NORMAL, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = range(1, 7)  # the token types of a GGUF file
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -79,14 +71,13 @@ SPLITTERS = {
 
 def write_gguf(
     folder: Path, model: Any, tokens: TextTokenizer, mode: str, weights: Literal["float16", "int8"]
-) -> Path:
+) -> None:
     """Write ``model.gguf`` into a saved folder.
 
     Args:
         folder: the saved folder, with its tokenizer.
         model: the bare transformer.
-        tokens: how texts become ids.
-        mode: the pooling mode.
+        tokens, mode: how texts become ids, and how states are pooled.
         weights: ``float16`` (f16) or ``int8`` (q8_0).
 
     Raises:
@@ -99,8 +90,7 @@ def write_gguf(
     if mode not in POOLING:
         raise ModelError(unknown("pooling mode for llama.cpp", mode, POOLING))
     family = _family(model)
-    path = folder / FILE
-    writer = gguf.GGUFWriter(path, family.arch)
+    writer = gguf.GGUFWriter(folder / FILE, family.arch)
     _add_shape(writer, model, tokens.max_length, family)
     writer.add_causal_attention(False)
     writer.add_pooling_type(gguf.PoolingType(POOLING[mode]))
@@ -124,7 +114,6 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _family(model: Any) -> Family:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
@@ -34,17 +34,14 @@ from unmasked.text.inputs import split_pairs
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
 Weights = Literal["float32", "float16", "int8"]
-OPSET = 18
-"""The ONNX opset that graphs are traced with, from which the converter makes others."""
+OPSET = 18  # the ONNX opset that graphs are traced with, from which the converter makes others
 OTHER_OPSET = (
     f"Fix: leave out --opset, for the newest that the converter writes, or --opset {OPSET}."
 )
-READ_ONLY = 2
-"""Value in the attention mask of a token that is attended to but not pooled."""
+READ_ONLY = 2  # value in the attention mask of a token that is attended to but not pooled
 FILES = {"onnx": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml"}
 """Where stock sentence-transformers looks for a graph in a folder."""
-
-
+ROWS = 8  # rows of a batch when a written graph is run
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 """Packages of the extra ``export`` for each kind of graph; 8-bit weights also need ``nncf``."""
 
@@ -87,16 +84,10 @@ class VectorGraph(nn.Module):
 
 
 def _pool_padded(states: Tensor, pooled: Tensor, positions: Tensor, mode: str) -> Tensor:
-    """`forward.pooling.pool` for (B, T, D) states, with operators that every engine has.
+    """`forward.pooling.pool` for states padded on the right, with operators of every engine.
 
-    Args:
-        states: the states, padded on the right.
-        pooled: (B, T), True for the tokens that are pooled.
-        positions: (T,), counted from 0.
-        mode: the pooling mode.
-
-    Returns:
-        (B, D) vectors; zeros for a row that is all padding.
+    Takes (B, T, D) states, the (B, T) tokens that are pooled, and (T,) positions from 0; returns
+    (B, D) vectors, zeros for a row that is all padding.
     """
     if mode in ("mean", "weighted_mean"):
         weights = pooled.float() * (positions + 1 if mode == "weighted_mean" else 1)  # (B, T)
@@ -127,25 +118,20 @@ def write_graph(
     model: Any,
     kind: Literal["onnx", "openvino"],
     folder: Path,
-    weights: Weights = "float32",
-    opset: int | None = None,
+    weights: Weights,
+    opset: int | None,
     behind: Sequence[nn.Module] = (),
-) -> Path:
+) -> None:
     """Trace an encoder and write its graph.
 
     Args:
-        tokens: how texts become ids.
-        mode: the pooling mode.
+        tokens, mode: how texts become ids, and how states are pooled.
         model: the bare transformer with stock attention, float32, on the CPU.
-        kind: the format of the graph.
-        folder: the folder of the encoder's other files.
+        kind, folder: the format of the graph, and the folder of the encoder's other files.
         weights: ``float32``, ``float16``, or ``int8`` for 8-bit weights of the linear layers, with
             one scale per row and activations in float32.
         opset: the ONNX opset; None for the newest that the converter knows.
         behind: the modules behind the pooling, float32, on the CPU; not changed.
-
-    Returns:
-        The file that was written.
 
     Raises:
         MissingExtraError: the extra ``export`` is not installed.
@@ -176,7 +162,8 @@ def write_graph(
     path = folder / FILES[kind]
     path.parent.mkdir(parents=True)
     exporter.save_program(exported.program, path)
-    return path
+    if kind == "onnx" and opset is not None:
+        _check_written(path, opset)
 
 
 def require_packages(*names: str) -> None:
@@ -217,7 +204,7 @@ def _check_known(opset: int | None) -> None:
         raise ModelError(f"ONNX opset {opset}: onnx here knows {OPSET} to {newest}. {OTHER_OPSET}")
 
 
-def check_opset(path: Path, opset: int | None) -> None:
+def _check_written(path: Path, opset: int) -> None:
     """Refuse a graph of a lower opset than was asked for.
 
     The converter does not know every opset that onnx knows. For one that it does not know, it logs
@@ -227,36 +214,29 @@ def check_opset(path: Path, opset: int | None) -> None:
 
     graph = onnx.load(path, load_external_data=False)
     written = max(item.version for item in graph.opset_import if item.domain == "")
-    if opset is not None and written < opset:
+    if written < opset:
         raise ModelError(
             f"ONNX opset {opset}: the converter wrote one of {written}, as it does not know "
             f"{opset}. {OTHER_OPSET}"
         )
 
 
-class GraphRunner:
-    """Runs a written graph on the CPU.
+def load_graph(
+    tokens: TextTokenizer, kind: str, path: Path
+) -> Callable[[Sequence[tuple[str, str]]], np.ndarray]:
+    """A function that runs a written graph, on the CPU, for (N, D) vectors of N pairs."""
+    require_packages(PACKAGES[kind][-1])
+    run = _onnx_session(path) if kind == "onnx" else _openvino_request(path)
 
-    Args:
-        tokens: how texts become ids.
-        kind: the format of the graph.
-        path: its file.
-    """
-
-    def __init__(self, tokens: TextTokenizer, kind: str, path: Path) -> None:
-        self._tokens = tokens
-        require_packages(PACKAGES[kind][-1])
-        self._run = _onnx_session(path) if kind == "onnx" else _openvino_request(path)
-
-    def vectors(self, pairs: Sequence[tuple[str, str]], rows_at_once: int = 8) -> np.ndarray:
-        """(N, D) vectors of N ``(instruction, text)`` pairs, in padded batches of neighbours."""
-        texts, prompts = split_pairs([list(pair) for pair in pairs], self._tokens.join)
-        rows = self._tokens(texts, prompts)
-        found = []
-        for start in range(0, len(rows), rows_at_once):
-            inputs = graph_inputs(self._tokens, rows[start : start + rows_at_once])
-            found.append(self._run({name: value.numpy() for name, value in inputs.items()}))
+    def vectors(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        texts, prompts = split_pairs([list(pair) for pair in pairs], tokens.join)
+        rows, found = tokens(texts, prompts), []
+        for start in range(0, len(rows), ROWS):  # padded batches of neighbours
+            inputs = graph_inputs(tokens, rows[start : start + ROWS])
+            found.append(run({name: value.numpy() for name, value in inputs.items()}))
         return np.concatenate(found).astype(np.float32)
+
+    return vectors
 
 
 def _onnx_session(path: Path) -> Any:

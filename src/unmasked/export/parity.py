@@ -54,17 +54,11 @@ LIMIT, LIMIT_OF_8_BITS = 0.9999, 0.999
 
 @dataclass(frozen=True)
 class Parity:
-    """How near an engine's vectors are to those of torch.
+    """How near an engine's vectors are to those of torch."""
 
-    Attributes:
-        cosines: the cosine for each compared text, in the order of `texts`.
-        texts: indices of these texts in `TEXTS`.
-        limit: the minimum cosine that counts as the same vector.
-    """
-
-    cosines: tuple[float, ...]
-    texts: tuple[int, ...]
-    limit: float
+    cosines: tuple[float, ...]  # the cosine for each compared text, in the order of `texts`
+    texts: tuple[int, ...]  # indices of these texts in `TEXTS`
+    limit: float  # the minimum cosine that counts as the same vector
 
     @property
     def least(self) -> float:

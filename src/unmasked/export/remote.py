@@ -22,8 +22,8 @@ import numpy as np
 from unmasked.errors import DataError, first_line, unknown
 
 KEY = "UNMASKED_API_KEY"
-PATHS = {"openai": "/v1/embeddings", "tei": "/embed"}
-"""API → the path to which texts are sent."""
+SECONDS = 300.0  # time limit of a request
+PATHS = {"openai": "/v1/embeddings", "tei": "/embed"}  # API → the path to which texts are sent
 
 
 class Refused(DataError):
@@ -45,7 +45,6 @@ class VectorServer:
         url: its address, such as ``http://127.0.0.1:8000``, with or without the path.
         model: its name for the model. None takes the first model that it lists; if it lists none,
             no name is sent. A name must be one that it lists, if it lists any.
-        timeout: time limit of a request in seconds.
 
     Attributes:
         shape: its API, ``openai`` or ``tei``.
@@ -57,14 +56,13 @@ class VectorServer:
             have the model.
     """
 
-    def __init__(self, url: str, model: str | None = None, timeout: float = 300.0) -> None:
+    def __init__(self, url: str, model: str | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise DataError(
                 f"{url} is not an address. Allowed: http://HOST:PORT. "
                 "Fix: unmasked verify http://127.0.0.1:8000 --against DIR."
             )
-        self._timeout = timeout
         path, base = parts.path.rstrip("/"), f"{parts.scheme}://{parts.netloc}"
         self._base = base + re.sub(r"/(v1/embeddings|v1|embed)$", "", path)
         listed = self._listed()
@@ -115,9 +113,8 @@ class VectorServer:
         try:
             rows = answer
             if self.shape == "openai":
-                rows = [
-                    row["embedding"] for row in sorted(answer["data"], key=lambda r: r["index"])
-                ]
+                data = sorted(answer["data"], key=lambda row: row["index"])
+                rows = [row["embedding"] for row in data]
             found = np.asarray(rows, dtype=np.float64)
         except (KeyError, TypeError, ValueError) as error:
             raise self._no_vectors(first_line(error)) from error
@@ -163,7 +160,7 @@ class VectorServer:
         if key := os.environ.get(KEY):
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         try:
-            with urlopen(request, timeout=self._timeout) as answer:
+            with urlopen(request, timeout=SECONDS) as answer:
                 return json.load(answer)
         except HTTPError as error:
             said = error.read(300).decode(errors="replace").strip()

@@ -13,7 +13,6 @@ text-embeddings-inference (router/src/lib.rs, backends/candle/src/models).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,70 +28,45 @@ FLAGS = {
     "eos_token": "pooling_mode_lasttoken",
 }
 """Pooling mode → its flag in the pooling config; both programs support these modes."""
-CAUSAL_IN_TEI = ("mistral",)
-"""Families that TEI always runs with the causal mask."""
+CAUSAL_IN_TEI = ("mistral",)  # families that TEI always runs with the causal mask
 IN_TEI = ("gemma3_text", "qwen2", "qwen3")
 """Families that TEI runs with the mask open; of all others it can only run the ONNX graph."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key that a loader reads.
+    """A key that a loader reads."""
 
-    Attributes:
-        file: its file in the folder.
-        name: the name of the key.
-        fits: returns whether the loader can use a value; the value of a missing key is None.
-        why: what the loader does with it.
-    """
-
-    file: str
-    name: str
-    fits: Callable[[Any], bool]
-    why: str
-
-
-def _true(value: Any) -> bool:
-    return value is True
-
-
-def _false(value: Any) -> bool:
-    return value is False
-
-
-def _given(value: Any) -> bool:
-    return value not in (None, "", [])
+    file: str  # its file in the folder
+    name: str  # the name of the key
+    wanted: bool | None  # the value that the loader needs; None for any that is not empty
+    why: str  # what the loader does with it
 
 
 SENTENCE = "sentence_bert_config.json"
 COMMON = (
-    Key("config.json", "architectures", _given, "names the class that runs the weights"),
-    Key(SENTENCE, "max_seq_length", _given, "where a text is cut"),
+    Key("config.json", "architectures", None, "names the class that runs the weights"),
+    Key(SENTENCE, "max_seq_length", None, "where a text is cut"),
 )
 LOADERS = {
     "vllm": (
         *COMMON,
-        Key("config.json", "is_causal", _false, "without it attention is causal"),
-        Key(SENTENCE, "do_lower_case", _false, "without it max_seq_length is ignored"),
-        Key("modules.json", "sentence_transformers.models.Pooling", _given, "finds the pooling"),
+        Key("config.json", "is_causal", False, "without it attention is causal"),
+        Key(SENTENCE, "do_lower_case", False, "without it max_seq_length is ignored"),
+        Key("modules.json", "sentence_transformers.models.Pooling", None, "finds the pooling"),
     ),
     "tei": (
         *COMMON,
-        Key("config.json", NATIVE_KEY, bool, "without it attention is causal"),
-        Key(POOLING_FILE, "pooling_mode_max_tokens", _false, "the flag is required"),
-        Key(POOLING_FILE, "pooling_mode_mean_sqrt_len_tokens", _false, "the flag is required"),
+        Key("config.json", NATIVE_KEY, None, "without it attention is causal"),
+        Key(POOLING_FILE, "pooling_mode_max_tokens", False, "the flag is required"),
+        Key(POOLING_FILE, "pooling_mode_mean_sqrt_len_tokens", False, "the flag is required"),
     ),
 }
 """The keys that each loader reads."""
 
 
 def check_keys(folder: Path, kind: str, mode: str) -> None:
-    """Refuse a folder that a loader would misread.
-
-    Args:
-        folder: a saved folder.
-        kind: ``vllm`` or ``tei``.
-        mode: the pooling mode.
+    """Refuse a saved folder that the loader of ``vllm`` or ``tei`` would misread.
 
     Raises:
         ModelError: the folder lacks a key, or the program does not support its family or pooling.
@@ -111,11 +85,11 @@ def check_keys(folder: Path, kind: str, mode: str) -> None:
             f"text-embeddings-inference: {family} {why}. Allowed: {', '.join(IN_TEI)}. "
             "Fix: --to onnx, which it runs as well (the images for CPUs)."
         )
-    for key in (*LOADERS[kind], Key(POOLING_FILE, FLAGS[mode], _true, "how to pool")):
+    for key in (*LOADERS[kind], Key(POOLING_FILE, FLAGS[mode], True, "how to pool")):
         value = _value(_read(folder / key.file), key.name)
+        fits = bool(value) if key.wanted is None else value is key.wanted
         # Some families have a key of their own that removes the mask.
-        opened = key.name == "is_causal" and config.get(NATIVE_KEY)
-        if not (key.fits(value) or opened):
+        if not (fits or (key.name == "is_causal" and config.get(NATIVE_KEY))):
             raise ModelError(
                 f"{kind} reads {key.name} in {key.file} ({key.why}), but it is {value!r} there. "
                 "Fix: save the encoder again with this version."

@@ -26,27 +26,20 @@ from unmasked.export.remote import Refused, VectorServer
 
 BATCHED = 0.9999
 """If the vectors of a text alone and in a batch have a lower cosine, they depend on the batch."""
-UNIT = 1e-2
-"""Largest difference between 1 and the length of a vector that counts as normalised."""
+UNIT = 1e-2  # largest difference between 1 and the length of a vector that counts as normalised
 
 Ask = Callable[[Sequence[tuple[str, str]]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of a comparison.
+    """The result of a comparison."""
 
-    Attributes:
-        target: the server or folder whose vectors were compared.
-        parity: its vectors compared with the encoder's.
-        explanation: why they differ; None if they are the same.
-        notes: sentences about other findings: lengths of vectors, texts that were refused.
-    """
-
-    target: str
-    parity: Parity
-    explanation: Explanation | None
+    target: str  # the server or folder whose vectors were compared
+    parity: Parity  # its vectors compared with the encoder's
+    explanation: Explanation | None  # why they differ; None if they are the same
     notes: tuple[str, ...]
+    """Sentences about other findings: lengths of vectors, texts that were refused."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -15,32 +15,20 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from unmasked.errors import DataError
 from unmasked.files.hub import HUB, hub_rows
-from unmasked.files.readers import (
-    Cells,
-    absent,
-    fault_error,
-    half_a_file,
-    kind_of,
-    read,
-    where,
-)
+from unmasked.files.readers import Cells, absent, fault_error, half_a_file, kind_of, read, where
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _ROWS = 1024
-_EXACT = 1 << 53
-"""Whole numbers up to this limit are exact in float64."""
+_EXACT = 1 << 53  # whole numbers up to this limit are exact in float64
+_NO_TYPE = (ValueError, TypeError, OverflowError, NotImplementedError)
+"""What Arrow (whose errors derive from these) and `_merged` raise if there is no common type."""
 
 
 def column_types(files: Sequence[str], names: Sequence[str]) -> list[pa.DataType]:
-    """The type of each named column, over all files.
-
-    Args:
-        files: files and data sets, as `readers.read` takes them.
-        names: names of the columns.
+    """The type of each named column, over all files and data sets that `readers.read` takes.
 
     Raises:
         DataError: no file has a column, or its values have no common type. Names the row.
@@ -140,7 +128,7 @@ def _scanned(path: str, names: Sequence[str], seen: dict[str, None], found: pa.S
             try:
                 kind = pa.array([cells.values.get(name) for cells in batch]).type
                 found = _merged(path, found, pa.schema([(name, kind)]))
-            except (pa.ArrowException, OverflowError, TypeError, DataError, UnicodeEncodeError):
+            except _NO_TYPE:
                 found = _row_by_row(path, name, batch, found)
     for name, (number, value) in large.items():
         if pa.types.is_floating(found.field(name).type):
@@ -160,13 +148,7 @@ def _row_by_row(path: str, name: str, batch: Iterable[Cells], found: pa.Schema) 
         before = found.field(name).type if name in found.names else None
         try:
             found = _merged(path, found, pa.schema([(name, pa.array([value]).type)]))
-        except (
-            pa.ArrowException,
-            OverflowError,
-            TypeError,
-            DataError,
-            UnicodeEncodeError,
-        ) as error:
+        except _NO_TYPE as error:
             said = f", though the rows above have the type {before}" if before else ""
             given = f"'{name}' is {json.dumps(value, default=str)[:40]}{said}"
             fix = f"give '{name}' one type in every row, or leave it out of --keep"

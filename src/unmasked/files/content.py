@@ -17,10 +17,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-LOOKED_AT = 4096
-"""Bytes at the beginning of a file that are examined."""
-Fault = tuple[str, str]
-"""What is wrong with a row or a file, and how to correct it."""
+LOOKED_AT = 4096  # bytes at the beginning of a file that are examined
+Fault = tuple[str, str]  # what is wrong with a row or a file, and how to correct it
 _BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -52,15 +50,7 @@ _OF_ONE_SCRIPT = ("cp949", "shift_jis", "gb18030", "big5", "cp1251")
 
 
 def file_fault(path: str, head: bytes) -> Fault | None:
-    """What is wrong with a file as a whole, if its first bytes say so.
-
-    Args:
-        path: the name of the file, for the command that corrects it.
-        head: its first `LOOKED_AT` bytes, or the whole file if it is shorter.
-
-    Returns:
-        The fault, or None for a file that may be UTF-8.
-    """
+    """What is wrong with a file as a whole, if its first `LOOKED_AT` bytes say so; else None."""
     for mark, (kind, command) in _OTHER_KINDS.items():
         if head.startswith(mark):
             return f"it is {kind} by its content", _as_what_it_is(path, kind, command)

@@ -41,12 +41,8 @@ class Docstring:
 
     @property
     def held_out(self) -> bool:
-        return is_held_out(self.module)
-
-
-def is_held_out(module: str) -> bool:
-    """True for the fixed fifth of all modules that training never reads."""
-    return hashlib.sha256(module.encode()).digest()[0] % HELD_OUT_SHARE == 0
+        """True for the fixed fifth of all modules that training never reads."""
+        return hashlib.sha256(self.module.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
 def collect(
@@ -69,13 +65,13 @@ def collect(
     return list(islice(found, limit))
 
 
-def pairs(docstrings: list[Docstring], min_body_words: int = 12) -> list[Docstring]:
+def pairs(docstrings: list[Docstring]) -> list[Docstring]:
     """The docstrings whose summary can serve as a query that the body answers."""
     return [
         d
         for d in docstrings
         if 4 <= len(d.summary.split()) <= 40
-        and len(d.body.split()) >= min_body_words
+        and len(d.body.split()) >= 12
         and d.summary.lower() not in d.body.lower()
     ]
 

@@ -20,8 +20,7 @@ from unmasked.errors import DataError, MissingExtraError, no_such_path
 from unmasked.files.content import LOOKED_AT, Fault, file_fault, row_fault
 from unmasked.files.readers import Cells
 
-PREFIX = "documents:"
-"""The prefix of a folder, or a file, whose files are one text each."""
+PREFIX = "documents:"  # the prefix of a folder, or a file, whose files are one text each
 DOCUMENT_KINDS = (".txt", ".md", ".markdown", ".rst", ".html", ".htm", ".pdf", ".docx")
 _LIBRARIES = {".pdf": "pypdf", ".docx": "docx"}
 _PACKAGES = {"docx": "python-docx"}  # the package, if it has another name than its module
@@ -76,13 +75,7 @@ def find_documents(place: Path) -> list[str]:
 
 
 def read_whole(path: str, column: str, name: str) -> Cells:
-    """A file as one row with a text and an id, or with a fault.
-
-    Args:
-        path: the file.
-        column: the column of the text.
-        name: the id.
-    """
+    """A file as one row with its text in a column and its name as id, or with a fault."""
     text, fault = _read(Path(path))
     return Cells(1, {} if fault else {column: text, "id": name}, fault)
 
@@ -107,19 +100,12 @@ def _read(path: Path) -> tuple[str, Fault | None]:
 
 def _extracted(path: Path, extract: Callable[[Path], str]) -> tuple[str, Fault | None]:
     try:
-        text = extract(path)
-        return text.encode(errors="replace").decode(), None
-    except OSError as error:
-        if error.errno is not None:  # the operating system's, not a library's
-            raise
-        return "", _unreadable(path, error)
+        return extract(path).encode(errors="replace").decode(), None
     except Exception as error:  # the libraries raise almost anything on a damaged file
-        return "", _unreadable(path, error)
-
-
-def _unreadable(path: Path, error: Exception) -> Fault:
-    given = f"not readable as {path.suffix} ({type(error).__name__}: {str(error)[:80]})"
-    return given, "save it again, without a password, or remove it from the folder"
+        if isinstance(error, OSError) and error.errno is not None:  # the operating system's own
+            raise
+        given = f"not readable as {path.suffix} ({type(error).__name__}: {str(error)[:80]})"
+        return "", (given, "save it again, without a password, or remove it from the folder")
 
 
 def _pdf(path: Path) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 
 from unmasked.errors import DataError
 
-HUB = "hf:"
-"""The prefix of data sets on the hub: ``hf:OWNER/NAME``, ``hf:OWNER/NAME:SUBSET:SPLIT``."""
+HUB = "hf:"  # the prefix of data sets on the hub: ``hf:OWNER/NAME``, ``hf:OWNER/NAME:SUBSET:SPLIT``
 
 
 def hub_parts(path: str) -> tuple[str, ...]:
@@ -21,11 +20,7 @@ def hub_parts(path: str) -> tuple[str, ...]:
 
 
 def hub_rows(path: str) -> Any:
-    """A data set of the hub, streamed: a ``datasets.IterableDataset``.
-
-    Raises:
-        DataError: the data set cannot be read.
-    """
+    """A data set of the hub, streamed: a ``datasets.IterableDataset``."""
     from datasets import load_dataset
 
     word, subset, split = hub_parts(path)
@@ -35,11 +30,7 @@ def hub_rows(path: str) -> Any:
 
 @contextmanager
 def named_hub_errors(path: str) -> Iterator[None]:
-    """Turn an error of `datasets` in the block into one that names the data set.
-
-    Raises:
-        DataError: the data set cannot be read.
-    """
+    """Turn an error of `datasets` in the block into a `DataError` that names the data set."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:  # bases of the errors of `datasets`

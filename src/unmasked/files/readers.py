@@ -37,17 +37,11 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Cells(NamedTuple):
-    """A row as it was read.
+    """A row as it was read."""
 
-    Attributes:
-        number: its line, or its place in .parquet and data sets, from 1.
-        values: column → value; empty if there is a fault.
-        fault: what is wrong with it and how to correct it.
-    """
-
-    number: int
-    values: Mapping[str, Any]
-    fault: Fault | None = None
+    number: int  # its line, or its place in .parquet and data sets, from 1
+    values: Mapping[str, Any]  # column → value; empty if there is a fault
+    fault: Fault | None = None  # what is wrong with it and how to correct it
 
 
 def kind_of(path: str) -> str | None:

@@ -44,49 +44,32 @@ _ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]*){0,2}")
 
 
 class Row(NamedTuple):
-    """A row of a source.
+    """A row of a source."""
 
-    Attributes:
-        file: the position of its file in `Source.files`.
-        number: its line, or its place in .parquet and data sets, from 1.
-        text: empty if there is a fault.
-        id: its id, if the source has ids.
-        kept: values of the columns in `Source.keep`.
-        fault: why the row has no text, and how to correct it.
-    """
-
-    file: int
-    number: int
-    text: str
-    id: str | None = None
-    kept: tuple[object, ...] = ()
-    fault: Fault | None = None
+    file: int  # the position of its file in `Source.files`
+    number: int  # its line, or its place in .parquet and data sets, from 1
+    text: str  # empty if there is a fault
+    id: str | None = None  # its id, if the source has ids
+    kept: tuple[object, ...] = ()  # values of the columns in `Source.keep`
+    fault: Fault | None = None  # why the row has no text, and how to correct it
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where texts come from.
-
-    Attributes:
-        path: a .txt file (one text per line), .jsonl, .csv or .tsv, each also as .gz or .zst, or
-            .parquet; a folder of such files; ``hf:NAME``, a Hugging Face data set, which is
-            streamed; ``-`` for standard input, one text per line; ``documents:PATH``, a folder (or
-            a file) of .txt, .md, .rst, .html, .pdf and .docx; each file is a text, and its path the
-            id.
-        column: the column or key of the text (ignored for .txt).
-        skip_blank: skip texts of white space instead of refusing them (for training, where rows
-            need not correspond to rows of a result). Ids are not read then.
-        keep: columns to read beside the text.
-        max_bytes: a text of this many bytes or more is a fault; None sets no limit.
-        distinct: refuse an id that an earlier row has; takes about 100 bytes per row.
-    """
+    """Where texts come from."""
 
     path: str
-    column: str = "text"
+    """A .txt file (one text per line), .jsonl, .csv or .tsv, each also as .gz or .zst, or .parquet;
+    a folder of such files; ``hf:NAME``, a Hugging Face data set, which is streamed; ``-`` for
+    standard input, one text per line; ``documents:PATH``, a folder (or a file) of .txt, .md, .rst,
+    .html, .pdf and .docx; each file is a text, and its path the id."""
+    column: str = "text"  # the column or key of the text (ignored for .txt)
     skip_blank: bool = False
-    keep: tuple[str, ...] = ()
-    max_bytes: int | None = None
-    distinct: bool = False
+    """Skip texts of white space instead of refusing them (for training, where rows need not
+    correspond to rows of a result). Ids are not read then."""
+    keep: tuple[str, ...] = ()  # columns to read beside the text
+    max_bytes: int | None = None  # a text of this many bytes or more is a fault; None sets no limit
+    distinct: bool = False  # refuse an id that an earlier row has; takes about 100 bytes per row
 
     @property
     def name(self) -> str:

@@ -15,10 +15,7 @@ _WITH_COLUMN = re.compile(r"(.+):(\w+)=(.+)")
 
 
 def training_source(given: str | Path) -> Source:
-    """Texts to train on: a path that `Source` reads, perhaps with the column of its texts.
-
-    Args:
-        given: a path, or ``PATH:text=COLUMN``.
+    """Texts to train on: ``PATH``, as `Source` reads it, or ``PATH:text=COLUMN``.
 
     Raises:
         DataError: another role than ``text`` is named.

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -154,29 +154,27 @@ def not_written(path: Path, error: OSError) -> OutputError:
 
 @contextmanager
 def folder_for_one(path: Path, lock: str) -> Iterator[None]:
-    """Lock a folder for this process during the block.
+    """Lock a folder for this process during the block; `lock` is the name of the file in it.
 
     A folder that is created for this, and stays empty, is removed afterwards.
-
-    Args:
-        path: the folder, which is created if it does not exist.
-        lock: name of the lock file in it; the lock is released when the process ends.
 
     Raises:
         OutputError: another process holds it.
     """
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path / lock)
+    taken = f"another run is at work in {path}. Fix: wait for it, or choose another output folder."
+    with locked_by_one(path / lock, taken):
+        try:
+            yield
+        finally:
+            if made and {item.name for item in path.iterdir()} == {lock}:
+                shutil.rmtree(path)
+
+
+def locked_by_one(lock: Path, taken: str) -> AbstractContextManager[object]:
+    """Hold a lock file during a block; raises `OutputError(taken)` if another process holds it."""
     try:
-        held.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(
-            f"another run is at work in {path}. Fix: wait for it, or choose another output folder."
-        ) from None
-    try:
-        yield
-    finally:
-        if made and {item.name for item in path.iterdir()} == {lock}:
-            shutil.rmtree(path)
-        held.release()
+        return FileLock(lock).acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(taken) from error

@@ -10,14 +10,13 @@ import re
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
-from unmasked.recipe.values import number, one_or_more
+from unmasked.recipe.values import STRICT, number, one_or_more
 
 BENCHMARKS = "benchmarks"
 """The folder of a run for the scores on published benchmarks, one subfolder for each."""
-TRAINED = "+"
-"""Joins the stages for which a figure was published: ``mntp+simcse``."""
+TRAINED = "+"  # joins the stages for which a figure was published: ``mntp+simcse``
 _UNTRAINED = ("causal_mean", "causal_weighted_mean", "causal_last_token", "bidirectional")
 
 
@@ -41,7 +40,7 @@ Score = Annotated[float, Field(ge=0, le=100), BeforeValidator(number)]
 class Anchor(BaseModel):
     """The published figures of a base on one benchmark, stage by stage."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = STRICT
 
     benchmark: Name
     """Name of the benchmark in tables and folder names."""

@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from unmasked.errors import RecipeError, nearest
 from unmasked.recipe.schema import Recipe
-from unmasked.recipe.settings import section_of, settings, takes_list
+from unmasked.recipe.settings import section_at, settings, takes_list
 from unmasked.recipe.teaching import named_teacher
 
 logger = logging.getLogger(__name__)
 
-Place = tuple[str | int, ...]
-"""The path of a key: ``("supervised", "data", 0, "path")``."""
-_DEEPEST = 4
-"""The number of levels of keys whose lines are looked up."""
-_COMMA = re.compile(r",(?![^()]*\))")
-"""A comma between values, not one inside of ``MTEB(kor, v2)``."""
+Place = tuple[str | int, ...]  # the path of a key: ``("supervised", "data", 0, "path")``
+_DEEPEST = 4  # the number of levels of keys whose lines are looked up
+_COMMA = re.compile(r",(?![^()]*\))")  # a comma between values, not one inside of ``MTEB(kor, v2)``
 _COMMA_OF_PAIRS = re.compile(r",(?!\s*\w+=)")
 """A comma between data sets, not one between the columns of ``FILE:query=a,positive=b``."""
 
@@ -135,8 +132,7 @@ def _shorten_warmup(
         given = section if (name,) in changed else own.get(name, {})
         if "warmup_steps" in given and not steps_changed:
             continue
-        fields = section_of(Recipe.model_fields[name]).model_fields
-        values = {key: field.default for key, field in fields.items()} | section
+        values = {key: field["default"] for key, field in section_at([name]).items()} | section
         steps, warmup = values["schedule_steps"] or values["steps"], values["warmup_steps"]
         if isinstance(steps, int) and isinstance(warmup, int) and 0 < steps <= warmup:
             data[name] = section | {"warmup_steps": steps // 10}
@@ -249,7 +245,7 @@ def _explain(error: Any, places: dict[Place, str], name: str) -> str:
     where = next(filter(None, known_places), name)  # of the key, or of the section above it
     key, given = ".".join(map(str, place)), error["input"]
     if error["type"] == "extra_forbidden":
-        allowed = _keys(place[:-1])
+        allowed = list(section_at(place[:-1]))
         hint = nearest(str(place[-1]), allowed, end=f". Allowed: {', '.join(allowed)}.")
         return f"{key}: unknown key{hint} ({where})"
     if error["type"] == "missing":
@@ -258,7 +254,7 @@ def _explain(error: Any, places: dict[Place, str], name: str) -> str:
     if error["type"] == "literal_error":
         message += nearest(str(given), re.findall(r"'([^']+)'", message), end="")
     elif error["type"] == "model_type":
-        message = f"should be a section with keys: {', '.join(_keys(place))}"
+        message = f"should be a section with keys: {', '.join(section_at(place))}"
     elif error["type"] == "string_type" and isinstance(given, int | float):
         message += ": put it in quotes"
     shown = "" if isinstance(given, dict) else f"{given!r} "
@@ -276,12 +272,3 @@ def _explained_by(error: ValidationError, problems: Sequence[str]) -> list[str]:
             commands.append(f"unmasked recipes explain {'.'.join(keys)}".rstrip())
     distinct = list(dict.fromkeys(commands))
     return [f"Fix: see what is allowed: {'; '.join(distinct)}"] if distinct else []
-
-
-def _keys(place: Place) -> list[str]:
-    """The keys of the section at a place."""
-    section: type[BaseModel] = Recipe
-    for key in place:
-        if isinstance(key, str):  # a number is an index into the list before it
-            section = section_of(section.model_fields[key])
-    return list(section.model_fields)

@@ -7,40 +7,48 @@ importing the schema.
 from __future__ import annotations
 
 import textwrap
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from functools import cache
+from typing import Any
 
 import yaml
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from unmasked.errors import RecipeError, unknown
 from unmasked.recipe.schema import Recipe
 
 WIDTH = 96
-_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_BOUNDS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "more than",
+    "maximum": "at most",
+    "exclusiveMaximum": "less than",
+}
+_KINDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+    "boolean": "true or false",
+    "array": "a list",
+    "null": "null",
+}
+Field = Mapping[str, Any]  # a field of the schema, in JSON Schema
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting, or a section of settings.
+    """One setting, or a section of settings."""
 
-    Attributes:
-        name: the full name, such as ``mntp.learning_rate``.
-        about: its description, in one line.
-        default: in YAML; empty if it must be given.
-        allowed: the allowed values, in words.
-        section: whether it is a section of settings.
-    """
+    name: str  # the full name, such as ``mntp.learning_rate``
+    about: str  # its description, in one line
+    default: str  # in YAML; empty if it must be given
+    allowed: str  # the allowed values, in words
+    section: bool  # whether it is a section of settings
 
-    name: str
-    about: str
-    default: str
-    allowed: str
-    section: bool
+    @property
+    def values(self) -> str:
+        """The allowed values and the default."""
+        return f"{self.allowed}; {f'default {self.default}' if self.default else 'must be given'}"
 
 
 def settings(below: str = "") -> list[Setting]:
@@ -49,7 +57,7 @@ def settings(below: str = "") -> list[Setting]:
     Raises:
         RecipeError: there is no such setting.
     """
-    every = list(_walk(Recipe, ()))
+    every = list(_walk(_schema()["properties"], ()))
     if not below:
         return every
     found = [s for s in every if s.name == below or s.name.startswith(f"{below}.")]
@@ -58,23 +66,19 @@ def settings(below: str = "") -> list[Setting]:
     return found
 
 
-def takes_list(place: Sequence[str | int]) -> bool:
+def takes_list(place: Sequence[str]) -> bool:
     """Whether the setting with this path of keys is a list."""
-    section: type[BaseModel] | None = Recipe
-    field: FieldInfo | None = None
+    field = section_at(place[:-1]).get(place[-1], {})
+    return any(kind.get("type") == "array" for kind in _alternatives(field))
+
+
+def section_at(place: Sequence[str | int]) -> Mapping[str, Field]:
+    """The fields of the section with this path of keys; empty if there is no such section."""
+    fields: Mapping[str, Field] = _schema()["properties"]
     for key in place:
-        if section is None or str(key) not in section.model_fields:
-            return False
-        field = section.model_fields[str(key)]
-        section = section_of(field) if _is_section(field) else None
-    return field is not None and any(get_origin(kind) is list for kind in _kinds(field))
-
-
-def section_of(field: FieldInfo) -> type[BaseModel]:
-    """The section in a field, or the section that a list in a field is made of."""
-    kinds = (*_kinds(field), *(inner for kind in _kinds(field) for inner in get_args(kind)))
-    section: type[BaseModel] = next(kind for kind in kinds if _is_model(kind))
-    return section
+        if isinstance(key, str):  # a number is an index into the list before it
+            fields = _inside(fields.get(key, {}))
+    return fields
 
 
 def explained(text: str) -> str:
@@ -91,7 +95,7 @@ def explained(text: str) -> str:
             setting = known.get(".".join([*(name for _, name in above), key]))
             above.append((indent, key))
             if setting is not None:
-                remark = "" if setting.section else f" ({_remark(setting)})"
+                remark = "" if setting.section else f" ({setting.values})"
                 lead = f"{' ' * indent}# "
                 lines += textwrap.wrap(
                     f"{setting.about}{remark}", WIDTH, initial_indent=lead, subsequent_indent=lead
@@ -100,88 +104,55 @@ def explained(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _remark(setting: Setting) -> str:
-    default = f"default {setting.default}" if setting.default else "no default"
-    return f"{setting.allowed}; {default}"
+def _walk(section: Mapping[str, Field], above: tuple[str, ...]) -> Iterator[Setting]:
+    for key, field in section.items():
+        name, is_section = ".".join((*above, key)), any(map(_is_section, _alternatives(field)))
+        about = " ".join(field.get("description", "").replace("``", "").split())
+        default = "" if is_section or "default" not in field else _in_yaml(field["default"])
+        allowed = " or ".join(map(_allowed, _alternatives(field)))
+        yield Setting(name, about, default, allowed, is_section)
+        yield from _walk(_inside(field), (*above, key))
 
 
-def _walk(section: type[BaseModel], above: tuple[str, ...]) -> Iterator[Setting]:
-    for key, field in section.model_fields.items():
-        name, inner = ".".join((*above, key)), _is_section(field)
-        about = " ".join((field.description or "").replace("``", "").split())
-        yield Setting(name, about, "" if inner else _default(field), _allowed(field), inner)
-        if inner or _holds_sections(field):
-            yield from _walk(section_of(field), (*above, key))
+@cache
+def _schema() -> Field:
+    return Recipe.model_json_schema()
 
 
-def _is_section(field: FieldInfo) -> bool:
-    return any(map(_is_model, _kinds(field)))
+def _alternatives(field: Field) -> list[Field]:
+    """The alternative types of a field; that of a section has ``properties``."""
+    kinds = field.get("anyOf", [field])
+    sections = _schema()["$defs"]
+    return [sections[k["$ref"].rpartition("/")[2]] if "$ref" in k else k for k in kinds]
 
 
-def _holds_sections(field: FieldInfo) -> bool:
-    return any(_is_model(inner) for kind in _kinds(field) for inner in get_args(kind))
+def _is_section(kind: Field) -> bool:
+    return "properties" in kind
 
 
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+def _inside(field: Field) -> Mapping[str, Field]:
+    """The fields of the section in a field, or of the sections in its list."""
+    kinds = _alternatives(field)
+    items = (item for kind in kinds if "items" in kind for item in _alternatives(kind["items"]))
+    return next((kind["properties"] for kind in (*kinds, *items) if _is_section(kind)), {})
 
 
-def _kinds(field: FieldInfo) -> tuple[Any, ...]:
-    """The alternative types of a field, without what is attached to them."""
-    return tuple(_unwrapped(kind)[0] for kind in _alternatives(field))
-
-
-def _alternatives(field: FieldInfo) -> tuple[Any, ...]:
-    annotation = field.annotation
-    union = get_origin(annotation) in (Union, types.UnionType)
-    return get_args(annotation) if union else (annotation,)
-
-
-def _unwrapped(kind: Any) -> tuple[Any, list[Any]]:
-    """A type without `Annotated`, and its annotations."""
-    if get_origin(kind) is not Annotated:
-        return kind, []
-    inner, *attached = get_args(kind)
-    return inner, [part for item in attached for part in (item, *getattr(item, "metadata", []))]
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return ""
-    written = yaml.safe_dump(field.default, default_flow_style=True, width=1000)
+def _in_yaml(value: Any) -> str:
+    written = yaml.safe_dump(value, default_flow_style=True, width=1000)
     return str(written).replace("...", "").strip()
 
 
-def _allowed(field: FieldInfo) -> str:
-    """The allowed values of a field, in words."""
-    words = []
-    for alternative in _alternatives(field):
-        kind, annotations = _unwrapped(alternative)
-        if get_origin(kind) is Literal:
-            words.append(", ".join(map(str, get_args(kind))))
-        elif get_origin(kind) is list:
-            words.append("a list")
-        elif get_origin(kind) is dict:
-            words.append("names and values")
-        elif kind is type(None):
-            words.append("null")
-        else:
-            bounds = _bounds([*annotations, *field.metadata])
-            words.append(f"{_KINDS.get(kind, 'a section')} {bounds}".strip())
-    return " or ".join(words)
-
-
-def _bounds(annotations: Sequence[Any]) -> str:
-    """Bounds in words; of two bounds of one kind the later one, which is the narrower."""
-    found = {
-        words: getattr(item, name)
-        for item in annotations
-        for name, words in _BOUNDS.items()
-        if getattr(item, name, None) is not None
-    }
-    if any(getattr(item, "min_length", None) for item in annotations):
-        return "that is not empty"
-    return " and ".join(f"{words} {bound}" for words, bound in found.items())
+def _allowed(kind: Field) -> str:
+    """The allowed values of a type, in words."""
+    if _is_section(kind):
+        return "a section"
+    if "enum" in kind:
+        return ", ".join(kind["enum"])
+    if kind["type"] == "object":
+        return "names and values"
+    bounds = " and ".join(f"{said} {kind[name]}" for name, said in _BOUNDS.items() if name in kind)
+    further = "that is not empty" if "minLength" in kind else bounds
+    return f"{_KINDS[kind['type']]} {further}".strip()
 
 
 def _unknown(name: str, every: Sequence[str]) -> str:

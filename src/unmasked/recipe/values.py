@@ -69,7 +69,7 @@ def _data_set(text: str) -> dict[str, Any]:
 
 
 Count = Annotated[int, Field(ge=1), BeforeValidator(number)]
-AtLeastTwo = Annotated[Count, Field(ge=2)]
+AtLeastTwo = Annotated[int, Field(ge=2), BeforeValidator(number)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32), BeforeValidator(number)]
 Whole = Annotated[int, Field(ge=0), BeforeValidator(number)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(number)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import logging
 import os
 import time
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unmasked.errors import UnmaskedError
@@ -33,34 +33,27 @@ KEYS_VARIABLE = "UNMASKED_API_KEYS"
 OPEN = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
 """Paths that need no key: they reveal nothing about the models or about other requests."""
 
-PIECE = 1 << 16
-"""Bytes that are sent before the server checks whether the client still reads."""
+PIECE = 1 << 16  # bytes that are sent before the server checks whether the client still reads
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may ask for, and how texts are batched.
+    """What a client may ask for, and how texts are batched."""
 
-    Attributes:
-        body: maximum bytes per request.
-        inputs: maximum texts per request.
-        tokens: maximum tokens per text, if lower than the model's own limit.
-        truncate: cut longer texts if the request does not say what to do; else they are refused.
-        queue: maximum number of waiting texts; further requests are refused with status 429.
-        seconds: time limit of a request, from the end of its headers to the last byte of its
-            answer; and of the headers, from the first byte that the server waits for.
-        wait: seconds that a text may wait for others to join its batch, while requests are read.
-        batch_tokens: maximum tokens per forward pass; None for the default of the device.
-    """
-
-    body: int = 8 << 20
-    inputs: int = 2048
-    tokens: int | None = None
+    body: int = 8 << 20  # maximum bytes per request
+    inputs: int = 2048  # maximum texts per request
+    tokens: int | None = None  # maximum tokens per text, if lower than the model's own limit
     truncate: bool = False
+    """Cut longer texts if the request does not say what to do; else they are refused."""
     queue: int = 4096
+    """Maximum number of waiting texts; further requests are refused with status 429."""
     seconds: float = 60.0
+    """Time limit of a request, from the end of its headers to the last byte of its answer; and of
+    the headers, from the first byte that the server waits for."""
     wait: float = 0.002
+    """Seconds that a text may wait for others to join its batch, while requests are read."""
     batch_tokens: int | None = None
+    """Maximum tokens per forward pass; None for the default of the device."""
 
 
 class Keys:
@@ -152,12 +145,7 @@ async def read_body(request: Request, most: int) -> bytes:
 class Guard:
     """ASGI middleware around all routes: key, time limit, metrics, and every error as JSON.
 
-    Args:
-        app: the application that it wraps.
-        keys: the valid API keys.
-        seconds: the time limit of a request.
-        measures: counts requests.
-        routes: paths that are counted under their own name; all others are counted as ``other``.
+    Requests for other paths than `routes` are counted as ``other``.
     """
 
     def __init__(
@@ -190,7 +178,7 @@ class Guard:
         except Exception as error:
             failed = _as_refusal(error, self.seconds)
         if failed is not None and not status:  # if an answer has begun, uvicorn cuts it off
-            await refuse(failed, sending)
+            await _as_response(failed)(scope, receive, sending)
         route = scope["path"] if scope["path"] in self.routes else "other"
         self.measures.answered(route, status, time.perf_counter() - begun)
 
@@ -206,16 +194,11 @@ def _as_refusal(error: Exception, seconds: float) -> Refusal:
     return Refusal(500, "the server failed on this request; its log says where.", "internal_error")
 
 
-async def refuse(refusal: Refusal, send: Send) -> None:
-    """Send an error as JSON."""
-    body = json.dumps(refusal.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+def _as_response(refusal: Refusal) -> JSONResponse:
+    headers = {"www-authenticate": "Bearer"} if refusal.status == 401 else {}
     if refusal.retry_after is not None:
-        headers.append((b"retry-after", b"%d" % refusal.retry_after))
-    if refusal.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+        headers["retry-after"] = str(refusal.retry_after)
+    return JSONResponse(refusal.body(), refusal.status, headers)
 
 
 async def _in_pieces(message: Message, send: Send) -> None:

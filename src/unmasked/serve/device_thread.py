@@ -23,21 +23,16 @@ from unmasked.text.tokens import TokenRow
 
 logger = logging.getLogger(__name__)
 
-Compute = Callable[[Sequence[TokenRow]], np.ndarray]
-"""Vectors (N, D) of N rows of ids."""
+Compute = Callable[[Sequence[TokenRow]], np.ndarray]  # vectors (N, D) of N rows of ids
 
-SICK = 5
-"""After this many failed texts in a row, ``/health`` reports that a restart is needed."""
+SICK = 5  # after this many failed texts in a row, ``/health`` reports that a restart is needed
 
 
 class DeviceThread:
     """Computes the texts of a queue, until the queue is closed and empty.
 
-    Args:
-        queue: the waiting texts.
-        models: name of a model → the function that computes its vectors.
-        budget: maximum tokens per forward pass.
-        measures: counts batches.
+    `models` has the function of each model that computes its vectors, and `budget` is the maximum
+    number of tokens per forward pass.
     """
 
     def __init__(

@@ -20,14 +20,11 @@ class Measures:
 
     Args:
         waiting: returns the numbers of texts and of tokens that are waiting now.
-
-    Attributes:
-        unanswered: number of requests that the end of the server cut off.
     """
 
     def __init__(self, waiting: Callable[[], tuple[int, int]]) -> None:
         self.registry = CollectorRegistry()
-        self.unanswered = 0
+        self.unanswered = 0  # requests that the end of the server cut off
         own: Any = {"namespace": "unmasked", "registry": self.registry}
         self._requests = Counter("requests", "Requests answered.", ["route", "status"], **own)
         self._seconds = Histogram(

@@ -139,8 +139,7 @@ def run_server(
 
     Args:
         service: the models; its threads must be running.
-        keys: the valid API keys.
-        bound: the socket from `bind`.
+        keys, bound: from `read_keys` and `bind`.
         announce: is called with the server's URL as soon as clients can connect.
 
     Returns:

@@ -57,12 +57,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def application(service: Service, keys: Keys | None = None) -> FastAPI:
-    """The ASGI application of a service.
-
-    Args:
-        service: the models; its threads must be running.
-        keys: the valid API keys; by default, none is needed.
-    """
+    """The ASGI application of a service, whose threads must be running; by default without keys."""
     app = FastAPI(title="unmasked", version=__version__, redoc_url=None)
     app.add_middleware(
         Guard,

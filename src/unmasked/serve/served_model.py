@@ -51,7 +51,6 @@ class ServedModel:
     """A loaded encoder and its name.
 
     Args:
-        name: the name by which clients call the model.
         encoder: is put into evaluation mode for good. Its layers are compiled here if it was
             loaded with that option.
         max_tokens: maximum tokens per input, if lower than the model's own limit.
@@ -117,10 +116,9 @@ class ServedModel:
         """
         backbone = self.encoder.backbone
         try:
-            if isinstance(inputs, str):
-                rows = backbone.tokenize_inputs([inputs], prompt, self.max_tokens)
-            elif isinstance(inputs[0], str):
-                rows = backbone.tokenize_inputs(inputs, prompt, self.max_tokens)
+            if isinstance(inputs, str) or isinstance(inputs[0], str):
+                texts = [inputs] if isinstance(inputs, str) else inputs
+                rows = backbone.tokenize_inputs(texts, prompt, self.max_tokens)
             else:
                 several: Any = inputs if isinstance(inputs[0], list) else [inputs]
                 rows = [self._row_of_ids(ids, prompt) for ids in several]

@@ -25,8 +25,7 @@ from unmasked.text.tokens import TokenRow
 
 T = TypeVar("T")
 
-THREADS = 4
-"""Threads that check bodies, tokenise and write answers."""
+THREADS = 4  # threads that check bodies, tokenise and write answers
 
 SMALL = 4096
 """An answer with at most this many numbers is written in the event loop, without a thread."""
@@ -51,12 +50,7 @@ Write = Callable[[Prepared[Asked], np.ndarray], bytes]
 
 
 class Service:
-    """Encoders that answer requests. It is a context manager: its threads run within the context.
-
-    Args:
-        encoders: name → encoder.
-        limits: the limits of requests and batches.
-    """
+    """Encoders, by name, that answer requests. Its threads run within its context."""
 
     def __init__(self, encoders: Mapping[str, TextEncoder], limits: Limits | None = None) -> None:
         self.limits = limits = limits or Limits()
@@ -101,11 +95,7 @@ class Service:
         return self.models[name]
 
     def prepare(self, kind: type[Asked], body: bytes, inputs: Inputs[Asked]) -> Prepared[Asked]:
-        """Check a body and tokenise its texts; runs in a worker thread.
-
-        Raises:
-            Refusal: the body is invalid or exceeds a limit.
-        """
+        """Check a body and its limits, and tokenise its texts; runs in a worker thread."""
         asked = parse(kind, body)
         model, given = self.find(asked.model), inputs(asked)
         field = "input" if "input" in kind.model_fields else "inputs"
@@ -131,12 +121,10 @@ class Service:
         """The bytes of the answer to a body.
 
         Args:
-            kind: the type of the body.
-            body: the bytes of the body.
+            kind, body: the type of the body, and its bytes.
             gone: is done when the client has closed the connection.
             inputs: returns the texts of a body.
-            write: turns vectors into the bytes of the answer; runs in a worker thread if these are
-                many.
+            write: turns vectors into the answer; runs in a worker thread if these are many.
 
         Raises:
             Refusal: the request is refused.

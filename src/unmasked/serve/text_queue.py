@@ -29,24 +29,17 @@ from unmasked.text.tokens import TokenRow
 
 
 class Job:
-    """The texts of one request, and their vectors so far.
-
-    Attributes:
-        done: the (N, D) vectors of all texts, or the error of the first text that failed.
-        left: number of texts without a vector.
-        taken: number of texts that have left the queue; they leave in order.
-        gone: whether nobody waits for the job any more; its remaining texts are not computed.
-        since: when the job was made.
-    """
+    """The texts of one request, and their vectors so far."""
 
     def __init__(self, rows: Sequence[TokenRow]) -> None:
         self.rows = rows
         self.loop = asyncio.get_running_loop()
         self.done: asyncio.Future[np.ndarray] = self.loop.create_future()
+        """The (N, D) vectors of all texts, or the error of the first text that failed."""
         self.vectors: list[np.ndarray] = [np.empty(0)] * len(rows)
-        self.left = len(rows)
-        self.taken = 0
-        self.gone = False
+        self.left = len(rows)  # number of texts without a vector
+        self.taken = 0  # number of texts that have left the queue; they leave in order
+        self.gone = False  # whether nobody waits any more; its remaining texts are not computed
         self.failure: Exception | None = None
         self.since = time.monotonic()
 
@@ -79,19 +72,14 @@ class TextQueue:
     """The waiting texts of each model; every method may be called from any thread.
 
     Args:
-        models: names of the models.
         most: maximum number of waiting texts; an empty queue accepts a request of any size.
         wait: seconds that a text may wait for others to join its batch while requests are read.
-
-    Attributes:
-        texts, tokens: how many are waiting now.
-        speed: recent speed of the device in tokens per second.
     """
 
     def __init__(self, models: Sequence[str], most: int, wait: float) -> None:
         self.most, self.wait = most, wait
-        self.texts = self.tokens = 0
-        self.speed = 1000.0
+        self.texts = self.tokens = 0  # that are waiting now
+        self.speed = 1000.0  # recent speed of the device in tokens per second
         self._heaps: dict[str, list[Waiting]] = {name: [] for name in models}
         self._serial = 0
         self._arriving = 0  # requests that are being read
@@ -124,11 +112,7 @@ class TextQueue:
                 self._changed.notify()
 
     def put(self, model: str, job: Job) -> None:
-        """Add the texts of a request.
-
-        Raises:
-            Refusal: too many texts are waiting already.
-        """
+        """Add the texts of a request, unless `check_room` refuses it."""
         with self._changed:
             self.check_room(len(job.rows))
             tag = self._clock

@@ -30,7 +30,6 @@ class Refusal(Exception):
     """A request that is refused, with the error that the client gets.
 
     Args:
-        status: the HTTP status.
         message: what was given and what is allowed; never contains a part of a text.
         code: the kind of error, for programs.
         param: the field at fault.

@@ -9,8 +9,7 @@ import typer
 from typer import Argument, Option
 
 from unmasked.cli import terminal
-from unmasked.cli.options import check_new, check_parent
-from unmasked.errors import OutputError
+from unmasked.cli.options import check_new, check_new_rows
 
 if TYPE_CHECKING:
     from unmasked.train.checking.checking import Findings
@@ -56,7 +55,7 @@ def check_files(
     from unmasked.recipe.files import make_recipe
 
     if write is not None:
-        _check_output(write)
+        check_new_rows(write, "--write")
     # All other files are parsed as pairs; `check_data` finds those that have plain texts.
     texts = [file for file in files if ":text=" in file]
     pairs = [file for file in files if file not in texts]
@@ -64,15 +63,11 @@ def check_files(
     stage = make_recipe(settings).supervised
     assert stage is not None
     with terminal.loading("loading the libraries"):
-        from unmasked.compat.llm2vec import LLM2Vec
         from unmasked.train.checking.checking import check_data, removed_of
     if write is not None:
         check_new(removed_of(write))
     tests = {task: texts_of_task(task) for task in against or []}
-    encoder = None
-    if model is not None:
-        with terminal.loading(f"loading {model}"):
-            encoder = LLM2Vec.from_pretrained(model)
+    encoder = None if model is None else terminal.load_encoder(model)
     options: dict[str, Any] = {"similarity": similarity, "margin": margin, "write": write}
     with terminal.Line() as line:
         line.begin("rows")
@@ -82,12 +77,6 @@ def check_files(
     if write is not None:
         terminal.show(f"removed  {removed_of(write)}")
         terminal.show(f"saved    {write}")
-
-
-def _check_output(write: Path) -> None:
-    check_new(check_parent(write) or write)
-    if write.suffix != ".jsonl":
-        raise OutputError(f"{write} should end in .jsonl. Fix: --write {write.stem}.jsonl")
 
 
 def _show(found: Findings) -> None:

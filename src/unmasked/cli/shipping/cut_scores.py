@@ -24,11 +24,7 @@ def score_cuts(
     dimensions: list[int],
     json_file: Path | None,
 ) -> None:
-    """Score one encoder with every combination of layers and dimensions, and show its cost.
-
-    Raises:
-        DataError: more than one model is given, or `against`.
-    """
+    """Score one encoder with every combination of layers and dimensions, and show its cost."""
     if len(models) > 1 or against:
         raise DataError(
             "--layers and --dimensions work on one model alone, but "

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
 from unmasked.cli import terminal
 from unmasked.cli.options import DTYPE
 from unmasked.errors import MissingExtraError
-
-if TYPE_CHECKING:
-    from unmasked.compat.llm2vec import LLM2Vec
 
 EXTRA_OF_SERVE = ("fastapi", "prometheus_client", "starlette", "uvicorn")
 SERVED = Annotated[
@@ -98,7 +95,8 @@ def serve(
         batch_tokens,
     )
     with server.bind(host, port) as bound:
-        encoders = {name: _load(model, dtype, quantize, compile) for name, model in names.items()}
+        options = {"dtype": dtype, "quantize": quantize, "compile": compile}
+        encoders = {name: terminal.load_encoder(m, **options) for name, m in names.items()}
         if host not in ("127.0.0.1", "::1", "localhost") and not keys:
             terminal.say(f"anyone who reaches {host} can use this server: it has no API keys")
         with terminal.waiting("preparing the server"):
@@ -112,10 +110,3 @@ def serve(
         terminal.say(f"stopped; accepted requests that were not answered: {unanswered}")
     else:
         terminal.say("stopped; every accepted request was answered")
-
-
-def _load(name: str, dtype: str, quantize: str | None, compile: str) -> LLM2Vec:
-    with terminal.loading(f"loading {name}"):
-        from unmasked.compat.llm2vec import LLM2Vec
-
-        return LLM2Vec.from_pretrained(name, dtype=dtype, quantize=quantize, compile=compile)

@@ -29,24 +29,15 @@ _WINDOW = 2048
 
 
 class Hit(NamedTuple):
-    """A text that was found.
+    """A text that was found."""
 
-    Attributes:
-        score: its cosine similarity to the query.
-        row: its number in the corpus, from 0.
-        id: its id, if it has one.
-        file: the file that it is from, if that is known.
-        begin, end: the position of a passage in its document, in characters.
-        text: the text, or the passage, if it is known.
-    """
-
-    score: float
-    row: int
-    id: str | None = None
-    file: str | None = None
-    begin: int | None = None
+    score: float  # its cosine similarity to the query
+    row: int  # its number in the corpus, from 0
+    id: str | None = None  # its id, if it has one
+    file: str | None = None  # the file that it is from, if that is known
+    begin: int | None = None  # the position of a passage in its document, in characters
     end: int | None = None
-    text: str | None = None
+    text: str | None = None  # the text, or the passage, if it is known
 
 
 class VectorSearch:
@@ -54,7 +45,6 @@ class VectorSearch:
 
     Args:
         model: the model that made the vectors; it encodes the queries.
-        stored: the vectors.
         texts: the source that the vectors were made from, to show the texts as well.
         prompt, prompt_name: put before a query; by default the model's prompt for queries.
 
@@ -148,7 +138,6 @@ def search_texts(
     """Encode the texts of a small corpus into memory, to search in them.
 
     Args:
-        model: the encoder of texts and queries.
         source: the texts; a row with a fault is an error.
         chunks: how texts are divided into passages; None encodes them whole.
         progress: called with the number of rows done so far.

@@ -19,20 +19,12 @@ from unmasked.corpus.search.stored_files import StoredVectors
 from unmasked.forward.nearest import best_scores
 from unmasked.forward.nearest.best_scores import Best, BestScores, add_products
 
-BLOCK = 16384
-"""Vectors per block."""
-RESCORED = 32
-"""For each bit vector that is requested, this many are scored again."""
+BLOCK = 16384  # vectors per block
+RESCORED = 32  # for each bit vector that is requested, this many are scored again
 
 
 def nearest_vectors(stored: StoredVectors, queries: np.ndarray, count: int) -> Best:
-    """The vectors with the highest cosine to each query; of equal vectors, the first.
-
-    Args:
-        stored: the vectors.
-        queries: (Q, D) float32.
-        count: K.
-    """
+    """The `count` vectors with the highest cosine to each query (Q, D); of equals, the first."""
     queries = np.asarray(queries, dtype=np.float32)
     lengths = np.linalg.norm(queries, axis=1, keepdims=True)
     queries = np.ascontiguousarray(queries / np.maximum(lengths, 1e-12))

@@ -31,31 +31,22 @@ VECTOR_FILES = (".npy", ".safetensors", ".parquet")
 
 @dataclass
 class StoredVectors:
-    """The vectors of a folder or a file, N in all.
+    """The vectors of a folder or a file, N in all."""
 
-    Attributes:
-        name: the folder or file.
-        blocks: arrays (n, W) in order, on the disk or in memory.
-        precision: the precision of the stored numbers, as `Encoding.precision`.
-        width: D, the dimensions of a vector before bits are packed.
-        columns: what is shown of each vector: a pyarrow table of N rows, its columns named as the
-            fields of `looking.Hit`, or only the row numbers as an array (N,).
-        ranges: (2, D) ranges of int8.
-        settings: the settings that they were made with: all that a manifest has, some that a file
-            has, or none.
-        inputs: the files that they were made from, if there is a manifest.
-        norms: (N,) their lengths, after the first search.
-    """
-
-    name: str
-    blocks: list[np.ndarray]
-    precision: str
-    width: int
+    name: str  # the folder or file
+    blocks: list[np.ndarray]  # arrays (n, W) in order, on the disk or in memory
+    precision: str  # the precision of the stored numbers, as `Encoding.precision`
+    width: int  # D, the dimensions of a vector before bits are packed
     columns: Any
-    ranges: np.ndarray | None = None
+    """What is shown of each vector: a pyarrow table of N rows, its columns named as the fields of
+    `looking.Hit`, or only the row numbers as an array (N,)."""
+    ranges: np.ndarray | None = None  # (2, D) ranges of int8
     settings: dict[str, Any] = field(default_factory=dict)
+    """The settings that they were made with: all that a manifest has, some that a file has, or
+    none."""
     inputs: list[dict[str, Any]] = field(default_factory=list)
-    norms: np.ndarray | None = None
+    """The files that they were made from, if there is a manifest."""
+    norms: np.ndarray | None = None  # (N,) their lengths, after the first search
 
     def __len__(self) -> int:
         return sum(map(len, self.blocks))
@@ -144,7 +135,9 @@ def _folder(path: Path) -> StoredVectors:
     header: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
     for manifest in sorted(path.glob("_manifest*.jsonl")):
-        whole = enumerate(_whole_lines(manifest))
+        written = manifest.read_bytes().splitlines(keepends=True)
+        # Not the last one if a run was killed, or is still active, while writing it.
+        whole = enumerate(line for line in written if line.endswith(b"\n"))
         lines = [manifest_entry(manifest, line, first=i == 0) for i, line in whole]
         header = lines[0] if lines else {}
         entries += [line for line in lines[1:] if "shard" in line]
@@ -199,12 +192,6 @@ def _opened(
     width = given if isinstance(given, int) and packed - 8 < given <= packed else packed
     known = read_ranges(ranges, width) if precision == "int8" else None
     return StoredVectors(name, blocks, precision, width, columns, known, settings, inputs)
-
-
-def _whole_lines(manifest: Path) -> list[bytes]:
-    """The lines without the last one if a run was killed, or is still active, while writing it."""
-    lines = manifest.read_bytes().splitlines(keepends=True)
-    return [line for line in lines if line.endswith(b"\n")]
 
 
 def _not_stored(found: str) -> DataError:

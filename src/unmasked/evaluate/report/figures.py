@@ -34,8 +34,7 @@ PALETTE = (
     "#5f8a1c", "#7a6a58",
 )  # fmt: skip
 OTHER = "other"
-LOSSES = ("loss", "eval_token_loss", "eval_loss")
-"""Keys of a line of metrics.jsonl that are drawn."""
+LOSSES = ("loss", "eval_token_loss", "eval_loss")  # keys of a line of metrics.jsonl that are drawn
 WIDTH = 4.4  # inches, narrow enough for a phone
 
 

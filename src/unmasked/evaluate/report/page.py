@@ -41,13 +41,10 @@ from unmasked.model import TextEncoder
 from unmasked.recipe.files import load_recipe
 from unmasked.recipe.schema import BEFORE, CAUSAL, Pairs, Recipe
 
-FEWEST = 10
-"""Minimum number of texts for a map."""
-SECONDS = "steps_runtime"
-"""Key of a line of metrics: the seconds that its steps took."""
+FEWEST = 10  # minimum number of texts for a map
+SECONDS = "steps_runtime"  # key of a line of metrics: the seconds that its steps took
 
-Save = Callable[[str, Any], str]
-"""Writes a figure under a name, and returns its SVG for the page."""
+Save = Callable[[str, Any], str]  # writes a figure under a name, and returns its SVG for the page
 
 
 def write_report(
@@ -55,16 +52,13 @@ def write_report(
     output: str | Path | None = None,
     environment: Sequence[tuple[str, str]] = (),
 ) -> Path:
-    """Write the report of a run.
+    """Write the report of a run; returns the file.
 
     Args:
         run: a run folder, with ``recipe.yaml``.
         output: the file; by default ``report.html`` in the run folder. Figures are written to
             ``figures`` beside it.
         environment: names and values, such as versions, to show on the page.
-
-    Returns:
-        The file written.
 
     Raises:
         DataError: it is not a run folder.
@@ -167,14 +161,7 @@ def _curves(run: Path, recipe: Recipe) -> Iterator[tuple[str, Any]]:
 
 
 def _vectors(run: Path, recipe: Recipe, best: str | None, save: Save) -> dict[str, Any] | None:
-    """Heatmaps, maps and searches before and after; None without texts or a finished model.
-
-    Args:
-        run, recipe: the run folder and its recipe.
-        best: the best causal baseline, which is then "before"; if None, "before" is the encoder
-            that the stages began with.
-        save: writes a figure.
-    """
+    """Heatmaps, maps and searches before and after; None without texts or a finished model."""
     tasks = [*recipe.evaluate.tasks, *chain(*(anchor.tasks for anchor in recipe.published()))]
     sample = _find_sample(run, tasks)
     if sample is None or not (run / "model" / "config.json").is_file():
@@ -215,23 +202,22 @@ def _vectors(run: Path, recipe: Recipe, best: str | None, save: Save) -> dict[st
 
 def _before(recipe: Recipe, best: str | None) -> TextEncoder:
     """The best causal baseline, or the encoder that the stages began with."""
-    model, length = recipe.model, recipe.model.max_length
-    if best is None:
-        options: dict[str, Any] = {"attn_implementation": model.attention, "layers": model.layers}
-        if model.include_instruction is not None:
-            options["skip_instruction"] = not model.include_instruction
-        return LLM2Vec.from_pretrained(
-            model.base,
-            [*model.adapters],
-            enable_bidirectional=model.bidirectional,
-            pooling_mode=model.pooling,
-            max_length=length,
-            allow_partial=True,
-            revision=model.revision,
-            **options,
-        )
-    pooling = best.removeprefix(CAUSAL)
-    return causal_encoder(find_base(model.base, model.revision), pooling, length)
+    model, pools_all = recipe.model, recipe.model.include_instruction
+    if best is not None:
+        decoder = find_base(model.base, model.revision)
+        return causal_encoder(decoder, best.removeprefix(CAUSAL), model.max_length)
+    return LLM2Vec.from_pretrained(
+        model.base,
+        [*model.adapters],
+        enable_bidirectional=model.bidirectional,
+        pooling_mode=model.pooling,
+        max_length=model.max_length,
+        skip_instruction=None if pools_all is None else not pools_all,
+        attn_implementation=model.attention,
+        allow_partial=True,
+        revision=model.revision,
+        layers=model.layers,
+    )
 
 
 def _find_sample(run: Path, tasks: Sequence[str]) -> Sample | None:

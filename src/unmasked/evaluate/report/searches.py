@@ -14,8 +14,7 @@ import numpy as np
 from unmasked.evaluate.report.samples import Sample
 from unmasked.evaluate.tasks.task_vectors import Encode, encoded, most_similar
 
-SHOWN = 4
-"""Number of queries that are shown: the first ones, as the sample is in random order."""
+SHOWN = 4  # number of queries that are shown: the first ones, as the sample is in random order
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Format:
-    """An example of one kind of task.
+    """An example of one kind of task."""
 
-    Attributes:
-        kind: what is measured.
-        given: the argument of ``--tasks``.
-        files: name → content, with tabs between columns.
-    """
-
-    kind: str
-    given: str
-    files: dict[str, str]
+    kind: str  # what is measured
+    given: str  # the argument of ``--tasks``
+    files: dict[str, str]  # name → content, with tabs between columns
 
 
 FORMATS = (

@@ -20,8 +20,7 @@ import numpy as np
 from unmasked.evaluate.bootstrap import PAIR_METRICS, TaskResult, metric_values
 from unmasked.evaluate.tasks.task_vectors import Encode, encoded, most_similar, norms
 
-TextsByRole = Mapping[Any, Sequence[str]]
-"""Texts under "query" and "document", or all under None."""
+TextsByRole = Mapping[Any, Sequence[str]]  # texts under "query" and "document", or all under None
 
 DEPTH = 10  # documents of a ranking that metrics look at
 SEED = 42  # this and the numbers below are mteb's
@@ -53,11 +52,7 @@ class Task:
     kind: ClassVar[str]
 
     def score(self, encode: Encode) -> TaskResult:
-        """Score an encoder; the first metric of the result is the one to report.
-
-        Raises:
-            DataError: a vector is not finite.
-        """
+        """Score an encoder; the first metric of the result is the one to report."""
         items = self.per_item(encode)
         return TaskResult(self.name, {name: float(v.mean()) for name, v in items.items()}, items)
 
@@ -132,17 +127,17 @@ class RetrievalTask(Task):
             "mrr@10": (found / np.arange(1, DEPTH + 1)).max(axis=1),
         }
 
-    def ranked(self, encode: Encode, depth: int = DEPTH) -> list[list[int]]:
+    def ranked(self, encode: Encode) -> list[list[int]]:
         """For each query, the positions of the most similar documents, best first."""
         documents, queries = (encoded(encode, self.texts[r], r) for r in ("document", "query"))
         id_ranks = np.argsort(np.argsort(self.document_ids))
         # One document more, as the one with the query's own id may be left out.
-        found = most_similar(queries, documents, depth + 1, tie_rank=-id_ranks).tolist()
+        found = most_similar(queries, documents, DEPTH + 1, tie_rank=-id_ranks).tolist()
         places = {name: position for position, name in enumerate(self.document_ids)}
         own = [places.get(name) for name in self.query_ids]
         left_out = [place not in grades for place, grades in zip(own, self.grades, strict=True)]
         return [
-            [document for document in row if not (out and document == place)][:depth]
+            [document for document in row if not (out and document == place)][:DEPTH]
             for row, place, out in zip(found, own, left_out, strict=True)
         ]
 

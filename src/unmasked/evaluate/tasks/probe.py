@@ -46,8 +46,7 @@ _CONLLU = {1: "form", 3: "upos", 4: "xpos", 7: "deprel"}
 _MOST_LABELS = 1000
 _SPAN = re.compile(r"O|[BIES]-.+")
 
-Labels = list[list[str]]
-"""One column's labels of the words of each sentence."""
+Labels = list[list[str]]  # one column's labels of the words of each sentence
 Sentence = tuple[list[str], list[list[str]]]
 """The words of a sentence, and for each column the labels of the words."""
 
@@ -62,11 +61,7 @@ class WordTask:
     test: list[Sentence]
 
     def score(self, model: Any) -> TaskResult:
-        """Accuracy, and F1 of spans, for each column and state; uses the model's `encode_words`.
-
-        Raises:
-            DataError: a vector is not finite.
-        """
+        """Accuracy, and F1 of spans, for each column and state; uses the model's `encode_words`."""
         found, train = TaskResult(self.name, {}, {}), self._sample()
         for suffix, previous in STATES.items():
             known, tested = (_vectors(model, part, previous) for part in (train, self.test))

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,7 @@ INSTRUCTIONS: dict[str, str] = json.loads(
     (files("unmasked.evaluate.tasks") / "instructions.json").read_text(encoding="utf-8")
 )
 """Task name → instruction: first the paper's, then mteb's of Korean tasks."""
-PART, AND = ":", "+"
-"""Separate a benchmark from some of its tasks: ``MTEB(eng, v1):STS12+SciFact``."""
+PART, AND = ":", "+"  # separate a benchmark from some of its tasks: ``MTEB(eng, v1):STS12+SciFact``
 _VARIANT = re.compile(r"(HardNegatives|Retrieval|Summarization)?(\.v\d+)?$")
 
 
@@ -107,8 +107,6 @@ def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
     """Score a model on a public task, or read the score if the folder has it.
 
     Args:
-        task: one of the tasks that `find_tasks` returns.
-        model: a `TextEncoder`.
         folder: the folder of mteb's results: ``results/OWNER__NAME/FINGERPRINT/TASK.json``.
 
     Returns:
@@ -118,7 +116,7 @@ def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
         DataError: the data cannot be loaded, or a vector is not finite.
     """
     name = task.metadata.name
-    try:
+    with loading_data(name):
         found = mteb.evaluate(
             Instructed(model),
             task,
@@ -127,12 +125,19 @@ def score_public(task: Any, model: Any, folder: str | Path) -> TaskResult:
             show_progress_bar=False,
             co2_tracker=False,
         )
+    return TaskResult(name, {task.metadata.main_score: float(found[0].get_score())}, {})
+
+
+@contextmanager
+def loading_data(task: str) -> Iterator[None]:
+    """Turn an `OSError` in the block, in which mteb loads a task's data, into a `DataError`."""
+    try:
+        yield
     except OSError as error:
         raise DataError(
-            f"mteb task {name}: its data cannot be loaded ({first_line(error)[:200]}). Fix: "
+            f"mteb task {task}: its data cannot be loaded ({first_line(error)[:200]}). Fix: "
             "connect to the network, or use a machine whose Hugging Face cache has the data."
         ) from error
-    return TaskResult(name, {task.metadata.main_score: float(found[0].get_score())}, {})
 
 
 def public_name(model: str) -> str:
@@ -140,9 +145,6 @@ def public_name(model: str) -> str:
 
     It is the name on the hub; for a folder, its parent's name and its own, as the models of all
     runs are called ``model``; ``unmasked/nano`` for the bundled decoder.
-
-    Args:
-        model: hub name, folder, or ``nano``.
     """
     if model == BUNDLED:
         return f"unmasked/{BUNDLED}"

@@ -18,12 +18,13 @@ import logging
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unmasked.errors import DataError, nearest
+from unmasked.errors import DataError, nearest, no_such_path
 from unmasked.evaluate.tasks import kinds
 from unmasked.files import readers
 
@@ -53,9 +54,7 @@ def load_task(path: str | Path) -> kinds.Task:
         name = path.resolve().name
         return _load_classification(name, *split) if split else _load_retrieval(path)
     if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = nearest(path.name, siblings)
-        raise DataError(f"{path}: no such file or folder{near} Fix: check the path.")
+        raise DataError(no_such_path(path))
     if path.suffix == ".jsonl":
         return _load_reranking(path)
     if path.suffix != ".tsv":
@@ -103,11 +102,10 @@ def _load_pairs(path: Path, layout: tuple[str, ...]) -> kinds.PairTask:
 
 def _as_score(path: Path, labels: Sequence[str]) -> str:
     """The fix for labels that are neither 0 nor 1, which may be similarity scores."""
-    try:
-        numbers = [float(label) for label in labels]
-    except ValueError:
-        return "write 1 for a match and 0 for none"
-    if len({*numbers}) <= 2:
+    numbers = set[float]()
+    with suppress(ValueError):
+        numbers = {float(label) for label in labels}
+    if len(numbers) <= 2:
         return "write 1 for a match and 0 for none"
     command = shlex.join(["sed", "-i", "1s/label/score/", str(path)])
     return (

@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from unmasked.errors import DataError, first_line
 from unmasked.evaluate.tasks import kinds
 from unmasked.evaluate.tasks.task_files import load_task
 
-WORDS = "words:"
-"""Prefix of the path of a task on words."""
+WORDS = "words:"  # prefix of the path of a task on words
 _FILE = re.compile(r"[/\\]|\.[a-z]+$")  # a name like this is a path, even if there is no such file
 LEFT_OUT = {"id", "_id", "query-id", "corpus-id", "label", "labels", "lang", "language"}
 """Columns of public tasks that have no texts."""
 
 
-def texts_of_task(task: str, languages: Sequence[str] | None = None) -> list[str]:
+def texts_of_task(task: str) -> list[str]:
     """The distinct texts of a task, without those that its classifiers are trained on.
 
     Args:
         task: a path, ``words:PATH``, or the name of a public task or benchmark.
-        languages: languages of public tasks; all by default.
 
     Raises:
         DataError: the task cannot be read, or the data of a public task cannot be loaded.
@@ -41,18 +38,12 @@ def texts_of_task(task: str, languages: Sequence[str] | None = None) -> list[str
         if isinstance(local, kinds.ClassificationTask):
             return list(dict.fromkeys(local.test_texts))
         return list(dict.fromkeys(text for texts in local.texts.values() for text in texts))
-    from unmasked.evaluate.tasks.public import find_tasks
+    from unmasked.evaluate.tasks.public import find_tasks, loading_data
 
     found = dict[str, None]()
-    for public in find_tasks(task, languages):
-        try:
+    for public in find_tasks(task):
+        with loading_data(public.metadata.name):
             public.load_data()
-        except OSError as error:
-            raise DataError(
-                f"mteb task {public.metadata.name}: its data cannot be loaded "
-                f"({first_line(error)[:200]}). Fix: connect to the network, or use a machine whose "
-                "Hugging Face cache has the data."
-            ) from error
         splits = set(public.metadata.eval_splits)
         found.update(dict.fromkeys(_strings(public.dataset, splits)))
     return list(found)
