@@ -26,6 +26,7 @@ from unmasked.cli.options import (
     OVERLAP,
     PROMPT_NAME,
     WHOLE,
+    check_named,
     check_used,
     divided,
     documents,
@@ -153,8 +154,8 @@ def encode(
     from unmasked.files.source import Source
 
     check_used("--workers", workers, engine == "ray", "--engine ray")
-    chunks = divided(chunk, overlap, late)
-    path, one_file = Path(output), bool(Path(output).suffix) and not output.endswith("/")
+    chunks, path = divided(chunk, overlap, late), check_named(Path(output))
+    one_file = bool(path.suffix) and not output.endswith("/")
     columns = tuple(word.strip() for word in (keep or "").split(",") if word.strip())
     most = max_bytes or (WHOLE_TEXT if chunks is None else LONGEST_LINE)
     source = Source(documents(texts, whole_files), text_column, keep=columns, max_bytes=most)

@@ -17,6 +17,7 @@ from unmasked.cli.options import (
     MODEL,
     OVERRIDES,
     RECIPE,
+    check_named,
     check_new,
     check_parent,
     complete_recipe,
@@ -139,7 +140,7 @@ def train(
             "names: FILE:text=body, or FILE:query=anchor,positive=text."
         ),
     ],
-    output: Annotated[Path, Option("-o", "--output", help="Run folder.")],
+    output: Annotated[Path, Option("-o", "--output", callback=check_named, help="Run folder.")],
     overrides: OVERRIDES = None,
 ) -> None:
     """Train one stage: mntp on a decoder; simcse or supervised on any model or adapter.
