@@ -44,6 +44,20 @@ def test_encode_files_and_standard_input(cli, tiny_decoder, tmp_path, sentences,
     assert listing(tmp_path) == before
 
 
+def test_standard_output_is_no_place_for_results(cli, tmp_path, tiny_decoder):
+    """A folder named - was made, as - is standard input elsewhere."""
+    (tmp_path / "a.txt").write_text("a text\n")
+    for words in (
+        ["encode", tiny_decoder, "a.txt", "-o", "-"],
+        ["convert", tiny_decoder, "-o", "-"],
+        ["train", "mntp", "--base", tiny_decoder, "--data", "a.txt", "-o", "-"],
+        ["evaluate", tiny_decoder, "--tasks", "a.tsv", "--json", "-"],
+    ):
+        code, _, err = cli(*words)
+        assert code == 2 and "the output is -" in err and "Fix: give the name of a file" in err
+        assert not (tmp_path / "-").exists()
+
+
 def test_a_machine_of_several_names_the_manifest_that_lists_what_it_skipped(
     cli, tiny_decoder, tmp_path
 ):

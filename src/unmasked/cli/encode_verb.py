@@ -140,8 +140,8 @@ def encode(
     from unmasked.files.source import Source
 
     options.check_used("--workers", workers, engine == "ray", "--engine ray")
-    chunks = options.divided(chunk, overlap, late)
-    path, one_file = Path(output), bool(Path(output).suffix) and not output.endswith("/")
+    chunks, path = options.divided(chunk, overlap, late), options.check_named(Path(output))
+    one_file = bool(path.suffix) and not output.endswith("/")
     kept = tuple(word.strip() for word in (keep or "").split(",") if word.strip())
     most = max_bytes or (WHOLE_TEXT if chunks is None else LONGEST_LINE)
     source = Source(options.documents(texts, whole_files), text_column, keep=kept, max_bytes=most)

@@ -60,9 +60,17 @@ DTYPE = Annotated[
 ]
 
 
+def check_named(path: Path) -> Path:
+    """The path itself; `OutputError` for ``-``, which is standard input but no place to write."""
+    if str(path) == "-":
+        said = "the output is -, but nothing is written to standard output"
+        raise OutputError(f"{said}. Fix: give the name of a file or folder.")
+    return path
+
+
 def check_new(path: Path) -> Path:
     """Raise `OutputError` if the path is an existing file, or a folder that is not empty."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if check_named(path).is_file() or (path.is_dir() and any(path.iterdir())):
         filled = " and is not empty" if path.is_dir() else ""
         raise OutputError(f"{path} exists{filled}. Fix: give another name.")
     return path
@@ -70,7 +78,7 @@ def check_new(path: Path) -> Path:
 
 def check_parent(path: Path | None) -> Path | None:
     """Raise `OutputError` if a file cannot be written, before any work is done for it."""
-    if path is None or is_special(path):
+    if path is None or is_special(check_named(path)):
         return path
     if not path.parent.is_dir():
         fix = f"mkdir -p {shlex.quote(str(path.parent))}, or give another name"

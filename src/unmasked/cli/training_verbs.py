@@ -130,7 +130,9 @@ def train(
             "names: FILE:text=body, or FILE:query=anchor,positive=text."
         ),
     ],
-    output: Annotated[Path, Option("-o", "--output", help="Run folder.")],
+    output: Annotated[
+        Path, Option("-o", "--output", callback=options.check_named, help="Run folder.")
+    ],
     overrides: options.OVERRIDES = None,
 ) -> None:
     """Train one stage: mntp on a decoder; simcse or supervised on any model or adapter.

@@ -123,10 +123,8 @@ def _convert(encoder: LLM2Vec, to: Any, folder: Path, weights: Any, opset: int |
     tokens, mode = encoder.backbone.tokens, encoder.settings.pooling_mode
     if to == "gguf":
         if others := [m for m in list(encoder)[2:] if not isinstance(m, Normalize)]:
-            raise ModelError(
-                f"llama.cpp has no module {type(others[0]).__name__} after the pooling, so a GGUF "
-                "file would give other vectors. Fix: --to onnx."
-            )
+            said = f"llama.cpp has no module {type(others[0]).__name__} after the pooling"
+            raise ModelError(f"{said}. Fix: --to onnx.")
         write_gguf(folder, model, tokens, mode, weights)
     else:
         behind = list(encoder)[2:]

@@ -59,9 +59,7 @@ class VectorGraph(nn.Module):
         behind: the modules behind the pooling.
     """
 
-    def __init__(
-        self, model: Any, mode: str, leading: int, behind: Sequence[nn.Module] = ()
-    ) -> None:
+    def __init__(self, model: Any, mode: str, leading: int, behind: Sequence[Any] = ()) -> None:
         super().__init__()
         self.behind = nn.ModuleList(behind)
         self.model = model

@@ -48,10 +48,8 @@ def _refuse_container(inputs: Any) -> None:
     if names is not None and not callable(names):
         columns = [str(name) for name in names]
         column = "text" if "text" in columns or not columns else columns[0]
-        if isinstance(inputs, Mapping) and isinstance(next(iter(inputs.values()), None), str):
-            fix = "encode(list(data.values()))"  # a text by each name, such as an id
-        else:
-            fix = f"encode(list(data[{column!r}]))"
+        by_id = isinstance(inputs, Mapping) and isinstance(next(iter(inputs.values()), None), str)
+        fix = f"encode(list(data{'.values()' if by_id else f'[{column!r}]'}))"
         raise DataError(
             f"inputs are a {type(inputs).__name__} of columns ({', '.join(columns[:10])}), not a "
             f"list of texts. Fix: {fix}."
