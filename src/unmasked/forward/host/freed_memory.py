@@ -2,10 +2,10 @@
 
 Every forward allocates its hidden states anew. By default the C library of Linux (glibc) returns
 blocks of a megabyte or more to the operating system when they are freed, and the next forward gets
-them back as pages of zeros, one page fault per 4 KiB. Encoding texts of mixed lengths on two CPU
-cores had 300,000 to 700,000 page faults in ten seconds. Without them it was 1.12 times as fast for
-`nano` and 1.16 times for SmolLM-135M's shape in float32, 1.07 and 1.23 times in bfloat16; the peak
-of the memory was the same (`benchmarks/allocator.py`).
+them back as pages of zeros, one page fault per 4 KiB. Encoding texts of mixed lengths on two
+CPU cores had 100,000 page faults and more per second. Without them it was 1.24 times as fast with
+SmolLM-135M's shape in bfloat16, and 1.30 times with `nano` in float32; the peak of the memory was
+the same (`benchmarks/allocator.py`).
 
 Cost: after its largest forward, the process keeps up to `KEPT` bytes that it does not use.
 """
