@@ -1,8 +1,9 @@
-"""Encoding on a CPU with freed memory kept by the process, as ours is, and returned each time.
+"""Encoding on a CPU while the process keeps freed memory, and with glibc's own settings.
 
-Each turn is a process of its own, because the setting holds for a whole process; the ways take
-turns, and the median of the ratios counts. A tunable of glibc that changes nothing tells the
-package that memory is the user's business, and leaves glibc's defaults.
+The package sets the first when it loads an encoder (`forward/host/freed_memory.py`). For the
+second, the environment has a tunable of glibc that changes nothing: the package then takes the
+memory settings for the user's choice, and leaves them alone. Each turn is a new process, because
+the settings hold for a whole process; the two take turns, and the median of the ratios counts.
 
     python -m benchmarks.allocator                   # SmolLM-135M's shape, random weights
     python -m benchmarks.allocator --model nano --texts 384 --dtype float32

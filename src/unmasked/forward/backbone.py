@@ -104,7 +104,7 @@ class Backbone(InputModule):
         self.warns_of_cuts = True
 
     def count_cut(self, texts: int, limit: int | None = None) -> None:
-        """Count texts cut at `limit` (see there), and log a warning for the first ones."""
+        """Count truncated texts, and log a warning with their limit for the first ones."""
         if texts and not self.texts_cut and self.warns_of_cuts:
             length, own = limit or self.tokens.max_length, self.tokens.doc_max_length
             name = "max_length" if own is None or own >= length else "doc_max_length"

@@ -2,9 +2,8 @@
 
 On a CPU with bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16), a wide model runs 2 to 3 times
 faster in bfloat16 than in float32; on other CPUs it runs tens of times slower. float16 is slow on
-every CPU. At a width of 256 bfloat16 is 1.7 times as fast (`benchmarks/quantize.py`), and quality
-holds: with `nano`, Spearman's correlation changes by 0.03 of 100 on SICK-R and by 0.02 on STS-B.
-Narrower models (`NARROW`) stay in float32 because they are fast enough.
+every CPU. At a width of 256 bfloat16 is 1.7 times as fast (`benchmarks/quantize.py`). Narrower
+models (`NARROW`) stay in float32 because they are fast enough.
 """
 
 from __future__ import annotations

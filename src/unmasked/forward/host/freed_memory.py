@@ -1,9 +1,9 @@
 """Freed memory stays with the process, so that one forward can use that of the last.
 
 Every forward allocates its hidden states anew. By default the C library of Linux (glibc) returns
-blocks of a megabyte or more to the operating system when they are freed, and the next forward gets
-them back as pages of zeros, one page fault per 4 KiB. Encoding texts of mixed lengths on two
-CPU cores had 100,000 page faults and more per second. Without them it was 1.24 times as fast with
+large blocks to the operating system when they are freed, and the next forward gets them back as
+pages of zeros, with a page fault for every 4 KiB. Encoding texts of mixed lengths on two CPU cores
+caused more than 100,000 page faults per second. Without them it was 1.24 times as fast with
 SmolLM-135M's shape in bfloat16, and 1.30 times with `nano` in float32; the peak of the memory was
 the same (`benchmarks/allocator.py`).
 
