@@ -251,7 +251,7 @@ def test_a_failure_tells_neither_client_nor_log_what_it_was_about(encoder, caplo
         return np.zeros((len(rows), 32), np.float32)
 
     service = Service({"tiny": encoder})
-    service.device.models = {"tiny": compute}
+    service.forwards.models = {"tiny": compute}
     with service, caplog.at_level(logging.DEBUG):
         client = TestClient(application(service, Keys(["the key"])))
         client.headers = {"authorization": "Bearer the key"}

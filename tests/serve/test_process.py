@@ -14,6 +14,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -31,8 +32,9 @@ KEY = "the-key-that-no-log-may-hold"
 
 @contextmanager
 def gated(encoder, limits=None):
-    """A running service, its address, and the gate before its forwards."""
-    service = Service({"tiny": encoder}, limits)
+    """A running service with one thread of forwards, its address, and the gate before them."""
+    with patch("unmasked.serve.service.forwards_at_once", return_value=1):
+        service = Service({"tiny": encoder}, limits)
     gate = Gate(service, "tiny")
     with service, listening(service) as address:
         try:

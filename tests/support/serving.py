@@ -61,8 +61,8 @@ class Gate:
     def __init__(self, service: Service, model: str) -> None:
         self.opened, self.entered = threading.Event(), threading.Event()
         self.rows: list[Any] = []
-        self._compute = service.device.models[model]
-        service.device.models = {**service.device.models, model: self}
+        self._compute = service.forwards.models[model]
+        service.forwards.models = {**service.forwards.models, model: self}
 
     def __call__(self, rows: list[Any]) -> Any:
         self.rows.extend(rows)

@@ -68,9 +68,8 @@ def late_vectors(
     model.eval()
     results: list[Tensor] = [torch.empty(0)] * len(windows)  # batches are in order of length
     try:
-        for chosen in plan_batches(
-            [len(w.row.ids) for w in windows], token_budget(device, backbone.dtype)
-        ):
+        lengths, budget = [len(w.row.ids) for w in windows], token_budget(device, backbone.dtype)
+        for chosen in plan_batches(lengths, budget, apart=backbone.longest_unscaled):
             batch = [windows[i] for i in chosen]
             features = backbone.collate([window.row for window in batch])
             moved = {name: value.to(device) for name, value in features.items()}

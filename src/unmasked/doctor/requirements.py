@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from unmasked.forward.positions import rotary_parts
 from unmasked.mask.opening import NATIVE_KEY
 from unmasked.mask.proof import Proof
 from unmasked.text.tokens import TextTokenizer
@@ -37,9 +38,8 @@ def requirements(
     if report.causal_layers:
         mask += "; the causal layers stay causal"
     found = {"sentence_transformers": f"yes, proved{eager}", "mask": mask}
-    rope = getattr(text, "rope_parameters", None) or {}  # one dict, or one per kind of layer
-    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
-    if scaling := {part.get("rope_type", "default") for part in parts} - {"default"}:
+    kinds = {part.get("rope_type", "default") for part in rotary_parts(config)}
+    if scaling := kinds - {"default"}:
         found["positions"] = f"must scale rotary positions by {', '.join(sorted(scaling))}"
     found["pooling"] = f"must pool by {pooling}"
     if "mean" in pooling and tokens.skip_instruction:

@@ -11,6 +11,7 @@ Other rooms use:
 * `backbone`: `Backbone` and `collate`.
 * `batches`: `plan_batches`, `token_budget`.
 * `packing`: `enable_packing`, `pack`, `pack_documents`, `run_packed`, `checkpoint_contexts`.
+* `positions`: rotary positions that depend on the other texts of a batch.
 * `precision`: `pick`, which dtype the weights get and why. `quantization`: 8-bit weights.
 * `geometry`: alignment and uniformity of vectors. `nearest`: exact search block by block.
 * `pooling`, `loop` and `words` are mostly used through `unmasked.model`.

@@ -25,6 +25,7 @@ from unmasked.forward.host.freed_memory import keep_freed_memory
 from unmasked.forward.host.waiting import DeviceTime
 from unmasked.forward.packing import Packed, enable_packing, is_checked, pack, run_packed
 from unmasked.forward.pooling import LAYERS
+from unmasked.forward.positions import longest_unscaled
 from unmasked.mask.opening import check_length, decoder_of
 from unmasked.text.inputs import is_count, requested_length, split_pairs
 from unmasked.text.tokens import TextTokenizer, TokenRow
@@ -77,6 +78,7 @@ class Backbone(InputModule):
             accepts the model.
 
     Attributes:
+        longest_unscaled: texts of more tokens share no forward pass with others; see `positions`.
         query_length, document_length: most tokens of an input of `encode_query` and of
             `encode_document`; None for `max_seq_length`.
         tokens_encoded: tokens, without padding, that `encode` has processed; for measuring speed.
@@ -96,6 +98,7 @@ class Backbone(InputModule):
         self.auto_model = model
         self.tokens = tokens
         self.unpackable = unpackable
+        self.longest_unscaled = longest_unscaled(decoder_of(model).config)
         self.query_length: int | None = None
         self.document_length: int | None = None
         self.tokens_encoded = 0

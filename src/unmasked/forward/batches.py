@@ -85,6 +85,7 @@ def plan_batches(
     budget: int | None = None,
     batch_size: int | None = None,
     padded: bool = True,
+    apart: int | None = None,
 ) -> list[np.ndarray]:
     """Group rows of similar length.
 
@@ -93,6 +94,7 @@ def plan_batches(
         budget: maximum number of tokens of a batch; a longer row is a batch of its own.
         batch_size: maximum number of rows of a batch.
         padded: whether padding counts towards the budget.
+        apart: rows of more tokens than this share no batch with others; see `positions`.
 
     Returns:
         Index arrays that together hold 0 … N-1 once, longest rows first.
@@ -100,6 +102,7 @@ def plan_batches(
     sizes = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")
     totals = np.cumsum(sizes[order])  # tokens of all rows up to each
+    long = int((sizes > apart).sum()) if apart is not None else 0
     batches, start = [], 0
     while start < len(order):
         longest = max(1, lengths[order[start]])
@@ -110,6 +113,7 @@ def plan_batches(
             before = totals[start - 1] if start else 0
             rows = max(1, int(np.searchsorted(totals, before + budget, side="right")) - start)
         stop = start + min(rows, batch_size or rows)
+        stop = min(stop, long) if start < long else stop
         batches.append(order[start:stop])
         start = stop
     return batches

@@ -5,8 +5,8 @@ told to stop. Its vectors are those that `encode` returns for the same text with
 
 Each request passes through these files: `routes` reads its body and awaits the vectors; a worker
 thread checks the body (`wire`) and tokenises the texts (`served_model`); `text_queue` orders the
-texts of all requests; one thread (`device_thread`) computes the next batch whenever the device is
-free. `access` wraps all of it: API keys, limits, errors without a stack trace. `measures` counts.
+texts of all requests; `forward_threads` computes the next batch whenever the device is free.
+`access` wraps all of it: API keys, limits, errors without a stack trace. `measures` counts.
 
 Cost besides the forward passes: one to two milliseconds per request.
 """

@@ -119,7 +119,7 @@ def _add_embedding_routes(app: FastAPI, service: Service) -> None:
 
 def _add_state_routes(app: FastAPI, service: Service) -> None:
     def state() -> Response:
-        fine = service.device.healthy
+        fine = service.forwards.healthy
         return JSONResponse({"status": "ok" if fine else "failing"}, 200 if fine else 503)
 
     failing: dict[int | str, dict[str, Any]] = {503: {"description": "Forwards fail."}}

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
+import torch
 from starlette.requests import ClientDisconnect
 
 from unmasked.errors import unknown
 from unmasked.forward.batches import token_budget
+from unmasked.forward.compiling import is_compiled
+from unmasked.forward.positions import follows_length
+from unmasked.mask.opening import decoder_of
 from unmasked.model import TextEncoder
 from unmasked.serve.access import Limits
-from unmasked.serve.device_thread import DeviceThread
+from unmasked.serve.forward_threads import MOST, ForwardThreads
 from unmasked.serve.measures import Measures
 from unmasked.serve.served_model import ServedModel
 from unmasked.serve.text_queue import Job, TextQueue
@@ -29,6 +33,18 @@ THREADS = 4  # threads that check bodies, tokenise and write answers
 
 SMALL = 4096
 """An answer with at most this many numbers is written in the event loop, without a thread."""
+
+
+def forwards_at_once(encoder: TextEncoder) -> int:
+    """How many forward passes of an encoder may run at once.
+
+    One, if a forward pass may keep something in the model (rotary frequencies, or the state of a
+    recurrent layer, which cannot be packed), or if the layers are compiled for a number of threads.
+    """
+    backbone = encoder.backbone
+    decoder = decoder_of(backbone.auto_model)
+    one = is_compiled(decoder) or follows_length(decoder.config) or not backbone.packs_here()
+    return 1 if one or encoder.device.type != "cpu" else min(MOST, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -61,21 +77,22 @@ class Service:
         self.queue = TextQueue(list(encoders), limits.queue, limits.wait)
         self.measures = Measures(lambda: (self.queue.texts, self.queue.tokens))
         budgets = [token_budget(e.device, e.backbone.dtype) for e in encoders.values()]
-        self.device = DeviceThread(
+        self.forwards = ForwardThreads(
             self.queue,
             {name: model.vectors for name, model in self.models.items()},
             limits.batch_tokens or max(budgets),
             self.measures,
+            min(forwards_at_once(encoder) for encoder in encoders.values()),
         )
         self.pool = ThreadPoolExecutor(THREADS, "unmasked-worker")
         self.created = int(time.time())
 
     def __enter__(self) -> Self:
-        self.device.start()
+        self.forwards.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.device.stop()
+        self.forwards.stop()
         self.pool.shutdown()
 
     def find(self, name: str | None) -> ServedModel:

@@ -109,7 +109,7 @@ class TextQueue:
         finally:
             with self._changed:
                 self._arriving -= 1
-                self._changed.notify()
+                self._changed.notify_all()
 
     def put(self, model: str, job: Job) -> None:
         """Add the texts of a request, unless `check_room` refuses it."""
@@ -123,7 +123,7 @@ class TextQueue:
             self._jobs += 1
             self.texts += len(job.rows)
             self.tokens += sum(len(row.ids) for row in job.rows)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def drop(self, job: Job) -> None:
         """Give up the texts of a job that have not left the queue; `_head` removes them later."""
@@ -138,7 +138,7 @@ class TextQueue:
         """Let `take` return no texts once the queue is empty."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     def take(self, budget: int) -> tuple[str, list[Waiting]]:
         """Wait for texts, then take the next ones of one model, up to `budget` tokens.

@@ -81,14 +81,15 @@ class Request:
         """Whether the device runs asynchronously."""
         return self.device.type == "cuda"
 
-    def plan(self, lengths: Sequence[int], padded: bool, dtype: torch.dtype) -> list[np.ndarray]:
+    def plan(self, lengths: Sequence[int], padded: bool, backbone: Backbone) -> list[np.ndarray]:
         """Divide rows with these numbers of tokens into batches; returns the indices of each."""
+        apart = backbone.longest_unscaled
         if self.by_tokens:
             # On a CPU padding always counts, so that batches are the same whether packed or not:
             # the composition of a batch moves the last bits of a vector.
-            budget = token_budget(self.device, dtype)
-            return plan_batches(lengths, budget, padded=padded or not self.on_gpu)
-        return plan_batches(lengths, batch_size=self.batch_size)
+            budget = token_budget(self.device, backbone.dtype)
+            return plan_batches(lengths, budget, padded=padded or not self.on_gpu, apart=apart)
+        return plan_batches(lengths, batch_size=self.batch_size, apart=apart)
 
 
 @dataclass
@@ -179,7 +180,7 @@ def prepare_batches(
     backbone: Backbone, pieces: Iterable[TokenisedRows], request: Request
 ) -> Iterator[PreparedBatch]:
     """Plan and collate tokenised pieces; meant to run in a thread."""
-    padded, dtype = backbone.unpackable is not None, backbone.dtype
+    padded = backbone.unpackable is not None
     stock = request.stock_features or request.output_value is None
     collate = backbone.features_of if stock else backbone.collate
     # Dummy rows at the end of a batch may be added only where nothing but our pooling sees them.
@@ -189,7 +190,7 @@ def prepare_batches(
         rows, lengths = piece.rows, [len(row.ids) for row in piece.rows]
         if not rows:
             yield PreparedBatch(piece.window)
-        for chosen in request.plan(lengths, padded, dtype):
+        for chosen in request.plan(lengths, padded, backbone):
             own = [lengths[i] for i in chosen]
             together = [rows[i] for i in chosen]
             if filled:
