@@ -24,7 +24,8 @@ from support.vectors import close
 
 from unmasked.errors import UnmaskedError
 from unmasked.serve import Limits, Service, bind, model_names
-from unmasked.serve.process import url
+from unmasked.serve.access import Keys
+from unmasked.serve.process import server_config, url
 
 SECRET = "a text that is nobody's business"
 KEY = "the-key-that-no-log-may-hold"
@@ -124,6 +125,11 @@ def test_headers_that_do_not_end_are_given_up(encoder):
         later.sendall(half)
         later.sendall(asked("/embed", {"inputs": "a"})[len(half) - 2 :])
         assert status(later) == 200
+
+
+def test_an_idle_connection_outlives_that_of_a_load_balancer(service):
+    """Else the balancer sends a request into a connection that is being closed, and says 502."""
+    assert server_config(service, Keys()).timeout_keep_alive > 60
 
 
 def test_a_client_that_does_not_read_holds_up_nobody_and_is_given_up(encoder):

@@ -58,7 +58,7 @@ TRUSTED = "sentence_transformers."
 OLDEST = "5.2"
 """The first transformers that computes a saved folder bidirectionally."""
 PROMPTS_NAME = "config_sentence_transformers.json"
-_STOPS_OLDER = "pruned_heads"
+STOPS_OLDER = "pruned_heads"
 """A config key that older transformers fail on, see `_complete_config`."""
 _TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 """The name of the generic class, which older transformers have too."""
@@ -244,7 +244,7 @@ def _complete_config(path: Path, has_native_key: bool, needs_eager: bool, closed
     if config.get("is_causal") is False or has_native_key:
         # Older versions ignore both keys and would silently compute causally. They convert the keys
         # of this field to numbers, and so fail with this sentence; later ones do not have it.
-        config[_STOPS_OLDER] = {f"this encoder needs transformers {OLDEST} or later": []}
+        config[STOPS_OLDER] = {f"this encoder needs transformers {OLDEST} or later": []}
     _write_json(path, config)
 
 

@@ -11,6 +11,7 @@ Cost: the model is in memory twice, and three times for a moment.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +22,13 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Normalize
 
 from unmasked.checkpoint import loading
+from unmasked.checkpoint.card import NEEDS
+from unmasked.checkpoint.folder import STOPS_OLDER
 from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import MissingExtraError, ModelError, UnmaskedError, unknown
 from unmasked.export.engines import MANIFEST, Engine, engine_of
 from unmasked.export.faults import Reader, Reading
-from unmasked.export.gguf_file import write_gguf
+from unmasked.export.gguf_file import FILE, write_gguf
 from unmasked.export.graph import write_graph
 from unmasked.export.parity import LIMIT, LIMIT_OF_8_BITS, TEXTS, Parity, compare_vectors, shown
 from unmasked.export.served import check_keys
@@ -41,6 +44,17 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
 }
 """The number types that each format can have, its default first."""
 POOLS_ALL = ("gguf", "vllm", "tei")  # formats whose engines pool every token of an input
+
+
+LLAMA_USAGE = f"""## Usage
+
+```python
+from llama_cpp import Llama  # pip install llama-cpp-python
+
+model = Llama("{FILE}", embedding=True)
+vectors = model.embed(["a text", "another text"])
+```
+"""
 
 
 class DifferentVectorsError(UnmaskedError):
@@ -105,6 +119,7 @@ def export_model(
             encoder.to(torch.float32)
         else:
             _convert(encoder, to, folder, weights, opset)
+            _describe(folder, to)
         manifest = {"format": to, "weights": weights}  # by which `engine_of` finds the engine
         (folder / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
         found = _compared(encoder, to, folder, weights)
@@ -131,6 +146,23 @@ def _convert(encoder: LLM2Vec, to: Any, folder: Path, weights: Any, opset: int |
         write_graph(tokens, mode, model, to, folder, weights, opset, behind)
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         file.unlink()
+
+
+def _describe(folder: Path, to: str) -> None:
+    """Change what a saved folder says of its weights to what is true of the engine's file."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8")
+    if to == "gguf":
+        text = re.sub(r"(?s)## Usage\n.*?(?=\n## )", LLAMA_USAGE, text)
+    else:
+        text = re.sub(r"(SentenceTransformer\(\".*)\)\n", rf'\1, backend="{to}")\n', text)
+        text = text.replace(NEEDS, f"This needs `pip install 'sentence-transformers[{to}]'`.\n")
+        # A graph has its mask inside, and the packages that run one may need transformers 4.
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config.pop(STOPS_OLDER, None)
+        written = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "config.json").write_text(written, encoding="utf-8")
+    card.write_text(text, encoding="utf-8")
 
 
 def _compared(encoder: LLM2Vec, to: str, folder: Path, weights: str) -> Exported:
