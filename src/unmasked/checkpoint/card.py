@@ -37,7 +37,7 @@ NEEDS = """\
 This needs transformers 5.2 or later and sentence-transformers 5.2 or later; older ones stop
 with an error, because they would compute causally.
 """
-DIFFERENCES = """\
+DIFFERENCES = """
 Where this loader differs from `unmasked`, which made the model:
 
 - A prompt should end in a newline, or in a colon without a space after it: after a space, the first
@@ -152,8 +152,7 @@ vectors = model.encode(["a text", "another text"])
 print(model.similarity(vectors, vectors))
 ```
 
-{NEEDS}
-{DIFFERENCES}{_cut(limit, text_limit)}{further}
+{NEEDS}{DIFFERENCES}{_cut(limit, text_limit)}{further}
 
 ## Framework Versions
 
