@@ -128,9 +128,9 @@ def nearest(given: str | Sequence[str], allowed: Iterable[str], end: str = ".") 
     return f", did you mean '{best}'?" if similarity(best) >= 0.6 else end
 
 
-def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
-    """The message for a word that is not one of the allowed ones."""
-    allowed = list(allowed)
+def unknown(what: str, given: object, allowed: Iterable[str]) -> str:
+    """The message for a word, or a value of another kind, that is not one of the allowed words."""
+    given, allowed = str(given), list(allowed)
     message = f"unknown {what} '{given}'{nearest(given, allowed)}"
     if not allowed:
         return f"{message} There is none. Fix: leave it out."

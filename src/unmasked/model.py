@@ -26,19 +26,19 @@ from transformers import PreTrainedTokenizerBase
 from unmasked.checkpoint import adapters, folder, loading, snapshot
 from unmasked.checkpoint.card import Card
 from unmasked.checkpoint.fingerprint import fingerprint
-from unmasked.errors import DataError, ModelError, unknown
+from unmasked.errors import ModelError
 from unmasked.forward import quantization
 from unmasked.forward.backbone import BY_TOKENS, Backbone
 from unmasked.forward.compiling import check_choice
 from unmasked.forward.loop import running
-from unmasked.forward.loop.preparing import OUTPUTS, SENTENCE, Request
+from unmasked.forward.loop.preparing import Request, check_options
 from unmasked.forward.pooling import TextPooling, check_mode, own_pooling
 from unmasked.forward.precision import Precision, on_device, pick
 from unmasked.forward.quantization import Quantization
 from unmasked.forward.words import word_vectors
 from unmasked.mask.opening import learned_positions
 from unmasked.mask.proof import Proof, prove
-from unmasked.text.inputs import check_prompt, listed, split_pairs
+from unmasked.text.inputs import check_numbers, listed, split_pairs
 from unmasked.text.special_tokens import prepare_tokenizer
 from unmasked.text.tokens import TextTokenizer
 
@@ -141,8 +141,10 @@ class TextEncoder(SentenceTransformer):
                 but prompts are added to its prompts.
 
         Raises:
+            DataError: a number among the arguments of `SentenceTransformer` is not one.
             ModelError: the model cannot be loaded, quantized or run there, or the proof failed.
         """
+        check_numbers(stock)
         device, compile = device or get_device_name(), check_choice(compile)
         if quantize is not None:
             quantization.check(quantize, on_device(device))
@@ -259,17 +261,15 @@ class TextEncoder(SentenceTransformer):
             (N, D) float32 array; (D,) for a single string; (0, D) for an empty list.
 
         Raises:
-            DataError: an input is neither a string nor a pair, both kinds are mixed, `prompt` is
-                not a string, or ``output_value`` is unknown.
+            DataError: an input is neither a string nor a pair, or an option has no allowed value.
         """
         inputs = kwargs.pop("sentences", inputs)
-        check_prompt(prompt)
+        check_options({**kwargs, "prompt": prompt, "batch_size": batch_size})
         if not isinstance(inputs, str):
             inputs = listed(inputs)
             split_pairs(inputs)  # refuses a faulty input, with its index, before any work is done
-        if (output := kwargs.get("output_value", SENTENCE)) not in OUTPUTS:
-            raise DataError(unknown("output_value", str(output), map(str, OUTPUTS)))
-        self.backbone.prepare_for(inputs, check_choice(compile or self.compiles))
+        compiles = self.compiles if compile is None else check_choice(compile)
+        self.backbone.prepare_for(inputs, compiles)
         batching = {BY_TOKENS: True} if batch_size is None else {"batch_size": batch_size}
         stock: Any = super().encode
         vectors = stock(inputs, prompt_name=prompt_name, prompt=prompt, **batching, **kwargs)

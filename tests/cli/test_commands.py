@@ -176,3 +176,28 @@ def test_completion_knows_recipes_and_settings():
             text=True,
         )
         assert done.stdout.split() == [expected], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("encode MODEL a.txt -o v.npy --chunk 8", "vectors only, and a passage needs"),
+        ("encode MODEL a.txt -o v.npy --prompt a --prompt-name b", "were both given"),
+        ("encode MODEL a.txt -o v.npy --precision int8 --ranges none.npy", "none.npy holds no"),
+        ("encode MODEL a.txt -o a.txt/v.npy", "a.txt is not a folder"),
+        ("search none.txt --model MODEL words", "none.txt is not a file"),
+        ("search a.txt --model MODEL words --prompt a --prompt-name b", "were both given"),
+        ("search a.txt --model MODEL words --chunk 4 --overlap 9", "an overlap of 9"),
+        ("convert MODEL -o a.txt/v", "a.txt is not a folder"),
+        ("convert MODEL -o v --layers 0", "--layers"),
+        ("evaluate MODEL --tasks a.tsv --dimensions 0", "--dimensions"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(cli, tmp_path, words, said):
+    (tmp_path / "a.txt").write_text("a text\n")
+    (tmp_path / "a.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t1\nc\td\t0\ne\tf\t0.5\n")
+    before = sorted(tmp_path.iterdir())
+    code, _, err = cli(*words.replace("MODEL", "no/such-model").split())
+    assert code == 2 and said in err, err
+    assert "cannot load no/such-model" not in err
+    assert sorted(tmp_path.iterdir()) == before

@@ -129,8 +129,8 @@ def test_what_cannot_be_searched_is_refused(model, texts, tmp_path, tiny_decoder
         manifest.write_bytes(b"".join(left))
         with pytest.raises(DataError, match="not finished, 3 shards are there. Fix: run the unm"):
             open_vectors(folder)
-    with pytest.raises(DataError, match="does not exist. Fix: unmasked encode"):
-        open_vectors(tmp_path / "none")
+    with pytest.raises(DataError, match="does not exist. Fix: unmasked encode .* -o 'a b'$"):
+        open_vectors("a b")
     np.save(tmp_path / "c.npy", np.zeros((2, 3), complex))
     with pytest.raises(DataError, match="Allowed: .N, D. float32"):
         open_vectors(tmp_path / "c.npy")

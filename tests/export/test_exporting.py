@@ -444,3 +444,15 @@ def test_a_model_that_pools_the_instruction_is_the_same_everywhere(
     engine = "vllm (by its rules, it is not run here), float32"
     assert out.startswith(f"least cosine 1.000000 (limit 0.9999): {engine}\n")
     assert "next   unmasked verify served --against" in out
+
+
+@needs_gguf
+def test_the_card_of_a_gguf_file_says_how_llama_cpp_reads_it(saved, tmp_path, monkeypatch):
+    """It said that it is a model of sentence-transformers, and pooled without BOS and prompt."""
+    without_engine(monkeypatch)
+    export_model(saved(), "gguf", tmp_path / "out", accept=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = card.partition("## Framework Versions")[0]
+    assert "sentence-transformers" not in head and "SentenceTransformer" not in head
+    assert "BOS and prompt included" in card and "without BOS" not in card
+    assert "Llama(" in card and "This is a llama.cpp file" in card

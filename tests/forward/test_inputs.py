@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
+import io
 import re
 
 import numpy as np
@@ -155,3 +157,40 @@ def test_a_length_for_one_call_is_a_number_of_tokens(model, length):
     """0 stood for no limit, and a negative one was told as a lack of room."""
     with pytest.raises(DataError, match="is not a number of tokens. Fix: give a whole number"):
         model.encode(["a b"], processing_kwargs={"text": {"max_length": length}})
+
+
+@pytest.mark.parametrize("value", [1.5, "8", 0, -3, True])
+@pytest.mark.parametrize("option", ["batch_size", "truncate_dim", "chunk_size"])
+def test_a_number_that_is_not_whole_is_refused_with_what_is_allowed(model, option, value):
+    """`batch_size=1.5` was the TypeError of a slice, far inside."""
+    told = re.escape(f"{option} {value!r}: it is the number of ") + ".*Fix: a whole number of 1"
+    for encode in (model.encode, model.encode_query, model.encode_document):
+        with pytest.raises(DataError, match=told):
+            encode(["a", "b", "c"], **{option: value})
+
+
+def test_other_options_of_another_kind_are_refused_before_any_work(model, tiny_decoder):
+    for name, value in (("precision", "int3"), ("precision", 8), ("output_value", 3)):
+        with pytest.raises(DataError, match=f"unknown {name} '{value}'.*Fix: "):
+            model.encode(["a"], **{name: value})
+    for value in (True, 3, False):
+        with pytest.raises(ModelError, match=rf"unknown compile '{value}'.*Fix: "):
+            model.encode(["a"], compile=value)
+    for value in (1.5, "8", True, float("nan")):
+        with pytest.raises(DataError, match=r"truncate_dim .*Fix: "):
+            LLM2Vec.from_pretrained(tiny_decoder, truncate_dim=value)
+    with pytest.raises(DataError, match=r"batch_size 1.5: "):
+        model.encode(["a"], 1.5)  # the original's order of arguments
+    assert model.encode(["a"], np.int64(8)).shape == model.encode(["a"], 8).shape
+
+
+def test_an_open_file_is_no_list_of_texts(model, tmp_path):
+    """Each text kept the line break at its end, which changes its vector."""
+    path = tmp_path / "texts.txt"
+    path.write_text("one\ntwo\n")
+    for make in (open, io.FileIO, codecs.open, lambda p: io.StringIO(p.read_text())):
+        with make(path) as file, pytest.raises(DataError, match=r"open file.*Fix: encode\(\["):
+            model.encode(file)
+    with path.open() as file:
+        given = model.encode([line.rstrip() for line in file])
+    np.testing.assert_array_equal(given, model.encode(["one", "two"]))

@@ -111,3 +111,25 @@ def test_how_many_forwards_may_run_at_once(encoder, longrope_decoder, monkeypatc
     assert forwards_at_once(LLM2Vec.from_pretrained(longrope_decoder, device="cpu")) == 1
     monkeypatch.setattr(encoder.backbone, "unpackable", "it has a state")
     assert forwards_at_once(encoder) == 1
+
+
+def test_a_loop_that_closes_while_a_forward_runs_ends_no_thread():
+    """The loop was asked whether it is closed and called later, when it may have been."""
+    queue, died = TextQueue(["m"], 1000, 0.0), []
+
+    async def put() -> Job:
+        job = Job(rows(1))
+        queue.put("m", job)
+        return job
+
+    job = asyncio.run(put())
+    job.loop.is_closed = lambda: False  # it closes between the question and the call
+    threads = ForwardThreads(queue, {"m": vectors}, 10, Measures(lambda: (0, 0)), 1)
+    before, threading.excepthook = threading.excepthook, lambda args: died.append(args.exc_value)
+    try:
+        threads.start()
+        threads.stop()
+    finally:
+        threading.excepthook = before
+        del job.loop.is_closed
+    assert died == []

@@ -21,7 +21,7 @@ from unmasked.errors import OutputError
 
 if TYPE_CHECKING:
     from unmasked.compat.llm2vec import LLM2Vec
-    from unmasked.corpus import Encoded, OnRay, Progress
+    from unmasked.corpus import Encoded, Encoding, OnRay, Progress
     from unmasked.corpus.local import Load
     from unmasked.files.source import Source
 
@@ -155,7 +155,7 @@ def encode(
     given: dict[str, Any] = {"source": source, "encoding": encoding, "overwrite": overwrite}
     _say_left_out(source)
     if one_file:
-        corpus.check_output(path, overwrite, source, ranges)
+        _check_file(path, overwrite, source, encoding, ranges)
         write = partial(corpus.encode_corpus, output=path, skip=skip, ranges=ranges, **given)
         done, waited = _to_file(load, write, source, skip)
         listed = corpus.skipped_of(path)
@@ -166,6 +166,17 @@ def encode(
         done, waited = _to_folder(load, write, path, actors)
         listed = corpus.Manifest(path, part).path
     _say_done(done, waited, path, listed)
+
+
+def _check_file(
+    path: Path, overwrite: bool, source: Source, encoding: Encoding, ranges: Path | None
+) -> None:
+    """Refuse an output of one file, before the model is loaded."""
+    from unmasked import corpus
+
+    corpus.check_output(path, overwrite, source, ranges)
+    options.check_folder(path.parent)
+    corpus.Shards(path.suffix, ranges=ranges).check(source.keep, encoding)
 
 
 def _say_done(done: Encoded, waited: float | None, path: Path, listed: Path) -> None:

@@ -47,7 +47,7 @@ def convert(
     ] = None,
     allow_partial: options.ALLOW_PARTIAL = False,
     layers: Annotated[
-        int | None, Option(help="Keep only the first LAYERS layers.", show_default="all")
+        int | None, Option(min=1, help="Keep only the first LAYERS layers.", show_default="all")
     ] = None,
 ) -> None:
     """Remove the causal mask of a decoder, prove it, and save an encoder, without training.
@@ -115,10 +115,12 @@ def evaluate(
         bool, Option("--all", help="Show every metric, not only the main one of each task.")
     ] = False,
     layers: Annotated[
-        list[int] | None, Option(help="Also score the first LAYERS layers alone; repeat for more.")
+        list[int] | None,
+        Option(min=1, help="Also score the first LAYERS layers alone; repeat for more."),
     ] = None,
     dimensions: Annotated[
-        list[int] | None, Option(help="Also score vectors cut to this length; repeat for more.")
+        list[int] | None,
+        Option(min=1, help="Also score vectors cut to this length; repeat for more."),
     ] = None,
     json_file: options.JSON_FILE = None,
     formats: Annotated[
@@ -198,6 +200,7 @@ def search(
     Meant for inspecting vectors, not for serving users. Without a query, queries are read line by
     line from standard input, up to an empty line.
     """
+    from unmasked import corpus
     from unmasked.cli import tables
     from unmasked.corpus import search as room
     from unmasked.files.source import Source
@@ -208,18 +211,23 @@ def search(
         raise DataError(f"--chunk splits texts, but {where} holds vectors. Fix: leave it out.")
     if stored is None and texts is not None:
         raise DataError(f"--texts goes with vectors, but {where} holds texts. Fix: leave it out.")
+    corpus.Encoding(prompt, prompt_name, chunks=chunks).check_options()
+    shown, given = None, texts if stored is not None else where
+    if given is not None:
+        shown = Source(options.documents(given, whole_files), text_column)
+        if shown.on_disk and stored is None:
+            shown.survey()
     encoded_with = stored.settings if stored is not None else {}
     dtype, quantize = dtype or encoded_with.get("dtype", "auto"), encoded_with.get("quantize")
     encoder = terminal.load_encoder(model, dtype=dtype, quantize=quantize)
     prompts = {"prompt": prompt, "prompt_name": prompt_name}
     if stored is None:
-        source = Source(options.documents(where, whole_files), text_column)
+        assert shown is not None
         with terminal.Line() as line:
             line.begin("encoding")
             show = partial(line.advance, total=None)
-            find = room.search_texts(encoder, source, chunks, progress=show, **prompts)
+            find = room.search_texts(encoder, shown, chunks, progress=show, **prompts)
     else:
-        shown = Source(options.documents(texts, whole_files), text_column) if texts else None
         find = room.VectorSearch(encoder, stored, shown, **prompts)
     answers = []
     for wanted in [query] if query is not None else terminal.queries():

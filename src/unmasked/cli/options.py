@@ -69,11 +69,20 @@ def check_named(path: Path) -> Path:
 
 
 def check_new(path: Path) -> Path:
-    """Raise `OutputError` if the path is an existing file, or a folder that is not empty."""
+    """Raise `OutputError` if the path is a file or a filled folder, or cannot become a folder."""
     if check_named(path).is_file() or (path.is_dir() and any(path.iterdir())):
         filled = " and is not empty" if path.is_dir() else ""
         raise OutputError(f"{path} exists{filled}. Fix: give another name.")
+    check_folder(path)
     return path
+
+
+def check_folder(path: Path) -> None:
+    """Raise `OutputError` if a part of a folder's path is a file."""
+    place = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+    if not place.is_dir():
+        said = f"{path} cannot be written: {place} is not a folder"
+        raise OutputError(f"{said}. Fix: give another name.")
 
 
 def check_parent(path: Path | None) -> Path | None:
@@ -140,7 +149,7 @@ def check_used(option: str, given: object, used: bool, needs: str) -> None:
 
 
 def divided(chunk: int | None, overlap: int, late: bool) -> Chunks | None:
-    """How texts are split into passages; None if they are not.  `DataError` without `chunk`."""
+    """How texts are split into passages; None if they are not. `DataError` without `chunk`."""
     from unmasked.corpus import Chunks
 
     if chunk is None and (overlap or late):

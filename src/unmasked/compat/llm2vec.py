@@ -245,7 +245,7 @@ class LLM2Vec(TextEncoder, metaclass=NamesItsBase):
         Its second and third are ``batch_size`` and ``show_progress_bar``, here `prompt_name` and
         `prompt`. Like the original, an encoder with ``compat`` returns a tensor on the CPU.
         """
-        if isinstance(prompt_name, int):
+        if not isinstance(prompt_name, str | None):
             batch_size, prompt_name = prompt_name, None
         if isinstance(prompt, bool):
             kwargs["show_progress_bar"], prompt = prompt, None

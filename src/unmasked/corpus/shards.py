@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from unmasked.corpus.manifest import Part, checksum
-from unmasked.corpus.stored_vectors import CALIBRATION, Encoding
+from unmasked.corpus.stored_vectors import CALIBRATION, Encoding, read_ranges
 from unmasked.corpus.writers import make_writer
 from unmasked.errors import OutputError
 from unmasked.files.content import Fault
@@ -57,13 +57,11 @@ class Shards:
 
     def check(self, keep: Sequence[str], encoding: Encoding) -> None:
         """Refuse what needs no model: columns that cannot be stored, sizes, ranges without int8."""
-        chunks = encoding.chunks
-        if chunks is not None:
-            chunks.check_sizes()
-            if self.kind != ".parquet":
-                needs = "and a passage needs its document and place"
-                fix = "Fix: .parquet, or no --chunk."
-                raise OutputError(f"{self.kind} holds vectors only, {needs}. {fix}")
+        encoding.check_options()
+        if (chunks := encoding.chunks) is not None and self.kind != ".parquet":
+            needs = "and a passage needs its document and place"
+            fix = "Fix: .parquet, or no --chunk."
+            raise OutputError(f"{self.kind} holds vectors only, {needs}. {fix}")
         if keep and self.kind != ".parquet":
             raise OutputError(f"{self.kind} holds vectors only. Fix: .parquet, or no --keep.")
         own = {"row", "id", "vector", *(_PLACE if chunks else ())} & set(keep)
@@ -73,6 +71,8 @@ class Shards:
         if self.ranges is not None and encoding.precision != "int8":
             given = f"--ranges {self.ranges}: {encoding.precision} has no ranges"
             raise OutputError(f"{given}. Fix: --precision int8, or no --ranges.")
+        if self.ranges is not None:
+            read_ranges(self.ranges)
 
     def window_on(self, device: str, chunks: bool = False) -> int:
         """Rows encoded at a time: enough to sort by length, few enough to show progress."""

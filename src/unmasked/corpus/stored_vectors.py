@@ -21,6 +21,7 @@ import numpy as np
 from unmasked.corpus.late import check_pooling, late_vectors, positions
 from unmasked.errors import DataError, unknown
 from unmasked.files.writing import written_aside
+from unmasked.text.inputs import check_numbers, check_prompt
 from unmasked.text.passages import Chunks, Passage, divide, windows_of
 
 if TYPE_CHECKING:
@@ -69,18 +70,26 @@ class Encoding:
         """Compile the decoder layers if that saves time; returns whether they are compiled."""
         return model.backbone.compile_for(self.expected_tokens, model.compiles)
 
-    def check(self, model: TextEncoder) -> None:
-        """Refuse what the model cannot do, with a `DataError` that says what it can do."""
+    def check_options(self) -> None:
+        """Refuse, with a `DataError`, what no model can do."""
         if self.prompt is not None and self.prompt_name is not None:
             raise DataError("prompt and prompt_name were both given. Fix: give one of them.")
+        check_prompt(self.prompt)
+        check_numbers(vars(self))
+        if self.precision not in PRECISIONS:
+            raise DataError(unknown("precision", self.precision, PRECISIONS))
+        if self.chunks is not None:
+            self.chunks.check_sizes()
+
+    def check(self, model: TextEncoder) -> None:
+        """Refuse what the model cannot do, with a `DataError` that says what it can do."""
+        self.check_options()
         if self.prompt_name is not None and self.prompt_name not in model.prompts:
             raise DataError(unknown("prompt name", self.prompt_name, model.prompts))
         width = model.get_embedding_dimension() or 0
-        if self.truncate_dim is not None and not 1 <= self.truncate_dim <= width:
+        if self.truncate_dim is not None and self.truncate_dim > width:
             given = f"truncate_dim {self.truncate_dim} should be from 1 to {width}"
             raise DataError(f"{given}. Fix: {width}, or leave it out.")
-        if self.precision not in PRECISIONS:
-            raise DataError(unknown("precision", self.precision, PRECISIONS))
         if self.chunks is not None:
             late = self.chunks.late
             prompt, tokens = self.resolved_prompt(model) or "", model.backbone.tokens
@@ -214,13 +223,14 @@ def encode_passages(
     return encoding.passages(model, list(texts))
 
 
-def read_ranges(path: Path, width: int) -> np.ndarray:
-    """The (2, D) ranges in a file; a `DataError` if it has something else."""
+def read_ranges(path: Path, width: int | None = None) -> np.ndarray:
+    """The (2, D) ranges in a file; a `DataError` if it has something else. None takes any width."""
     try:
         ranges = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         fix = "give the _ranges.npy of a run"
         raise DataError(f"{path} holds no ranges ({error}). Fix: {fix}.") from error
+    width = ranges.shape[-1] if width is None and ranges.ndim else width
     if ranges.shape != (2, width) or ranges.dtype.kind != "f" or not np.isfinite(ranges).all():
         given = f"{ranges.dtype} of shape {ranges.shape}"
         raise DataError(

@@ -154,6 +154,10 @@ def _describe(folder: Path, to: str) -> None:
     text = card.read_text(encoding="utf-8")
     if to == "gguf":
         text = re.sub(r"(?s)## Usage\n.*?(?=\n## )", LLAMA_USAGE, text)
+        text = text.replace("own tokens, without BOS and prompt", "tokens, BOS and prompt included")
+        text = re.sub(r"\[sentence-transformers\]\(.*\) model:", "llama.cpp file:", text)
+        text = text.replace("Type:** Sentence Transformer", "Type:** GGUF, for llama.cpp")
+        text = re.sub(r"library_name: .*\n|- sentence-transformers\n", "", text)
     else:
         text = re.sub(r"(SentenceTransformer\(\".*)\)\n", rf'\1, backend="{to}")\n', text)
         text = text.replace(NEEDS, f"This needs `pip install 'sentence-transformers[{to}]'`.\n")

@@ -17,6 +17,7 @@ import traceback
 from asyncio import AbstractEventLoop
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -143,7 +144,7 @@ class ForwardThreads:
             if text.job.left == 0 or text.job.failure is not None:
                 ended[text.job.loop].add(text.job)
         for loop, jobs in ended.items():
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits for the jobs
                 loop.call_soon_threadsafe(_settle, jobs)
 
 

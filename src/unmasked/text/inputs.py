@@ -36,7 +36,12 @@ def listed(inputs: Any) -> list[Any]:
 
 
 def _refuse_container(inputs: Any) -> None:
-    """Refuse iterables that are not lists of texts: sets, mappings, data frames and data sets."""
+    """Refuse iterables that are not lists of texts: files, sets, mappings, frames and data sets."""
+    if hasattr(inputs, "readline"):
+        raise DataError(
+            f"inputs are an open file ({type(inputs).__name__}); the line break at the end of each "
+            "line would be a part of its text. Fix: encode([line.rstrip() for line in file])."
+        )
     if isinstance(inputs, set | frozenset):
         raise DataError(
             f"inputs are a {type(inputs).__name__}, which has no order, so vectors could not be "
@@ -142,6 +147,16 @@ def is_count(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
 
 
+def check_numbers(options: Mapping[str, Any]) -> None:
+    """Refuse, with a `DataError`, numbers among options of `encode` that are not 1 or more."""
+    for name, (meaning, default) in _NUMBERS.items():
+        if (value := options.get(name)) is not None and not is_count(value):
+            raise DataError(
+                f"{name} {value!r}: it is the number of {meaning}. "
+                f"Fix: a whole number of 1 or more, or None for {default}."
+            )
+
+
 def requested_length(options: Mapping[str, Any] | None) -> int | None:
     """The ``max_length`` in the `processing_kwargs` of a call; None if there is none.
 
@@ -170,3 +185,8 @@ def requested_length(options: Mapping[str, Any] | None) -> int | None:
 
 
 _OPTIONS = [(k, n) for k in ("text", "common") for n in ("max_length", "padding", "truncation")]
+_NUMBERS = {
+    "batch_size": ("rows of a forward", "as many as a number of tokens allows"),
+    "truncate_dim": ("dimensions to keep of each vector", "all"),
+    "chunk_size": ("inputs that a process is given at once", "a number that suits the inputs"),
+}

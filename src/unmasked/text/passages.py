@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from unmasked.errors import DataError
 from unmasked.text.beginnings import CHARACTERS
+from unmasked.text.inputs import is_count
 from unmasked.text.tokens import TextTokenizer, TokenRow
 
 _CLOSING = "\"'”’»)\\]"
@@ -63,7 +64,8 @@ class Chunks:
         Raises:
             DataError: the sizes do not fit each other.
         """
-        if self.tokens < 1 or not 0 <= self.overlap < self.tokens:
+        whole = is_count(self.tokens) and (is_count(self.overlap) or self.overlap == 0)
+        if not whole or self.overlap >= self.tokens:
             raise DataError(
                 f"an overlap of {self.overlap} tokens should be at least 0 and less than the "
                 f"{self.tokens} tokens of a passage. Fix: --chunk 256 --overlap 32."

@@ -9,6 +9,7 @@ The settings say which these are: a column of ``--keep`` may have any name.
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,7 +98,8 @@ def open_vectors(path: str | Path) -> StoredVectors:
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path} does not exist. Fix: unmasked encode MODEL TEXTS -o {path}")
+        fix = f"unmasked encode MODEL TEXTS -o {shlex.quote(str(path))}"
+        raise DataError(f"{path} does not exist. Fix: {fix}")
     if path.is_dir():
         return _folder(path)
     ranges, listed = ranges_of(path), skipped_of(path)
@@ -155,7 +157,8 @@ def _folder(path: Path) -> StoredVectors:
             raise DataError(f"{given}. Fix: {fix}.")
     entries.sort(key=lambda entry: int(entry["shard"]))
     if not entries:
-        raise DataError(f"{path} holds no vectors. Fix: unmasked encode MODEL TEXTS -o {path}")
+        fix = f"unmasked encode MODEL TEXTS -o {shlex.quote(str(path))}"
+        raise DataError(f"{path} holds no vectors. Fix: {fix}")
     files = [path / entry["file"] for entry in entries]
     rows = [(e["first_row"], [fault["row"] for fault in e["skipped"]]) for e in entries]
     settings, inputs = header.get("settings", {}), header.get("inputs", [])

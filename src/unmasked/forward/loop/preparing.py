@@ -17,22 +17,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unmasked.errors import DataError
+from unmasked.errors import DataError, unknown
 from unmasked.forward.backbone import Backbone
 from unmasked.forward.batches import ahead, filling, plan_batches, token_budget, windows
 from unmasked.forward.packing import Packed, pack
-from unmasked.text.inputs import split_pairs
+from unmasked.text.inputs import check_numbers, check_prompt, split_pairs
 from unmasked.text.tokens import TokenRow
 
 SENTENCE = "sentence_embedding"
 TOKENS = "token_embeddings"
 OUTPUTS = (SENTENCE, TOKENS, None)
 """Allowed values of the option ``output_value`` of `encode`; None is every output of the model."""
+PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+"""Allowed values of the option ``precision`` of `encode`, as in sentence-transformers."""
 TOKENISED_AHEAD = 2
 """Largest number of tokenised windows that wait to be collated."""
 
 AT_ONCE = 512
 """Number of inputs that are tokenised at once; Control-C waits until they are."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse faulty options of `encode`, with a `DataError`, before any work is done."""
+    check_prompt(options.get("prompt"))
+    check_numbers(options)
+    for name, allowed in (("output_value", OUTPUTS), ("precision", (*PRECISIONS, None))):
+        if (value := options.get(name, allowed[0])) not in allowed:
+            raise DataError(unknown(name, value, map(str, allowed)))
 
 
 @dataclass(frozen=True)
@@ -66,13 +77,9 @@ class Request:
         """The request of a call of `encode`; options that are meant for other modules are ignored.
 
         Raises:
-            DataError: `truncate_dim` is less than 1.
+            DataError: see `check_numbers`.
         """
-        if (width := options.get("truncate_dim")) is not None and width < 1:
-            raise DataError(
-                f"truncate_dim {width}: it is the number of dimensions to keep of each vector. "
-                "Fix: truncate_dim=1 or more, None for all."
-            )
+        check_numbers(options)
         names = {field.name for field in fields(cls)}
         return cls(device, **{name: value for name, value in options.items() if name in names})
 
