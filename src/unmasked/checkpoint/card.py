@@ -51,6 +51,7 @@ Where this loader differs from `unmasked`, which made the model:
   `prompt_name="document"`. A framework that sets empty prompts of its own, as LlamaIndex does,
   needs the ones under `prompts` in `config_sentence_transformers.json` instead.
 """
+OWN_TOKENS, ALL_TOKENS = "own tokens, without BOS and prompt", "tokens, BOS and prompt included"
 PLACEHOLDER = "sentence_transformers_model_id"
 """Placeholder for the name of a model without one; `SentenceTransformer` replaces it later."""
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "llm2vec", "unmasked")
@@ -90,7 +91,7 @@ def versions() -> dict[str, str]:
 
 def render(
     card: Card,
-    pooling_mode: str,
+    pooling: str,
     width: int,
     limit: int,
     similarity: str = "cosine",
@@ -101,7 +102,7 @@ def render(
 
     Args:
         card: the content.
-        pooling_mode: how token states become a vector.
+        pooling: how token states become a vector, from `pooling_in_words`.
         width: D, the dimension of a vector.
         limit: number of tokens at which an input is cut.
         similarity: how vectors are compared: ``cosine``, ``dot``, ``euclidean``, ``manhattan``.
@@ -138,7 +139,7 @@ classification.
 - **Maximum Sequence Length:** {limit} tokens{tasks}
 - **Output Dimensionality:** {width} dimensions
 - **Similarity Function:** {compared}
-- **Pooling:** `{pooling_mode}` over the text's own tokens, without BOS and prompt
+- **Pooling:** {pooling}
 - **Attention:** {card.bidirectional or "not examined"}
 - **Training Data:** {data or "none"}
 
@@ -159,6 +160,13 @@ print(model.similarity(vectors, vectors))
 {libraries}
 
 {CITATION}"""
+
+
+def pooling_in_words(mode: str, skip_instruction: bool) -> str:
+    """A pooling mode, and over which tokens it averages if it does."""
+    own, every = f"the text's {OWN_TOKENS}", f"the text's {ALL_TOKENS}"
+    averages = mode in ("mean", "weighted_mean")
+    return f"`{mode}`" + (f" over {own if skip_instruction else every}" if averages else "")
 
 
 def front_matter(file: str | Path | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unmasked.checkpoint.adapters import write_attached
-from unmasked.checkpoint.card import Card, render
+from unmasked.checkpoint.card import Card, pooling_in_words, render
 from unmasked.checkpoint.leftovers import find_leftovers, remove_leftovers
 from unmasked.checkpoint.weights import share_weights, without_bars
 from unmasked.errors import ModelError
@@ -160,7 +160,7 @@ def write_folder(
         if card is not None:
             text = render(
                 card,
-                settings.pooling_mode,
+                pooling_in_words(settings.pooling_mode, settings.skip_instruction),
                 next(filter(None, map(_width, reversed(behind))), width),
                 limit,
                 str(options["similarity_fn_name"]),
