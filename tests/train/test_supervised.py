@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy, normalize
 from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters
 from unmasked.errors import DataError, MissingExtraError
+from unmasked.recipe.lora import Lora
 from unmasked.recipe.schema import Pairs, Recipe
 from unmasked.text.templates import PLAIN
 from unmasked.train.callback import Listener
@@ -630,7 +631,7 @@ def weights(folder):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_b29_every_method_resumes_to_the_same_weights(recipe, tmp_path, method):
-    lora = recipe.supervised.lora.model_copy(update={"method": method})
+    lora = Lora(method=method, **{} if method == "full" else {"rank": recipe.supervised.lora.rank})
     stage = recipe.supervised.model_copy(update={"lora": lora, "learning_rate": 1e-4})
     recipe = recipe.model_copy(update={"supervised": stage})
     encoder = Run(recipe, tmp_path / "whole").run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 
 import numpy as np
@@ -464,6 +465,18 @@ def test_a_column_that_nothing_reads_is_refused(tiny_decoder, tmp_path):
     stage = stage_of(tmp_path, None)
     stage = stage.model_copy(update={"data": [stage.data[0].model_copy(update={"teacher": "ce"})]})
     with pytest.raises(RecipeError, match="names 'ce' as the column of a teacher, but nothing"):
+        Run(recipe_of(tiny_decoder, stage), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "given", [{"false_negative_margin": 0.1}, {"matryoshka": [8]}, {"matryoshka_layers": [1]}]
+)
+def test_what_only_the_contrastive_loss_reads_is_refused_without_it(tiny_decoder, tmp_path, given):
+    stage = stage_of(tmp_path, Teacher(model=str(tiny_decoder), contrastive=0), **given)
+    (name, value), *_ = given.items()
+    said = re.escape(f"leaves out the loss that reads {name} {value}. Fix: leave that out, or")
+    with pytest.raises(RecipeError, match=said):
         Run(recipe_of(tiny_decoder, stage), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
 

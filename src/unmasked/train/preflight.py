@@ -24,6 +24,7 @@ from unmasked.files.training_source import training_source
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import MNTP, AnyStage, Pairs, Recipe, SimCSE, Supervised
 from unmasked.recipe.teaching import Teacher
+from unmasked.recipe.values import changed_from_default
 from unmasked.train import devices
 from unmasked.train.checking.leaks import Leaks, keys_in
 from unmasked.train.data.columns import argument_of, find_columns
@@ -223,6 +224,12 @@ def _check_teacher(stage: Supervised, width: int) -> None:
         raise RecipeError(
             f"supervised.hard_negatives 0 leaves one document for each query, from which the loss "
             f"{teacher.loss} learns nothing. Fix: supervised.hard_negatives=1, or more."
+        )
+    names = ("false_negative_margin", "matryoshka", "matryoshka_layers")
+    if not teacher.contrastive and (unread := changed_from_default(stage, *names)):
+        raise RecipeError(
+            f"supervised.teacher.contrastive 0 leaves out the loss that reads {unread}. Fix: leave "
+            "that out, or supervised.teacher.contrastive=1."
         )
     if teacher.wants == "vectors":
         rows = (row for pairs in stage.data for row in read_rows(pairs, teacher=teacher))
