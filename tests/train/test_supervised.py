@@ -32,6 +32,7 @@ from unmasked.train.data.texts import folded
 from unmasked.train.losses import supervised
 from unmasked.train.losses.supervised import RankingLoss
 from unmasked.train.mining.mining import mine
+from unmasked.train.preflight import check_inputs
 from unmasked.train.run import Run
 
 ROWS = [
@@ -705,8 +706,8 @@ def test_b33_the_instruction_is_saved_as_the_prompt_of_queries(recipe, tmp_path)
         assert np.allclose(asked, model.encode([["Find:", "question 3"]]), atol=1e-5)
 
 
-@pytest.mark.parametrize("other", ["Find:", "Find another:"])
-def test_b33_an_instruction_that_all_rows_have_is_saved_as_well(recipe, tmp_path, other):
+@pytest.mark.parametrize("other", ["Find:", "Find another:", ""])
+def test_b33_an_instruction_that_all_rows_have_is_saved_as_well(recipe, tmp_path, other, caplog):
     """As in the rows that `mine` has written: encoding must not leave out what training gave."""
     rows = [{**row, "instruction": "Find:"} for row in ROWS]
     rows[-1]["instruction"] = other
@@ -715,6 +716,30 @@ def test_b33_an_instruction_that_all_rows_have_is_saved_as_well(recipe, tmp_path
     encoder = Run(recipe.model_copy(update={"supervised": section}), tmp_path / "run").run()
     expected = PLAIN.join("Find:") if other == "Find:" else None
     assert (encoder.prompts["query"] or None) == encoder.prompts.get("own") == expected
+    said = [r.getMessage() for r in caplog.records if "saved as a prompt" in r.getMessage()]
+    if other == "Find:":
+        assert said == []
+        return
+    (line,) = said  # of the queries; no document has one
+    several = (
+        "2 different instructions" if other else "an instruction in some rows and none in others"
+    )
+    assert (
+        f"the queries of {tmp_path / 'own.jsonl'} have {several}, so none of these is saved" in line
+    )
+
+
+@pytest.mark.parametrize("longest", [256, 257])
+def test_texts_that_stretch_the_positions_of_their_batch_are_warned_of(
+    longrope_decoder, recipe, tmp_path, caplog, longest
+):
+    model = recipe.model.model_copy(update={"base": str(longrope_decoder)})
+    stage = recipe.supervised.model_copy(update={"max_length": longest, "steps": 1})
+    changed = recipe.model_copy(update={"model": model, "supervised": stage})
+    check_inputs(changed, tmp_path / "run", LLM2Vec.from_pretrained(longrope_decoder), print)
+    said = [r.getMessage() for r in caplog.records if "LongRoPE" in r.getMessage()]
+    assert len(said) == (longest > 256)
+    assert all("Fix: supervised.max_length=256, or less." in line for line in said)
 
 
 def test_qlora_needs_bitsandbytes_and_says_so(encoder, monkeypatch):

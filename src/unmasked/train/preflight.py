@@ -186,17 +186,34 @@ def _check_pairs(stage: Supervised, seed: int, leaks: Leaks) -> None:
     read = partial(read_rows, tell=logger.warning, teacher=stage.teacher)
     sources, queries = array("I"), array("Q")
     for number, pairs in enumerate(stage.data):
-        keys = array("Q")
+        keys, instructions = array("Q"), (set[str](), set[str]())
         for row in read(pairs):
             sources.append(number)
+            instructions[0].add(row.query_instruction)
+            instructions[1].add(row.document_instruction)
             queries.append(key_of(folded(row.query)))
             keys.extend(map(key_of, (row.query, row.positive, *row.negatives)))
+        _warn(_without_prompt(pairs, *instructions))
         given = [_argument_of(pairs, stage.teacher)]
         _warn(leaks.told("supervised.data", given, np.frombuffer(keys, np.uint64)))
     rows = Dataset.from_dict({"source": np.asarray(sources)})
     train, _ = split_rows(rows, stage.held_out, seed, np.asarray(queries))
     batch, weights = stage.batch_size // devices.world(), [pairs.weight for pairs in stage.data]
     OneSourceBatches(np.asarray(train["source"]), batch, weights, devices.world())
+
+
+def _without_prompt(pairs: Pairs, asked: set[str], answered: set[str]) -> Iterator[str]:
+    """A warning for queries, and one for documents, if their rows' instructions differ."""
+    for side, given in (("queries", asked), ("documents", answered)):
+        if len(given) > 1:
+            count = len(given - {""})
+            several = f"{count:,} different instructions" if count > 1 else "an instruction"
+            several += " in some rows and none in others" if "" in given else ""
+            yield (
+                f"supervised.data: the {side} of {pairs.path} have {several}, so none of these is "
+                "saved as a prompt. Fix: to encode with one, give it with each text, as in "
+                "training: model.encode([[INSTRUCTION, TEXT]])."
+            )
 
 
 def _argument_of(pairs: Pairs, teacher: Teacher | None) -> str:
@@ -250,9 +267,19 @@ def _check_layers(stage: Supervised, encoder: TextEncoder) -> None:
 
 
 def _check_length(name: str, stage: AnyStage, encoder: TextEncoder) -> None:
-    """If inputs may be longer than the positions that the config names, try a forward of one."""
+    """If inputs may be longer than the positions that the config names, try a forward of one.
+
+    A warning says if they may be so long that the model stretches positions (see `positions`).
+    """
     key = "block_length" if isinstance(stage, MNTP) else "max_length"
     length = int(getattr(stage, key))
+    unscaled = encoder.backbone.longest_unscaled
+    if unscaled is not None and length > unscaled:
+        logger.warning(
+            "%s.%s: %d tokens. One text of more than %d stretches the positions of all texts in "
+            "its batch (LongRoPE); encoding stretches only longer texts. Fix: %s.%s=%d, or less.",
+            name, key, length, unscaled, name, key, unscaled,
+        )  # fmt: skip
     model: Any = encoder.backbone.auto_model
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
     if length <= most:
