@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 
 import numpy as np
@@ -21,7 +22,7 @@ from unmasked.errors import DataError, RecipeError
 from unmasked.files.writing import write_text
 from unmasked.recipe.schema import Pairs, Recipe, Supervised
 from unmasked.recipe.teaching import Teacher
-from unmasked.train.callback import StageCallback
+from unmasked.train.callback import Listener, StageCallback
 from unmasked.train.data import taught as taught_vectors
 from unmasked.train.data.mixing import PairCollator, inputs_of
 from unmasked.train.data.pairs import read_rows, store_rows
@@ -636,6 +637,40 @@ def outcome(folder):
     lines = (folder / "supervised" / "metrics.jsonl").read_text().splitlines()
     told = [{k: v for k, v in json.loads(line).items() if k != "machine"} for line in lines]
     return {name: value.numpy().tobytes() for name, value in weights.items()}, told
+
+
+def cut_off(recipe, folder):
+    def stop(step, steps, measured):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(recipe, folder, None, Listener(step=stop)).run()
+
+
+@pytest.mark.parametrize("vectors", ["kept", "lost"])
+def test_a_stage_does_not_continue_with_a_teacher_that_has_changed(tiny_decoder, tmp_path, vectors):
+    encoder = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    encoder.save(tmp_path / "better")
+    stage = stage_of(tmp_path, Teacher(model=str(tmp_path / "better")))
+    recipe, folder = recipe_of(tiny_decoder, stage), tmp_path / "run"
+    cut_off(recipe, folder)
+    if vectors == "lost":
+        shutil.rmtree(folder / "teacher")
+    else:
+        kept = {file.name: file.read_bytes() for file in (folder / "teacher").iterdir()}
+    weight = encoder.backbone.auto_model.norm.weight
+    for factor in (-2, -0.5):
+        with torch.no_grad():
+            weight.mul_(factor)
+        encoder.save(tmp_path / "better")
+        if factor == -2:
+            told = "teacher .*better has changed since the last checkpoint of supervised.* Fix: put"
+            with pytest.raises(DataError, match=told):
+                Run(recipe, folder).run()
+            if vectors == "kept":
+                assert kept == {f.name: f.read_bytes() for f in (folder / "teacher").iterdir()}
+    Run(recipe, folder).run()  # with its former weights
 
 
 @pytest.mark.parametrize("loss", ["cosine", "kl"])

@@ -37,7 +37,7 @@ from unmasked.recipe.teaching import SCORES, Teacher
 from unmasked.text.templates import PLAIN
 from unmasked.train.data.mixing import Input, Taught, inputs_of
 from unmasked.train.data.pairs import read_rows
-from unmasked.train.data.record import digest_of
+from unmasked.train.data.record import check_teacher, digest_of
 from unmasked.train.data.texts import text_key
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,8 @@ def compute_vectors(
     Raises:
         ModelError: the teacher cannot be loaded.
         RecipeError: its vectors have another width, and no projection is set.
-        DataError: the teacher gave a vector that is not finite.
+        DataError: the teacher gave a vector that is not finite, or has changed since the last
+            checkpoint of the stage.
     """
     assert stage.teacher is not None
     name, part = str(stage.teacher.model), -1
@@ -269,6 +270,7 @@ def _claim(folder: Path, name: str, model: Any) -> bool:
             model.state_dict(), model.tokenizer, [str(model), model.max_seq_length]
         )
     own = {"name": name, "model": digest, "prompts": model.prompts}
+    check_teacher(folder.with_name("supervised"), own)
     before = _facts(folder)
     is_other = any(before.get(key) != value for key, value in own.items())
     if is_other:
@@ -281,6 +283,11 @@ def _files_of(name: str) -> dict[str, list[int]]:
     """Size and time of each file of a teacher on this disk: they tell a change without loading."""
     stated = {str(p): p.stat() for p in sorted(Path(locate(name).name).rglob("*")) if p.is_file()}
     return {path: [found.st_size, found.st_mtime_ns] for path, found in stated.items()}
+
+
+def teacher_of(folder: Path) -> dict[str, Any]:
+    """Name, fingerprint and prompts of the teacher whose vectors are in a folder."""
+    return {key: value for key, value in _facts(folder).items() if key != "files"}
 
 
 def _facts(folder: Path) -> dict[str, Any]:
