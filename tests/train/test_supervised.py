@@ -729,6 +729,19 @@ def test_b33_an_instruction_that_all_rows_have_is_saved_as_well(recipe, tmp_path
     )
 
 
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_an_instruction_without_room_for_a_text_is_refused_before_any_stage(
+    recipe, tmp_path, of_rows
+):
+    told = {"instruction": "Find a passage that answers the question: " * 9}
+    path = write(tmp_path / "own.jsonl", [{**row, **(told if of_rows else {})} for row in ROWS])
+    data = [Pairs(path=str(path), **({} if of_rows else told))]
+    stage = recipe.supervised.model_copy(update={"data": data})
+    with pytest.raises(DataError, match="which leaves no room for the text. Fix"):
+        Run(recipe.model_copy(update={"supervised": stage}), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("longest", [256, 257])
 def test_texts_that_stretch_the_positions_of_their_batch_are_warned_of(
     longrope_decoder, recipe, tmp_path, caplog, longest

@@ -141,7 +141,7 @@ def check_inputs(
             with noise(trunk, stage.attention_dropout, stage.embedding_dropout):
                 pass  # entering it proves that the dropout has an effect
         else:
-            _check_pairs(stage, recipe.seed, leaks)
+            _check_pairs(stage, encoder, recipe.seed, leaks)
             _check_teacher(stage, width)
             _check_layers(stage, encoder)
             if max(stage.matryoshka, default=0) > width:
@@ -181,8 +181,11 @@ def _check_texts(stage: SimCSE, seed: int, leaks: Leaks) -> None:
         )
 
 
-def _check_pairs(stage: Supervised, seed: int, leaks: Leaks) -> None:
-    """Read every row, and construct the batches, which refuses a data set that fills none."""
+def _check_pairs(stage: Supervised, encoder: TextEncoder, seed: int, leaks: Leaks) -> None:
+    """Read every row, and construct the batches, which refuses a data set that fills none.
+
+    An instruction that leaves no room for a text is refused, too.
+    """
     read = partial(read_rows, tell=logger.warning, teacher=stage.teacher)
     sources, queries = array("I"), array("Q")
     for number, pairs in enumerate(stage.data):
@@ -194,6 +197,9 @@ def _check_pairs(stage: Supervised, seed: int, leaks: Leaks) -> None:
             queries.append(key_of(folded(row.query)))
             keys.extend(map(key_of, (row.query, row.positive, *row.negatives)))
         _warn(_without_prompt(pairs, *instructions))
+        given_of_all = {*pairs.instruction, *pairs.document_instruction}.union(*instructions)
+        longest = sorted(given_of_all, key=len)[-100:]  # in characters, nearly so in tokens
+        encoder.preprocess([[given, "a"] for given in longest], max_length=stage.max_length)
         given = [_argument_of(pairs, stage.teacher)]
         _warn(leaks.told("supervised.data", given, np.frombuffer(keys, np.uint64)))
     rows = Dataset.from_dict({"source": np.asarray(sources)})
