@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, model_validator
 
-from unmasked.recipe.values import STRICT, NotNegative, Positive, changed_from_default
+from unmasked.recipe.values import STRICT, NotNegative, Positive
 
 SCORES = ("margin_mse", "kl", "cosent")
 """Losses that learn the scores of a query and its documents; the others learn vectors."""
@@ -55,13 +55,12 @@ class Teacher(BaseModel):
             )
         unread = {"temperature": self.loss != "kl", "projection": self.loss in SCORES}
         unread["scale"] = self.model is not None or self.loss not in ("kl", "margin_mse")
-        for name in (name for name, is_unread in unread.items() if is_unread):
-            if said := changed_from_default(self, name):
-                said += (
-                    f" has no effect on the loss {self.loss}{' of a model' if self.model else ''}"
-                )
-                default = type(self).model_fields[name].default
-                raise ValueError(f"{said}. Fix: {name}: {default}")
+        for name, is_unread in unread.items():
+            given, default = getattr(self, name), type(self).model_fields[name].default
+            if is_unread and given != default:
+                said = f"{name} {given} has no effect on the loss {self.loss}"
+                of = " of a model" if self.model else ""
+                raise ValueError(f"{said}{of}. Fix: {name}: {default}")
         return self
 
     @property

@@ -104,17 +104,13 @@ class StageCallback(TrainerCallback, ExportableState):
         control.should_save |= self.interrupted
         control.should_training_stop |= self.interrupted or is_last
         # fp16 skips a step whose loss is not finite; otherwise the weights are NaN from here on.
-        if (control.should_log or control.should_save or is_last) and not args.fp16:
-            self._require_finite(state.global_step)
-
-    def _require_finite(self, step: int) -> None:
-        """Refuse a diverged training before a checkpoint of it replaces the last sound one."""
-        if not math.isfinite(loss := float(self._sums["loss"])):
+        told = (control.should_log or control.should_save or is_last) and not args.fp16
+        if told and not math.isfinite(loss := float(self._sums["loss"])):
             stage = self.metrics.parent.name
-            raise RecipeError(
-                f"the loss of {stage} is {loss} within the {step - self._since} steps up to step "
-                f"{step}: training has diverged. Fix: another output folder, with a lower "
-                f"{stage}.learning_rate or a longer {stage}.warmup_steps."
+            raise RecipeError(  # before a checkpoint replaces the last sound one
+                f"the loss of {stage} is {loss} after step {self._since}, up to step "
+                f"{state.global_step}: training has diverged. Fix: another output folder, with a "
+                f"lower {stage}.learning_rate or a longer {stage}.warmup_steps."
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

@@ -182,10 +182,7 @@ def _check_texts(stage: SimCSE, seed: int, leaks: Leaks) -> None:
 
 
 def _check_pairs(stage: Supervised, encoder: TextEncoder, seed: int, leaks: Leaks) -> None:
-    """Read every row, and construct the batches, which refuses a data set that fills none.
-
-    An instruction that leaves no room for a text is refused, too.
-    """
+    """Read every row and try instructions and batches, which refuses what fits or fills none."""
     read = partial(read_rows, tell=logger.warning, teacher=stage.teacher)
     sources, queries = array("I"), array("Q")
     for number, pairs in enumerate(stage.data):
@@ -273,10 +270,7 @@ def _check_layers(stage: Supervised, encoder: TextEncoder) -> None:
 
 
 def _check_length(name: str, stage: AnyStage, encoder: TextEncoder) -> None:
-    """If inputs may be longer than the positions that the config names, try a forward of one.
-
-    A warning says if they may be so long that the model stretches positions (see `positions`).
-    """
+    """If inputs may be longer than the positions that the config names, try a forward of one."""
     key = "block_length" if isinstance(stage, MNTP) else "max_length"
     length = int(getattr(stage, key))
     unscaled = encoder.backbone.longest_unscaled

@@ -72,25 +72,6 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     write_text(file, json.dumps(facts, indent=2) + "\n")
 
 
-def check_teacher(folder: Path, teacher: dict[str, Any]) -> None:
-    """Refuse another teacher than that of the last checkpoint.
-
-    Args:
-        folder: the stage's folder.
-        teacher: what determines the teacher's vectors; `write_facts` was given it as ``teacher``.
-
-    Raises:
-        DataError: the stage has a checkpoint that was made with another one.
-    """
-    before = read_facts(folder).get("teacher")
-    if before not in (None, teacher) and last_checkpoint(folder) is not None:
-        raise DataError(
-            f"the teacher {teacher['name']} has changed since the last checkpoint of {folder.name} "
-            "(its weights, settings or precision), and would give other vectors. Fix: put it back "
-            "to continue, or choose another output folder."
-        )
-
-
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What has changed, as far as it is known: the number of texts, and which files."""
     old, new = before.get("texts"), now["texts"]

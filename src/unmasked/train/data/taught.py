@@ -35,9 +35,10 @@ from unmasked.files.writing import write_text, written_aside
 from unmasked.recipe.schema import Supervised
 from unmasked.recipe.teaching import SCORES, Teacher
 from unmasked.text.templates import PLAIN
+from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.data.mixing import Input, Taught, inputs_of
 from unmasked.train.data.pairs import read_rows
-from unmasked.train.data.record import check_teacher, digest_of
+from unmasked.train.data.record import digest_of, read_facts
 from unmasked.train.data.texts import text_key
 
 logger = logging.getLogger(__name__)
@@ -270,8 +271,13 @@ def _claim(folder: Path, name: str, model: Any) -> bool:
             model.state_dict(), model.tokenizer, [str(model), model.max_seq_length]
         )
     own = {"name": name, "model": digest, "prompts": model.prompts}
-    check_teacher(folder.with_name("supervised"), own)
-    before = _facts(folder)
+    before, stage = _facts(folder), folder.with_name("supervised")
+    if read_facts(stage).get("teacher", own) != own and last_checkpoint(stage) is not None:
+        raise DataError(
+            f"the teacher {name} has changed since the last checkpoint of {stage.name} (its "
+            "weights, settings or precision), and would give other vectors. Fix: put it back to "
+            "continue, or choose another output folder."
+        )
     is_other = any(before.get(key) != value for key, value in own.items())
     if is_other:
         shutil.rmtree(folder, ignore_errors=True)

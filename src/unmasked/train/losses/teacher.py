@@ -69,7 +69,7 @@ class TeacherLoss(nn.Module):
             loss: Tensor = self.stock.compute_loss_from_embeddings(
                 [vectors[texts, :width]], [taught[texts]]
             )
-            return loss * _share(texts, repeated, rows)
+            return loss * (texts.sum() / _mean_count(repeated, rows))
         if of_model and kind != "cosent":
             student, teacher = (
                 normalize(side[:rows], dim=1) @ gather(normalize(side[rows:], dim=1)).T
@@ -88,9 +88,8 @@ class TeacherLoss(nn.Module):
         ours, theirs = (side.gather(1, own[:, None]) - side for side in (student, teacher))
         if of_model:
             return mse_loss(ours[counted], theirs[counted])
-        negatives = counted[:, 1:]  # a row may have none
-        squares = (ours - theirs).square()[:, 1:][negatives]
-        return squares.sum() / max(1, len(squares)) * _share(negatives, repeated[:, 1:])
+        counted = counted[:, 1:]  # the negatives, of which a row may have none
+        return (ours - theirs)[:, 1:][counted].square().sum() / _mean_count(repeated[:, 1:])
 
     def _divergence(self, student: Tensor, teacher: Tensor, left_out: Tensor) -> Tensor:
         """Kullback and Leibler's divergence of (B, N) scores, without the documents left out."""
@@ -110,11 +109,6 @@ def _of_rows(vectors: Tensor, rows: int) -> Tensor:
     return torch.stack([pairwise_cos_sim(queries, each) for each in documents], dim=1)
 
 
-def _share(counted: Tensor, repeated: Tensor, others: int = 0) -> Tensor:
-    """This device's number of counted texts, divided by its mean over all devices.
-
-    A mean times this, averaged over the devices, is the mean over all texts. The devices'
-    documents that count are those not `repeated`; each device has `others` besides.
-    """
-    mean = (~repeated).sum() / len(repeated) + others
-    return counted.sum() / mean.clamp(min=1)
+def _mean_count(repeated: Tensor, others: int = 0) -> Tensor:
+    """Mean number of texts of a device that count: documents not `repeated`, and `others`."""
+    return ((~repeated).sum() / len(repeated) + others).clamp(min=1)
