@@ -87,6 +87,15 @@ def test_an_adapter_that_goes_on_needs_one_to_go_on_from(recipe_file):
     assert "has other settings" in error_of("nano", other)
 
 
+@pytest.mark.parametrize("given", ["rank=8", "alpha=1", "dropout=0", "targets=q", "start=continue"])
+def test_training_of_all_weights_refuses_settings_of_an_adapter(given):
+    whole = ["simcse.lora={method: full}", "supervised.lora={method: full}"]
+    assert load_recipe("nano-supervised", whole).supervised.lora == Lora(method="full")
+    said = error_of("nano-supervised", [*whole, f"supervised.lora.{given}"])
+    shown = given.replace("=", " ").replace(" 0", " 0.0").replace(" q", " ['q']")
+    assert f"no adapter, so that nothing reads {shown}. Fix: lora: {{method: full}}" in said
+
+
 def test_unknown_key_names_the_nearest_and_the_line(recipe_file):
     message = error_of(recipe_file(SMALL + "  learning_rte: 1e-4\n"))
     assert message.splitlines() == [

@@ -14,7 +14,7 @@ from support import tiny
 from transformers import AutoModelForCausalLM, Trainer
 
 from unmasked.checkpoint import adapters
-from unmasked.errors import OutputError
+from unmasked.errors import OutputError, RecipeError
 from unmasked.mask.opening import open_config
 from unmasked.recipe.schema import Recipe
 from unmasked.train import checkpoints
@@ -61,6 +61,24 @@ def test_a_checkpoint_that_lacks_a_trained_weight_is_refused():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False))
     with checkpoints.trained_weights_only(model), pytest.raises(RuntimeError, match=r"0\.bias"):
         model.load_state_dict({"0.weight": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("every", [{"log_steps": 2}, {"log_steps": 50, "save_steps": 3}, {}])
+def test_a_training_that_has_diverged_ends_before_it_saves_anything(tiny_decoder, tmp_path, every):
+    (tmp_path / "texts.txt").write_text("\n".join(f"a text of some words {i}" for i in range(60)))
+    stage = {
+        "data": str(tmp_path / "texts.txt"), "steps": 6, "batch_size": 4, "max_length": 8,
+        "held_out": 0, "learning_rate": 1e30, "lora": {"rank": 2}, **every,
+    }  # fmt: skip
+    recipe = Recipe.model_validate(
+        {"name": "t", "model": {"base": str(tiny_decoder)}, "simcse": stage}
+    )
+    said = "up to step %d: training has diverged. Fix: .* a lower simcse.learning_rate or a longer"
+    for _ in range(2):
+        with pytest.raises(RecipeError, match=said % min([*every.values(), 6])):
+            Run(recipe, tmp_path / "run").run()
+        assert not list((tmp_path / "run" / "simcse").glob("checkpoint-*"))
+        assert not list((tmp_path / "run" / "simcse").glob("adapter*"))
 
 
 def test_a_run_saves_the_adapter_alone_and_marks_it_last(tiny_decoder, tmp_path):

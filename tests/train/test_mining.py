@@ -149,7 +149,7 @@ def test_other_texts_begin_anew_and_other_settings_use_the_vectors_again(pairs, 
 def test_no_copy_of_an_answer_or_of_the_query_is_a_negative(tmp_path):
     rows = [
         {"query": "Where?", "positive": "Here", "negatives": ["HERE ", "there"]},
-        {"query": "Where?", "positive": "over  there"},
+        {"query": " where?", "positive": "over  there"},
         {"query": "other", "positive": "Over there"},
         {"query": "third", "positive": "where?"},
         {"query": "fourth", "positive": "here"},

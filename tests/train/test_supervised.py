@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy, normalize
 from unmasked import LLM2Vec
 from unmasked.checkpoint import adapters
 from unmasked.errors import DataError, MissingExtraError
+from unmasked.recipe.lora import Lora
 from unmasked.recipe.schema import Pairs, Recipe
 from unmasked.text.templates import PLAIN
 from unmasked.train.callback import Listener
@@ -31,6 +32,7 @@ from unmasked.train.data.texts import folded
 from unmasked.train.losses import supervised
 from unmasked.train.losses.supervised import RankingLoss
 from unmasked.train.mining.mining import mine
+from unmasked.train.preflight import check_inputs
 from unmasked.train.run import Run
 
 ROWS = [
@@ -630,7 +632,7 @@ def weights(folder):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_b29_every_method_resumes_to_the_same_weights(recipe, tmp_path, method):
-    lora = recipe.supervised.lora.model_copy(update={"method": method})
+    lora = Lora(method=method, **{} if method == "full" else {"rank": recipe.supervised.lora.rank})
     stage = recipe.supervised.model_copy(update={"lora": lora, "learning_rate": 1e-4})
     recipe = recipe.model_copy(update={"supervised": stage})
     encoder = Run(recipe, tmp_path / "whole").run()
@@ -704,8 +706,8 @@ def test_b33_the_instruction_is_saved_as_the_prompt_of_queries(recipe, tmp_path)
         assert np.allclose(asked, model.encode([["Find:", "question 3"]]), atol=1e-5)
 
 
-@pytest.mark.parametrize("other", ["Find:", "Find another:"])
-def test_b33_an_instruction_that_all_rows_have_is_saved_as_well(recipe, tmp_path, other):
+@pytest.mark.parametrize("other", ["Find:", "Find another:", ""])
+def test_b33_an_instruction_that_all_rows_have_is_saved_as_well(recipe, tmp_path, other, caplog):
     """As in the rows that `mine` has written: encoding must not leave out what training gave."""
     rows = [{**row, "instruction": "Find:"} for row in ROWS]
     rows[-1]["instruction"] = other
@@ -714,6 +716,43 @@ def test_b33_an_instruction_that_all_rows_have_is_saved_as_well(recipe, tmp_path
     encoder = Run(recipe.model_copy(update={"supervised": section}), tmp_path / "run").run()
     expected = PLAIN.join("Find:") if other == "Find:" else None
     assert (encoder.prompts["query"] or None) == encoder.prompts.get("own") == expected
+    said = [r.getMessage() for r in caplog.records if "saved as a prompt" in r.getMessage()]
+    if other == "Find:":
+        assert said == []
+        return
+    (line,) = said  # of the queries; no document has one
+    several = (
+        "2 different instructions" if other else "an instruction in some rows and none in others"
+    )
+    assert (
+        f"the queries of {tmp_path / 'own.jsonl'} have {several}, so none of these is saved" in line
+    )
+
+
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_an_instruction_without_room_for_a_text_is_refused_before_any_stage(
+    recipe, tmp_path, of_rows
+):
+    told = {"instruction": "Find a passage that answers the question: " * 9}
+    path = write(tmp_path / "own.jsonl", [{**row, **(told if of_rows else {})} for row in ROWS])
+    data = [Pairs(path=str(path), **({} if of_rows else told))]
+    stage = recipe.supervised.model_copy(update={"data": data})
+    with pytest.raises(DataError, match="which leaves no room for the text. Fix"):
+        Run(recipe.model_copy(update={"supervised": stage}), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("longest", [256, 257])
+def test_texts_that_stretch_the_positions_of_their_batch_are_warned_of(
+    longrope_decoder, recipe, tmp_path, caplog, longest
+):
+    model = recipe.model.model_copy(update={"base": str(longrope_decoder)})
+    stage = recipe.supervised.model_copy(update={"max_length": longest, "steps": 1})
+    changed = recipe.model_copy(update={"model": model, "supervised": stage})
+    check_inputs(changed, tmp_path / "run", LLM2Vec.from_pretrained(longrope_decoder), print)
+    said = [r.getMessage() for r in caplog.records if "LongRoPE" in r.getMessage()]
+    assert len(said) == (longest > 256)
+    assert all("Fix: supervised.max_length=256, or less." in line for line in said)
 
 
 def test_qlora_needs_bitsandbytes_and_says_so(encoder, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
 
 import numpy as np
@@ -20,7 +22,7 @@ from unmasked.errors import DataError, RecipeError
 from unmasked.files.writing import write_text
 from unmasked.recipe.schema import Pairs, Recipe, Supervised
 from unmasked.recipe.teaching import Teacher
-from unmasked.train.callback import StageCallback
+from unmasked.train.callback import Listener, StageCallback
 from unmasked.train.data import taught as taught_vectors
 from unmasked.train.data.mixing import PairCollator, inputs_of
 from unmasked.train.data.pairs import read_rows, store_rows
@@ -231,6 +233,65 @@ def test_a_model_teaches_how_near_queries_are_to_all_documents_of_the_batch(stud
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("of_model", [False, True], ids=["rows", "model"])
+@pytest.mark.parametrize("name", ["kl", "margin_mse", "cosent", "cosine", "mse"])
+def test_a_positive_in_the_place_of_a_missing_negative_counts_nowhere(student, name, of_model):
+    counts = (2, 0, 1, 2)  # negatives
+    rows = [
+        {**row, "negatives": [f"other {n} of {i}" for n in range(count)]}
+        for i, (row, count) in enumerate(zip(as_rows(ROWS[:4]), counts, strict=True))
+    ]
+    texts = [[r["query"], r["positive"], *r["negatives"]] for r in rows]
+    told = [torch.tensor(vectors_of(4, 8))[: len(of_row)] for of_row in texts]
+    ours = [torch.from_numpy(student.encode(of_row)) for of_row in texts]
+    if of_model:
+        teacher = Teacher(model="x", loss=name, contrastive=0)
+        known = {t: v for row in zip(texts, told, strict=True) for t, v in zip(*row, strict=True)}
+
+        def source(rows, inputs):
+            return torch.stack([known[item.text] for item in inputs])
+    elif name in ("cosine", "mse"):
+        rows = [row | {"vectors": of_row.tolist()} for row, of_row in zip(rows, told, strict=True)]
+        teacher, source = Teacher(loss=name), taught_vectors.vectors_of_rows
+    else:
+        rows = [row | {"scores": v[1:, 0].tolist()} for row, v in zip(rows, told, strict=True)]
+        teacher, source = Teacher(loss=name, contrastive=0), taught_vectors.scores_of_rows
+    found, _, _ = taught_loss(student, teacher, rows, source)
+
+    if name in ("cosine", "mse"):
+        a, b = torch.cat(ours)[:, :8], torch.cat(told)
+        wanted = (
+            ((a - b) ** 2).mean() if name == "mse" else 1 - torch.cosine_similarity(a, b).mean()
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        return
+    whole = of_model and name != "cosent"
+    parts = []  # of each row: the student's and the teacher's scores, the positive's first
+    for row in range(4):
+        others = [i for i in range(4) if i != row] if whole else []
+        a, b = (
+            normalize(torch.cat([side[row], *(side[i][1:] for i in others)]), dim=1)
+            for side in (ours, told)
+        )
+        theirs = b[0] @ b[1:].T if of_model else told[row][1:, 0]
+        parts.append((a[0] @ a[1:].T, theirs))
+    if name == "kl":
+        each = [
+            kl_div((a / 0.05).log_softmax(0), (b / 0.05).softmax(0), reduction="sum")
+            for a, b in parts
+        ]
+        wanted = torch.stack(each).mean()
+    elif name == "margin_mse":
+        first = 0 if whole else 1  # of a whole batch the positive's own margin, 0, counts, too
+        each = [((a[0] - a) - (b[0] - b))[first:] ** 2 for a, b in parts]
+        wanted = torch.cat(each).mean()
+    else:
+        a, b = (torch.cat(side) for side in zip(*parts, strict=True))
+        worse = (20 * (a[:, None] - a))[b[:, None] < b]
+        wanted = torch.logsumexp(torch.cat([torch.zeros(1), worse]), dim=0)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_a_student_that_says_what_its_teacher_says_has_nothing_to_learn(student):
     rows = as_rows(ROWS[:6])
     inputs = [i.text for i in inputs_of([Pairs(path="x")], rows, 2)]
@@ -278,15 +339,31 @@ def known_vectors(rows, inputs):
 
 
 def gradients_of(student, model, rows):
-    loss = TeacherLoss(student, Teacher(model="x", loss="kl", weight=2))
-    features, labels = batch_of(student, rows, known_vectors)
-    with depths(student, [1]):
-        RankingLoss(model, depths=2, teacher=loss)([features], labels).backward()
-    return {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+    """At two depths: for losses on the scores of the batch, on vectors, on scores of the rows."""
+    found = {}
+    told = {"scores": taught_vectors.scores_of_rows, None: known_vectors}
+    for teacher in (
+        Teacher(model="x", loss="kl", weight=2),
+        Teacher(model="x", loss="mse"),
+        Teacher(loss="margin_mse"),
+    ):
+        student.zero_grad()
+        loss = TeacherLoss(student, teacher)
+        features, labels = batch_of(student, rows, told[teacher.wants])
+        with depths(student, [1]):
+            RankingLoss(model, depths=2, teacher=loss)([features], labels).backward()
+        found |= {
+            f"{teacher.loss} {n}": p.grad.clone()
+            for n, p in student.named_parameters()
+            if p.grad is not None
+        }
+    return found
 
 
 def rows_of_both():
-    return [r | {"negatives": r["negatives"] * (i > 3)} for i, r in enumerate(as_rows(ROWS[:8]))]
+    scores = [[0.1 * i, 0.5][: 1 + (i > 3)] for i in range(8)]
+    rows = as_rows(ROWS[:8], scores=scores)
+    return [r | {"negatives": r["negatives"] * (i > 3)} for i, r in enumerate(rows)]
 
 
 def on_one_of_two(rank, base, folder, port):
@@ -389,6 +466,18 @@ def test_a_column_that_nothing_reads_is_refused(tiny_decoder, tmp_path):
     stage = stage_of(tmp_path, None)
     stage = stage.model_copy(update={"data": [stage.data[0].model_copy(update={"teacher": "ce"})]})
     with pytest.raises(RecipeError, match="names 'ce' as the column of a teacher, but nothing"):
+        Run(recipe_of(tiny_decoder, stage), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "given", [{"false_negative_margin": 0.1}, {"matryoshka": [8]}, {"matryoshka_layers": [1]}]
+)
+def test_what_only_the_contrastive_loss_reads_is_refused_without_it(tiny_decoder, tmp_path, given):
+    stage = stage_of(tmp_path, Teacher(model=str(tiny_decoder), contrastive=0), **given)
+    (name, value), *_ = given.items()
+    said = re.escape(f"leaves out the loss that reads {name} {value}. Fix: leave that out, or")
+    with pytest.raises(RecipeError, match=said):
         Run(recipe_of(tiny_decoder, stage), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
 
@@ -548,6 +637,40 @@ def outcome(folder):
     lines = (folder / "supervised" / "metrics.jsonl").read_text().splitlines()
     told = [{k: v for k, v in json.loads(line).items() if k != "machine"} for line in lines]
     return {name: value.numpy().tobytes() for name, value in weights.items()}, told
+
+
+def cut_off(recipe, folder):
+    def stop(step, steps, measured):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(recipe, folder, None, Listener(step=stop)).run()
+
+
+@pytest.mark.parametrize("vectors", ["kept", "lost"])
+def test_a_stage_does_not_continue_with_a_teacher_that_has_changed(tiny_decoder, tmp_path, vectors):
+    encoder = LLM2Vec.from_pretrained(tiny_decoder, device="cpu")
+    encoder.save(tmp_path / "better")
+    stage = stage_of(tmp_path, Teacher(model=str(tmp_path / "better")))
+    recipe, folder = recipe_of(tiny_decoder, stage), tmp_path / "run"
+    cut_off(recipe, folder)
+    if vectors == "lost":
+        shutil.rmtree(folder / "teacher")
+    else:
+        kept = {file.name: file.read_bytes() for file in (folder / "teacher").iterdir()}
+    weight = encoder.backbone.auto_model.norm.weight
+    for factor in (-2, -0.5):
+        with torch.no_grad():
+            weight.mul_(factor)
+        encoder.save(tmp_path / "better")
+        if factor == -2:
+            told = "teacher .*better has changed since the last checkpoint of supervised.* Fix: put"
+            with pytest.raises(DataError, match=told):
+                Run(recipe, folder).run()
+            if vectors == "kept":
+                assert kept == {f.name: f.read_bytes() for f in (folder / "teacher").iterdir()}
+    Run(recipe, folder).run()  # with its former weights
 
 
 @pytest.mark.parametrize("loss", ["cosine", "kl"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
-from unmasked.recipe.values import STRICT, Count, Dropout, Strings
+from unmasked.recipe.values import STRICT, Count, Dropout, Strings, changed_from_default
 
 
 class Lora(BaseModel):
@@ -28,3 +28,13 @@ class Lora(BaseModel):
     """Probability of dropout on the input of the adapter."""
     targets: Strings | None = None
     """Names of the linear layers with an adapter; None takes all of attention and MLP (paper)."""
+
+    @model_validator(mode="after")
+    def _no_adapter(self) -> Lora:
+        unread = changed_from_default(self, "start", "rank", "alpha", "dropout", "targets")
+        if self.method == "full" and unread:
+            raise ValueError(
+                f"method full trains all weights and no adapter, so that nothing reads {unread}. "
+                "Fix: lora: {method: full}"
+            )
+        return self

@@ -11,7 +11,7 @@ import re
 from contextlib import suppress
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def number(value: object) -> object:
@@ -78,6 +78,12 @@ Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(number)]
 Dropout = Annotated[float, Field(ge=0, lt=1), BeforeValidator(number)]
 Arguments = Annotated[dict[str, Any], BeforeValidator(arguments)]
 Strings = Annotated[list[str], BeforeValidator(one_or_more)]
+
+
+def changed_from_default(section: BaseModel, *names: str) -> str:
+    """Those of the named settings that differ from their default, with their values, in words."""
+    fields, given = type(section).model_fields, [(name, getattr(section, name)) for name in names]
+    return ", ".join(f"{name} {value}" for name, value in given if value != fields[name].default)
 
 
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

@@ -9,6 +9,7 @@ all-reduce per step on several devices, and none on one.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from unmasked.errors import RecipeError
 from unmasked.files.writing import write_text
 from unmasked.train import checkpoints, devices
 
@@ -98,8 +100,18 @@ class StageCallback(TrainerCallback, ExportableState):
             self.interrupted = bool(step.pop("interrupted") > 0)
         for forward in forwards:  # always in this order, on which the rounding of a sum depends
             _add(self._sums, forward)
+        is_last = state.global_step >= self.steps
         control.should_save |= self.interrupted
-        control.should_training_stop |= self.interrupted or state.global_step >= self.steps
+        control.should_training_stop |= self.interrupted or is_last
+        # fp16 skips a step whose loss is not finite; otherwise the weights are NaN from here on.
+        told = (control.should_log or control.should_save or is_last) and not args.fp16
+        if told and not math.isfinite(loss := float(self._sums["loss"])):
+            stage = self.metrics.parent.name
+            raise RecipeError(  # before a checkpoint replaces the last sound one
+                f"the loss of {stage} is {loss} after step {self._since}, up to step "
+                f"{state.global_step}: training has diverged. Fix: another output folder, with a "
+                f"lower {stage}.learning_rate or a longer {stage}.warmup_steps."
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Add the measurements to the trainer's logs, where later callbacks find them as well."""

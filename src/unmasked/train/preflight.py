@@ -24,6 +24,7 @@ from unmasked.files.training_source import training_source
 from unmasked.model import TextEncoder
 from unmasked.recipe.schema import MNTP, AnyStage, Pairs, Recipe, SimCSE, Supervised
 from unmasked.recipe.teaching import Teacher
+from unmasked.recipe.values import changed_from_default
 from unmasked.train import devices
 from unmasked.train.checking.leaks import Leaks, keys_in
 from unmasked.train.data.columns import argument_of, find_columns
@@ -140,7 +141,7 @@ def check_inputs(
             with noise(trunk, stage.attention_dropout, stage.embedding_dropout):
                 pass  # entering it proves that the dropout has an effect
         else:
-            _check_pairs(stage, recipe.seed, leaks)
+            _check_pairs(stage, encoder, recipe.seed, leaks)
             _check_teacher(stage, width)
             _check_layers(stage, encoder)
             if max(stage.matryoshka, default=0) > width:
@@ -180,22 +181,42 @@ def _check_texts(stage: SimCSE, seed: int, leaks: Leaks) -> None:
         )
 
 
-def _check_pairs(stage: Supervised, seed: int, leaks: Leaks) -> None:
-    """Read every row, and construct the batches, which refuses a data set that fills none."""
+def _check_pairs(stage: Supervised, encoder: TextEncoder, seed: int, leaks: Leaks) -> None:
+    """Read every row and try instructions and batches, which refuses what fits or fills none."""
     read = partial(read_rows, tell=logger.warning, teacher=stage.teacher)
     sources, queries = array("I"), array("Q")
     for number, pairs in enumerate(stage.data):
-        keys = array("Q")
+        keys, instructions = array("Q"), (set[str](), set[str]())
         for row in read(pairs):
             sources.append(number)
+            instructions[0].add(row.query_instruction)
+            instructions[1].add(row.document_instruction)
             queries.append(key_of(folded(row.query)))
             keys.extend(map(key_of, (row.query, row.positive, *row.negatives)))
+        _warn(_without_prompt(pairs, *instructions))
+        given_of_all = {*pairs.instruction, *pairs.document_instruction}.union(*instructions)
+        longest = sorted(given_of_all, key=len)[-100:]  # in characters, nearly so in tokens
+        encoder.preprocess([[given, "a"] for given in longest], max_length=stage.max_length)
         given = [_argument_of(pairs, stage.teacher)]
         _warn(leaks.told("supervised.data", given, np.frombuffer(keys, np.uint64)))
     rows = Dataset.from_dict({"source": np.asarray(sources)})
     train, _ = split_rows(rows, stage.held_out, seed, np.asarray(queries))
     batch, weights = stage.batch_size // devices.world(), [pairs.weight for pairs in stage.data]
     OneSourceBatches(np.asarray(train["source"]), batch, weights, devices.world())
+
+
+def _without_prompt(pairs: Pairs, asked: set[str], answered: set[str]) -> Iterator[str]:
+    """A warning for queries, and one for documents, if their rows' instructions differ."""
+    for side, given in (("queries", asked), ("documents", answered)):
+        if len(given) > 1:
+            count = len(given - {""})
+            several = f"{count:,} different instructions" if count > 1 else "an instruction"
+            several += " in some rows and none in others" if "" in given else ""
+            yield (
+                f"supervised.data: the {side} of {pairs.path} have {several}, so none of these is "
+                "saved as a prompt. Fix: to encode with one, give it with each text, as in "
+                "training: model.encode([[INSTRUCTION, TEXT]])."
+            )
 
 
 def _argument_of(pairs: Pairs, teacher: Teacher | None) -> str:
@@ -224,6 +245,12 @@ def _check_teacher(stage: Supervised, width: int) -> None:
             f"supervised.hard_negatives 0 leaves one document for each query, from which the loss "
             f"{teacher.loss} learns nothing. Fix: supervised.hard_negatives=1, or more."
         )
+    names = ("false_negative_margin", "matryoshka", "matryoshka_layers")
+    if not teacher.contrastive and (unread := changed_from_default(stage, *names)):
+        raise RecipeError(
+            f"supervised.teacher.contrastive 0 leaves out the loss that reads {unread}. Fix: leave "
+            "that out, or supervised.teacher.contrastive=1."
+        )
     if teacher.wants == "vectors":
         rows = (row for pairs in stage.data for row in read_rows(pairs, teacher=teacher))
         check_widths(stage, rows, width)
@@ -246,6 +273,13 @@ def _check_length(name: str, stage: AnyStage, encoder: TextEncoder) -> None:
     """If inputs may be longer than the positions that the config names, try a forward of one."""
     key = "block_length" if isinstance(stage, MNTP) else "max_length"
     length = int(getattr(stage, key))
+    unscaled = encoder.backbone.longest_unscaled
+    if unscaled is not None and length > unscaled:
+        logger.warning(
+            "%s.%s: %d tokens. One text of more than %d stretches the positions of all texts in "
+            "its batch (LongRoPE); encoding stretches only longer texts. Fix: %s.%s=%d, or less.",
+            name, key, length, unscaled, name, key, unscaled,
+        )  # fmt: skip
     model: Any = encoder.backbone.auto_model
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
     if length <= most:

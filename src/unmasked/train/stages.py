@@ -22,7 +22,7 @@ from unmasked.train import devices
 from unmasked.train.data.mixing import OneSourceBatches, PairCollator, measuring_batches, split_rows
 from unmasked.train.data.pairs import store_rows
 from unmasked.train.data.record import write_facts
-from unmasked.train.data.taught import compute_vectors, taught
+from unmasked.train.data.taught import compute_vectors, taught, teacher_of
 from unmasked.train.data.texts import Blocks, facts_of, read_texts, split_held_out, token_file
 from unmasked.train.fitting import (
     ROWS,
@@ -173,9 +173,10 @@ def _fit_supervised(setup: StageSetup, stage: Supervised) -> None:
     width = int(encoder.get_embedding_dimension())  # type: ignore[arg-type]
     if devices.is_first():
         facts = store_rows(stage.data, setup.folder / ROWS, teacher=stage.teacher)
-        write_facts(setup.folder, facts)
         if stage.teacher is not None and stage.teacher.model is not None:
             compute_vectors(stage, folder, width, logger.info)  # only those that are missing
+            facts["teacher"] = teacher_of(folder)
+        write_facts(setup.folder, facts)
         # Writes the projection, which is then only read, also by the other processes.
         taught(stage, Dataset.from_file(str(setup.folder / ROWS)), folder, width)
     devices.wait()

@@ -49,7 +49,7 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     Args:
         folder: the stage's folder.
         facts: at least ``source``, a digest of the texts; ``texts``, their number; and ``files``,
-            the size of each file.
+            the size of each file. Others are recorded, too.
 
     Raises:
         DataError: the stage has a checkpoint that was made with other texts, and says what has

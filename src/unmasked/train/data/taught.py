@@ -35,9 +35,10 @@ from unmasked.files.writing import write_text, written_aside
 from unmasked.recipe.schema import Supervised
 from unmasked.recipe.teaching import SCORES, Teacher
 from unmasked.text.templates import PLAIN
+from unmasked.train.checkpoints import last_checkpoint
 from unmasked.train.data.mixing import Input, Taught, inputs_of
 from unmasked.train.data.pairs import read_rows
-from unmasked.train.data.record import digest_of
+from unmasked.train.data.record import digest_of, read_facts
 from unmasked.train.data.texts import text_key
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,8 @@ def compute_vectors(
     Raises:
         ModelError: the teacher cannot be loaded.
         RecipeError: its vectors have another width, and no projection is set.
-        DataError: the teacher gave a vector that is not finite.
+        DataError: the teacher gave a vector that is not finite, or has changed since the last
+            checkpoint of the stage.
     """
     assert stage.teacher is not None
     name, part = str(stage.teacher.model), -1
@@ -269,7 +271,13 @@ def _claim(folder: Path, name: str, model: Any) -> bool:
             model.state_dict(), model.tokenizer, [str(model), model.max_seq_length]
         )
     own = {"name": name, "model": digest, "prompts": model.prompts}
-    before = _facts(folder)
+    before, stage = _facts(folder), folder.with_name("supervised")
+    if read_facts(stage).get("teacher", own) != own and last_checkpoint(stage) is not None:
+        raise DataError(
+            f"the teacher {name} has changed since the last checkpoint of {stage.name} (its "
+            "weights, settings or precision), and would give other vectors. Fix: put it back to "
+            "continue, or choose another output folder."
+        )
     is_other = any(before.get(key) != value for key, value in own.items())
     if is_other:
         shutil.rmtree(folder, ignore_errors=True)
@@ -281,6 +289,11 @@ def _files_of(name: str) -> dict[str, list[int]]:
     """Size and time of each file of a teacher on this disk: they tell a change without loading."""
     stated = {str(p): p.stat() for p in sorted(Path(locate(name).name).rglob("*")) if p.is_file()}
     return {path: [found.st_size, found.st_mtime_ns] for path, found in stated.items()}
+
+
+def teacher_of(folder: Path) -> dict[str, Any]:
+    """Name, fingerprint and prompts of the teacher whose vectors are in a folder."""
+    return {key: value for key, value in _facts(folder).items() if key != "files"}
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -161,7 +161,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
             loss = torch.stack(losses).mean()
         if self.teacher is None or layout.taught is None:
             return loss
-        taught: Tensor = self.teacher(whole, layout.taught, rows, own, gather)
+        repeated = _repeated(_gathered(keys).view(-1, len(keys) // rows, rows))
+        taught: Tensor = self.teacher(whole, layout.taught, own, gather, repeated)
         self.measured |= {"contrastive_loss": loss.detach(), "teacher_loss": taught.detach()}
         settings = self.teacher.settings
         return settings.contrastive * loss + settings.weight * taught
@@ -193,14 +194,19 @@ def _no_negatives(query_keys: Tensor, keys: Tensor, own: Tensor) -> Tensor:
     queries = asked.view(-1, rows)[own[0] // len(keys)]  # (B,) of this device
     by_rank = documents.view(-1, len(keys) // rows, rows)  # (W, 1 + K, B)
     positives = by_rank[:, 0].reshape(-1)  # (W B,)
-    repeated = by_rank == by_rank[:, :1]
-    repeated[:, 0] = False
     # A pair of a query and a document becomes one number, so that `isin` can compare pairs.
     answered = asked * len(distinct) + positives
     pairs = queries[:, None] * len(distinct) + documents
     left_out: Tensor = torch.isin(pairs, answered) | (documents == queries[:, None])
-    left_out |= repeated.view(-1)
+    left_out |= _repeated(by_rank).view(-1)
     return left_out
+
+
+def _repeated(documents: Tensor) -> Tensor:
+    """(W, 1 + K, B): which documents repeat their row's positive, from numbers of that shape."""
+    repeated = documents == documents[:, :1]
+    repeated[:, 0] = False
+    return repeated
 
 
 def _gathered(tensor: Tensor, with_grad: bool = False) -> Tensor:

@@ -1,8 +1,8 @@
 """The documents in a band of ranks for each query, without those that answer it.
 
 A document answers a query if it equals one of the query's positives, in any row, or the query
-itself, except for case and white space. The search is exact: all queries against all documents, one
-shard of each at a time.
+itself; case and white space make no difference, also between the queries of two rows. The search is
+exact: all queries against all documents, one shard of each at a time.
 
 Shapes: Q distinct queries, N distinct documents, R rows.
 """
@@ -42,15 +42,19 @@ class Answers:
         query_keys: np.ndarray,
         document_keys: np.ndarray,
     ) -> None:
-        order = np.argsort(queries, kind="stable")
-        self._answers = document_keys[documents[order]]  # query by query, see `_ends`
-        self._ends = np.searchsorted(queries[order], np.arange(len(query_keys) + 1))
+        # Queries that are equal when folded form a group, which has the answers of all of them.
+        _, self._group = np.unique(query_keys, return_inverse=True)
+        groups = self._group[queries]
+        order = np.argsort(groups, kind="stable")
+        self._answers = document_keys[documents[order]]  # group by group, see `_ends`
+        self._ends = np.searchsorted(groups[order], np.arange(len(query_keys) + 1))
         self._query_keys, self._document_keys = query_keys, document_keys
         self._known, self._times = np.unique(document_keys, return_counts=True)
 
     def keys(self, query: int) -> np.ndarray:
         """The distinct keys of everything that answers a query."""
-        own = self._answers[self._ends[query] : self._ends[query + 1]]
+        group = self._group[query]
+        own = self._answers[self._ends[group] : self._ends[group + 1]]
         return np.unique(np.append(own, self._query_keys[query]))
 
     def number(self, query: int) -> int:
