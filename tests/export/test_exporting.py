@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -317,13 +318,21 @@ LLAMA_CPP = {
 @pytest.mark.parametrize("family", LLAMA_CPP)
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 def test_families_and_tokenizers_in_llama_cpp(
-    saved, tmp_path, tiny_tokenizer, sentencepiece_tokenizer, family, kind
+    saved, tmp_path, tiny_tokenizer, sentencepiece_tokenizer, family, kind, monkeypatch
 ):
     tokenizer = {"bytes": tiny_tokenizer, "sentencepiece": sentencepiece_tokenizer}[kind]
     fields = {"initializer_range": 0.1, **LLAMA_CPP[family]}
     folder = saved(family, tokenizer, fields, max_length=100, skip_instruction=False)
     found = export_model(folder, "gguf", tmp_path / "out")
     assert found.parity.least > 0.9999
+    if (family, kind) == ("llama", "bytes"):
+        (code,) = re.findall(r"(?s)```python\n(.*?)```", (tmp_path / "out/README.md").read_text())
+        monkeypatch.chdir(tmp_path / "out")
+        names: dict[str, object] = {}
+        exec(code, names)
+        encoder = LLM2Vec.from_pretrained(folder, dtype="float32", device="cpu")
+        ours = encoder.encode(["a text", "another text"])
+        assert cosines(ours, np.asarray(names["vectors"], np.float32)).min() > 0.9999
 
 
 # --- folders for servers --------------------------------------------------------------------------
@@ -456,3 +465,5 @@ def test_the_card_of_a_gguf_file_says_how_llama_cpp_reads_it(saved, tmp_path, mo
     assert "sentence-transformers" not in head and "SentenceTransformer" not in head
     assert "BOS and prompt included" in card and "without BOS" not in card
     assert "Llama(" in card and "This is a llama.cpp file" in card
+    notes = card.partition("## What gguf cannot express")[2].partition("## Framework")[0]
+    assert "- gguf pools the instruction and BOS with the text, but this encoder does not." in notes

@@ -22,14 +22,14 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Normalize
 
 from unmasked.checkpoint import loading
-from unmasked.checkpoint.card import NEEDS
+from unmasked.checkpoint.card import ALL_TOKENS, NEEDS, OWN_TOKENS
 from unmasked.checkpoint.folder import STOPS_OLDER
 from unmasked.compat.llm2vec import LLM2Vec
 from unmasked.errors import MissingExtraError, ModelError, UnmaskedError, unknown
 from unmasked.export.engines import MANIFEST, Engine, engine_of
 from unmasked.export.faults import Reader, Reading
 from unmasked.export.gguf_file import FILE, write_gguf
-from unmasked.export.graph import write_graph
+from unmasked.export.graph import FILES, write_graph
 from unmasked.export.parity import LIMIT, LIMIT_OF_8_BITS, TEXTS, Parity, compare_vectors, shown
 from unmasked.export.served import check_keys
 from unmasked.files.writing import folder_aside
@@ -46,13 +46,14 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
 POOLS_ALL = ("gguf", "vllm", "tei")  # formats whose engines pool every token of an input
 
 
-LLAMA_USAGE = f"""## Usage
+LLAMA_USAGE = """## Usage
 
 ```python
 from llama_cpp import Llama  # pip install llama-cpp-python
 
-model = Llama("{FILE}", embedding=True)
-vectors = model.embed(["a text", "another text"])
+sizes = {{name: {length} for name in ("n_ctx", "n_batch", "n_ubatch")}}  # most tokens
+model = Llama("{file}", embedding=True, **sizes)
+vectors = [model.embed(text) for text in ["a text", "another text"]]
 ```
 """
 
@@ -119,7 +120,7 @@ def export_model(
             encoder.to(torch.float32)
         else:
             _convert(encoder, to, folder, weights, opset)
-            _describe(folder, to)
+        _describe(encoder, folder, to)
         manifest = {"format": to, "weights": weights}  # by which `engine_of` finds the engine
         (folder / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
         found = _compared(encoder, to, folder, weights)
@@ -148,17 +149,18 @@ def _convert(encoder: LLM2Vec, to: Any, folder: Path, weights: Any, opset: int |
         file.unlink()
 
 
-def _describe(folder: Path, to: str) -> None:
-    """Change what a saved folder says of its weights to what is true of the engine's file."""
+def _describe(encoder: LLM2Vec, folder: Path, to: str) -> None:
+    """Change what the saved folder says of itself to what is true of the export."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8")
     if to == "gguf":
-        text = re.sub(r"(?s)## Usage\n.*?(?=\n## )", LLAMA_USAGE, text)
-        text = text.replace("own tokens, without BOS and prompt", "tokens, BOS and prompt included")
+        usage = LLAMA_USAGE.format(file=FILE, length=encoder.backbone.tokens.max_length)
+        text = re.sub(r"(?s)## Usage\n.*?(?=\n## )", usage, text)
+        text = text.replace(OWN_TOKENS, ALL_TOKENS)
         text = re.sub(r"\[sentence-transformers\]\(.*\) model:", "llama.cpp file:", text)
         text = text.replace("Type:** Sentence Transformer", "Type:** GGUF, for llama.cpp")
         text = re.sub(r"library_name: .*\n|- sentence-transformers\n", "", text)
-    else:
+    elif to in FILES:
         text = re.sub(r"(SentenceTransformer\(\".*)\)\n", rf'\1, backend="{to}")\n', text)
         text = text.replace(NEEDS, f"This needs `pip install 'sentence-transformers[{to}]'`.\n")
         # A graph has its mask inside, and the packages that run one may need transformers 4.
@@ -166,6 +168,9 @@ def _describe(folder: Path, to: str) -> None:
         config.pop(STOPS_OLDER, None)
         written = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(written, encoding="utf-8")
+    if notes := "".join(f"- {note}.\n" for note in inexpressible(encoder, to)):
+        section = f"## What {to} cannot express\n\n{notes}\n## Framework Versions"
+        text = text.replace("## Framework Versions", section)
     card.write_text(text, encoding="utf-8")
 
 
