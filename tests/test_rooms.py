@@ -21,7 +21,7 @@ TREES = {
 FOLDERS = sorted({str(Path(file).parent) for file in TREES} - {"."})
 
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, FILES_OF_A_FOLDER = 350, 60, 10
-LINES_OF_ALL = 30_300
+LINES_OF_ALL = 30_500
 
 SHARED_NAMES = {"main"}
 """Names of functions in more than one file: what a command begins with is called `main`."""
