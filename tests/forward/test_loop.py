@@ -346,7 +346,8 @@ def test_on_a_gpu_the_time_is_read_from_events_after_the_work_is_done(monkeypatc
 
 @pytest.mark.parametrize("width", [0, -1])
 def test_a_vector_of_no_numbers_is_refused(model, width):
-    with pytest.raises(DataError, match=f"truncate_dim {width}: .*Fix: a whole number of 1 or more"):
+    said = f"truncate_dim {width}: .*Fix: a whole number of 1 or more"
+    with pytest.raises(DataError, match=said):
         model.encode(["a"], truncate_dim=width)
 
 
