@@ -1,8 +1,8 @@
 """Rotary positions that depend on the other texts of a batch.
 
-LongRoPE (Phi-3, Phi-4-mini) turns all texts of a batch faster or slower by the length of its
-longest text: up to the length of pretraining as in pretraining, beyond it stretched. A short text
-would get another vector beside a long one, so the two share no forward pass here.
+LongRoPE (Phi-3, Phi-4-mini) has one set of rotary frequencies for texts up to the length of
+pretraining and another for longer texts, and the longest text of a batch decides for all of them.
+A short text would get another vector beside a long one, so the two share no forward pass here.
 
 The frequencies are kept in the model between forward passes, so two of them may not run at once.
 """

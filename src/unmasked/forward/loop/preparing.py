@@ -28,7 +28,7 @@ SENTENCE = "sentence_embedding"
 TOKENS = "token_embeddings"
 OUTPUTS = (SENTENCE, TOKENS, None)
 """Allowed values of the option ``output_value`` of `encode`; None is every output of the model."""
-PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+STOCK_PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 """Allowed values of the option ``precision`` of `encode`, as in sentence-transformers."""
 TOKENISED_AHEAD = 2
 """Largest number of tokenised windows that wait to be collated."""
@@ -41,7 +41,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Refuse faulty options of `encode`, with a `DataError`, before any work is done."""
     check_prompt(options.get("prompt"))
     check_numbers(options)
-    for name, allowed in (("output_value", OUTPUTS), ("precision", (*PRECISIONS, None))):
+    for name, allowed in (("output_value", OUTPUTS), ("precision", (*STOCK_PRECISIONS, None))):
         if (value := options.get(name, allowed[0])) not in allowed:
             raise DataError(unknown(name, value, map(str, allowed)))
 
