@@ -65,11 +65,10 @@ def test_convert_keeps_the_first_layers(cli, tiny_decoder, sentences, tmp_path):
     whole = LLM2Vec.from_pretrained(tiny_decoder, layers=1, device="cpu")
     found = LLM2Vec.from_pretrained("one", device="cpu")
     np.testing.assert_allclose(found.encode(sentences), whole.encode(sentences), atol=1e-5)
-    for count in (0, 3):
+    for count, said in ((0, "'--layers': Input should be greater"), (3, "has 2 layers")):
         code, _, err = cli("convert", tiny_decoder, "-o", "two", "--layers", count)
         assert code == 2
-        assert f"layers {count}: " in err
-        assert "has 2 layers" in err
+        assert said in " ".join(err.replace("│", " ").split())
     assert not (tmp_path / "two").exists()
 
 

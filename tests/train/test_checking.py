@@ -202,6 +202,7 @@ def test_a_warning_of_several_tests_is_one_command():
 def test_the_command_of_a_warning_reads_the_rows_that_training_reads(
     cli, tmp_path, caplog, columns, row, teacher
 ):
+    from unmasked import LLM2Vec
     from unmasked.recipe.files import make_recipe
     from unmasked.train.preflight import _check_pairs
 
@@ -213,8 +214,9 @@ def test_the_command_of_a_warning_reads_the_rows_that_training_reads(
         settings["teacher"] = {"loss": teacher, "contrastive": 0}
     recipe = {"name": "a", "model": {"base": "nano"}, "supervised": settings}
     stage = make_recipe(recipe).supervised
+    encoder = LLM2Vec.from_pretrained("nano", device="cpu")
     with caplog.at_level(logging.WARNING):
-        _check_pairs(stage, 0, Leaks({"sts.tsv": ["q 3"]}))
+        _check_pairs(stage, encoder, 0, Leaks({"sts.tsv": ["q 3"]}))
     command = shlex.split(caplog.messages[-1].split("Fix: unmasked ")[1].split(", and")[0])
     code, _, err = cli(*command)
     assert code == 0, err

@@ -157,9 +157,9 @@ def test_a_folder_that_cannot_be_made_is_a_failure_to_save(tmp_path):
 
 def step(callback: StageCallback, number: int, *losses: torch.Tensor) -> None:
     """One optimizer step of some forwards, as a trainer makes it."""
-    args = SimpleNamespace(device=torch.device("cpu"))
+    args = SimpleNamespace(device=torch.device("cpu"), fp16=False)
     state = SimpleNamespace(global_step=number)
-    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    control = SimpleNamespace(should_log=False, should_save=False, should_training_stop=False)
     callback.on_step_begin(args, state, control)
     for loss in losses:
         size = torch.tensor(8)
