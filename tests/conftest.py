@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.tiny import save_random
+from support.tiny import COMMON, save_random
 
 for name in (
     "COLUMNS",
@@ -80,22 +80,14 @@ def longrope_decoder(tmp_path_factory, tiny_tokenizer) -> Path:
     """A random Phi-3 whose rotary positions are stretched in texts of more than 256 tokens."""
     from transformers import Phi3Config
 
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [4.0] * 4}
-    config = Phi3Config(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        original_max_position_embeddings=256,
-        rope_parameters={**rope, "short_factor": [1.0] * 4},
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
+    factors = {"long_factor": [4.0] * 8, "short_factor": [1.0] * 8}
+    own = {
+        "vocab_size": len(tiny_tokenizer),
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **factors},
+    }
+    config = Phi3Config(**COMMON | own)
     return save_random(tmp_path_factory.mktemp("models") / "longrope", config, tiny_tokenizer)
 
 

@@ -78,7 +78,7 @@ class Backbone(InputModule):
             accepts the model.
 
     Attributes:
-        longest_unscaled: texts of more tokens share no forward pass with others; see `positions`.
+        longest_unscaled: texts of more tokens share no forward with shorter ones, see `positions`.
         query_length, document_length: most tokens of an input of `encode_query` and of
             `encode_document`; None for `max_seq_length`.
         tokens_encoded: tokens, without padding, that `encode` has processed; for measuring speed.

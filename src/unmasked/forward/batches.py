@@ -94,7 +94,7 @@ def plan_batches(
         budget: maximum number of tokens of a batch; a longer row is a batch of its own.
         batch_size: maximum number of rows of a batch.
         padded: whether padding counts towards the budget.
-        apart: rows of more tokens than this share no batch with others; see `positions`.
+        apart: rows of more tokens than this share no batch with shorter ones; see `positions`.
 
     Returns:
         Index arrays that together hold 0 … N-1 once, longest rows first.

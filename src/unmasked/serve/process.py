@@ -23,9 +23,9 @@ from unmasked.serve.access import Keys
 from unmasked.serve.routes import application
 from unmasked.serve.service import Service
 
-KEPT = 75
-"""Seconds that an idle connection stays open: longer than clients and load balancers keep one (60
-seconds for most), because a request that meets a connection being closed is an error there."""
+IDLE_SECONDS = 75
+"""How long an idle connection stays open: longer than clients and load balancers keep one (most for
+60 seconds), because their request fails if it meets a connection that is being closed."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -132,7 +132,7 @@ def server_config(service: Service, keys: Keys) -> uvicorn.Config:
         log_level="warning",
         access_log=False,  # a path with a query may be confidential
         server_header=False,
-        timeout_keep_alive=KEPT,
+        timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=int(service.limits.seconds) + 1,
     )
 
